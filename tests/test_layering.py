@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "avb_tf"
 ORDER = [
     "avb_tf.errors",
+    "avb_tf.diagnostics",
     "avb_tf.data.source",
     "avb_tf.data.arrays",
     "avb_tf.data.digits",
@@ -72,3 +73,8 @@ def test_every_module_is_listed_once():
 def test_a_module_imports_only_those_above_it(module):
     above = ORDER[: ORDER.index(module)]
     assert set(imported(module)) <= set(above)
+
+
+def test_only_diagnostics_uses_arviz():
+    users = [f.stem for f in PACKAGE.rglob("*.py") if "import arviz" in f.read_text()]
+    assert users == ["diagnostics"]
