@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from avb_tf import encoders, networks
+from avb_tf import auxiliary, encoders, flows, networks
 from avb_tf.contrast import CONTRASTS
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS
@@ -16,6 +16,10 @@ from avb_tf.model import AVB
 _TRAINING = (
     "draws", "adversary_draws", "adversary_steps", "kl_annealing_steps", "ema_decay", "seed",
 )  # fmt: skip
+
+
+# Encoders of whose moments nothing is known but what their draws tell.
+_MOMENTS_OF_DRAWS = ("black_box", "injected", "autoregressive", "auxiliary")
 
 
 def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
@@ -31,7 +35,7 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
     s = SimpleNamespace(**settings(method, **changes))
     _check(s, "likelihood", LIKELIHOODS)
     _check(s, "contrast", CONTRASTS)
-    _check(s, "condition", ("x", "posterior"))
+    _check(s, "condition", ("x", "posterior", "none"))
     _check(s, "network", ("dense", "conv"))
     if s.network == "conv" and len(event_shape) != 3:
         raise UserError(
@@ -39,7 +43,7 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
             "use network 'dense'"
         )
     needed = {"prior": 1, "diagonal": 2, "full": s.latent_dim + 1}[s.contrast]
-    if s.encoder in ("black_box", "injected") and min(s.draws, s.adversary_draws) < needed:
+    if s.encoder in _MOMENTS_OF_DRAWS and min(s.draws, s.adversary_draws) < needed:
         raise UserError(
             f"draws is {s.draws} and adversary_draws {s.adversary_draws}; expected at least "
             f"{needed} for the moments of encoder '{s.encoder}' under contrast '{s.contrast}'"
@@ -85,6 +89,10 @@ def _encoder(s) -> encoders.Encoder:
         "injected": lambda: encoders.BlackBoxEncoder(*black_box, inject_every_layer=True),
         "noise_basis": lambda: encoders.NoiseBasisEncoder(*basis),
         "joint_basis": lambda: encoders.JointBasisEncoder(*basis, s.basis_activation),
+        "autoregressive": lambda: flows.InverseAutoregressiveEncoder(
+            trunk, s.latent_dim, s.flow_steps, s.flow_width
+        ),
+        "auxiliary": lambda: auxiliary.AuxiliaryEncoder(*black_box),
     }
     _check(s, "encoder", makers)
     return makers[s.encoder]()
@@ -92,7 +100,7 @@ def _encoder(s) -> encoders.Encoder:
 
 def _adversary(s) -> networks.Adversary | None:
     width, depth = s.adversary_width, s.adversary_depth
-    trunk = networks.DenseStack(width, 1) if s.condition == "posterior" else _trunk(s, width, depth)
+    trunk = _trunk(s, width, depth) if s.condition == "x" else networks.DenseStack(width, 1)
     makers = {
         "none": lambda: None,
         "residual": lambda: networks.ResidualAdversary(trunk, width, depth),

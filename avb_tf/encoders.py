@@ -31,7 +31,8 @@ class Posterior(NamedTuple):
     mean: tf.Tensor  # [batch, latent]
     scale_tril: tf.Tensor  # [batch, latent, latent], Cholesky factor of q's covariance
     columns: tf.Tensor | None = None  # [batch, latent, bases], z = mean + columns @ noise features
-    log_prob: tf.Tensor | None = None  # [samples, batch], log q(z|x) where it is known
+    # [samples, batch], log q(z|x) where it is known, or one that stands for it (`auxiliary`)
+    log_prob: tf.Tensor | None = None
 
 
 class Encoder(Restorable, keras.Model):
@@ -117,8 +118,7 @@ class BlackBoxEncoder(Encoder):
             injected = self.from_noise[i](noise) if i < len(self.from_noise) else 0.0
             hidden = tf.nn.relu(layer(hidden) + injected)
         z = self.head(hidden)
-        mean, covariance = _moments(tf.transpose(z, [1, 0, 2]))
-        return Posterior(z, mean, _cholesky(covariance))
+        return Posterior(z, *moments_of_draws(z))
 
 
 @_register
@@ -262,6 +262,12 @@ def _moments(draws):
     centred = draws - mean[..., tf.newaxis, :]
     count = tf.cast(tf.shape(draws)[-2], draws.dtype)
     return mean, tf.matmul(centred, centred, transpose_a=True) / count
+
+
+def moments_of_draws(z):
+    """Mean and Cholesky factor of the covariance of z [samples, batch, latent], per example."""
+    mean, covariance = _moments(tf.transpose(z, [1, 0, 2]))
+    return mean, _cholesky(covariance)
 
 
 def _cholesky(covariance):

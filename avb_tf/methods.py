@@ -15,14 +15,18 @@ SETTINGS: dict[str, Any] = {
     "width": 256,  # of dense layers
     "depth": 2,
     "filters": (32, 64),  # of convolutions, from the image inwards, each of stride 2
-    "encoder": "gaussian",  # gaussian, gaussian_full, black_box, injected, noise_basis, joint_basis
-    "noise_dim": 0,  # per example, for noise_basis per basis; 0: as latent_dim
+    # gaussian, gaussian_full, autoregressive, auxiliary: of known density; black_box, injected,
+    # noise_basis, joint_basis: implicit
+    "encoder": "gaussian",
+    "noise_dim": 0,  # per example, for noise_basis per basis, for auxiliary of a; 0: as latent_dim
     "bases": 16,  # functions of the noise
     "basis_width": 128,
     "basis_activation": "tanh",  # of joint_basis: tanh for Gaussian tails, relu for sharp edges
+    "flow_steps": 4,  # of autoregressive
+    "flow_width": 128,
     "contrast": "full",  # prior, diagonal, full
     "adversary": "none",  # none, residual, concatenating, factorised
-    "condition": "x",  # x, posterior: what the adversary reads beside z
+    "condition": "x",  # x, posterior, none: what the adversary reads beside z
     "adversary_width": 128,
     "adversary_depth": 2,
     "products": 1024,  # of the factorised adversary
@@ -51,6 +55,20 @@ METHODS: dict[str, dict[str, Any]] = {
         "encoder": "noise_basis",
         "contrast": "diagonal",
         "adversary": "factorised",
+    },
+    # What AVB is compared with. Where the density is known and the moments are not, the prior is
+    # the contrast that costs nothing: T = log q(z|x) - log r(z|x) is exact, and r cancels.
+    # Inverse autoregressive flow: Kingma et al. (2016).
+    "iaf": {"encoder": "autoregressive", "contrast": "prior", "adversary": "none"},
+    # Auxiliary deep generative models: Maaløe et al. (2016).
+    "auxvae": {"encoder": "auxiliary", "contrast": "prior", "adversary": "none"},
+    # Adversarial autoencoder, Makhzani et al. (2016): `avb` whose adversary sees z alone, so that
+    # the aggregate of q(z|x) over x meets the prior, and what it trains is no bound.
+    "aae": {
+        "encoder": "black_box",
+        "contrast": "prior",
+        "adversary": "residual",
+        "condition": "none",
     },
 }
 

@@ -38,8 +38,8 @@ class AVB(Restorable, keras.Model):
       adversary: (condition, z) -> T, or None where the encoder knows its density.
       likelihood: a name in `likelihoods.LIKELIHOODS`.
       contrast: a name in `contrast.CONTRASTS`.
-      condition: what the adversary reads beside z: "x", or "posterior" for the encoder's own
-        description of q(z|x) (`objectives.description`).
+      condition: what the adversary reads beside z: "x", "posterior" for the encoder's own
+        description of q(z|x) (`objectives.description`), or "none".
       draws: z per x in the primal step.
       adversary_draws: z per x in a dual step, and in moments taken over draws.
       adversary_steps: dual steps before each primal step.
@@ -182,6 +182,8 @@ class AVB(Restorable, keras.Model):
         return self.averaged_encoder, self.averaged_decoder
 
     def _condition(self, x, posterior: Posterior, r):
+        if self.condition == "none":
+            return tf.zeros([tf.shape(x)[0], 1])  # the same for all
         return objectives.description(posterior, r) if self.condition == "posterior" else x
 
     def _noise(self, x, draws, stream):

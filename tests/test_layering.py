@@ -21,6 +21,8 @@ ORDER = [
     "avb_tf.data.pipeline",
     "avb_tf.networks",
     "avb_tf.encoders",
+    "avb_tf.flows",
+    "avb_tf.auxiliary",
     "avb_tf.contrast",
     "avb_tf.likelihoods",
     "avb_tf.objectives",

@@ -14,7 +14,7 @@ SMALL = {
     "latent_dim": 2, "width": 16, "bases": 4, "basis_width": 8, "adversary_width": 16,
     "products": 8, "adversary_draws": 4,
 }  # fmt: skip
-METHODS = ["vae", "avb", "avb_ac", "avb_ac_paper"]
+METHODS = ["vae", "avb", "avb_ac", "avb_ac_paper", "iaf", "auxvae", "aae"]
 
 
 def make(method="avb_ac", event_shape=(6,), compiled=True, **changes):
@@ -73,6 +73,21 @@ def test_a_saved_model_goes_on_as_if_it_had_not_been_saved(method, tmp_path):
         if mine is not None:
             assert int(mine.iterations) == 12
             assert not any(changed(snapshot(mine.variables), other.variables))
+
+
+@pytest.mark.parametrize(("method", "reads_x"), [("aae", False), ("avb", True)])
+def test_the_adversary_of_an_adversarial_autoencoder_does_not_read_x(method, reads_x):
+    model = make(method)
+    for i, weight in enumerate(model.adversary.weights):
+        weight.assign(0.5 * tf.random.stateless_normal(weight.shape, [i, 7]))
+    x, z = tf.constant(binary(8)), tf.random.stateless_normal([5, 8, 2], [0, 0])
+    posterior = model.posterior(x)
+    both = [
+        model.adversary(model._condition(each, posterior, model.contrast(posterior)), z)
+        for each in (x, 1.0 - x)
+    ]
+    assert (np.abs(both[0] - both[1]).max() > 0.01) == reads_x
+    assert np.ptp(both[0]) > 0.01  # it reads z
 
 
 def test_the_primal_step_moves_encoder_and_decoder_and_the_dual_step_the_adversary():

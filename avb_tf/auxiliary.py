@@ -1,0 +1,83 @@
+"""Auxiliary deep generative models (Maaløe et al., 2016): a posterior made richer by a latent a."""
+
+import keras
+import tensorflow as tf
+from tensorflow_probability import distributions as tfd
+
+from avb_tf.encoders import VARIANCE_FLOOR, Encoder, Posterior, moments_of_draws
+from avb_tf.networks import DenseStack
+
+_register = keras.saving.register_keras_serializable("avb_tf")
+
+
+class ConditionalGaussian(keras.layers.Layer):
+    """A diagonal Gaussian given x and another latent, by dense layers on both."""
+
+    def __init__(self, dim: int, width: int, depth: int):
+        super().__init__()
+        self.from_latent = keras.layers.Dense(width, use_bias=False)
+        self.stack = DenseStack(width, depth - 1)
+        self.mean = keras.layers.Dense(dim)
+        self.log_scale = keras.layers.Dense(dim)
+
+    def call(self, context, latent):
+        """x's share of the first layer [batch, width], latent [samples, batch, any] -> Gaussian."""
+        hidden = self.stack(tf.nn.relu(context + self.from_latent(latent)))
+        return _gaussian(self.mean(hidden), self.log_scale(hidden))
+
+
+@_register
+class AuxiliaryEncoder(Encoder):
+    """q(a|x) q(z|a, x), both Gaussian, and so a q(z|x) that is a mixture of Gaussians.
+
+    Its density is not known. In its place stands, with the auxiliary model's r(a|x, z),
+
+        log_prob = log q(a|x) + log q(z|a, x) - log r(a|x, z)
+
+    which at a given z exceeds log q(z|x) by KL(q(a|x, z) || r(a|x, z)) in the mean over a. So the
+    bound is the one of the model p(z) p(x|z) r(a|x, z), which has the same p(x). As r takes no
+    part in generating x, it is part of the encoder, and learns by the same bound.
+    """
+
+    def __init__(
+        self,
+        trunk: keras.layers.Layer,
+        latent_dim: int,
+        auxiliary_dim: int,
+        width: int,
+        depth: int,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.latent_dim, self.noise_dim = latent_dim, auxiliary_dim + latent_dim
+        self.auxiliary_dim = auxiliary_dim
+        self.sizes = [auxiliary_dim, auxiliary_dim, width, width]
+        self.trunk = trunk
+        self.from_features = keras.layers.Dense(sum(self.sizes))
+        self.latent = ConditionalGaussian(latent_dim, width, depth)
+        self.auxiliary = ConditionalGaussian(auxiliary_dim, width, depth)
+
+    def parameters(self, x):
+        """Mean and log scale of q(a|x) [batch, auxiliary]; two layers' [batch, width]."""
+        return tf.split(self.from_features(self.trunk(x)), self.sizes, -1)
+
+    def draw(self, parameters, noise, training=False):
+        """Draws of z by way of a, with `log_prob` as above and their own moments."""
+        mean, log_scale, for_latent, for_auxiliary = parameters
+        noise_a, noise_z = tf.split(noise, [self.auxiliary_dim, self.latent_dim], -1)
+        q_a = _gaussian(mean, log_scale)
+        a = q_a.loc + q_a.scale.matvec(noise_a)
+        q_z = self.latent(for_latent, a)
+        z = q_z.loc + q_z.scale.matvec(noise_z)
+        r_a = self.auxiliary(for_auxiliary, z)
+        log_prob = q_a.log_prob(a) + q_z.log_prob(z) - r_a.log_prob(a)
+        return Posterior(z, *moments_of_draws(z), log_prob=log_prob)
+
+    def call(self, x, noise, training=False):
+        """x [batch, *event], noise [samples, batch, auxiliary + latent] -> Posterior."""
+        return self.draw(self.parameters(x), noise, training)
+
+
+def _gaussian(mean, log_scale):
+    """Batch [...], event [dim]."""
+    return tfd.MultivariateNormalDiag(mean, tf.exp(log_scale) + VARIANCE_FLOOR**0.5)
