@@ -47,6 +47,11 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
         "adversary_warmup": 0,  # steps in which only the adversary learns
         "clip_norm": 100.0,  # of each gradient as a whole; 0: none
     }
+    config.monitor = {  # every log_every steps, on held-out examples (`monitoring.Monitor`)
+        "examples": 64,
+        "samples": 256,  # importance samples for each
+        "largest_gap": 3.0,  # nats that the ELBO may lie above their bound without a warning
+    }
     config.log_every = 500  # steps; also the length of a line of the progress bar
     config.checkpoint_every = 1000  # steps, a multiple of log_every
     config.keep_checkpoints = 3
@@ -77,7 +82,8 @@ _RANGES = (
             "model.products", "model.flow_steps", "model.flow_width",
             "model.draws", "model.adversary_draws", "model.adversary_steps",
             "optimizer.learning_rate", "optimizer.adversary_learning_rate",
-            "eval.ais.temperatures", "eval.ais.chains",
+            "eval.ais.temperatures", "eval.ais.chains", "monitor.examples", "monitor.samples",
+            "monitor.largest_gap",
         ),
     ),
     (

@@ -6,7 +6,7 @@ from pathlib import Path
 import keras
 import ml_collections
 
-from avb_tf import assembly, callbacks, checkpoints, configuration, data
+from avb_tf import assembly, callbacks, checkpoints, configuration, data, monitoring
 from avb_tf.data import pipeline
 from avb_tf.model import AVB
 from avb_tf.schedules import DelayedCosine
@@ -46,6 +46,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
         shuffle=False,  # the batches are shuffled already
         validation_data=validation.take(math.ceil(FIGURE_EXAMPLES / config.batch_size)),
         callbacks=[
+            # First: what it adds to the logs is for the others.
+            monitoring.Monitor(
+                held_out[: config.monitor.examples],
+                config.monitor.samples,
+                config.monitor.largest_gap,
+                workdir / "logs" / "validation",
+            ),
             callbacks.StopOnNonFinite(),
             callbacks.StopAtStep(config.steps),
             callbacks.Checkpoints(workdir, config.checkpoint_every, config.keep_checkpoints),

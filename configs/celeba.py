@@ -1,0 +1,30 @@
+"""Faces at 64 x 64, 64 latents, convolutional networks: for an accelerator, not run here.
+
+  python main.py --config=configs/celeba.py:avb_ac --config.data.path=img_align_celeba
+
+The path is a folder of PNG or JPEG. Batch, learning rates, number of steps and filters are those of
+the authors' experiment on CelebA, which has prior contrast (`:avb`).
+"""
+
+from avb_tf import configuration
+
+
+def get_config(method="avb_ac"):
+    config = configuration.default(
+        method, latent_dim=64, likelihood="normal", network="conv", filters=(64, 128, 256, 512),
+        width=512, bases=64, adversary_width=512, adversary_draws=4,
+    )  # fmt: skip
+    if method == "avb":
+        config.model.noise_dim = 128
+    config.name = f"celeba-{method}"
+    config.data.name = "images"
+    config.data.image_size = 64
+    config.steps = 2_500_000
+    config.batch_size = 64
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.adversary_learning_rate = 2e-4
+    config.optimizer.beta_1 = 0.5
+    config.monitor.examples, config.monitor.samples = 16, 64
+    config.log_every = 1000
+    config.checkpoint_every = config.figures_every = 10_000
+    return config
