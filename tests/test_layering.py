@@ -39,6 +39,7 @@ ORDER = [
     "avb_tf.configuration",
     "avb_tf.checkpoints",
     "avb_tf.figures",
+    "avb_tf.training_curves",
     "avb_tf.callbacks",
     "avb_tf.monitoring",
     "avb_tf.training",
