@@ -43,9 +43,9 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
             "use network 'dense'"
         )
     needed = {"prior": 1, "diagonal": 2, "full": s.latent_dim + 1}[s.contrast]
-    if s.encoder in _MOMENTS_OF_DRAWS and min(s.draws, s.adversary_draws) < needed:
+    if s.encoder in _MOMENTS_OF_DRAWS and max(s.draws, s.adversary_draws) < needed:
         raise UserError(
-            f"draws is {s.draws} and adversary_draws {s.adversary_draws}; expected at least "
+            f"draws is {s.draws} and adversary_draws {s.adversary_draws}; expected one of at least "
             f"{needed} for the moments of encoder '{s.encoder}' under contrast '{s.contrast}'"
         )
     return AVB(

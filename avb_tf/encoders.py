@@ -4,9 +4,10 @@ The noise is an argument: whoever calls decides how it is drawn, so that a test 
 sees the same draws again. An encoder says how much of it an example needs in `noise_dim`.
 """
 
+import abc
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -46,6 +47,18 @@ class Encoder(Restorable, keras.Model):
     latent_dim: int
     noise_dim: int
 
+    @abc.abstractmethod
+    def parameters(self, x) -> Any:
+        """All that q(.|x) takes from x [batch, *event], for any number of draws."""
+
+    @abc.abstractmethod
+    def draw(self, parameters, noise, training: bool = False) -> Posterior:
+        """z by `parameters` and noise [samples, batch, noise_dim]."""
+
+    def call(self, x, noise, training=False):
+        """x [batch, *event], noise [samples, batch, noise_dim] -> Posterior."""
+        return self.draw(self.parameters(x), noise, training)
+
 
 @_register
 class GaussianEncoder(Encoder):
@@ -67,14 +80,18 @@ class GaussianEncoder(Encoder):
         if full_covariance:
             self.off_diagonal = keras.layers.Dense(latent_dim**2, kernel_initializer="zeros")
 
-    def call(self, x, noise, training=False):
-        """x [batch, *event], noise [samples, batch, latent] -> Posterior."""
+    def parameters(self, x):
+        """Mean [batch, latent] and Cholesky factor [batch, latent, latent]."""
         features = self.trunk(x)
-        mean = self.mean(features)
         scale_tril = tf.linalg.diag(tf.exp(self.log_scale(features)) + VARIANCE_FLOOR**0.5)
         if self.full_covariance:
             square = tf.reshape(self.off_diagonal(features), [-1, *[self.latent_dim] * 2])
             scale_tril += tf.linalg.band_part(square, -1, 0) - tf.linalg.band_part(square, 0, 0)
+        return self.mean(features), scale_tril
+
+    def draw(self, parameters, noise, training=False):
+        """The Gaussian's draws, with their density."""
+        mean, scale_tril = parameters
         z = mean + tf.einsum("bij,sbj->sbi", scale_tril, noise)
         log_prob = tfd.MultivariateNormalTriL(mean, scale_tril).log_prob(z)
         return Posterior(z, mean, scale_tril, scale_tril, log_prob)
@@ -111,9 +128,13 @@ class BlackBoxEncoder(Encoder):
         self.hidden = [keras.layers.Dense(width) for _ in range(depth - 1)]
         self.head = keras.layers.Dense(latent_dim)
 
-    def call(self, x, noise, training=False):
-        """x [batch, *event], noise [samples, batch, noise_dim] -> Posterior."""
-        hidden = tf.nn.relu(self.from_features(self.trunk(x)) + self.from_noise[0](noise))
+    def parameters(self, x):
+        """x's share of the first layer, [batch, width]."""
+        return self.from_features(self.trunk(x))
+
+    def draw(self, parameters, noise, training=False):
+        """The network's draws, with their own moments."""
+        hidden = tf.nn.relu(parameters + self.from_noise[0](noise))
         for i, layer in enumerate(self.hidden, start=1):
             injected = self.from_noise[i](noise) if i < len(self.from_noise) else 0.0
             hidden = tf.nn.relu(layer(hidden) + injected)
@@ -157,15 +178,18 @@ class NoiseBasisEncoder(Encoder):
             for i, outputs in enumerate(shape[1:])
         ]
 
-    def call(self, x, noise, training=False):
-        """x [batch, *event], noise [samples, batch, bases * noise_dim] -> Posterior."""
+    def parameters(self, x):
+        """z0 [batch, latent] and the coefficients a [batch, bases, latent]."""
+        features = self.trunk(x)
+        a = tf.reshape(self.coefficients(features), [-1, self.bases, self.latent_dim])
+        return self.mean(features), a
+
+    def draw(self, parameters, noise, training=False):
+        """Sums of the bases of noise [samples, batch, bases * noise_dim], with their moments."""
+        z0, a = parameters
         v = self._bases(noise)
         moments_of = v if training else self._bases(_fixed_noise(self.noise_dim))
         v_mean, v_covariance = _moments(tf.reshape(moments_of, [self.bases, -1, self.latent_dim]))
-
-        features = self.trunk(x)
-        a = tf.reshape(self.coefficients(features), [-1, self.bases, self.latent_dim])
-        z0 = self.mean(features)
         z = z0 + tf.einsum("bml,msbl->sbl", a, v)
         mean = z0 + tf.einsum("bml,ml->bl", a, v_mean)
         covariance = tf.einsum("bmi,mij,bmj->bij", a, v_covariance, a)
@@ -212,20 +236,21 @@ class JointBasisEncoder(Encoder):
         self.stack = DenseStack(width, 2, activation)
         self.basis = keras.layers.Dense(bases)
 
-    def call(self, x, noise, training=False):
-        """x [batch, *event], noise [samples, batch, noise_dim] -> Posterior."""
-        v = self._bases(noise)
-        moments_of = v if training else self._bases(_fixed_noise(self.noise_dim))
-        v_mean, v_covariance = _moments(tf.reshape(moments_of, [-1, v.shape[-1]]))
-
+    def parameters(self, x):
+        """z0 [batch, latent] and W [batch, latent, noise_dim + bases]."""
         features = self.trunk(x)
         linear = tf.reshape(self.linear(features), [-1, self.latent_dim, self.noise_dim])
         scale = tf.exp(self.log_scale(features))  # a positive gain on the i-th noise for latent i
         linear += scale[..., tf.newaxis] * tf.eye(self.latent_dim, self.noise_dim)
         nonlinear = tf.reshape(self.nonlinear(features), [-1, self.latent_dim, self.bases])
-        columns = tf.concat([linear, nonlinear], -1)
+        return self.mean(features), tf.concat([linear, nonlinear], -1)
 
-        z0 = self.mean(features)
+    def draw(self, parameters, noise, training=False):
+        """Sums of functions of the noise, with their moments."""
+        z0, columns = parameters
+        v = self._bases(noise)
+        moments_of = v if training else self._bases(_fixed_noise(self.noise_dim))
+        v_mean, v_covariance = _moments(tf.reshape(moments_of, [-1, v.shape[-1]]))
         z = z0 + tf.einsum("bij,sbj->sbi", columns, v)
         mean = z0 + tf.linalg.matvec(columns, v_mean)
         covariance = columns @ v_covariance @ tf.linalg.matrix_transpose(columns)

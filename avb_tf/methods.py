@@ -30,9 +30,9 @@ SETTINGS: dict[str, Any] = {
     "adversary_width": 128,
     "adversary_depth": 2,
     "products": 1024,  # of the factorised adversary
-    "draws": 1,  # z per x in the primal step
-    "adversary_draws": 4,  # z per x in a dual step
-    "adversary_steps": 1,  # dual steps before each primal step
+    "draws": 1,  # z per x that are decoded
+    "adversary_draws": 4,  # z per x that the adversary sees, at least those that are decoded
+    "adversary_steps": 1,  # dual steps for each primal step, the last simultaneous with it
     "kl_annealing_steps": 0,
     "ema_decay": 0.999,  # of encoder and decoder, for all but training; 0: none
     "seed": 0,

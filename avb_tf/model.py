@@ -10,18 +10,18 @@ import keras
 import tensorflow as tf
 
 from avb_tf import contrast as contrasts
-from avb_tf import objectives, schedules
+from avb_tf import objectives, optimizers, schedules
 from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS, log_likelihood
 from avb_tf.networks import Adversary, Restorable
 from avb_tf.replicas import stream_seed
 
-# Saved optimizers may hold a schedule of ours: whoever loads a model has it registered.
+# Saved models may hold an optimizer and a schedule of ours: whoever loads one has them registered.
 __all__ = ["AVB", "schedules"]
 
-# Streams of randomness within a step; the i-th dual step takes DUAL + 2 i and the next.
-_BINARISE, _PRIMAL, _TEST, _DUAL = range(4)
+# Streams of randomness within a step. Noises come in pairs; further dual steps go on from _TRAIN.
+_BINARISE, _TEST, _, _TRAIN = range(4)
 
 
 @keras.saving.register_keras_serializable("avb_tf")
@@ -40,9 +40,10 @@ class AVB(Restorable, keras.Model):
       contrast: a name in `contrast.CONTRASTS`.
       condition: what the adversary reads beside z: "x", "posterior" for the encoder's own
         description of q(z|x) (`objectives.description`), or "none".
-      draws: z per x in the primal step.
-      adversary_draws: z per x in a dual step, and in moments taken over draws.
-      adversary_steps: dual steps before each primal step.
+      draws: z per x that are decoded in a primal step.
+      adversary_draws: z per x that the adversary sees, and in moments taken over draws; at least
+        those that are decoded.
+      adversary_steps: dual steps for each primal step, the last of them simultaneous with it.
       kl_annealing_steps: steps over which the weight of the KL rises from 0 to 1.
       ema_decay: averages the weights of encoder and decoder over about 1 / (1 - decay) steps, for
         everything but training; 0 does without.
@@ -73,7 +74,8 @@ class AVB(Restorable, keras.Model):
         self.likelihood = LIKELIHOODS[likelihood]
         self.contrast = contrasts.CONTRASTS[contrast]
         self.condition = condition
-        self.draws, self.adversary_draws = draws, adversary_draws
+        self.draws = draws
+        self.samples = draws if adversary is None else max(draws, adversary_draws)
         self.adversary_steps = adversary_steps
         self.kl_annealing_steps = kl_annealing_steps
         self.ema_decay = ema_decay
@@ -138,19 +140,19 @@ class AVB(Restorable, keras.Model):
           adversary_optimizer: of the adversary, which must keep ahead; Adam at 1.5e-3 unless given.
           **kwargs: of `keras.Model.compile`, such as steps_per_execution.
         """
-        super().compile(optimizer=optimizer or keras.optimizers.Adam(5e-4), **kwargs)
+        super().compile(optimizer=optimizer or optimizers.Adam(5e-4), **kwargs)
         # Built here, each over its own weights: Keras would build one over all of them.
         self.optimizer.build(self.primal_variables)
         self.adversary_optimizer = None
         if self.adversary is not None:
-            chosen = adversary_optimizer or keras.optimizers.Adam(1.5e-3)
+            chosen = adversary_optimizer or optimizers.Adam(1.5e-3)
             self.adversary_optimizer = keras.optimizers.get(chosen)
             self.adversary_optimizer.build(self.adversary.trainable_variables)
 
     def get_compile_config(self):
         """Both optimizers, for `.keras` files."""
-        optimizers = {"optimizer": self.optimizer, "adversary_optimizer": self.adversary_optimizer}
-        return {k: keras.saving.serialize_keras_object(v) for k, v in optimizers.items()}
+        both = {"optimizer": self.optimizer, "adversary_optimizer": self.adversary_optimizer}
+        return {k: keras.saving.serialize_keras_object(v) for k, v in both.items()}
 
     def compile_from_config(self, config):
         """Compiles as saved; the optimizers' state is loaded next."""
@@ -165,16 +167,28 @@ class AVB(Restorable, keras.Model):
         """
         encoder, decoder = self._networks(training)
         posterior = encoder(x, noise, training=training)
-        outputs = decoder(posterior.z, training=training)
+        return self._terms(x, posterior, decoder, len(noise))[0]
+
+    def _terms(self, x, posterior: Posterior, decoder, draws, contrast_noise=None):
+        """Terms with `draws` of the posterior's z decoded, and T at z ~ r(z|x), [samples, batch].
+
+        Both sides pass through the adversary in one product, its condition's branch once.
+        """
         r = self.contrast(posterior)
+        t, t_contrast = self._t(x, posterior, r, contrast_noise)
+        outputs = decoder(posterior.z[:draws])
+        reconstruction = log_likelihood(self.likelihood, outputs, x)
+        return objectives.Terms(reconstruction, contrasts.divergence(r, self.prior), t), t_contrast
+
+    def _t(self, x, posterior: Posterior, r, contrast_noise=None):
+        """T at the posterior's z and, where r is N(0, I), at `contrast_noise`."""
         if self.adversary is None:
-            t = objectives.exact_t(posterior, r)
-        else:
-            condition = self._condition(x, posterior, r)
-            t = self.adversary(condition, contrasts.whiten(posterior.z, r))
-        return objectives.Terms(
-            log_likelihood(self.likelihood, outputs, x), contrasts.divergence(r, self.prior), t
-        )
+            return objectives.exact_t(posterior, r), None
+        features = self.adversary.features(self._condition(x, posterior, r))
+        z = contrasts.whiten(posterior.z, r)
+        if contrast_noise is None:
+            return self.adversary.logits(features, z), None
+        return tf.split(self.adversary.logits(features, tf.concat([z, contrast_noise], 0)), 2)
 
     def _networks(self, training):
         if training:
@@ -186,10 +200,17 @@ class AVB(Restorable, keras.Model):
             return tf.zeros([tf.shape(x)[0], 1])  # the same for all
         return objectives.description(posterior, r) if self.condition == "posterior" else x
 
-    def _noise(self, x, draws, stream):
-        """Standard normal, [draws, batch, noise_dim]."""
-        shape = [draws, tf.shape(x)[0], self.encoder.noise_dim]
+    def _noise(self, x, stream, dim):
+        """Standard normal, [samples, batch, dim]."""
+        shape = [self.samples, tf.shape(x)[0], dim]
         return tf.random.stateless_normal(shape, stream_seed(self.seed, self.step.value, stream))
+
+    def _noises(self, x, stream):
+        """The encoder's noise, and the whitened draws of the contrast."""
+        return (
+            self._noise(x, stream, self.encoder.noise_dim),
+            self._noise(x, stream + 1, self.encoder.latent_dim),
+        )
 
     def _inputs(self, data):
         x = tf.cast(keras.utils.unpack_x_y_sample_weight(data)[0], tf.float32)
@@ -201,51 +222,56 @@ class AVB(Restorable, keras.Model):
     # Training.
 
     def train_step(self, data):
-        """Algorithm 1: dual steps with fresh noise, then a primal step with T held fixed."""
+        """Algorithm 1: dual steps, the last of them together with the primal step.
+
+        The encoder does not move before the primal step, so x passes through it once. What each
+        step does not share is its noise.
+        """
         x = self._inputs(data)
-        if self.adversary is not None:
-            for i in range(self.adversary_steps):
-                self._dual_step(x, _DUAL + 2 * i)
-        self._primal_step(x)
+        dual = self.adversary.trainable_variables if self.adversary is not None else []
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            tape.watch([v.value for v in self.primal_variables + dual])
+            parameters = self.encoder.parameters(x)
+            with tape.stop_recording():
+                for i in range(1, self.adversary_steps if dual else 1):
+                    self._dual_step(x, parameters, _TRAIN + 2 * i)
+            noise, contrast_noise = self._noises(x, _TRAIN)
+            posterior = self.encoder.draw(parameters, noise, training=True)
+            terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
+            kl = self._kl_weight() * tf.reduce_mean(terms.kl)
+            loss = self._share() * (kl - tf.reduce_mean(terms.log_likelihood))
+            if dual:
+                adversary_loss = self._adversary_loss(terms.t, t_contrast)
+        # T counts as fixed in the first, z in the second: neither's gradient is of the other.
+        gradients = tape.gradient(loss, self.primal_variables)
+        if dual:
+            self.adversary_optimizer.apply(tape.gradient(adversary_loss, dual), dual)
+        self.optimizer.apply(gradients, self.primal_variables)
+        self._average()
+        self.step.assign_add(1)
+        self._record(terms, t_contrast)
+        return self.get_metrics_result()
+
+    def _dual_step(self, x, parameters, stream):
+        noise, contrast_noise = self._noises(x, stream)
+        posterior = self.encoder.draw(parameters, noise, training=True)
+        variables = self.adversary.trainable_variables
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([v.value for v in variables])
+            loss = self._adversary_loss(
+                *self._t(x, posterior, self.contrast(posterior), contrast_noise)
+            )
+        self.adversary_optimizer.apply(tape.gradient(loss, variables), variables)
+
+    def _adversary_loss(self, t_posterior, t_contrast):
+        return self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
+
+    def _average(self):
         # A short memory at first, or the average would keep the initial weights for long.
         step = tf.cast(self.step, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
         for weight, average in self._averages():
             average.assign_add((1.0 - decay) * (weight - average))
-        self.step.assign_add(1)
-        return self.get_metrics_result()
-
-    def _primal_step(self, x):
-        noise = self._noise(x, self.draws, _PRIMAL)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([v.value for v in self.primal_variables])
-            terms = self.terms(x, noise, training=True)
-            bound = terms.log_likelihood - self._kl_weight() * terms.kl
-            loss = -self._share() * tf.reduce_mean(bound)
-        gradients = tape.gradient(loss, self.primal_variables)
-        self.optimizer.apply(gradients, self.primal_variables)
-        self._record(terms)
-
-    def _dual_step(self, x, stream):
-        variables = self.adversary.trainable_variables
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([v.value for v in variables])
-            sides = self._adversary_logits(x, stream, training=True)
-            loss = self._share() * tf.reduce_mean(objectives.adversary_loss(*sides))
-        self.adversary_optimizer.apply(tape.gradient(loss, variables), variables)
-        self._record_adversary(sides)
-
-    def _adversary_logits(self, x, stream, training):
-        """T at z ~ q(z|x) and at z ~ r(z|x), each [adversary_draws, batch]."""
-        encoder, _ = self._networks(training)
-        posterior = encoder(x, self._noise(x, self.adversary_draws, stream), training=training)
-        r = self.contrast(posterior)
-        features = self.adversary.features(self._condition(x, posterior, r))
-        z = contrasts.whiten(posterior.z, r)
-        seed = stream_seed(self.seed, self.step.value, stream + 1)
-        z_contrast = tf.random.stateless_normal(tf.shape(z), seed)  # r is N(0, I) where whitened
-        logits = self.adversary.logits
-        return logits(features, z), logits(features, z_contrast)
 
     def _share(self):
         """Optimizers sum gradients over replicas, so each contributes its share of the mean."""
@@ -256,21 +282,24 @@ class AVB(Restorable, keras.Model):
             return 1.0
         return tf.minimum(1.0, tf.cast(self.step + 1, tf.float32) / self.kl_annealing_steps)
 
-    def _record(self, terms: objectives.Terms):
-        for name in ("elbo", "log_likelihood", "kl"):
-            self.means[name].update_state(getattr(terms, name))
-
-    def _record_adversary(self, sides):
-        self.means["adversary_loss"].update_state(objectives.adversary_loss(*sides))
-        self.means["adversary_accuracy"].update_state(objectives.adversary_accuracy(*sides))
+    def _record(self, terms: objectives.Terms, t_contrast):
+        reconstruction = tf.reduce_mean(terms.log_likelihood, 0)
+        kl = tf.reduce_mean(terms.kl, 0)
+        self.means["elbo"].update_state(reconstruction - kl)
+        self.means["log_likelihood"].update_state(reconstruction)
+        self.means["kl"].update_state(kl)
+        if self.adversary is not None:
+            for name in ("adversary_loss", "adversary_accuracy"):
+                self.means[name].update_state(getattr(objectives, name)(terms.t, t_contrast))
 
     def test_step(self, data):
         """The bound, its terms and the adversary's state, by the averaged networks."""
         x = self._inputs(data)
-        noise = self._noise(x, max(self.draws, self.adversary_draws), _TEST)
-        self._record(self.terms(x, noise))
-        if self.adversary is not None:
-            self._record_adversary(self._adversary_logits(x, _DUAL, training=False))
+        noise, contrast_noise = self._noises(x, _TEST)
+        posterior = self.averaged_encoder(x, noise)
+        self._record(
+            *self._terms(x, posterior, self.averaged_decoder, self.samples, contrast_noise)
+        )
         return self.get_metrics_result()
 
     def get_metrics_result(self):

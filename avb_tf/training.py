@@ -9,6 +9,7 @@ import ml_collections
 from avb_tf import assembly, callbacks, checkpoints, configuration, data, monitoring
 from avb_tf.data import pipeline
 from avb_tf.model import AVB
+from avb_tf.optimizers import Adam
 from avb_tf.schedules import DelayedCosine
 
 FIGURE_EXAMPLES = 500  # held-out examples in the figures and in the validation curves
@@ -90,8 +91,8 @@ def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> A
     )
     clip = o.clip_norm or None
     model.compile(
-        keras.optimizers.Adam(rate, o.beta_1, global_clipnorm=clip),
-        keras.optimizers.Adam(adversary_rate, o.beta_1, global_clipnorm=clip),
+        Adam(rate, o.beta_1, global_clipnorm=clip),
+        Adam(adversary_rate, o.beta_1, global_clipnorm=clip),
         steps_per_execution=_steps_per_execution(config),
     )
     return model

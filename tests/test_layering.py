@@ -26,6 +26,7 @@ ORDER = [
     "avb_tf.contrast",
     "avb_tf.likelihoods",
     "avb_tf.objectives",
+    "avb_tf.optimizers",
     "avb_tf.schedules",
     "avb_tf.replicas",
     "avb_tf.model",

@@ -90,33 +90,35 @@ def test_the_adversary_of_an_adversarial_autoencoder_does_not_read_x(method, rea
     assert np.ptp(both[0]) > 0.01  # it reads z
 
 
-def test_the_primal_step_moves_encoder_and_decoder_and_the_dual_step_the_adversary():
-    model, x = make(), tf.constant(binary())
+@pytest.mark.parametrize("steps", [1, 3])
+def test_each_objective_moves_its_own_networks(steps):
+    model, x = make(adversary_steps=steps), tf.constant(binary())
     fit(model, x)  # past the zero initial values
-    primal = snapshot(model.primal_variables)
-    dual = snapshot(model.adversary.trainable_variables)
-    model._dual_step(x, 3)
-    assert not any(changed(primal, model.primal_variables))
-    assert all(changed(dual, model.adversary.trainable_variables))
-    dual = snapshot(model.adversary.trainable_variables)
-    model._primal_step(x)
-    assert all(changed(primal, model.primal_variables))
-    assert not any(changed(dual, model.adversary.trainable_variables))
+    for rates in ((1e-2, 0.0), (0.0, 1e-2)):
+        model.compile(*map(keras.optimizers.SGD, rates))
+        primal = snapshot(model.primal_variables)
+        dual = snapshot(model.adversary.trainable_variables)
+        model.train_step(x)
+        assert all(changed(primal, model.primal_variables)) == any(rates[:1])
+        assert any(changed(primal, model.primal_variables)) == any(rates[:1])
+        assert all(changed(dual, model.adversary.trainable_variables)) == any(rates[1:])
+        assert any(changed(dual, model.adversary.trainable_variables)) == any(rates[1:])
 
 
-def test_the_primal_gradient_is_that_of_the_bound_with_t_held_fixed():
+def test_the_gradients_of_a_step_are_those_of_both_objectives_written_out():
     model, x = make(draws=3), tf.constant(binary())
     fit(model, x)
-    model.compile(keras.optimizers.SGD(1.0), keras.optimizers.SGD(0.0))
-    noise = model._noise(x, 3, 1)
-    with tf.GradientTape() as tape:
+    model.compile(keras.optimizers.SGD(1.0), keras.optimizers.SGD(1.0))
+    dual = model.adversary.trainable_variables
+    noise, z_contrast = model._noises(x, 3)
+    with tf.GradientTape(persistent=True) as tape:
         posterior = model.encoder(x, noise, training=True)
         r = model.contrast(posterior)
-        fixed = tf.stop_gradient(model.adversary.features(objectives.description(posterior, r)))
+        condition = objectives.description(posterior, r)
         w = tf.einsum(
             "bij,sbj->sbi", tf.linalg.inv(posterior.scale_tril), posterior.z - posterior.mean
         )
-        logits = model.decoder(posterior.z)[..., 0]
+        logits = model.decoder(posterior.z[:3])[..., 0]
         reconstruction = -tf.nn.sigmoid_cross_entropy_with_logits(
             tf.broadcast_to(x, logits.shape), logits
         )
@@ -127,12 +129,15 @@ def test_the_primal_gradient_is_that_of_the_bound_with_t_held_fixed():
             - 2.0
             - tf.linalg.logdet(covariance)
         )
-        t = model.adversary.logits(fixed, w)
-        loss = tf.reduce_mean(kl + tf.reduce_mean(t - tf.reduce_sum(reconstruction, -1), 0))
-    expected = tape.gradient(loss, model.primal_variables)
-    before = snapshot(model.primal_variables)
-    model._primal_step(x)
-    for old, new, gradient in zip(before, model.primal_variables, expected, strict=True):
+        t = model.adversary(condition, w)
+        loss = tf.reduce_mean(kl + t) - tf.reduce_mean(tf.reduce_sum(reconstruction, -1))
+        t_contrast = model.adversary(condition, z_contrast)
+        adversary_loss = -tf.reduce_mean(tf.math.log_sigmoid(t) + tf.math.log_sigmoid(-t_contrast))
+    expected = tape.gradient(loss, model.primal_variables) + tape.gradient(adversary_loss, dual)
+    before = snapshot(model.primal_variables + dual)
+    model.train_step(x)
+    after = model.primal_variables + dual
+    for old, new, gradient in zip(before, after, expected, strict=True):
         np.testing.assert_allclose(old - keras.ops.convert_to_numpy(new), gradient, atol=2e-5)
 
 
@@ -148,7 +153,7 @@ def test_t_depends_on_x_after_training():
 
 def test_the_exact_t_of_a_vae_with_matched_contrast_is_zero():
     model, x = make("vae"), tf.constant(binary())
-    terms = model.terms(x, model._noise(x, 3, 1))
+    terms = model.terms(x, tf.random.stateless_normal([3, 64, 2], [0, 1]))
     np.testing.assert_allclose(terms.t, np.zeros((3, 64)), atol=1e-5)
     np.testing.assert_allclose(terms.kl[0], terms.contrast_kl, atol=1e-5)
 
