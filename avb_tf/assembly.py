@@ -67,14 +67,14 @@ def _check(s, name, known):
 
 def _trunk(s, width, depth) -> keras.layers.Layer:
     if s.network == "conv":
-        return networks.ConvTrunk(s.filters, width)
+        return networks.ConvTrunk(s.filters, width, s.strides)
     return networks.DenseTrunk(width, depth)
 
 
 def _decoder(s, event_shape) -> keras.Model:
     parameters = LIKELIHOODS[s.likelihood].parameters
     if s.network == "conv":
-        return networks.ConvDecoder(event_shape, parameters, s.filters)
+        return networks.ConvDecoder(event_shape, parameters, s.filters, s.strides)
     return networks.DenseDecoder(event_shape, parameters, s.width, s.depth)
 
 
@@ -100,7 +100,12 @@ def _encoder(s) -> encoders.Encoder:
 
 def _adversary(s) -> networks.Adversary | None:
     width, depth = s.adversary_width, s.adversary_depth
-    trunk = _trunk(s, width, depth) if s.condition == "x" else networks.DenseStack(width, 1)
+    if s.condition != "x":
+        trunk = networks.DenseStack(width, 1)
+    elif s.adversary == "factorised":  # dense also where encoder and decoder are convolutional
+        trunk = networks.DenseTrunk(width, depth)
+    else:
+        trunk = _trunk(s, width, depth)
     makers = {
         "none": lambda: None,
         "residual": lambda: networks.ResidualAdversary(trunk, width, depth),

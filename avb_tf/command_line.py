@@ -31,6 +31,7 @@ MODES = {
     "evaluate": "avb_tf.evaluation:evaluate",
     "train_and_evaluate": "avb_tf.evaluation:train_and_evaluate",
     "sample": "avb_tf.evaluation:sample",
+    "benchmark": "avb_tf.benchmark:benchmark",
 }
 
 
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config, workdir = _parse(values, argv)
         module, function = MODES[values.mode].split(":")
-        getattr(_imported(module), function)(config, workdir)
+        settings = {"baseline": values.baseline} if values.baseline else {}
+        getattr(_imported(module), function)(config, workdir, **settings)
     except (UserError, OSError) as error:
         if "--debug" in argv:
             raise
@@ -86,6 +88,9 @@ def _define_flags() -> flags.FlagValues:
         "Default: runs/<config>-<method>.",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "baseline", None, "A benchmark.json to compare with, for benchmark.", flag_values=values
+    )
     flags.DEFINE_bool("debug", False, "Show the traceback of a mistake.", flag_values=values)
     return values
 
@@ -120,6 +125,8 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> tuple[ml_collections.Co
             "expected the method after --config=FILE and a colon"
         )
     configuration.validate(config)
+    if values.baseline and values.mode != "benchmark":
+        raise UserError(f"--baseline is for --mode=benchmark, found --mode={values.mode}")
     if not (values.workdir or config.name):
         raise UserError("config.name is empty; expected a name, or a --workdir")
     workdir = Path(values.workdir or Path("runs") / config.name).resolve()

@@ -134,9 +134,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if _get(config, name) not in choices:
             known = ", ".join(map(str, choices))
             raise UserError(f"config.{name} is '{_get(config, name)}'; expected one of {known}")
-    filters = config.model.filters
-    if not filters or not all(type(n) is int and n > 0 for n in filters):
-        raise UserError(f"config.model.filters is {filters}; expected whole numbers above 0")
+    filters, strides = config.model.filters, config.model.strides
+    for name, values in (("filters", filters), ("strides", strides)):
+        if not all(type(n) is int and n > 0 for n in values):
+            raise UserError(f"config.model.{name} is {values}; expected whole numbers above 0")
+    if not filters or len(strides) not in (0, len(filters)):
+        raise UserError(
+            f"config.model.filters is {filters} and strides {strides}; expected filters, and as "
+            "many strides or none"
+        )
     for name in ("checkpoint_every", "figures_every"):
         # Both happen where a logging period ends, and a resumed run starts where one begins.
         if config[name] % min(config.log_every, config.steps) and config[name] < config.steps:

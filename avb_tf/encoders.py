@@ -165,7 +165,7 @@ class NoiseBasisEncoder(Encoder):
         self.trunk = trunk
         self.mean = keras.layers.Dense(latent_dim)
         self.coefficients = keras.layers.Dense(bases * latent_dim)
-        shape = [noise_dim, width, width, latent_dim]
+        shape = [noise_dim, width, width, width, latent_dim]  # as in the authors' experiments
         # The networks v_i side by side, one product over all of them per layer.
         self.kernels = [
             self.add_weight(

@@ -14,7 +14,8 @@ SETTINGS: dict[str, Any] = {
     "network": "dense",  # dense, conv: the encoder's trunk and the decoder
     "width": 256,  # of dense layers
     "depth": 2,
-    "filters": (32, 64),  # of convolutions, from the image inwards, each of stride 2
+    "filters": (32, 64),  # of convolutions, from the image inwards
+    "strides": (),  # of the convolutions; (): 2 each
     # gaussian, gaussian_full, autoregressive, auxiliary: of known density; black_box, injected,
     # noise_basis, joint_basis: implicit
     "encoder": "gaussian",

@@ -73,16 +73,23 @@ class DenseTrunk(Restorable, keras.layers.Layer):
 
 @_register
 class ConvTrunk(Restorable, keras.layers.Layer):
-    """Features of an image by 5x5 convolutions of stride 2, then one dense layer.
+    """Features of an image by 5x5 convolutions, each of stride 2 unless given, then a dense layer.
 
     [batch, height, width, channels] in [0, 1] -> [batch, features].
     """
 
-    def __init__(self, filters: Sequence[int], features: int, activation: str = "relu", **kwargs):
+    def __init__(
+        self,
+        filters: Sequence[int],
+        features: int,
+        strides: Sequence[int] = (),
+        activation: str = "relu",
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.convolutions = [
-            keras.layers.Conv2D(n, 5, strides=2, padding="same", activation=activation)
-            for n in filters
+            keras.layers.Conv2D(n, 5, strides=stride, padding="same", activation=activation)
+            for n, stride in zip(filters, strides or [2] * len(filters), strict=True)
         ]
         self.flatten = keras.layers.Flatten()
         self.dense = keras.layers.Dense(features, activation=activation)
@@ -123,10 +130,11 @@ class DenseDecoder(Restorable, keras.Model):
 
 @_register
 class ConvDecoder(Restorable, keras.Model):
-    """Likelihood parameters of an image by transposed 5x5 convolutions of stride 2.
+    """Likelihood parameters of an image by transposed 5x5 convolutions.
 
-    [..., latent] -> [..., height, width, channels, parameters]. `filters` are those of the trunk
-    that it mirrors; sizes that are no power of two are cropped from the next larger one.
+    [..., latent] -> [..., height, width, channels, parameters]. `filters` and `strides` are those
+    of the trunk that it mirrors; sizes that the strides do not divide are cropped from the next
+    larger one.
     """
 
     def __init__(
@@ -134,6 +142,7 @@ class ConvDecoder(Restorable, keras.Model):
         event_shape: Sequence[int],
         parameters: int,
         filters: Sequence[int],
+        strides: Sequence[int] = (),
         activation: str = "relu",
         **kwargs,
     ):
@@ -141,16 +150,15 @@ class ConvDecoder(Restorable, keras.Model):
         height, width, channels = event_shape
         self.output_event = (*event_shape, parameters)
         self.image_size = (height, width)
-        down = 2 ** len(filters)
+        first, *inner = strides or [2] * len(filters)
+        down = math.prod([first, *inner])
         self.start = (math.ceil(height / down), math.ceil(width / down), filters[-1])
         self.dense = keras.layers.Dense(math.prod(self.start), activation=activation)
         self.convolutions = [
-            keras.layers.Conv2DTranspose(n, 5, strides=2, padding="same", activation=activation)
-            for n in reversed(filters[:-1])
+            keras.layers.Conv2DTranspose(n, 5, stride, padding="same", activation=activation)
+            for n, stride in zip(reversed(filters[:-1]), reversed(inner), strict=True)
         ]
-        self.head = keras.layers.Conv2DTranspose(
-            channels * parameters, 5, strides=2, padding="same"
-        )
+        self.head = keras.layers.Conv2DTranspose(channels * parameters, 5, first, padding="same")
 
     def call(self, z):
         """[..., latent] -> [..., height, width, channels, parameters]."""

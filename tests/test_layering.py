@@ -46,6 +46,7 @@ ORDER = [
     "avb_tf.training",
     "avb_tf.results",
     "avb_tf.evaluation",
+    "avb_tf.benchmark",
     "avb_tf.command_line",
 ]
 

@@ -50,7 +50,7 @@ def relu(values):
 
 TRUNKS = {
     "dense": lambda: DenseTrunk(6, 2, "tanh"),
-    "conv": lambda: ConvTrunk((3, 4), 6, "tanh"),
+    "conv": lambda: ConvTrunk((3, 4), 6, activation="tanh"),
 }
 
 
@@ -95,7 +95,7 @@ def decoder_for(name, event, parameters=2):
     if name == "dense":
         decoder = DenseDecoder(event, parameters, 6, 2, "tanh")
     else:
-        decoder = ConvDecoder(event, parameters, (3, 4), "tanh")
+        decoder = ConvDecoder(event, parameters, (3, 4), activation="tanh")
     decoder(Z)
     return randomise(decoder)
 
@@ -248,10 +248,10 @@ RESTORABLE = {
     "DenseTrunk": (lambda: DenseTrunk(4, 2, "tanh"), [FLAT]),
     "ConvTrunk": (lambda: ConvTrunk([3, 4], 6, activation="tanh"), [IMAGE]),
     "DenseDecoder": (lambda: DenseDecoder((3, 2), 2, 6, 2, "tanh"), [Z]),
-    "ConvDecoder": (lambda: ConvDecoder((5, 4, 2), 1, [3, 4], "tanh"), [Z]),
+    "ConvDecoder": (lambda: ConvDecoder((5, 4, 2), 1, [3, 4], [1, 2], "tanh"), [Z]),
     **{name: (lambda maker=maker: maker(), [CONDITION, Z]) for name, maker in ADVERSARIES.items()},
     "ConvolutionalAdversary": (
-        lambda: ResidualAdversary(ConvTrunk((3,), 6, "tanh"), width=8, depth=1),
+        lambda: ResidualAdversary(ConvTrunk((3,), 6, activation="tanh"), width=8, depth=1),
         [IMAGE, Z],
     ),
     "GaussianEncoder": (

@@ -1,0 +1,247 @@
+"""How fast a config trains here, beside this machine's measured peak and a step written plainly."""
+
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import ml_collections
+import numpy as np
+import tensorflow as tf
+
+from avb_tf import callbacks, checkpoints, configuration, data, objectives, training
+from avb_tf import contrast as contrasts
+from avb_tf.data import pipeline
+from avb_tf.errors import UserError
+from avb_tf.likelihoods import log_likelihood
+from avb_tf.model import AVB
+
+FILE = "benchmark.json"
+REPEATS = 30  # of each of the functions timed in turn
+_TRAIN = 3  # any stream of noise
+
+
+def benchmark(config: ml_collections.ConfigDict, workdir: Path, baseline: str = "") -> None:
+    """Times the config's step and all around it, prints a table and writes `benchmark.json`.
+
+    Args:
+      config: of the run; nothing is trained.
+      workdir: for the file.
+      baseline: another such file; the table shows ratios to it.
+    Raises:
+      UserError: bad data, parts that do not fit, or no such baseline.
+    """
+    before = _read(Path(baseline)) if baseline else {}
+    source = data.load(config.data)
+    found = {f"machine: {name}": value for name, value in _machine().items()}
+    step = _step(config, source.event_shape)
+    found |= {f"step: {name}": value for name, value in step.items()}
+    peak = found["machine: matmul float32 GFLOP/s"]
+    found["step: % of the matmul peak"] = 100.0 * step["GFLOP/s"] / peak
+    around = _around(config, source, step["seconds"])
+    found |= {f"beside the step: {name}": value for name, value in around.items()}
+    found |= {f"start-up: {name}": value for name, value in _start_up().items()}
+    found["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    workdir.mkdir(parents=True, exist_ok=True)
+    configuration.write_atomically(workdir / FILE, json.dumps(found, indent=2) + "\n")
+    for name, value in found.items():
+        ratio = f"{value / before[name]:8.2f} x" if before.get(name) else ""
+        print(f"{name:56} {value:12.4g} {ratio}")
+    print(workdir / FILE)
+
+
+def _read(file: Path) -> dict[str, float]:
+    try:
+        found = json.loads(file.read_text())
+        if not all(isinstance(value, float) for value in found.values()):
+            raise ValueError("it holds other values than numbers")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"cannot use --baseline={file}: {error}; expected a {FILE} of --mode=benchmark"
+        ) from error
+    return found
+
+
+def reference_step(model: AVB, x) -> None:
+    """The step of one adversary step as it is first written down, for comparison.
+
+    The adversary is called twice on whole inputs, x's branch with it; one tape for everything.
+    """
+    adversary: Any = model.adversary
+    noise, z_contrast = model._noises(x, _TRAIN)
+    with tf.GradientTape(persistent=True) as tape:
+        posterior = model.encoder(x, noise, training=True)
+        r = model.contrast(posterior)
+        condition = model._condition(x, posterior, r)
+        t = adversary(condition, contrasts.whiten(posterior.z, r))
+        t_contrast = adversary(condition, z_contrast)
+        outputs = model.decoder(posterior.z[: model.draws])
+        reconstruction = tf.reduce_mean(log_likelihood(model.likelihood, outputs, x))
+        kl = tf.reduce_mean(contrasts.divergence(r, model.prior) + t)
+        loss = kl - reconstruction
+        adversary_loss = tf.reduce_mean(objectives.adversary_loss(t, t_contrast))
+    primal, dual = model.primal_variables, adversary.trainable_variables
+    model.optimizer.apply(tape.gradient(loss, primal), primal)
+    model.adversary_optimizer.apply(tape.gradient(adversary_loss, dual), dual)
+    model._average()
+    model.step.assign_add(1)
+
+
+def seconds_of(*functions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+    """Median seconds of each, called in turn so that all meet the same machine."""
+    times = [[] for _ in functions]
+    for function in functions:
+        function()  # traced, and its memory touched
+    for _ in range(repeats):
+        for function, own in zip(functions, times, strict=True):
+            began = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - began)
+    return [statistics.median(own) for own in times]
+
+
+def arithmetic(function) -> int:
+    """Floating point operations in the products of a traced function, shapes known throughout.
+
+    Counts what the outputs and the assignments need: a graph also holds gradients of weights that
+    nobody asked for, which never run.
+    """
+    graph = function.graph
+    needed, stack = set(), [t.op for t in graph.outputs]
+    stack += [op for op in graph.get_operations() if "Apply" in op.type or "Assign" in op.type]
+    while stack:
+        if (op := stack.pop()) not in needed:
+            needed.add(op)
+            stack += [t.op for t in op.inputs] + list(op.control_inputs)
+    return sum(_products(op) for op in needed)
+
+
+def _products(op) -> int:
+    def size(shape):
+        return int(np.prod(shape.as_list()))
+
+    if op.type == "MatMul":
+        inner = op.inputs[0].shape[0 if op.get_attr("transpose_a") else 1]
+        return 2 * inner * size(op.outputs[0].shape)
+    if op.type == "BatchMatMulV2":
+        inner = op.inputs[0].shape[-2 if op.get_attr("adj_x") else -1]
+        return 2 * inner * size(op.outputs[0].shape)
+    kernel_and_image = {
+        "Conv2D": lambda: (op.inputs[1].shape, op.outputs[0].shape),
+        "Conv2DBackpropInput": lambda: (op.inputs[1].shape, op.inputs[2].shape),
+        "Conv2DBackpropFilter": lambda: (_shape_behind(op.inputs[1]), op.inputs[2].shape),
+    }
+    if op.type in kernel_and_image:
+        kernel, image = kernel_and_image[op.type]()
+        return 2 * size(image) * size(kernel[:3])
+    return 0
+
+
+def _shape_behind(sizes) -> tf.TensorShape:
+    """The static shape of what the op Shape or ShapeN was asked for."""
+    return sizes.op.inputs[sizes.value_index].shape
+
+
+def _machine() -> dict[str, float]:
+    """Peaks of this machine in GFLOP/s: a product and a convolution that keep it busiest."""
+    found = {}
+    for dtype in (tf.float32, tf.bfloat16):
+        a = tf.cast(tf.random.stateless_normal([4096, 4096], [0, 0]), dtype)
+        image = tf.cast(tf.random.stateless_normal([128, 14, 14, 256], [0, 1]), dtype)
+        kernel = tf.cast(tf.random.stateless_normal([5, 5, 256, 256], [0, 2]), dtype)
+        product = tf.function(lambda a=a: tf.reduce_sum(a @ a))
+        convolution = tf.function(
+            lambda i=image, k=kernel: tf.reduce_sum(tf.nn.conv2d(i, k, 1, "SAME"))
+        )
+        for name, function in (("matmul", product), ("convolution", convolution)):
+            (seconds,) = seconds_of(lambda f=function: f().numpy(), repeats=7)
+            flops = arithmetic(function.get_concrete_function())
+            found[f"{name} {dtype.name} GFLOP/s"] = flops / seconds / 1e9
+    return found
+
+
+def _step(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
+    x = tf.zeros([config.batch_size, *event_shape])
+    model = training.create(config, event_shape)
+    began = time.perf_counter()
+    step = tf.function(model.train_step, jit_compile=model.jit_compile)
+    flops = arithmetic(step.get_concrete_function(x))
+    step(x)
+    found = {"compile seconds": time.perf_counter() - began}
+    functions = [lambda: step(x)]
+    if model.adversary is not None:
+        dual = tf.function(lambda: model._dual_step(x, model.encoder.parameters(x), _TRAIN))
+        plain = training.create(config, event_shape)
+        plain.compile(*(keras.optimizers.Adam(1e-4, global_clipnorm=100.0) for _ in range(2)))
+        reference = tf.function(lambda: reference_step(plain, x))
+        functions += [dual, reference]
+    seconds = seconds_of(*functions)
+    found |= {
+        "seconds": seconds[0],
+        "examples per second": config.batch_size / seconds[0],
+        "GFLOP": flops / 1e9,
+        "GFLOP/s": flops / seconds[0] / 1e9,
+    }
+    if model.adversary is not None:
+        found |= {
+            "seconds of a dual step alone": seconds[1],
+            "seconds of the plainly written step": seconds[2],
+            "ratio to the plainly written step": seconds[0] / seconds[2],
+        }
+    return found
+
+
+def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> dict[str, float]:
+    """What training does beside its steps, each at its rate in the config, as a share of a step."""
+    model = training.create(config, source.event_shape)
+    binary = model.likelihood.binary
+    batches = iter(pipeline.training_batches(source.train, config.batch_size, 0, 0, 2**31))
+    validation = pipeline.evaluation_batches(source.validation, config.batch_size, binary)
+    validation = validation.take(math.ceil(training.FIGURE_EXAMPLES / config.batch_size)).cache()
+    held_out = pipeline.examples(source.validation, training.FIGURE_EXAMPLES, binary)
+    with tempfile.TemporaryDirectory() as directory:
+        workdir = Path(directory)
+        drawn = callbacks.Figures(workdir, config.figures_every, held_out)
+        drawn.set_model(model)
+        parts = {
+            "a batch": (1, lambda: next(batches)),
+            "validation": (
+                config.log_every,
+                lambda: model.evaluate(validation, verbose=0, return_dict=True),
+            ),
+            "a checkpoint": (config.checkpoint_every, lambda: checkpoints.save(model, workdir, 1)),
+            "figures": (config.figures_every, drawn.draw),
+        }
+        found, total = {}, 0.0
+        for name, (every, function) in parts.items():
+            (seconds,) = seconds_of(function, repeats=3 if every > 1 else 100)
+            found[f"seconds of {name}"] = seconds
+            total += seconds / every if every else 0.0
+    found["share of wall time, %"] = 100.0 * total / (total + step_seconds)
+    return found
+
+
+def _start_up() -> dict[str, float]:
+    """Seconds of fresh processes."""
+    commands = {
+        "import tensorflow": ["-c", "import tensorflow"],
+        "import avb_tf": ["-c", "import avb_tf; avb_tf.AVB"],
+        "--help": ["-c", "from avb_tf.command_line import main; main(['avb-tf', '--help'])"],
+    }
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
+    runs = [
+        lambda arguments=arguments: subprocess.run([sys.executable, *arguments], **quiet)
+        for arguments in commands.values()
+    ]
+    return {
+        f"seconds of {name}": seconds
+        for name, seconds in zip(commands, seconds_of(*runs, repeats=3), strict=True)
+    }
