@@ -73,10 +73,6 @@ class AuxiliaryEncoder(Encoder):
         log_prob = q_a.log_prob(a) + q_z.log_prob(z) - r_a.log_prob(a)
         return Posterior(z, *moments_of_draws(z), log_prob=log_prob)
 
-    def call(self, x, noise, training=False):
-        """x [batch, *event], noise [samples, batch, auxiliary + latent] -> Posterior."""
-        return self.draw(self.parameters(x), noise, training)
-
 
 def _gaussian(mean, log_scale):
     """Batch [...], event [dim]."""

@@ -100,7 +100,3 @@ class InverseAutoregressiveEncoder(Encoder):
             log_prob -= tf.reduce_sum(tf.math.log_sigmoid(logit + OPEN), -1)
             z = tf.reverse(z, [-1])  # the next step reads them in the other order
         return Posterior(z, *moments_of_draws(z), log_prob=log_prob)
-
-    def call(self, x, noise, training=False):
-        """x [batch, *event], noise [samples, batch, latent] -> Posterior."""
-        return self.draw(self.parameters(x), noise, training)

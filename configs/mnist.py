@@ -15,4 +15,6 @@ def get_config(method="avb_ac"):
     config.name = f"mnist-{method}"
     config.data.name = "mnist"
     config.steps = 40_000
+    config.log_every = 1000
+    config.checkpoint_every = config.figures_every = 5000
     return config

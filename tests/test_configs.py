@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from avb_tf import checkpoints, configuration, methods, training
-from configs import celeba
+from configs import celeba, mnist_conv
 
 NARROW = {"filters": (4, 8, 8, 8), "width": 16, "adversary_width": 16, "bases": 4, "basis_width": 8}
 
@@ -16,7 +16,7 @@ def shorten(config, steps=2):
     return config
 
 
-@pytest.mark.parametrize("module", [celeba])
+@pytest.mark.parametrize("module", [celeba, mnist_conv])
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_has_a_valid_config(module, method):
     config = module.get_config(method)
@@ -37,3 +37,21 @@ def test_celeba_trains_on_a_folder_of_images(tmp_path):
     model = checkpoints.load(tmp_path / "run")
     assert int(model.step.value) == 2
     assert model.sample(2).shape == (2, 64, 64, 3)
+
+
+@pytest.mark.parametrize("latents", ["", "-32"])
+def test_mnist_conv_trains_with_the_authors_networks_made_narrow(latents, tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", x_train=rng.integers(0, 256, (30, 28, 28, 1), np.uint8))
+    config = shorten(mnist_conv.get_config(f"avb_ac_paper{latents}"))
+    config.model.update(NARROW | {"products": 16, "adversary_depth": 1})
+    config.monitor.examples, config.monitor.samples = 2, 4
+    config.data.name, config.data.path = "npz", str(tmp_path / "x.npz")
+    training.train(config, tmp_path / "run")
+    model = checkpoints.load(tmp_path / "run")
+    assert int(model.step.value) == 2
+    assert model.encode(rng.random((3, 28, 28, 1), np.float32)).shape == (
+        1,
+        3,
+        int(latents[1:] or 8),
+    )
