@@ -209,7 +209,7 @@ def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> d
     held_out = pipeline.examples(source.validation, training.FIGURE_EXAMPLES, binary)
     with tempfile.TemporaryDirectory() as directory:
         workdir = Path(directory)
-        drawn = callbacks.Figures(workdir, config.figures_every, held_out)
+        drawn = callbacks.Figures(workdir, config.figures_every, config.steps, held_out)
         drawn.set_model(model)
         parts = {
             "a batch": (1, lambda: next(batches)),

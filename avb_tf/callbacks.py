@@ -1,26 +1,96 @@
 """Keras callbacks: what happens between steps."""
 
 import math
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
+from absl import logging
 
-from avb_tf import checkpoints, figures
-from avb_tf.errors import UserError
+from avb_tf import checkpoints, figures, replicas
+from avb_tf.errors import DivergenceError
+
+PREEMPTED = 128 + signal.SIGTERM  # exit status, as a shell has it of a process so ended
 
 
-class StopOnNonFinite(keras.callbacks.Callback):
-    """Ends training where the bound is no number, before a checkpoint holds it."""
+class Guard(keras.callbacks.Callback):
+    """Ends `fit` where training has left the numbers, before a checkpoint holds what is left."""
+
+    def __init__(self, patience: int):
+        super().__init__()
+        self.patience = patience
+
+    def on_train_begin(self, logs=None):
+        """Counts what is skipped from here on."""
+        self.skipped = int(self.model.skipped.numpy())
 
     def on_train_batch_end(self, batch, logs=None):
-        """Reads the running mean, which one bad step spoils for good."""
+        """Reads the running mean, which one bad step spoils for good where none is skipped."""
+        step = int(self.model.step.numpy())
+        if (count := int(self.model.skipped_in_a_row.numpy())) >= self.patience:
+            raise DivergenceError(f"loss or gradient is no number in {count} steps up to {step}")
         if not math.isfinite(elbo := (logs or {})["elbo"]):
-            raise UserError(
-                f"elbo is {elbo} at step {int(self.model.step.value)}; expected a number; lower "
-                "config.optimizer.learning_rate, in another --workdir"
-            )
+            raise DivergenceError(f"elbo is {elbo} at step {step}")
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Says how many steps were skipped."""
+        before, self.skipped = self.skipped, int(self.model.skipped.numpy())
+        if self.skipped > before:
+            logging.warning(
+                "%d of the steps up to %d skipped, their loss or gradient is no number; %d in all",
+                self.skipped - before, int(self.model.step.numpy()), self.skipped,
+            )  # fmt: skip
+
+
+class SaveWhenTerminated(keras.callbacks.Callback):
+    """On SIGTERM, the notice of most schedulers: saves, and exits with status 143.
+
+    The handler waits for the call of the graph to end, so a call must not take long.
+
+    Args:
+      save: writes a checkpoint, on the chief.
+      strategy: of the model; its workers leave together.
+    """
+
+    def __init__(self, save: Callable[[], Any], strategy: tf.distribute.Strategy):
+        super().__init__()
+        self.save, self.strategy = save, strategy
+        self.asked = False
+
+    def on_train_begin(self, logs=None):
+        """Listens from here on."""
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Leaves between two steps."""
+        if replicas.sum_over_workers(self.strategy, int(self.asked)):
+            self.save()
+            raise SystemExit(PREEMPTED)
+
+    def on_train_end(self, logs=None):
+        """Leaves the signal to whoever had it."""
+        signal.signal(signal.SIGTERM, self.before)
+
+
+class Stopwatch(keras.callbacks.Callback):
+    """Seconds of the fastest call of the training graph."""
+
+    seconds = math.inf
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Starts."""
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Stops."""
+        self.seconds = min(self.seconds, time.perf_counter() - self.began)
 
 
 class StopAtStep(keras.callbacks.Callback):
@@ -32,26 +102,25 @@ class StopAtStep(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Asks the model, whose count outlives a run that is resumed."""
-        if int(self.model.step.value) >= self.step:
+        if int(self.model.step.numpy()) >= self.step:
             self.model.stop_training = True
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves every `every` steps and at the end, keeping the newest `keep`."""
+    """Saves every `every` steps and at the step `last`, keeping the newest `keep`."""
 
-    def __init__(self, workdir: Path, every: int, keep: int):
+    def __init__(self, workdir: Path, every: int, keep: int, last: int):
         super().__init__()
-        self.workdir, self.every, self.keep = workdir, every, keep
+        self.workdir, self.every, self.keep, self.last = workdir, every, keep, last
 
     def on_epoch_end(self, epoch, logs=None):
         """An epoch ends every config.log_every steps, of which `every` is a multiple."""
-        if int(self.model.step.value) % self.every == 0:
-            checkpoints.save(self.model, self.workdir, self.keep)
+        if _is_due(self.model, self.every, self.last):
+            self.save()
 
-    def on_train_end(self, logs=None):
-        """The last step."""
-        if int(self.model.step.value) % self.every:
-            checkpoints.save(self.model, self.workdir, self.keep)
+    def save(self):
+        """Writes a checkpoint now."""
+        checkpoints.save(self.model, self.workdir, self.keep)
 
 
 class Scalars(keras.callbacks.Callback):
@@ -66,46 +135,45 @@ class Scalars(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         """Starts the clock."""
-        self.began, self.first = time.perf_counter(), int(self.model.step.value)
+        self.began, self.first = time.perf_counter(), int(self.model.step.numpy())
 
     def on_epoch_end(self, epoch, logs=None):
         """Writes the means over the epoch; `val_` is Keras's prefix for validation."""
-        step = int(self.model.step.value)
+        step = int(self.model.step.numpy())
         seconds = time.perf_counter() - self.began
         values = dict(logs or {}, steps_per_second=(step - self.first) / seconds)
+        values["skipped_steps"] = int(self.model.skipped.numpy())
         for name, value in values.items():
             side = "validation" if name.startswith("val_") else "train"
             with self.writers[side].as_default(step):
                 tf.summary.scalar(name.removeprefix("val_"), value)
-
-    def on_train_end(self, logs=None):
-        """Closes the files."""
         for writer in self.writers.values():
-            writer.close()
+            writer.flush()  # what is logged survives the process
 
 
 class Figures(keras.callbacks.Callback):
     """Figures of held-out examples, as PNG in the workdir and as images in TensorBoard."""
 
-    def __init__(self, workdir: Path, every: int, x, labels=None):
+    def __init__(self, workdir: Path, every: int, last: int, x, labels=None):
         super().__init__()
-        self.workdir, self.every, self.x, self.labels = workdir, every, x, labels
+        self.workdir, self.every, self.last, self.x, self.labels = workdir, every, last, x, labels
         self.writer = tf.summary.create_file_writer(str(workdir / "logs" / "validation"))
 
     def on_epoch_end(self, epoch, logs=None):
-        """Every `every` steps, a multiple of an epoch's."""
-        if self.every and int(self.model.step.value) % self.every == 0:
+        """Every `every` steps, a multiple of an epoch's, and at the step `last`."""
+        if _is_due(self.model, self.every, self.last):
             self.draw()
-
-    def on_train_end(self, logs=None):
-        """Once more, with the final weights."""
-        self.draw()
-        self.writer.close()
 
     def draw(self):
         """Draws all figures at the current step."""
         drawn = figures.of_model(self.model, self.x, self.labels)
         paths = figures.save(drawn, self.workdir / "figures")
-        with self.writer.as_default(int(self.model.step.value)):
+        with self.writer.as_default(int(self.model.step.numpy())):
             for name, path in zip(drawn, paths, strict=True):
                 tf.summary.image(name, tf.io.decode_png(path.read_bytes(), 3)[tf.newaxis])
+        self.writer.flush()
+
+
+def _is_due(model, every: int, last: int) -> bool:
+    step = int(model.step.numpy())
+    return step >= last or bool(every and step % every == 0)

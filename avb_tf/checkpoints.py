@@ -8,9 +8,10 @@ import zipfile
 from pathlib import Path
 
 import keras
+import numpy as np
 from absl import logging
 
-from avb_tf.errors import UserError
+from avb_tf.errors import DivergenceError, UserError
 from avb_tf.model import AVB
 
 DIRECTORY = "checkpoints"
@@ -18,13 +19,23 @@ _MEMBERS = {"config.json", "model.weights.h5"}  # of the archive
 
 
 def save(model: AVB, workdir: Path, keep: int) -> Path:
-    """Writes the model at its step, whole or not at all, and keeps the newest `keep`."""
+    """Writes the model at its step, whole or not at all, and keeps the newest `keep`.
+
+    Raises:
+      DivergenceError: a weight is no number; nothing is written.
+    """
+    optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o is not None]
+    for variable in [*model.variables, *(v for o in optimizers for v in o.variables)]:
+        if not np.isfinite(variable.numpy()).all():
+            raise DivergenceError(f"{variable.path} is no number at step {int(model.step.numpy())}")
     directory = workdir / DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step_{int(model.step.value):09d}.keras"
+    path = path_of(workdir, int(model.step.numpy()))
     temporary = directory / f"partial_{os.getpid()}.keras"
     try:
         model.save(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written)  # a name may reach the disk before what it names
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -53,17 +64,14 @@ def latest(workdir: Path) -> Path | None:
     return paths[len(damaged)] if paths else None
 
 
-def restore(model: AVB, workdir: Path) -> bool:
-    """Gives `model` the state of the newest checkpoint; False if there is none.
+def restore(model: AVB, path: Path) -> None:
+    """Gives `model` the state in `path`.
 
     Raises:
-      UserError: it is not this program's, or of another model.
+      UserError: it is not there, not this program's, or of another model.
     """
-    path = latest(workdir)
-    if path is not None:
-        with _explained(path):
-            model.load_weights(path)
-    return path is not None
+    with _explained(path):
+        model.load_weights(path)
 
 
 def load(workdir: Path) -> AVB:
@@ -91,6 +99,16 @@ def _explained(path: Path):
             f"{path} cannot be loaded ({error!s:.200}); expected a checkpoint of this program; "
             "remove it to use the one before"
         ) from error
+
+
+def path_of(workdir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return workdir / DIRECTORY / f"step_{step:09d}.keras"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def _paths(workdir: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections.config_flags import config_flags
 
 from avb_tf import configuration
-from avb_tf.errors import UserError
+from avb_tf.errors import UserError, WorkerLostError
 
 USAGE = """Adversarial Variational Bayes.
 
@@ -50,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (UserError, OSError) as error:
         if "--debug" in argv:
             raise
-        if isinstance(error, OSError):
+        status = 2
+        if isinstance(error, WorkerLostError):
+            error, status = UserError(f"{error}; start all workers again to go on"), os.EX_TEMPFAIL
+        elif isinstance(error, OSError):
             error = UserError(f"{error}; check that path, and the space on its disk")
         print(f"avb-tf: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(status) from error
 
 
 def _imported(module: str) -> ModuleType:

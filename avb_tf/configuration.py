@@ -11,8 +11,8 @@ from avb_tf import methods
 from avb_tf.errors import UserError
 
 FILE = "config.json"
-# Fields that may differ between training and a later command: data may move.
-LATER = ("eval", "data.path")
+# Fields that may differ between training and a later command: data may move, and so may the run.
+LATER = ("eval", "data.path", "strategy")
 
 
 def default(method: str, **model) -> ml_collections.ConfigDict:
@@ -52,6 +52,13 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
         "samples": 256,  # importance samples for each
         "largest_gap": 3.0,  # nats that the ELBO may lie above their bound without a warning
     }
+    config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
+    config.guard = {
+        "enabled": True,  # skip steps whose loss or gradient is no number
+        "patience": 20,  # skipped steps in a row before training goes back to its last checkpoint
+        "rollbacks": 3,  # times it may, before it stops
+        "factor": 0.5,  # of both learning rates, at each rollback
+    }
     config.log_every = 500  # steps; also the length of a line of the progress bar
     config.checkpoint_every = 1000  # steps, a multiple of log_every
     config.keep_checkpoints = 3
@@ -77,7 +84,8 @@ _RANGES = (
         lambda value: 0 < value < 2**31,
         (
             "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
-            "data.image_size", "model.latent_dim", "model.width", "model.depth", "model.bases",
+            "guard.patience", "data.image_size", "model.latent_dim",
+            "model.width", "model.depth", "model.bases",
             "model.basis_width", "model.adversary_width", "model.adversary_depth",
             "model.products", "model.flow_steps", "model.flow_width",
             "model.draws", "model.adversary_draws", "model.adversary_steps",
@@ -91,8 +99,8 @@ _RANGES = (
         lambda value: 0 <= value < 2**31,
         (
             "figures_every", "model.noise_dim", "model.kl_annealing_steps", "model.seed",
-            "data.seed", "optimizer.adversary_warmup", "optimizer.clip_norm", "eval.examples",
-            "eval.posteriors", "eval.ais.examples",
+            "data.seed", "optimizer.adversary_warmup", "optimizer.clip_norm", "guard.rollbacks",
+            "eval.examples", "eval.posteriors", "eval.ais.examples",
         ),
     ),
     (
@@ -105,6 +113,7 @@ _RANGES = (
         lambda value: 0 <= value <= 1,
         ("optimizer.final", "optimizer.adversary_final"),
     ),
+    ("above 0 and below 1", lambda value: 0 < value < 1, ("guard.factor",)),
     (
         "2 or more and below 2^31",  # evaluation compares with half the grid
         lambda value: 2 <= value < 2**31,
@@ -115,6 +124,7 @@ _CHOICES = {
     "method": tuple(methods.METHODS),
     "data.channels": (1, 3),
     "optimizer.decay": ("cosine", "none"),
+    "strategy": ("auto", "one", "mirrored", "multi_worker", "tpu"),
     "eval.split": ("train", "validation", "test"),
 }
 

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The exceptions with a meaning of their own."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
     def __init__(self, message: str):
         """Makes one line of `message`, whatever it quotes."""
         super().__init__(" ".join(message.splitlines()))
+
+
+class DivergenceError(ArithmeticError):
+    """Training has left the numbers; going back to a checkpoint may help."""
+
+
+class WorkerLostError(ConnectionError):
+    """Another worker of the job is gone; the job has to be started again."""

@@ -15,7 +15,7 @@ from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS, log_likelihood
 from avb_tf.networks import Adversary, Restorable
-from avb_tf.replicas import stream_seed
+from avb_tf.replicas import rows, stream_seed
 
 # Saved models may hold an optimizer and a schedule of ours: whoever loads one has them registered.
 __all__ = ["AVB", "schedules"]
@@ -85,14 +85,20 @@ class AVB(Restorable, keras.Model):
         self.averaged_encoder = _copy(encoder) if ema_decay else encoder
         self.averaged_decoder = _copy(decoder) if ema_decay else decoder
         # Counts steps, not an optimizer's iterations: noise must go on where it stopped.
-        self.step = self.add_weight(
-            shape=(), dtype="int32", initializer="zeros", trainable=False, name="step",
-            aggregation="only_first_replica",
-        )  # fmt: skip
+        self.step = self._counter("step")
+        self.skipped = self._counter("skipped")  # steps whose loss or gradient was no number
+        self.skipped_in_a_row = self._counter("skipped_in_a_row")  # up to now
+        self.rollbacks = self._counter("rollbacks")  # to a checkpoint, with lower learning rates
         names = ["elbo", "log_likelihood", "kl"]
         names += ["adversary_loss", "adversary_accuracy"] if adversary else []
         self.means = {name: keras.metrics.Mean(name=name) for name in names}
         self._create_weights()
+
+    def _counter(self, name):
+        return self.add_weight(
+            shape=(), dtype="int32", initializer="zeros", trainable=False, name=name,
+            aggregation="only_first_replica",
+        )  # fmt: skip
 
     def _create_weights(self):
         """Runs every part once: all weights exist before an optimizer or a checkpoint sees them."""
@@ -203,7 +209,8 @@ class AVB(Restorable, keras.Model):
     def _noise(self, x, stream, dim):
         """Standard normal, [samples, batch, dim]."""
         shape = [self.samples, tf.shape(x)[0], dim]
-        return tf.random.stateless_normal(shape, stream_seed(self.seed, self.step.value, stream))
+        seed = stream_seed(self.seed, self.step.value, stream)
+        return rows(tf.random.stateless_normal, shape, seed, axis=1)
 
     def _noises(self, x, stream):
         """The encoder's noise, and the whitened draws of the contrast."""
@@ -216,7 +223,8 @@ class AVB(Restorable, keras.Model):
         x = tf.cast(keras.utils.unpack_x_y_sample_weight(data)[0], tf.float32)
         if self.likelihood.binary:
             seed = stream_seed(self.seed, self.step.value, _BINARISE)
-            x = tf.cast(tf.random.stateless_uniform(tf.shape(x), seed) < x, tf.float32)
+            uniform = rows(tf.random.stateless_uniform, tf.unstack(tf.shape(x)), seed, axis=0)
+            x = tf.cast(uniform < x, tf.float32)
         return x
 
     # Training.
@@ -313,25 +321,28 @@ class AVB(Restorable, keras.Model):
         and loops in a way that fails for several replicas.
         """
         if self.train_function is None or force:
-            self.train_function = self._loop(self.train_step, self.steps_per_execution)
+            self.train_function = self._loop(self.train_step, lambda: self.steps_per_execution)
         return self.train_function
 
     def make_test_function(self, force=False):
         """As `make_train_function`, a batch at a time."""
         if self.test_function is None or force:
-            self.test_function = self._loop(self.test_step, 1)
+            self.test_function = self._loop(self.test_step, lambda: 1)
         return self.test_function
 
     def _loop(self, step, count):
         if not self.run_eagerly:
             step = tf.function(step, jit_compile=self.jit_compile)
 
-        def run(iterator):
+        def run(iterator, count):
             for _ in tf.range(count):
                 self.distribute_strategy.run(step, (next(iterator),))
             return self.get_metrics_result()
 
-        return run if self.run_eagerly else tf.function(run, reduce_retracing=True)
+        if not self.run_eagerly:
+            run = tf.function(run, reduce_retracing=True)
+        # A tensor: another count is no other graph.
+        return lambda iterator: run(iterator, tf.constant(count()))
 
     # Use. All by the averaged networks; the same seed gives the same draws.
 

@@ -53,9 +53,6 @@ class Monitor(keras.callbacks.Callback):
         self.x, self.samples = tf.convert_to_tensor(x, tf.float32), samples
         self.largest_gap, self.directory = largest_gap, directory
         self.warned: set[str] = set()
-
-    def on_train_begin(self, logs=None):
-        """Compiles."""
         self._bounds = tf.function(self._bounds_of_model)
 
     def on_epoch_end(self, epoch, logs):
@@ -73,7 +70,7 @@ class Monitor(keras.callbacks.Callback):
             self._warn("gap", _GAP.format(elbo=elbo, gap=gap, count=count, step=self._step()))
 
     def _step(self):
-        return int(self.model.step.value)
+        return int(self.model.step.numpy())
 
     def _bounds_of_model(self):
         model, x = self.model, self.x

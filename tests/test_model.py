@@ -207,7 +207,7 @@ def test_averages_follow_their_definition():
 def test_without_averaging_there_is_one_set_of_networks():
     model = make("vae", ema_decay=0.0)
     assert model.averaged_decoder is model.decoder
-    assert len(model.weights) == len(model.primal_variables) + 1  # and the step
+    assert len(model.weights) == len(model.primal_variables) + 4  # and the counters
 
 
 def test_kl_annealing_weighs_the_kl_by_the_share_of_its_steps():

@@ -20,7 +20,6 @@ SATURATED = {"adversary_loss": 0.1, "adversary_accuracy": 0.99}
 def monitor(model, x, directory, samples=256, largest_gap=3.0):
     found = Monitor(x, samples, largest_gap, directory)
     found.set_model(model)
-    found.on_train_begin()
     return found
 
 

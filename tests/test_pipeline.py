@@ -92,3 +92,18 @@ def test_examples_are_the_first_of_evaluation(count, expected):
     x = pipeline.examples(GREY, count, binary=True, seed=2)
     batches = pipeline.evaluation_batches(GREY, 2, binary=True, seed=2)
     np.testing.assert_array_equal(x, np.concatenate(list(batches))[:expected])
+
+
+@pytest.mark.parametrize(("workers", "replicas"), [(1, 2), (2, 2), (3, 6)])
+def test_replicas_share_each_batch_in_order(workers, replicas):
+    def batches(worker=0, workers=1, replicas=1):
+        context = tf.distribute.InputContext(workers, worker, replicas)
+        found = pipeline.training_batches(GREY, 12, 0, 3, 10, context)
+        return np.stack([x.numpy() for x in found])
+
+    whole = batches()
+    assert len(whole) == 7
+    shares = [batches(worker, workers, replicas) for worker in range(workers)]
+    assert shares[0].shape[1] == 12 // replicas
+    joined = np.concatenate([s.reshape(7, 12 // workers, *whole.shape[2:]) for s in shares], 1)
+    np.testing.assert_array_equal(joined, whole)

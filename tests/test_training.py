@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from avb_tf import checkpoints, command_line, data, training
+from avb_tf import callbacks, checkpoints, command_line, data, training
 from configs import digits, four_points, mnist
 
 ROOT = Path(__file__).parents[1]
@@ -37,29 +37,35 @@ def state(workdir):
     return [keras.ops.convert_to_numpy(v) for v in variables]
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     flags = ["--config.model.adversary_steps=2", "--config.model.ema_decay=0.99"]
     subprocess.run([sys.executable, *command("avb_ac", whole, *flags)], check=True,
                    capture_output=True)  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, *command("avb_ac", killed, *flags)], stdout=subprocess.DEVNULL
-    )
-    directory = killed / checkpoints.DIRECTORY
-    deadline = time.monotonic() + 120
-    while not list(directory.glob("step_*0.keras")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    stopped_at = int(checkpoints.load(killed).step.value)
-    assert 0 < stopped_at < 200, "the kill came too late to mean anything"
-
-    subprocess.run([sys.executable, *command("avb_ac", killed, *flags)], check=True,
-                   capture_output=True)  # fmt: skip
-    expected, found = state(whole), state(killed)
+    resume = [sys.executable, *command("avb_ac", broken, *flags)]
+    stopped_at = 0
+    for sent, status in ((signal.SIGTERM, callbacks.PREEMPTED), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(resume, stdout=subprocess.DEVNULL)
+        while newest(broken) <= stopped_at and process.poll() is None:
+            time.sleep(0.01)
+        asked = time.monotonic()
+        process.send_signal(sent)
+        assert process.wait() == status
+        assert time.monotonic() - asked < 30
+        assert stopped_at < newest(broken) < 200, "the signal came too late to mean anything"
+        stopped_at = newest(broken)
+        assert int(checkpoints.load(broken).step.value) == stopped_at
+    subprocess.run(resume, check=True, capture_output=True)
+    expected, found = state(whole), state(broken)
     assert len(expected) == len(found) > 50
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def newest(workdir):
+    """The step of the newest checkpoint, 0 where there is none."""
+    names = sorted((workdir / checkpoints.DIRECTORY).glob("step_*.keras"))
+    return checkpoints.step_of(names[-1]) if names else 0
 
 
 @pytest.mark.parametrize("method", ["vae", "avb_ac"])
@@ -95,15 +101,16 @@ def test_the_adversary_warms_up_on_a_frozen_encoder():
 
 
 @pytest.mark.parametrize(
-    ("steps", "log_every", "expected"),
-    [(600, 500, 100), (7, 500, 7), (1009, 500, 1), (300, 20, 20)],
-)
-def test_steps_per_execution_divides_all_periods(steps, log_every, expected):
+    ("steps", "log_every", "seconds", "expected"),
+    [
+        (600, 500, 1e-3, 100), (7, 500, 1e-3, 7), (1009, 500, 1e-3, 1), (300, 20, 1e-3, 20),
+        (600, 500, 0.1, 10), (600, 500, 0.24, 4), (600, 500, 5.0, 1),
+    ],
+)  # fmt: skip
+def test_a_call_of_the_graph_divides_all_periods_and_is_short(steps, log_every, seconds, expected):
     config = digits.get_config("vae")
     config.steps, config.log_every = steps, log_every
-    config.model.update(TINY)
-    model = training.create(config, (8, 8, 1))
-    assert model.steps_per_execution == expected
+    assert training._steps_per_execution(config, seconds) == expected
 
 
 def test_logs_and_figures_of_a_run(tmp_path, capsys):

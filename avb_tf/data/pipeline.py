@@ -9,7 +9,12 @@ _BLOCK = 4096  # examples ordered in one go, in whole epochs: an op per epoch of
 
 
 def training_batches(
-    split: Split, batch_size: int, seed: int, first_step: int, last_step: int
+    split: Split,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    context: tf.distribute.InputContext | None = None,
 ) -> tf.data.Dataset:
     """Batches of the steps first_step, ..., last_step - 1: float32 [batch_size, *event].
 
@@ -17,7 +22,12 @@ def training_batches(
 
     Args:
       seed: of the orders.
+      context: where several replicas share each batch: this worker's part of it, in one element
+        [batch_size / replicas, *event] for each of its replicas.
     """
+    context = context or tf.distribute.InputContext()
+    own = batch_size // context.num_input_pipelines
+    first = own * context.input_pipeline_id
     epochs = -(-_BLOCK // split.size)
     first_block, offset = divmod(first_step * batch_size, epochs * split.size)
 
@@ -29,6 +39,10 @@ def training_batches(
 
     blocks = tf.data.Dataset.range(first_block, tf.int64.max).map(order)
     indices = blocks.rebatch(batch_size, drop_remainder=True).take(last_step - first_step)
+    if context.num_replicas_in_sync > 1:
+        share = batch_size // context.num_replicas_in_sync
+        indices = indices.map(lambda whole: whole[first : first + own])
+        indices = indices.rebatch(share, drop_remainder=True)
     return indices.map(split.read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
 
 

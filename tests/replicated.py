@@ -1,0 +1,64 @@
+"""A short run, as a process of its own: one device, two logical ones, or a worker of several.
+
+  python -m tests.replicated OUT STRATEGY STEPS_PER_EXECUTION METHOD STEPS
+
+Writes the final weights, optimizers and metrics to OUT, an .npz file.
+"""
+
+import os
+import sys
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from avb_tf import data, replicas, training
+from avb_tf.data import pipeline
+from configs import digits
+
+BATCH = 32
+
+
+def config(method):
+    """Everything that replicas might disagree on: dual steps, averages, clipping."""
+    config = digits.get_config(method)
+    config.model.update(width=16, bases=4, basis_width=8, adversary_width=16, products=8)
+    config.model.update(adversary_steps=2, ema_decay=0.9)
+    config.optimizer.clip_norm = 5.0  # of gradients whose norm is some 20 at first
+    config.batch_size = BATCH
+    return config
+
+
+def main(out, name, steps_per_execution, method, steps):
+    if name == "mirrored":
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * 2
+        )
+    strategy = replicas.strategy(name)
+    settings = config(method)
+    settings.steps = int(steps)
+    source = data.load(settings.data)
+    with strategy.scope():
+        model = training.create(settings, source.event_shape)
+    model.steps_per_execution = int(steps_per_execution)
+    history = model.fit(
+        strategy.distribute_datasets_from_function(
+            lambda context: pipeline.training_batches(
+                source.train, BATCH, 0, 0, settings.steps, context
+            )
+        ),
+        steps_per_epoch=settings.steps,
+        validation_data=pipeline.evaluation_batches(source.validation, BATCH, True).take(4),
+        verbose=0,
+    ).history
+    optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
+    variables = model.weights + [v for o in optimizers for v in o.variables]
+    found = {f"{i:03d} {v.path}": keras.ops.convert_to_numpy(v) for i, v in enumerate(variables)}
+    np.savez(out, **found, **{f"metric {k}": v[-1] for k, v in history.items()})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,132 @@
+"""Strategies by name, and a run that is the same on one device, on two, and on two machines."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from avb_tf import replicas
+from avb_tf.errors import UserError, WorkerLostError
+
+TWO = {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}
+
+
+def tf_config(cluster=TWO, kind="worker", index=0):
+    return json.dumps({"cluster": cluster, "task": {"type": kind, "index": index}})
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    monkeypatch.delenv("TPU_NAME", raising=False)
+
+
+# config.strategy, TF_CONFIG -> what the message has to name.
+MISTAKES = [
+    ("multi_worker", "", "TF_CONFIG names no cluster"),
+    ("multi_worker", "{}", "TF_CONFIG names no cluster"),
+    ("tpu", "", "no TPU answers"),
+    ("one", tf_config(), "TF_CONFIG names 2 tasks"),
+    ("mirrored", tf_config(), "TF_CONFIG names 2 tasks"),
+    ("auto", "{", "no such JSON"),
+    ("auto", "[1]", "no such JSON"),
+    ("auto", '{"cluster": [1]}', "no such JSON"),
+    ("auto", '{"cluster": {"worker": 5}}', "no such JSON"),
+    ("auto", tf_config({"worker": "127.0.0.1:1"}), "has the cluster"),
+    ("auto", tf_config({"worker": ["127.0.0.1"]}), "127.0.0.1"),
+    ("auto", tf_config({"worker": ["127.0.0.1:x"]}), "127.0.0.1:x"),
+    ("auto", tf_config({"worker": ["a:1", "a:1"]}), "a:1 twice"),
+    ("auto", tf_config({"worker": ["a:1"], "ps": ["a:2"]}), "'ps'"),
+    ("auto", tf_config(kind="chief"), "'chief'"),
+    ("auto", tf_config(index=2), "2"),
+    ("auto", tf_config(index=-1), "-1"),
+    ("auto", tf_config(index="0"), "'0'"),
+    ("auto", '{"cluster": {"worker": ["a:1", "a:2"]}}', "the task {}"),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "named"), MISTAKES)
+def test_a_mistake_is_named(monkeypatch, name, config, named):
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(UserError) as error:
+        replicas.strategy(name)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["", " ", "{}", tf_config({"worker": ["a:1"]})])
+def test_auto_is_one_device_where_there_is_one(monkeypatch, config):
+    monkeypatch.setenv("TF_CONFIG", config)
+    strategy = replicas.strategy("auto")
+    assert strategy is tf.distribute.get_strategy()
+    assert replicas.is_chief(strategy)
+    assert replicas.sum_over_workers(strategy, 7) == 7
+
+
+def test_several_gpus_are_all_taken(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["0", "1"])
+    made = []
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", made.append)
+    replicas.strategy("auto")
+    assert made == [["/device:CPU:0"]]  # the logical devices there are
+
+
+@pytest.mark.parametrize(
+    ("cluster", "kind", "index", "chief"),
+    [
+        (TWO, "worker", 0, True),
+        (TWO, "worker", 1, False),
+        ({"chief": ["a:1"], **TWO}, "chief", 0, True),
+        ({"chief": ["a:1"], **TWO}, "worker", 0, False),
+    ],
+)
+def test_one_task_writes(monkeypatch, cluster, kind, index, chief):
+    monkeypatch.setenv("TF_CONFIG", tf_config(cluster, kind, index))
+    monkeypatch.setattr(replicas, "_is_multi_worker", lambda strategy: True)
+    assert replicas.is_chief(tf.distribute.get_strategy()) == chief
+
+
+def test_a_batch_that_does_not_fall_into_equal_shares_is_refused():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    replicas.check_batch_size(7, strategy)
+    monkey = type("Three", (), {"num_replicas_in_sync": 3})()
+    replicas.check_batch_size(9, monkey)
+    with pytest.raises(UserError, match=r"batch_size is 128, over 3 replicas.*set it to 129"):
+        replicas.check_batch_size(128, monkey)
+
+
+def test_only_the_loss_of_a_worker_is_told_as_such(monkeypatch):
+    lost = tf.errors.UnavailableError(None, None, "Collective ops is aborted by: task 1\ndied")
+    strategy = tf.distribute.get_strategy()
+    with pytest.raises(tf.errors.UnavailableError), replicas.explained(strategy):
+        raise lost
+    monkeypatch.setattr(replicas, "_is_multi_worker", lambda strategy: True)
+    with (
+        pytest.raises(WorkerLostError, match="another worker is gone"),
+        replicas.explained(strategy),
+    ):
+        raise lost
+    with pytest.raises(tf.errors.ResourceExhaustedError), replicas.explained(strategy):
+        raise tf.errors.ResourceExhaustedError(None, None, "memory")
+
+
+def test_the_shares_of_the_noise_make_up_the_whole():
+    shape, seed = [2, 3, 4], [0, 1]
+    whole = tf.random.stateless_normal([2, 6, 4], seed)
+
+    class Context:
+        num_replicas_in_sync = 2
+
+        def __init__(self, replica):
+            self.replica_id_in_sync_group = replica
+
+    shares = []
+    for replica in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tf.distribute, "get_replica_context", lambda r=replica: Context(r))
+            shares.append(replicas.rows(tf.random.stateless_normal, shape, seed, axis=1))
+    np.testing.assert_array_equal(np.concatenate(shares, 1), whole)
+    np.testing.assert_array_equal(
+        replicas.rows(tf.random.stateless_normal, shape, seed, axis=1),
+        tf.random.stateless_normal(shape, seed),
+    )
