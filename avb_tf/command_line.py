@@ -19,6 +19,7 @@ USAGE = """Adversarial Variational Bayes.
 
   python main.py --config=configs/digits.py:avb_ac --mode=train_and_evaluate
   python main.py --workdir=runs/digits-avb_ac --mode=evaluate
+  python main.py --workdir=runs --mode=compare
 
 Any field of the config is a flag too, such as --config.steps=2000; `avb_tf/configuration.py` and
 `avb_tf/methods.py` list them. Once a run has been started its workdir knows its config. The same
@@ -31,6 +32,7 @@ MODES = {
     "evaluate": "avb_tf.evaluation:evaluate",
     "train_and_evaluate": "avb_tf.evaluation:train_and_evaluate",
     "sample": "avb_tf.evaluation:sample",
+    "compare": "avb_tf.comparison:compare",
     "benchmark": "avb_tf.benchmark:benchmark",
 }
 
@@ -98,8 +100,10 @@ def _define_flags() -> flags.FlagValues:
     return values
 
 
-def _parse(values: flags.FlagValues, argv: list[str]) -> tuple[ml_collections.ConfigDict, Path]:
-    """The config and the workdir that the flags name.
+def _parse(
+    values: flags.FlagValues, argv: list[str]
+) -> tuple[ml_collections.ConfigDict | None, Path]:
+    """The config, None for the runs that `compare` finds, and the workdir that the flags name.
 
     Raises:
       UserError: flags or a config that do not exist or do not fit.
@@ -110,6 +114,8 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> tuple[ml_collections.Co
         raise UserError(f"--{early[0]} stands before --config; put --config=FILE first")
     try:
         rest = values(argv, known_only=True)  # all but --config.FIELD, which the config defines
+        if values.mode == "compare":
+            return None, _compared(values, rest[1:])
         config = _config(values.config, values.workdir)
         method = config.get("method")
         config_flags.DEFINE_config_dict(
@@ -135,6 +141,16 @@ def _parse(values: flags.FlagValues, argv: list[str]) -> tuple[ml_collections.Co
     workdir = Path(values.workdir or Path("runs") / config.name).resolve()
     configuration.check_same_run(config, workdir)
     return config, workdir
+
+
+def _compared(values: flags.FlagValues, rest: list[str]) -> Path:
+    """The directory of the runs to compare; they bring their own configs."""
+    if rest or values.config or not values.workdir:
+        found = rest[0] if rest else f"--config={values.config}" if values.config else "neither"
+        raise UserError(
+            f"--mode=compare takes --workdir=DIR, the directory of the runs, alone; found {found}"
+        )
+    return Path(values.workdir).resolve()
 
 
 def _config(argument: str | None, workdir: str | None) -> ml_collections.ConfigDict:

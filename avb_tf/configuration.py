@@ -13,6 +13,22 @@ from avb_tf.errors import UserError
 FILE = "config.json"
 # Fields that may differ between training and a later command: data may move, and so may the run.
 LATER = ("eval", "data.path", "strategy")
+# What -1 in config.eval stands for. `paper` is the authors' protocol (320 examples, 8 chains, 2000
+# temperatures, 30 leapfrog steps) on more examples with more chains: for an accelerator.
+BUDGETS = {
+    "quick": {
+        "subset": 50, "repeats": 2, "simulated": 25, "gap": 25,
+        "ais.temperatures": 50, "ais.chains": 32, "ais.leapfrog_steps": 10,
+    },
+    "standard": {
+        "subset": 500, "repeats": 2, "simulated": 100, "gap": 100,
+        "ais.temperatures": 100, "ais.chains": 32, "ais.leapfrog_steps": 10,
+    },
+    "paper": {
+        "subset": 1000, "repeats": 10, "simulated": 200, "gap": 500,
+        "ais.temperatures": 2000, "ais.chains": 32, "ais.leapfrog_steps": 30,
+    },
+}  # fmt: skip
 
 
 def default(method: str, **model) -> ml_collections.ConfigDict:
@@ -65,14 +81,19 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
     config.figures_every = 5000  # steps, a multiple of log_every; 0: only at the end
     config.eval = {
         "split": "test",
-        "examples": 0,  # of the split; 0: all
+        "budget": "standard",  # quick, standard, paper (`BUDGETS`): all that is -1 below
+        "examples": 0,  # of the split, for the bound; 0: all
         "posteriors": 300,  # examples whose posterior is compared with the exact one, latent_dim 2
         "grid": 400,  # points along each side of the quadrature, latent_dim 2
-        "ais": {  # annealed importance sampling, other latent_dim
-            "examples": 100,  # the first so many; 0: none
-            "temperatures": 200,
-            "chains": 16,
+        "subset": -1,  # examples, the first so many, with importance sampling and AIS; 0: none
+        "repeats": -1,  # of 5000 importance samples
+        "ais": {  # annealed importance sampling; with two latents only where it is set
+            "temperatures": -1,  # 0: none
+            "chains": -1,
+            "leapfrog_steps": -1,
         },
+        "simulated": -1,  # examples drawn from the model, for AIS from both sides; 0: none
+        "gap": -1,  # examples whose inference gap is split; 0: none
     }
     return config
 
@@ -90,7 +111,7 @@ _RANGES = (
             "model.products", "model.flow_steps", "model.flow_width",
             "model.draws", "model.adversary_draws", "model.adversary_steps",
             "optimizer.learning_rate", "optimizer.adversary_learning_rate",
-            "eval.ais.temperatures", "eval.ais.chains", "monitor.examples", "monitor.samples",
+            "monitor.examples", "monitor.samples",
             "monitor.largest_gap",
         ),
     ),
@@ -100,8 +121,18 @@ _RANGES = (
         (
             "figures_every", "model.noise_dim", "model.kl_annealing_steps", "model.seed",
             "data.seed", "optimizer.adversary_warmup", "optimizer.clip_norm", "guard.rollbacks",
-            "eval.examples", "eval.posteriors", "eval.ais.examples",
+            "eval.examples", "eval.posteriors",
         ),
+    ),
+    (
+        "-1, or 0 or more and below 2^31",
+        lambda value: -1 <= value < 2**31,
+        ("eval.subset", "eval.simulated", "eval.gap", "eval.ais.temperatures"),
+    ),
+    (
+        "-1, or above 0 and below 2^31",
+        lambda value: value == -1 or 0 < value < 2**31,
+        ("eval.repeats", "eval.ais.chains", "eval.ais.leapfrog_steps"),
     ),
     (
         "0 or more and below 1",
@@ -126,6 +157,7 @@ _CHOICES = {
     "optimizer.decay": ("cosine", "none"),
     "strategy": ("auto", "one", "mirrored", "multi_worker", "tpu"),
     "eval.split": ("train", "validation", "test"),
+    "eval.budget": tuple(BUDGETS),
 }
 
 
@@ -191,14 +223,23 @@ def _get(config, name):
     return config
 
 
+def sizes(settings: ml_collections.ConfigDict) -> dict[str, int]:
+    """The sizes in `config.eval`, by names as in `BUDGETS`: its own, or else its budget's."""
+    budget = BUDGETS[settings.budget]
+    own = _flat(settings.to_dict())
+    return {name: size if own[name] == -1 else own[name] for name, size in budget.items()}
+
+
 def resolve(config: ml_collections.ConfigDict) -> dict:
     """The config as plain JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
-def digest(config: dict) -> str:
-    """Names a run by all that shaped its training."""
-    kept = sorted(item for item in _flat(config).items() if not _later(item[0]))
+def digest(config: dict, without: tuple[str, ...] = ()) -> str:
+    """Names a run by all that shaped its training, but for the fields in `without`."""
+    kept = sorted(
+        item for item in _flat(config).items() if not _later(item[0]) and item[0] not in without
+    )
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
 
 

@@ -4,19 +4,23 @@ import io
 import time
 from pathlib import Path
 
-import keras
 import ml_collections
 import numpy as np
-import tensorflow as tf
+from matplotlib.figure import Figure
 
-from avb_tf import checkpoints, configuration, data, figures, results, training
+from avb_tf import (
+    checkpoints,
+    configuration,
+    data,
+    estimate_figures,
+    estimates,
+    figures,
+    results,
+    training,
+)  # fmt: skip
 from avb_tf.data import pipeline
 from avb_tf.errors import UserError
-from avb_tf.likelihood_estimation import ais, quadrature
-from avb_tf.model import AVB
-
-DRAWS = 64  # of z for each x in the bound
-_SEED = 0  # of evaluation's own noise
+from avb_tf.estimates import Estimate
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -28,8 +32,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Estimates of the newest checkpoint, beside those of the runs next to it.
 
-    The bound with the adversary is never alone: beside it stands log p(x), exact with two latents,
-    together with KL(q(z|x) || p(z|x)) of a subset, and otherwise by AIS of a subset.
+    The bound with the adversary is never alone: beside it stands log p(x), exact with two latents
+    together with KL(q(z|x) || p(z|x)) of a subset, otherwise by AIS of a subset, which is itself
+    checked on data simulated from the model. `config.eval.budget` picks the sizes. An interrupted
+    evaluation goes on where it stopped when it is started again.
 
     Raises:
       UserError: no checkpoint, or bad data.
@@ -41,20 +47,16 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     count = min(config.eval.examples or split.size, split.size)
     x = pipeline.examples(split, count, model.likelihood.binary)
 
-    estimates = {}
-    name = "elbo" if model.adversary is None else "elbo_adversary"
-    estimates[name] = results.estimate(bound(model, x), draws=DRAWS)
-    if model.encoder.latent_dim == 2:
-        estimates |= _exact(model, x, config.eval)
-    elif config.eval.ais.examples:
-        estimates |= _annealed(model, x[: config.eval.ais.examples], config.eval.ais)
+    found, drawn = _estimates(model, x, config.eval, workdir / results.EVALUATION)
+    summaries = {
+        name: results.estimate(e.values, e.repeats, **e.settings) for name, e in found.items()
+    }
     if model.likelihood.bits_per_dim:
-        bits = 1.0 / (np.log(2.0) * np.prod(model.event_shape))
-        for key in [k for k in estimates if not k.startswith("kl")]:
-            mean, error = estimates[key]["mean"], estimates[key]["standard_error"]
-            estimates[f"bits_per_dim_{key}"] = {
-                **estimates[key], "mean": -bits * mean, "standard_error": bits * error,
-            }  # fmt: skip
+        summaries |= _bits_per_dim(summaries, int(np.prod(model.event_shape)))
+    warnings = _warnings(summaries)
+    values = {name: e.values for name, e in found.items() if not e.simulated}
+    results.save_values(workdir, x, values)
+    plain = configuration.resolve(config)
     results.save(
         workdir,
         {
@@ -64,14 +66,19 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
             "split": config.eval.split,
             "step": int(model.step.value),
             "seconds": round(time.perf_counter() - began, 2),
-            "config_hash": configuration.digest(configuration.resolve(config)),
-            "estimates": estimates,
+            "config_hash": configuration.digest(plain),
+            "family": configuration.digest(plain, without=("model.seed",)),  # of other seeds too
+            "budget": config.eval.budget,
+            "warnings": warnings,
+            "estimates": summaries,
         },
     )
     runs = results.siblings(workdir)
-    print(results.table(runs))
+    print(results.table(runs), results.quality(runs[workdir.name]), sep="\n\n")
+    print(*(f"Warning: {warning}" for warning in warnings), sep="\n")
     labels = None if split.labels is None else split.labels[:count]
-    paths = figures.save(figures.of_model(model, x, labels), workdir / "figures")
+    drawn |= figures.of_model(model, x, labels)
+    paths = figures.save(drawn, workdir / "figures")
     if model.encoder.latent_dim == 2:
         paths += _side_by_side(workdir, model, x, labels, runs)
     print(*paths, sep="\n")
@@ -93,53 +100,83 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
         print(*figures.save({"samples": figures.image_grid(draws, "Samples")}, workdir / "figures"))
 
 
-def bound(model: AVB, x, batch_size: int = 100) -> np.ndarray:
-    """The bound on log p(x) in nats, [count], with T as the model has it; the mean of `DRAWS` z.
-
-    Args:
-      model: any.
-      x: [count, *event].
-      batch_size: of the chunks it is computed in.
-    """
-    terms = tf.function(model.terms, reduce_retracing=True)
-    means = []
-    for i, chunk in enumerate(tf.data.Dataset.from_tensor_slices(x).batch(batch_size)):
-        shape = [DRAWS, len(chunk), model.encoder.noise_dim]
-        noise = tf.random.stateless_normal(shape, [_SEED, i])
-        means.append(tf.reduce_mean(terms(chunk, noise).elbo, 0))
-    return np.concatenate(means)
-
-
-def _exact(model, x, settings) -> dict:
-    """What only two latents allow."""
-    log_likelihood = quadrature.log_likelihood(model, x, settings.grid)
-    coarse = quadrature.log_likelihood(model, x, settings.grid // 2)
-    found = {
-        "log_likelihood_quadrature": results.estimate(
-            log_likelihood,
-            grid=settings.grid,
-            largest_change_from_half_the_grid=float(np.abs(log_likelihood - coarse).max()),
+def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict[str, Figure]]:
+    """All estimates by name, and the figures of how they came about."""
+    elbo = estimates.bound(model, x)
+    name = "elbo" if model.adversary is None else "elbo_adversary"
+    found = {name: Estimate(elbo, {"draws": estimates.DRAWS})}
+    planar = model.encoder.latent_dim == 2
+    if planar:
+        found |= estimates.exact(model, x, settings.grid, settings.posteriors)
+    sizes = configuration.sizes(settings)
+    subset = x[: sizes["subset"]]
+    chains = {name: sizes[f"ais.{name}"] for name in ("temperatures", "chains", "leapfrog_steps")}
+    if planar and settings.ais.temperatures == -1:
+        chains["temperatures"] = 0  # quadrature is exact
+    drawn, weights = {}, {}
+    if len(subset):
+        found["elbo_of_the_same_examples"] = Estimate(
+            elbo[: len(subset)], {"draws": estimates.DRAWS}
         )
-    }
-    if count := min(settings.posteriors, len(x)):
-        divergence = quadrature.posterior_divergence(model, x[:count], log_likelihood)
-        found["kl_q_exact_posterior"] = results.estimate(divergence)
+        weighted, kept = estimates.importance_weighted(model, subset, sizes["repeats"], directory)
+        found |= weighted
+        weights["importance sampling"] = kept.log_weights
+        if chains["temperatures"]:
+            annealed, kept_chains = estimates.annealed(model, subset, chains, directory)
+            found |= annealed
+            weights["AIS"] = kept_chains.log_weights
+            drawn["annealing"] = estimate_figures.annealing(kept_chains.acceptance)
+        drawn["convergence"] = estimate_figures.convergence(
+            estimates.CURVE, kept.bounds, {k: v.values[: len(subset)] for k, v in found.items()}
+        )
+        drawn["weights"] = estimate_figures.weights(weights)
+    if sizes["simulated"] and chains["temperatures"]:
+        found |= estimates.bidirectional(model, sizes["simulated"], chains, directory)
+    if gap := min(sizes["gap"], len(subset)):
+        known = [found[name].values for name in results.LOG_LIKELIHOODS if name in found]
+        # Both AIS and importance sampling are bounds from below: the higher mean is the better.
+        best = known[0][:gap] if planar else max((v[:gap] for v in known), key=np.mean)
+        found |= estimates.inference_gap(model, subset[:gap], best, elbo[:gap], directory)
+    return found, drawn
+
+
+def _bits_per_dim(summaries, dimensions) -> dict:
+    """The same in bits per dimension, falling where the estimates rise."""
+    bits = 1.0 / (np.log(2.0) * dimensions)
+    found = {}
+    for name, summary in summaries.items():
+        if name.startswith(("elbo", "log_likelihood")):
+            scaled = {k: bits * v for k, v in summary.items() if k.startswith("standard_error")}
+            found[f"bits_per_dim_{name}"] = summary | scaled | {"mean": -bits * summary["mean"]}
     return found
 
 
-def _annealed(model, x, settings) -> dict:
-    """AIS of a subset, and the bound of the same examples beside it."""
-    chunks = np.array_split(x, -(-len(x) // 25))
-    progress = keras.utils.Progbar(len(chunks), unit_name="chunk of AIS")
-    bounds = []
-    for chunk in chunks:
-        bounds.append(ais.log_likelihood(model, chunk, settings.temperatures, settings.chains)[0])
-        progress.add(1)
-    sizes = {"temperatures": settings.temperatures, "chains": settings.chains}
-    return {
-        "log_likelihood_ais": results.estimate(np.concatenate(bounds), **sizes),
-        "elbo_of_the_same_examples": results.estimate(bound(model, x), draws=DRAWS),
-    }
+def _warnings(summaries) -> list[str]:
+    """What a reader of the numbers has to know."""
+    found = []
+    best = results.best_log_likelihood(summaries)
+    bound = summaries.get("elbo_of_the_same_examples", summaries.get("elbo_adversary"))
+    if best and "elbo_adversary" in summaries:
+        excess = bound["mean"] - summaries[best]["mean"]
+        if excess > 0.05 + 2.0 * summaries[best].get("standard_error_over_repeats", 0.0):
+            found.append(
+                f"the adversary's bound lies {excess:.2f} nats above log p(x): the adversary is "
+                "wrong, so trust log p(x) alone"
+            )
+    for name in ("log_likelihood_iwae_5000", "log_likelihood_ais"):
+        share = summaries.get(name, {}).get("pareto_k_above_0.7")
+        if share and share > 0.1:
+            found.append(
+                f"{name}: Pareto k is above 0.7 for {share:.0%} of the examples, whose weights "
+                "few draws dominate; their log p(x) is likely higher"
+            )
+    gap = summaries.get("bdmc_gap")
+    if gap and gap["mean"] > 0.5:
+        found.append(
+            f"bdmc_gap is {gap['mean']:.2f} nats, so AIS may lie as far below log p(x); raise "
+            "config.eval.ais.temperatures or take --config.eval.budget=paper"
+        )
+    return found
 
 
 def _side_by_side(workdir, model, x, labels, runs) -> list[Path]:

@@ -22,11 +22,17 @@ class LinearDecoder(keras.Model):
         return self.dense(z)[..., tf.newaxis]
 
 
+def _normal(outputs):
+    return tfd.Normal(outputs[..., 0], SCALE)
+
+
+def _mean(outputs):
+    return outputs[..., 0]
+
+
 def make(monkeypatch):
     """The model, untrained, and the distribution of x."""
-    linear = likelihoods.Likelihood(
-        1, lambda o: tfd.Normal(o[..., 0], SCALE), lambda o: o[..., 0], False, False
-    )
+    linear = likelihoods.Likelihood(1, _normal, _mean, binary=False, bits_per_dim=False)
     monkeypatch.setitem(likelihoods.LIKELIHOODS, "linear", linear)
     encoder = GaussianEncoder(keras.layers.Flatten(), 2, full_covariance=True)
     decoder = LinearDecoder()

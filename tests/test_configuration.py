@@ -131,3 +131,28 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     configuration.write_atomically(file, "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "new"}
+
+
+def test_a_budget_sets_the_sizes_that_a_config_does_not():
+    settings = configuration.default("vae").eval
+    assert configuration.sizes(settings) == configuration.BUDGETS["standard"]
+    settings.budget = "paper"
+    settings.subset, settings.ais.chains = 7, 3
+    found = configuration.sizes(settings)
+    own = {"subset": 7, "ais.chains": 3}
+    assert found == configuration.BUDGETS["paper"] | own
+    authors = {"subset": 320, "ais.temperatures": 2000, "ais.chains": 8, "ais.leapfrog_steps": 30}
+    assert all(configuration.BUDGETS["paper"][name] >= size for name, size in authors.items())
+    for name, size in configuration.BUDGETS["quick"].items():
+        assert (
+            size <= configuration.BUDGETS["standard"][name] <= configuration.BUDGETS["paper"][name]
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eval.budget", "huge"), ("eval.subset", -2), ("eval.ais.chains", 0), ("eval.repeats", 0)],
+)
+def test_sizes_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match=rf"config\.{name} is "):
+        configuration.validate(changed(name, value))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from avb_tf import UserError, command_line, evaluation, results, training
+from avb_tf import UserError, command_line, estimates, evaluation, results, training
 from avb_tf.data import digits as digits_data
 from avb_tf.data import pipeline
 from configs import digits
@@ -17,7 +17,7 @@ def config(method="avb_ac", **changes):
     found = digits.get_config(method)
     found.steps, found.log_every, found.checkpoint_every, found.figures_every = 20, 10, 20, 0
     found.model.update(TINY | changes)
-    found.eval.update({"grid": 40, "posteriors": 2})
+    found.eval.update({"grid": 40, "posteriors": 2, "subset": 3, "repeats": 1, "gap": 0})
     return found
 
 
@@ -40,23 +40,54 @@ def test_the_bound_is_the_mean_of_its_terms_whatever_the_chunks():
     kl = 0.5 * (variance + np.asarray(posterior.mean) ** 2 - 1.0 - np.log(variance)).sum(1)
     expected = log_likelihood.mean(0) - kl
     # `bound` takes 64 draws of its own, here against 4000.
-    error = log_likelihood.std(0) * np.sqrt(1 / evaluation.DRAWS + 1 / 4000)
+    error = log_likelihood.std(0) * np.sqrt(1 / estimates.DRAWS + 1 / 4000)
     for batch_size in (6, 4):
-        found = evaluation.bound(model, x, batch_size)
+        found = estimates.bound(model, x, batch_size)
         assert (np.abs(found - expected) < 5 * error).all()
 
 
-def test_more_latents_are_estimated_by_ais(tmp_path):
+AIS = {"temperatures": 10, "chains": 4, "leapfrog_steps": 3}
+
+
+def test_more_latents_are_estimated_by_ais(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(estimates.chunks, "EXAMPLES", 2)
     changed = config("avb_ac", latent_dim=3)
-    changed.eval.ais.update({"examples": 5, "temperatures": 10, "chains": 4})
+    changed.eval.update({"subset": 5, "simulated": 4, "gap": 0})
+    changed.eval.ais.update(AIS)
     evaluation.train_and_evaluate(changed, tmp_path)
-    estimates = json.loads((tmp_path / results.FILE).read_text())["estimates"]
-    found = estimates["log_likelihood_ais"]
-    assert (found["count"], found["temperatures"], found["chains"]) == (5, 10, 4)
-    same = estimates["elbo_of_the_same_examples"]
-    assert same["count"] == 5
+    found = json.loads((tmp_path / results.FILE).read_text())["estimates"]
+    annealed = found["log_likelihood_ais"]
+    assert {k: annealed[k] for k in AIS} == AIS
+    assert len(annealed["acceptance_by_temperature"]) == 10
+    names = ["elbo_of_the_same_examples", "log_likelihood_ais"]
+    names += [f"log_likelihood_iwae_{k}" for k in (1, 100, 5000)]
+    for name in names:
+        assert found[name]["count"] == 5
     # Untrained, q is far from the posterior: AIS, too short as it is, lies above the bound.
-    assert found["mean"] > same["mean"] - 1.0
+    assert annealed["mean"] > found["elbo_of_the_same_examples"]["mean"] - 1.0
+    iwae = [found[f"log_likelihood_iwae_{k}"]["mean"] for k in (1, 100, 5000)]
+    assert iwae[0] < iwae[1] < iwae[2]
+    assert found["bdmc_gap"]["count"] == 4
+    assert found["bdmc_gap"]["mean"] == pytest.approx(
+        found["log_likelihood_bdmc_upper"]["mean"] - found["log_likelihood_bdmc_lower"]["mean"]
+    )
+    with np.load(tmp_path / "evaluation" / "per_example.npz", allow_pickle=False) as values:
+        assert len(np.unique(values["example"])) == len(values["elbo_adversary"])
+        for name in names:
+            assert values[name].mean() == pytest.approx(found[name]["mean"])
+    for name in ("convergence", "weights", "annealing"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "Pareto k" in capsys.readouterr().out
+
+    # Interrupted and started again: the same numbers, whichever chunks were finished.
+    lost = list((tmp_path / "evaluation").glob("*/chunk_001.npz"))
+    assert len(lost) == 3
+    for file in lost:
+        file.unlink()
+    evaluation.evaluate(changed, tmp_path)
+    again = json.loads((tmp_path / results.FILE).read_text())["estimates"]
+    for name, before in found.items():
+        assert again[name] | {"seconds": 0} == before | {"seconds": 0}, name
 
 
 def test_a_quantised_likelihood_is_told_in_bits_per_dimension_too(tmp_path):
@@ -86,7 +117,8 @@ def test_runs_whose_checkpoints_are_gone_stay_in_the_table(tmp_path, capsys):
         path.unlink()
     capsys.readouterr()
     command_line.main(["avb-tf", f"--workdir={tmp_path}/avb_ac", "--mode=evaluate"])
-    header, *_ = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
+    header = next(line for line in out.splitlines() if line.startswith("| nats per example"))
     assert [cell.strip() for cell in header.split("|")[2:-1]] == ["avb_ac", "vae"]
 
 

@@ -3,6 +3,14 @@
 Forward chains from a tractable start bound log p(x) from below; reverse chains from an exact draw
 of p(z|x), which only data simulated from the model have, bound it from above (bidirectional Monte
 Carlo: Grosse, Ghahramani and Adams, 2015). All chains of all examples run in one call of a graph.
+
+The transitions are Hamiltonian Monte Carlo of our own, not TFP's kernel: along the path
+
+    log start(z) + beta * excess(z),   excess(z) = log p(x, z) - log start(z)
+
+neither the excess nor its gradient depends on beta, so both outlive a change of temperature and
+cost one evaluation for each leapfrog step. TFP's kernel caches the density at one beta: kept, it
+biases the chain, and made anew at each temperature it costs an evaluation more.
 """
 
 from collections.abc import Callable
@@ -11,13 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
-from tensorflow_probability import mcmc
 
-from avb_tf import likelihoods
+from avb_tf.likelihood_estimation import target
 from avb_tf.model import AVB
 
-POSTERIOR_DRAWS = 256  # for the moments of a posterior of which only draws are known
-WIDENING = 1.3  # a start too narrow misses mass without a sign of it
+PILOT_CHAINS = 8  # enough for the mean acceptance that step sizes follow
 INITIAL_STEP = 0.3  # in coordinates where the start is standard normal
 TARGET_ACCEPTANCE = 0.7
 _ADAPTATION = 0.2  # of the log step size, for each unit of acceptance too much or too little
@@ -32,125 +38,194 @@ class Chains(NamedTuple):
     step_size: np.ndarray  # [K, batch], used at each temperature
 
 
+class Bidirectional(NamedTuple):
+    """Weights of chains for data simulated from a model."""
+
+    x: np.ndarray  # [batch, *event]
+    forward: np.ndarray  # [chains, batch], log weights for `lower_bound`
+    reverse: np.ndarray  # [chains, batch], log weights for `upper_bound`
+
+
+class _State(NamedTuple):
+    """Where chains stand, in coordinates w that whiten the start."""
+
+    w: tf.Tensor  # [chains, batch, latent]
+    excess: tf.Tensor  # [chains, batch]
+    gradient: tf.Tensor  # [chains, batch, latent], of the excess
+
+
 def sigmoid_schedule(temperatures: int, width: float = 4.0) -> np.ndarray:
     """Inverse temperatures from 0 to 1, [temperatures + 1], dense at both ends."""
     s = 1.0 / (1.0 + np.exp(-np.linspace(-width, width, temperatures + 1)))
     return ((s - s[0]) / (s[-1] - s[0])).astype(np.float32)
 
 
-def anneal(
-    log_joint: Callable[[tf.Tensor], tf.Tensor],
-    start,
-    betas: np.ndarray,
-    z,
-    step_size,
-    leapfrog_steps: int = 10,
-    adapt: bool = False,
-    seed: int = 0,
-) -> Chains:
-    """Chains from betas[0] to betas[-1] along (1 - beta) log start(z) + beta log p(x, z).
-
-    With ascending betas and z ~ start, the mean of exp(log_weights) is p(x) in expectation; with
-    descending ones and z ~ p(z|x) it is 1 / p(x). That holds for step sizes fixed beforehand, not
-    while they adapt: run once with `adapt`, then again with the step sizes that it found.
+class Annealer:
+    """Chains along (1 - beta) log start(z) + beta log p(x, z), in one compiled graph.
 
     Args:
-      log_joint: z [chains, batch, latent] -> log p(x, z), [chains, batch].
-      start: Gaussian with `loc` and `scale`, batch [batch], event [latent]; chains move in the
-        coordinates that it whitens, so that one step size serves all latents of an example.
-      betas: [K + 1], monotone.
-      z: [chains, batch, latent], where the chains begin.
-      step_size: of the leapfrog integrator, [K, batch].
+      log_joint: x [batch, ...], z [chains, batch, latent] -> log p(x, z), [chains, batch].
       leapfrog_steps: of each transition.
-      adapt: whether step sizes follow the acceptance from the first on, on the way.
-      seed: of momenta and acceptances.
     """
-    reverse = bool(betas[0] > betas[-1])
-    steps = len(betas) - 1
-    temperatures, first_size = tf.constant(betas), tf.constant(step_size, tf.float32)
 
-    def to_z(w):
-        columns = start.scale.matmul(tf.transpose(w, [1, 2, 0]))
-        return start.loc + tf.transpose(columns, [2, 0, 1])
+    def __init__(self, log_joint: Callable, leapfrog_steps: int = 10):
+        self.log_joint = log_joint
+        self.leapfrog_steps = leapfrog_steps
+        # One graph for pilot, forward and reverse chains of any number.
+        self._compiled = tf.function(self._anneal, reduce_retracing=True)
 
-    def to_w(z):
-        columns = tf.transpose(z - start.loc, [1, 2, 0])
-        return tf.transpose(start.scale.solve(columns), [2, 0, 1])
+    def __call__(self, x, start, betas, z, step_size, adapt: bool = False, seed=(0, 0)) -> Chains:
+        """Chains from betas[0] to betas[-1].
 
-    def excess(w):  # log p(x, z) - log start(z), the direction of the path
-        z = to_z(w)
-        return log_joint(z) - start.log_prob(z)
+        With ascending betas and z ~ start, the mean of exp(log_weights) is p(x) in expectation;
+        with descending ones and z ~ p(z|x) it is 1 / p(x). That holds for step sizes fixed
+        beforehand, not while they adapt: run once with `adapt`, then again with the step sizes
+        that it found.
 
-    def transition(w, beta, size, key):
-        # A new kernel and new results at every temperature: results cached at the one before would
-        # bias the chain.
-        kernel = mcmc.HamiltonianMonteCarlo(
-            lambda w: start.log_prob(to_z(w)) + beta * excess(w),
-            size[tf.newaxis, :, tf.newaxis],
-            leapfrog_steps,
+        Args:
+          x: [batch, ...].
+          start: Gaussian with `loc` and `scale`, batch [batch], event [latent]; chains move in the
+            coordinates that it whitens, so that one step size serves all latents of an example.
+          betas: [K + 1], monotone.
+          z: [chains, batch, latent], where the chains begin.
+          step_size: of the leapfrog integrator, [K, batch].
+          adapt: whether step sizes follow the acceptance from the first on, on the way.
+          seed: of momenta and acceptances, two integers.
+        """
+        found = self._compiled(
+            tf.convert_to_tensor(x),
+            tf.convert_to_tensor(start.loc),
+            start.scale.to_dense(),
+            tf.constant(betas, tf.float32),
+            tf.convert_to_tensor(z),
+            tf.constant(step_size, tf.float32),
+            tf.constant(_ADAPTATION if adapt else 0.0),
+            tf.constant(seed, tf.int32),
         )
-        w, results = kernel.one_step(w, kernel.bootstrap_results(w), seed=key)
-        # The chains' mean of the acceptance probability; a NaN energy is a certain rejection.
-        accepted = tf.exp(tf.minimum(results.log_accept_ratio, 0.0))
-        return w, tf.reduce_mean(tf.where(tf.math.is_nan(accepted), 0.0, accepted), 0)
+        return Chains(*(output.numpy() for output in found))
 
-    @tf.function
-    def run(w):
-        log_weights, log_scaling = tf.zeros(tf.shape(w)[:2]), tf.zeros(tf.shape(w)[1])
-        acceptances, sizes = tf.TensorArray(tf.float32, steps), tf.TensorArray(tf.float32, steps)
-        for i in tf.range(steps):
-            key = tf.random.fold_in(tf.constant([seed, 0]), i)
-            size = first_size[i] * tf.exp(log_scaling)
-            beta, following = temperatures[i], temperatures[i + 1]
-            change = following - beta
-            if reverse:
-                w, acceptance = transition(w, beta, size, key)
-                log_weights += change * excess(w)
-            else:
-                log_weights += change * excess(w)
-                w, acceptance = transition(w, following, size, key)
-            if adapt:
-                log_scaling += _ADAPTATION * (acceptance - TARGET_ACCEPTANCE)
+    def _anneal(self, x, loc, scale_tril, betas, z, step_size, adaptation, seed):
+        start = tfd.MultivariateNormalTriL(loc, scale_tril)
+        volume = tf.reduce_sum(tf.math.log(tf.linalg.diag_part(scale_tril)), -1)
+        normal = tfd.MultivariateNormalDiag(tf.zeros_like(loc[0]))
+
+        def to_z(w):
+            return loc + tf.einsum("bij,sbj->sbi", scale_tril, w)
+
+        def excess(w):
+            return self.log_joint(x, to_z(w)) - normal.log_prob(w) + volume
+
+        def evaluated(w):
+            with tf.GradientTape() as tape:
+                tape.watch(w)
+                value = excess(w)
+            return _State(w, value, tape.gradient(value, w))
+
+        temperatures = tf.shape(step_size)[0]
+        reverse = betas[0] > betas[-1]
+        state = evaluated(
+            tf.transpose(start.scale.solve(tf.transpose(z - loc, [1, 2, 0])), [2, 0, 1])
+        )
+        log_weights, log_scaling = tf.zeros_like(state.excess), tf.zeros_like(step_size[0])
+        acceptances = tf.TensorArray(tf.float32, temperatures)
+        sizes = tf.TensorArray(tf.float32, temperatures)
+        for i in tf.range(temperatures):
+            size = step_size[i] * tf.exp(log_scaling)
+            before, beta = state.excess, tf.where(reverse, betas[i], betas[i + 1])
+            key = tf.random.fold_in(seed, i)
+            state, acceptance = _transition(evaluated, state, beta, size, self.leapfrog_steps, key)
+            # A forward chain is weighted before it moves, a reverse one after.
+            log_weights += (betas[i + 1] - betas[i]) * tf.where(reverse, state.excess, before)
+            log_scaling += adaptation * (acceptance - TARGET_ACCEPTANCE)
             acceptances, sizes = acceptances.write(i, acceptance), sizes.write(i, size)
-        return log_weights, to_z(w), acceptances.stack(), sizes.stack()
-
-    return Chains(*(output.numpy() for output in run(to_w(z))))
+        return log_weights, to_z(state.w), acceptances.stack(), sizes.stack()
 
 
-def log_likelihood(
-    model: AVB, x, temperatures: int, chains: int, leapfrog_steps: int = 10, seed: int = 0
-) -> tuple[np.ndarray, Chains]:
-    """A lower bound on log p(x) in nats, [batch], and the chains it comes from.
+def _transition(evaluated, state: _State, beta, size, leapfrog_steps: int, key):
+    """One step of HMC on -|w|^2 / 2 + beta * excess(w): the state, and the mean acceptance."""
+    step = size[tf.newaxis, :, tf.newaxis]
+    momentum = tf.random.stateless_normal(tf.shape(state.w), key)
+    moved, p = state, momentum + 0.5 * step * (beta * state.gradient - state.w)
+    # Only the gradient is used within the trajectory: the graph leaves the energies there out.
+    w, gradient = state.w, state.gradient
+    for _ in tf.range(leapfrog_steps - 1):
+        w += step * p
+        gradient = evaluated(w).gradient
+        p += step * (beta * gradient - w)
+    moved = evaluated(w + step * p)
+    p += 0.5 * step * (beta * moved.gradient - moved.w)
 
-    The start is a Gaussian with the moments of q(z|x), widened. A pilot run adapts the step sizes
-    of each example; they are then fixed and the chains run anew.
+    def log_density(state, p):
+        return beta * state.excess - 0.5 * tf.reduce_sum(state.w**2 + p**2, -1)
+
+    log_ratio = log_density(moved, p) - log_density(state, momentum)
+    uniform = tf.random.stateless_uniform(tf.shape(log_ratio), tf.random.fold_in(key, 1))
+    accepted = tf.math.log(uniform) < log_ratio  # false for a NaN energy
+    probability = tf.exp(tf.minimum(log_ratio, 0.0))
+    probability = tf.where(tf.math.is_nan(probability), 0.0, probability)
+    chosen = _State(
+        tf.where(accepted[..., tf.newaxis], moved.w, state.w),
+        tf.where(accepted, moved.excess, state.excess),
+        tf.where(accepted[..., tf.newaxis], moved.gradient, state.gradient),
+    )
+    return chosen, tf.reduce_mean(probability, 0)
+
+
+class AnnealedSampler:
+    """AIS of a model: bounds on log p(x) from below and, for simulated x, from above.
+
+    The start is a Gaussian with the moments of q(z|x), widened (`target.widened_gaussian`). A
+    pilot run of a few chains adapts the step sizes of each example; they are then fixed and all
+    chains run anew.
 
     Args:
-      model: any.
-      x: [batch, *event].
-      temperatures, chains, leapfrog_steps: sizes; the bound tightens with the first two.
-      seed: of all draws.
+      model: any; it must not change afterwards.
+      temperatures, chains, leapfrog_steps: sizes; the bounds tighten with the first two.
     """
-    x = tf.convert_to_tensor(x)
-    posterior = model.posterior(x, POSTERIOR_DRAWS, seed)
-    start = tfd.MultivariateNormalTriL(posterior.mean, WIDENING * posterior.scale_tril)
 
-    def log_joint(z):
-        outputs = model.averaged_decoder(z)
-        return likelihoods.log_likelihood(model.likelihood, outputs, x) + model.prior.log_prob(z)
+    def __init__(self, model: AVB, temperatures: int, chains: int, leapfrog_steps: int = 10):
+        self.model, self.chains = model, chains
+        self.betas = sigmoid_schedule(temperatures)
+        self._anneal = Annealer(lambda x, z: target.log_joint(model, x, z), leapfrog_steps)
+        self._start = tf.function(self._moments, reduce_retracing=True)
 
-    betas = sigmoid_schedule(temperatures)
-    step_size = np.full((temperatures, len(x)), INITIAL_STEP)
-    for stage, adapt in enumerate((True, False)):
-        z = start.sample(chains, seed=(seed, stage))
-        found = anneal(log_joint, start, betas, z, step_size, leapfrog_steps, adapt, seed + stage)
-        step_size = found.step_size
-    return lower_bound(found.log_weights), found
+    def forward(self, x, seed: int = 0) -> Chains:
+        """Chains whose `lower_bound` is one on log p(x), for x [batch, *event]."""
+        return self._forward(tf.convert_to_tensor(x), seed)[0]
+
+    def bidirectional(self, count: int, seed: int = 0) -> Bidirectional:
+        """Forward and reverse chains for `count` x simulated from the model.
+
+        The z that an x was drawn from is an exact draw of p(z|x); all reverse chains of the x
+        begin there.
+        """
+        z = self.model.prior.sample(count, seed=(seed, 10))
+        outputs = self.model.averaged_decoder(z)
+        x = self.model.likelihood.distribution(outputs).sample(seed=(seed, 11))
+        x = tf.cast(x, tf.float32)
+        forward, start = self._forward(x, seed)
+        z = tf.tile(z[tf.newaxis], [self.chains, 1, 1])
+        reversed_betas, step_size = self.betas[::-1], forward.step_size[::-1]
+        reverse = self._anneal(x, start, reversed_betas, z, step_size, seed=(seed, 4))
+        return Bidirectional(x.numpy(), forward.log_weights, reverse.log_weights)
+
+    def _forward(self, x, seed):
+        start = tfd.MultivariateNormalTriL(*self._start(x))
+        step_size = np.full((len(self.betas) - 1, len(x)), INITIAL_STEP)
+        pilot_z = start.sample(min(PILOT_CHAINS, self.chains), seed=(seed, 0))
+        pilot = self._anneal(x, start, self.betas, pilot_z, step_size, adapt=True, seed=(seed, 1))
+        z = start.sample(self.chains, seed=(seed, 2))
+        found = self._anneal(x, start, self.betas, z, pilot.step_size, seed=(seed, 3))
+        return found, start
+
+    def _moments(self, x):
+        start = target.widened_gaussian(self.model, x)
+        return start.loc, start.scale.to_dense()
 
 
 def lower_bound(log_weights) -> np.ndarray:
     """log p(x), [batch], from forward weights [chains, batch]: a lower bound in expectation."""
-    return np.logaddexp.reduce(log_weights, 0) - np.log(len(log_weights))
+    return np.logaddexp.reduce(log_weights.astype(np.float64), 0) - np.log(len(log_weights))
 
 
 def upper_bound(log_weights) -> np.ndarray:

@@ -1,0 +1,177 @@
+"""The finished runs below a directory, in one table and one figure."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from avb_tf import comparison_figures, configuration, figures, results
+from avb_tf.errors import UserError
+
+BASELINE = "vae"  # the method that others are paired with
+
+
+class Run(NamedTuple):
+    """A finished evaluation."""
+
+    name: str  # its directory, from the one compared
+    found: dict[str, Any]  # results.json
+    values: dict[str, np.ndarray]  # of each example, by estimate; empty where they are lost
+
+
+def compare(_, workdir: Path) -> None:
+    """`comparison.md`, `comparison.json` and a figure of all finished runs below `workdir`.
+
+    Runs of one method on the same data that differ in their seed alone are one row: the mean over
+    seeds and its standard error, or the one over examples where there is a single seed. Beside it
+    the difference from the `vae` of the same data, example by example.
+
+    Raises:
+      UserError: no finished run is below `workdir`.
+    """
+    runs = find(workdir)
+    if not runs:
+        raise UserError(
+            f"{workdir} holds no finished runs; expected {results.FILE} in a directory below it; "
+            "run --mode=evaluate on each first"
+        )
+    rows = [row(group, runs) for group in grouped(runs)]
+    table = markdown(rows)
+    configuration.write_atomically(workdir / "comparison.json", json.dumps(rows, indent=2) + "\n")
+    configuration.write_atomically(workdir / "comparison.md", table + "\n")
+    print(table)
+    drawn = {"comparison": comparison_figures.log_likelihoods(rows)}
+    paths = figures.save(drawn, workdir)
+    print(workdir / "comparison.md", workdir / "comparison.json", *paths, sep="\n")
+
+
+def find(directory: Path) -> list[Run]:
+    """All finished runs below `directory`, by name; what is no run's result is left out."""
+    runs = []
+    for file in sorted(directory.rglob(results.FILE)):
+        if (found := results.read(file)) is not None:
+            name = str(file.parent.relative_to(directory))
+            runs.append(Run(name, found, results.load_values(file.parent)))
+    return runs
+
+
+def grouped(runs: list[Run]) -> list[list[Run]]:
+    """Runs that differ in their seed alone, together."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        key = (*_data(run), run.found["method"], run.found.get("family", run.name))
+        groups.setdefault(key, []).append(run)
+    return [groups[key] for key in sorted(groups, key=str)]
+
+
+def row(group: list[Run], runs: list[Run]) -> dict[str, Any]:
+    """What the table says of one method on one data set."""
+    first = group[0].found
+    name = results.best_log_likelihood(first["estimates"]) or ""  # no subset was evaluated
+    bound = "elbo" if "elbo" in first["estimates"] else "elbo_adversary"
+    # Beside log p(x) of a subset stands the bound of the same examples.
+    bound_beside = "elbo_of_the_same_examples"
+    if name == "log_likelihood_quadrature" or bound_beside not in first["estimates"]:
+        bound_beside = bound
+    baseline = [r for r in runs if _data(r) == _data(group[0]) and r.found["method"] == BASELINE]
+    baseline = [r for r in baseline if r not in group]
+    return {
+        "data": first["data"],
+        "split": first["split"],
+        "method": first["method"],
+        "runs": [run.name for run in group],
+        "seeds": len(group),
+        "estimate": name,
+        "log_likelihood": _over_seeds(group, name),
+        "above_vae": _paired(group, baseline, name) if baseline else None,
+        "bound": bound,
+        "elbo": _over_seeds(group, bound_beside),
+        "gap_inference": _over_seeds(group, "gap_inference"),
+        "gap_shape": _over_seeds(group, "gap_shape"),
+        "bdmc_gap": _over_seeds(group, "bdmc_gap"),
+        "steps": first["step"],
+        "warnings": sum(len(run.found.get("warnings", [])) for run in group),
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, in nats per example."""
+    columns = {
+        "data": [row["data"] for row in rows],
+        "method": [row["method"] for row in rows],
+        "seeds": [str(row["seeds"]) for row in rows],
+        "log p(x)": [_cell(row["log_likelihood"]) for row in rows],
+        "by": [row["estimate"].removeprefix("log_likelihood_") for row in rows],
+        "above vae, paired": [_cell(row["above_vae"], "+") for row in rows],
+        "bound": [_cell(row["elbo"]) for row in rows],
+        "inference gap": [_cell(row["gap_inference"]) for row in rows],
+        "of it shape": [_cell(row["gap_shape"]) for row in rows],
+        "BDMC gap": [_cell(row["bdmc_gap"]) for row in rows],
+        "steps": [f"{row['steps']:,}" for row in rows],
+        "warnings": [str(row["warnings"]) for row in rows],
+    }
+    columns = {k: v for k, v in columns.items() if any(v)}
+    note = (
+        "Nats per example, mean +- standard error: over seeds where there are several, otherwise "
+        "over examples. The bound is of the same examples as log p(x), with the adversary where "
+        "the method has one."
+    )
+    return results.aligned([[k, *v] for k, v in columns.items()]) + "\n\n" + note
+
+
+def _over_seeds(group: list[Run], name: str) -> dict[str, Any] | None:
+    """Mean over the runs that have the estimate, and its standard error."""
+    found = [r.found["estimates"][name] for r in group if name in r.found["estimates"]]
+    if not found:
+        return None
+    means = [one["mean"] for one in found]
+    several = len(found) > 1
+    error = results.standard_error(means) if several else found[0]["standard_error"]
+    over = "seeds" if several else "examples"
+    count = found[0]["count"]
+    return {"mean": float(np.mean(means)), "standard_error": error, "over": over, "count": count}
+
+
+def _paired(group: list[Run], baseline: list[Run], name: str) -> dict[str, Any] | None:
+    """Difference of the groups' means, example by example, where the examples are the same.
+
+    Its variance is that over seeds of both groups, where there are several, beside that over
+    examples: the differences of each example, averaged over seeds, are one more source.
+    """
+    sides = [[_example_values(run, name) for run in side] for side in (group, baseline)]
+    known = [[v for v in side if v is not None] for side in sides]
+    if not all(known):
+        return None
+    common = set.intersection(*(set(v) for side in known for v in side))
+    if len(common) < 2:
+        return None
+    order = sorted(common)
+    own, other = (np.array([[v[e] for e in order] for v in side]) for side in known)
+    difference = own.mean(0) - other.mean(0)
+    over_seeds = [results.standard_error(side.mean(1)) for side in (own, other)]
+    error = np.sqrt(results.standard_error(difference) ** 2 + np.sum(np.square(over_seeds)))
+    return {
+        "mean": float(difference.mean()),
+        "standard_error": float(error),
+        "over": "examples and seeds" if any(over_seeds) else "examples",
+        "count": len(order),
+    }
+
+
+def _example_values(run: Run, name: str) -> dict[int, float] | None:
+    """{example: value}, or None where they are not kept."""
+    if name not in run.values or "example" not in run.values:
+        return None
+    values = run.values[name]
+    return dict(zip(run.values["example"][: len(values)].tolist(), values.tolist(), strict=True))
+
+
+def _data(run: Run) -> tuple:
+    return run.found["data"], tuple(run.found["event_shape"]), run.found["split"]
+
+
+def _cell(found: dict[str, Any] | None, sign: str = "") -> str:
+    if found is None:
+        return ""
+    return f"{found['mean']:{sign}.3f} +- {found['standard_error']:.3f}"

@@ -1,0 +1,91 @@
+"""Long estimates, a chunk of examples at a time: each finished chunk is kept on disk."""
+
+import hashlib
+import io
+import json
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import keras
+import numpy as np
+
+from avb_tf import configuration
+from avb_tf.model import AVB
+
+EXAMPLES = 25  # in a chunk
+_Item = TypeVar("_Item")
+
+
+def fingerprint(model: AVB, x, settings: dict[str, Any]) -> str:
+    """Names what an estimate depends on: the model's weights, the examples and the settings."""
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    weights = model.averaged_encoder.weights + model.averaged_decoder.weights
+    for array in (*weights, x):
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:12]
+
+
+def run(
+    record: Any,
+    compute: Callable[[int, slice], Any],
+    count: int,
+    directory: Path,
+    label: str,
+    size: int,
+) -> tuple[Any, float]:
+    """What `compute` finds for `count` examples, and the seconds it took, those of before included.
+
+    What an earlier call finished in `directory` is not computed again: an interrupted evaluation
+    goes on where it stopped, with the same results.
+
+    Args:
+      record: a NamedTuple of arrays whose last axis is that of the examples.
+      compute: (index of the chunk, its examples) -> record; a function of these alone.
+      directory: for nothing but the chunks of this estimate (see `fingerprint`).
+      label: of the progress bar.
+      size: examples in a chunk.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    slices = [slice(i, min(i + size, count)) for i in range(0, count, size)]
+    files = [directory / f"chunk_{i:03d}.npz" for i in range(len(slices))]
+    found = {}
+    for i, (file, part) in enumerate(zip(files, slices, strict=True)):
+        if (done := _read(file, record, part.stop - part.start)) is not None:
+            found[i] = done
+    for i in tracked([i for i in range(len(slices)) if i not in found], label):
+        began = time.perf_counter()
+        arrays = compute(i, slices[i])._asdict()
+        arrays["seconds"] = np.array([time.perf_counter() - began])
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        configuration.write_atomically(files[i], buffer.getvalue())
+        found[i] = arrays
+    ordered = [found[i] for i in range(len(slices))]
+    whole = [np.concatenate([part[name] for part in ordered], -1) for name in record._fields]
+    return record(*whole), float(sum(part["seconds"][0] for part in ordered))
+
+
+def tracked(items: Sequence[_Item], label: str) -> Iterator[_Item]:
+    """The items, with a progress bar on what is done and the time that remains."""
+    if not items:
+        return
+    progress = keras.utils.Progbar(len(items), unit_name=label)
+    for item in items:
+        yield item
+        progress.add(1)
+
+
+def _read(file: Path, record: Any, count: int) -> dict[str, np.ndarray] | None:
+    """A finished chunk, or None where there is none or it is damaged."""
+    try:
+        # Of the bytes: numpy leaves a damaged file open.
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+        return None
+    whole = arrays.keys() == {*record._fields, "seconds"} and arrays["seconds"].shape == (1,)
+    fits = whole and all(arrays[name].shape[-1:] == (count,) for name in record._fields)
+    return arrays if fits else None

@@ -1,0 +1,74 @@
+"""Importance-weighted bounds on log p(x) (Burda, Grosse and Salakhutdinov, 2016)."""
+
+import numpy as np
+import tensorflow as tf
+
+from avb_tf.likelihood_estimation import target
+from avb_tf.model import AVB
+
+_CHUNK = 2**23  # numbers in the largest intermediate tensor
+
+
+class ImportanceSampler:
+    """log p(x, z) - log q'(z|x) for z ~ q'(z|x), in one compiled graph.
+
+    The proposal q' is the model's own q(z|x) where the encoder gives a `log_prob` for which
+    E_q[p(x, z) / exp(log_prob)] = p(x): its density, or what stands for it if q has auxiliary
+    variables. Of any other posterior only moments are known, and q' is a Gaussian with these,
+    widened (`target.widened_gaussian`).
+
+    Args:
+      model: any; it must not change afterwards.
+    """
+
+    def __init__(self, model: AVB):
+        self.model = model
+        one = tf.zeros([1, *model.event_shape])
+        self.exact = model.posterior(one).log_prob is not None
+        self._moments = tf.function(self._widened, reduce_retracing=True)
+        self._draw = tf.function(self._draw_exact if self.exact else self._draw_gaussian)
+
+    @property
+    def proposal(self) -> str:
+        """What q' is, in words."""
+        return "q" if self.exact else f"Gaussian of q's moments, {target.WIDENING} times as wide"
+
+    def log_weights(self, x, draws: int, seed: int = 0) -> np.ndarray:
+        """[draws, batch] in nats, for x [batch, *event]; the draws are independent."""
+        x = tf.convert_to_tensor(x, tf.float32)
+        per_call = max(1, _CHUNK // (len(x) * int(np.prod(self.model.event_shape))))
+        calls = -(-draws // per_call)
+        moments = () if self.exact else self._moments(x)
+        found = [
+            self._draw(x, tf.constant(per_call), tf.constant([seed, i]), *moments).numpy()
+            for i in range(calls)
+        ]
+        return np.concatenate(found)[:draws]
+
+    def _widened(self, x):
+        gaussian = target.widened_gaussian(self.model, x)
+        return gaussian.loc, gaussian.scale.to_dense()
+
+    def _draw_exact(self, x, draws, seed):
+        noise = self._noise(x, draws, self.model.encoder.noise_dim, seed)
+        posterior = self.model.averaged_encoder(x, noise)
+        return target.log_joint(self.model, x, posterior.z) - posterior.log_prob
+
+    def _draw_gaussian(self, x, draws, seed, mean, scale_tril):
+        w = self._noise(x, draws, self.model.encoder.latent_dim, seed)
+        z = mean + tf.einsum("bij,sbj->sbi", scale_tril, w)
+        volume = tf.reduce_sum(tf.math.log(tf.linalg.diag_part(scale_tril)), -1)
+        return target.log_joint(self.model, x, z) - self.model.prior.log_prob(w) + volume
+
+    def _noise(self, x, draws, width, seed):
+        return tf.random.stateless_normal([draws, tf.shape(x)[0], width], seed)
+
+
+def bounds(log_weights, samples: int) -> np.ndarray:
+    """The bound with `samples` importance samples, [batch]: the mean over groups of so many.
+
+    Args:
+      log_weights: [draws, batch], `draws` a multiple of `samples`.
+    """
+    groups = log_weights.reshape(-1, samples, log_weights.shape[-1])
+    return np.mean(np.logaddexp.reduce(groups.astype(np.float64), 1), 0) - np.log(samples)

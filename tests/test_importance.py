@@ -1,0 +1,87 @@
+"""Importance-weighted bounds against the closed form of a linear-Gaussian model."""
+
+import keras
+import numpy as np
+import pytest
+
+from avb_tf import build, diagnostics
+from avb_tf.encoders import VARIANCE_FLOOR
+from avb_tf.likelihood_estimation import importance
+from tests.linear_gaussian import SCALE, WEIGHT
+
+X = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
+COVARIANCE = np.linalg.inv(np.eye(2) + WEIGHT.T @ WEIGHT / SCALE**2)
+
+
+def set_posterior(model, width):
+    """Makes q(z|x) the exact posterior, its standard deviations `width` times as large."""
+    scale = width * np.linalg.cholesky(COVARIANCE)
+    model.encoder.set_weights([
+        WEIGHT / SCALE**2 @ COVARIANCE, np.zeros(2),
+        np.zeros((3, 2)), np.log(np.diag(scale) - VARIANCE_FLOOR**0.5),
+        np.zeros((3, 4)), np.tril(scale, -1).ravel(),
+    ])  # fmt: skip
+
+
+class Implicit(keras.Model):
+    """An encoder that hides its density."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.latent_dim, self.noise_dim = encoder, 2, 2
+
+    def call(self, x, noise, training=False):
+        return self.encoder(x, noise, training=training)._replace(log_prob=None)
+
+
+def test_the_exact_posterior_makes_all_weights_equal(linear_gaussian):
+    model, evidence = linear_gaussian
+    set_posterior(model, 1.0)
+    sampler = importance.ImportanceSampler(model)
+    assert sampler.proposal == "q"
+    found = sampler.log_weights(X, 50)
+    np.testing.assert_allclose(found, np.tile(evidence.logpdf(X), (50, 1)), atol=1e-3)
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_bounds_rise_to_log_p(linear_gaussian, implicit):
+    model, evidence = linear_gaussian
+    set_posterior(model, 0.7)
+    if implicit:
+        model.averaged_encoder = Implicit(model.encoder)
+    sampler = importance.ImportanceSampler(model)
+    assert ("Gaussian" in sampler.proposal) == implicit
+    log_weights = sampler.log_weights(X, 10_000)
+    found = [importance.bounds(log_weights, k).mean() for k in (1, 10, 1000)]
+    truth = evidence.logpdf(X)
+    assert found[0] < found[1] < found[2] < truth.mean() + 0.01
+    weights = np.exp(log_weights - truth)  # unbiased for 1
+    error = weights.std(0) / np.sqrt(len(weights))
+    assert (np.abs(weights.mean(0) - 1.0) < 4 * error).all()
+    if not implicit:  # the first is the ELBO: log p(x) - KL(q || p(z|x))
+        kl = 0.5 * 2 * (0.49 - 1.0 - np.log(0.49))
+        error = log_weights.std(0) / np.sqrt(len(log_weights))
+        single = importance.bounds(log_weights, 1)
+        assert (np.abs(single - (truth - kl)) < 4 * error).all()
+
+
+def test_a_posterior_half_too_narrow_is_flagged_and_a_wide_one_is_not(linear_gaussian):
+    model, _ = linear_gaussian
+    sampler = importance.ImportanceSampler(model)
+    set_posterior(model, 0.45)
+    narrow = diagnostics.pareto_k(sampler.log_weights(X, 5000))
+    set_posterior(model, 1.3)
+    wide = diagnostics.pareto_k(sampler.log_weights(X, 5000))
+    assert narrow.mean() > diagnostics.PARETO_K_LIMIT
+    assert (wide < diagnostics.PARETO_K_LIMIT).all()
+
+
+@pytest.mark.parametrize("method", ["vae", "avb", "avb_ac", "avb_ac_paper"])
+def test_every_method_has_weights_that_its_seed_fixes(method):
+    model = build(method, (5,), latent_dim=3, width=8, adversary_width=8, bases=4, basis_width=4)
+    x = np.round(np.random.default_rng(0).random((4, 5))).astype(np.float32)
+    sampler = importance.ImportanceSampler(model)
+    found = sampler.log_weights(x, 20)
+    assert found.shape == (20, 4)
+    np.testing.assert_array_equal(found, sampler.log_weights(x, 20))
+    assert (found != sampler.log_weights(x, 20, seed=1)).all()
