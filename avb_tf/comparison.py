@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from avb_tf import comparison_figures, configuration, figures, results
+from avb_tf import comparison_figures, configuration, figures, results, training_curves
 from avb_tf.errors import UserError
 
 BASELINE = "vae"  # the method that others are paired with
@@ -41,9 +42,23 @@ def compare(_, workdir: Path) -> None:
     configuration.write_atomically(workdir / "comparison.json", json.dumps(rows, indent=2) + "\n")
     configuration.write_atomically(workdir / "comparison.md", table + "\n")
     print(table)
-    drawn = {"comparison": comparison_figures.log_likelihoods(rows)}
+    drawn = {"comparison": comparison_figures.log_likelihoods(rows)} | _training(workdir, runs)
     paths = figures.save(drawn, workdir)
     print(workdir / "comparison.md", workdir / "comparison.json", *paths, sep="\n")
+
+
+def _training(workdir: Path, runs: list[Run]) -> dict[str, Figure]:
+    """log p(x) against the step, as far as training logged it: a figure for each data set."""
+    drawn = {}
+    for data in dict.fromkeys(run.found["data"] for run in runs):
+        own = {run.name: run for run in runs if run.found["data"] == data}
+        curves = {name: training_curves.read(workdir / name) for name in own}
+        curves = {name: curve for name, curve in curves.items() if len(curve)}
+        if curves:
+            methods = {name: own[name].found["method"] for name in curves}
+            name = f"training_{data}".replace(":", "_")
+            drawn[name] = training_curves.draw(curves, methods)
+    return drawn
 
 
 def find(directory: Path) -> list[Run]:

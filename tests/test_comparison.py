@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from avb_tf import command_line, comparison, results
+from avb_tf import command_line, comparison, results, training_curves
 
 X = np.random.default_rng(0).random((40, 3)).astype(np.float32)
 
@@ -53,6 +54,20 @@ def test_seeds_are_grouped_and_methods_paired_by_example(tmp_path, capsys):
     assert table in capsys.readouterr().out
     assert "| +0." in table
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_training_logged_is_drawn_for_each_data_set(tmp_path):
+    for data in ("digits", "tfds:mnist", "untrained"):
+        make(tmp_path / data.replace(":", "-"), data=data)
+    for name in ("digits", "tfds-mnist"):
+        writer = tf.summary.create_file_writer(str(tmp_path / name / "logs" / "validation"))
+        for step in (1, 2):
+            with writer.as_default(step):
+                tf.summary.scalar(training_curves.BOUND, -1.0 / step)
+        writer.close()
+    compared(tmp_path)
+    found = {path.name for path in tmp_path.glob("training_*.png")}
+    assert found == {"training_digits.png", "training_tfds_mnist.png"}
 
 
 def test_only_common_examples_are_paired(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import avb_tf
-from avb_tf import monitoring, training
+from avb_tf import evaluation, monitoring, results, training
 from avb_tf.monitoring import Monitor
 from configs import mnist
 
@@ -104,8 +104,15 @@ def test_prior_contrast_on_mnist_is_found_out(tmp_path, caplog):
     config.data.path, config.steps = str(MNIST), 600
     config.log_every = config.checkpoint_every = 300
     config.figures_every = 0
+    config.eval.update(examples=20, subset=20, repeats=1, simulated=0, gap=0)
+    config.eval.ais.update(temperatures=50, chains=8, leapfrog_steps=5)
     model = training.train(config, tmp_path)
     [warning] = [text for text in messages(caplog) if "importance-weighted" in text]
     assert warning in texts(tmp_path / "logs" / "validation")
     gaps = model.history.history["val_elbo_minus_importance_bound"]
     assert gaps[-1] > config.monitor.largest_gap
+
+    evaluation.evaluate(config, tmp_path)
+    found = results.read(tmp_path / results.FILE)["estimates"]
+    elbo, ais = (found[name]["mean"] for name in ("elbo_adversary", "log_likelihood_ais"))
+    assert elbo > ais + config.monitor.largest_gap
