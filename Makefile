@@ -5,7 +5,7 @@ RUN := $(BIN)/python main.py
 COMPARED := four_points.py:vae four_points.py:avb digits.py:vae digits.py:avb_ac
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup demo test lint seeds mnist clean
+.PHONY: setup demo test lint seeds mnist bench clean
 
 setup: .venv/installed
 
@@ -48,6 +48,15 @@ mnist: setup
 	    --workdir=runs/mnist/$$run || exit 1; \
 	done
 	$(RUN) --mode=compare --workdir=runs/mnist
+
+# Speed on this machine, quiet: a step of each kind beside the machine's peak, and how costs grow.
+bench: setup
+	@for networks in mlp conv; do \
+	  $(RUN) --config=configs/benchmark.py:$$networks $(if $(MNIST),--config.data.path=$(MNIST)) \
+	    --mode=benchmark --workdir=runs/benchmark/$$networks || exit 1; \
+	done
+	$(RUN) --config=configs/benchmark.py:mlp $(if $(MNIST),--config.data.path=$(MNIST)) \
+	  --mode=scaling --workdir=runs/benchmark/scaling
 
 clean:
 	rm -rf runs .venv

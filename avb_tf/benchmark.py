@@ -21,6 +21,7 @@ from avb_tf import callbacks, checkpoints, configuration, data, objectives, trai
 from avb_tf import contrast as contrasts
 from avb_tf.data import pipeline
 from avb_tf.errors import UserError
+from avb_tf.likelihood_estimation import ais
 from avb_tf.likelihoods import log_likelihood
 from avb_tf.model import AVB
 
@@ -48,6 +49,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: Path, baseline: str = 
     found["step: % of the matmul peak"] = 100.0 * step["GFLOP/s"] / peak
     around = _around(config, source, step["seconds"])
     found |= {f"beside the step: {name}": value for name, value in around.items()}
+    found["AIS: chain-leapfrogs per second"] = _annealing(config, source.event_shape)
     found |= {f"start-up: {name}": value for name, value in _start_up().items()}
     found["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     workdir.mkdir(parents=True, exist_ok=True)
@@ -227,6 +229,15 @@ def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> d
             total += seconds / every if every else 0.0
     found["share of wall time, %"] = 100.0 * total / (total + step_seconds)
     return found
+
+
+def _annealing(config: ml_collections.ConfigDict, event_shape) -> float:
+    """Leapfrog steps of single chains in a second, the pilot's among them."""
+    sampler = ais.AnnealedSampler(training.create(config, event_shape), 20, chains=16)
+    x = np.zeros([25, *event_shape], np.float32)
+    (seconds,) = seconds_of(lambda: sampler.forward(x), repeats=3)
+    chains = len(x) * (sampler.chains + ais.PILOT_CHAINS)
+    return chains * 20 * sampler.leapfrog_steps / seconds
 
 
 def _start_up() -> dict[str, float]:

@@ -34,6 +34,7 @@ MODES = {
     "sample": "avb_tf.evaluation:sample",
     "compare": "avb_tf.comparison:compare",
     "benchmark": "avb_tf.benchmark:benchmark",
+    "scaling": "avb_tf.scaling:scaling",
 }
 
 

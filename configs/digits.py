@@ -11,7 +11,7 @@ from avb_tf import configuration
 
 def get_config(method="avb_ac"):
     config = configuration.default(
-        method, latent_dim=2, draws=4, adversary_draws=4, adversary_steps=2
+        method, latent_dim=2, draws=4, adversary_draws=4, adversary_steps=3
     )
     config.name = f"digits-{method}"
     config.data.name = "digits"

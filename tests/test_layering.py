@@ -55,6 +55,7 @@ ORDER = [
     "avb_tf.benchmark",
     "avb_tf.comparison_figures",
     "avb_tf.comparison",
+    "avb_tf.scaling",
     "avb_tf.command_line",
 ]
 
