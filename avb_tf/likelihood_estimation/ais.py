@@ -184,7 +184,7 @@ class AnnealedSampler:
     """
 
     def __init__(self, model: AVB, temperatures: int, chains: int, leapfrog_steps: int = 10):
-        self.model, self.chains = model, chains
+        self.model, self.chains, self.leapfrog_steps = model, chains, leapfrog_steps
         self.betas = sigmoid_schedule(temperatures)
         self._anneal = Annealer(lambda x, z: target.log_joint(model, x, z), leapfrog_steps)
         self._start = tf.function(self._moments, reduce_retracing=True)
