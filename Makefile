@@ -5,7 +5,7 @@ RUN := $(BIN)/python main.py
 COMPARED := four_points.py:vae four_points.py:avb digits.py:vae digits.py:avb_ac
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup demo test lint seeds mnist bench clean
+.PHONY: setup demo test lint seeds mnist bench bench-ais clean
 
 setup: .venv/installed
 
@@ -57,6 +57,10 @@ bench: setup
 	done
 	$(RUN) --config=configs/benchmark.py:mlp $(if $(MNIST),--config.data.path=$(MNIST)) \
 	  --mode=scaling --workdir=runs/benchmark/scaling
+
+# AIS in one graph beside a loop that calls a graph at each leapfrog step.
+bench-ais: setup
+	$(BIN)/python -m avb_tf.benchmark_ais
 
 clean:
 	rm -rf runs .venv

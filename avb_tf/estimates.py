@@ -9,6 +9,7 @@ import tensorflow as tf
 from avb_tf import diagnostics
 from avb_tf.likelihood_estimation import ais, chunks, importance, quadrature, target
 from avb_tf.likelihood_estimation.inference_gap import (
+    DRAWS_PER_STEP,
     LATENTS_LIMIT,
     best_gaussians,
     bound_of_draws,
@@ -150,7 +151,14 @@ def annealed(
         return AnnealedWeights(chains.log_weights, chains.acceptance, chains.step_size)
 
     found, seconds = _run(
-        AnnealedWeights, compute, model, x, sizes, directory, "ais", _examples(model, sizes)
+        AnnealedWeights,
+        compute,
+        model,
+        x,
+        sizes,
+        directory,
+        "ais",
+        _examples(model, sizes["chains"]),
     )
     ess = diagnostics.effective_sample_size(found.log_weights)
     stages = np.array_split(found.acceptance.mean(-1), min(_STAGES, sizes["temperatures"]))
@@ -183,7 +191,7 @@ def bidirectional(
     settings = {**sizes, "simulated": count}
     found, seconds = _run(
         BidirectionalWeights, compute, model, np.zeros(count), settings, directory,
-        "bidirectional", _examples(model, sizes),
+        "bidirectional", _examples(model, sizes["chains"]),
     )  # fmt: skip
     bounds = [
         (bound(weights), _groups(bound, weights))
@@ -234,7 +242,7 @@ def inference_gap(model: AVB, x, log_likelihood, elbo, directory: Path) -> dict[
     settings = {"bound": told}
     found, seconds = _run(
         BestBounds, compute, model, x, settings, directory, "gap",
-        _examples(model, {"chains": 256}),
+        _examples(model, DRAWS_PER_STEP),
     )  # fmt: skip
     settings["seconds"] = round(seconds, 2)
     values = {
@@ -254,10 +262,9 @@ def _run(record, compute, model, x, settings, directory, name, size=None):
     return chunks.run(record, compute, len(x), directory / key, f"chunk of {name}", size)
 
 
-def _examples(model, sizes) -> int:
-    """Of a chunk, by the memory that its chains need."""
-    per_example = sizes["chains"] * int(np.prod(model.event_shape))
-    return max(1, min(chunks.EXAMPLES, _LARGEST // per_example))
+def _examples(model, rows: int) -> int:
+    """Of a chunk with `rows` z for each, by the memory that they need."""
+    return max(1, min(ais.ROWS // rows, _LARGEST // (rows * int(np.prod(model.event_shape)))))
 
 
 def _groups(bound, log_weights, groups: int = 4) -> np.ndarray:

@@ -40,6 +40,7 @@ ORDER = [
     "avb_tf.likelihood_estimation.target",
     "avb_tf.likelihood_estimation.importance",
     "avb_tf.likelihood_estimation.ais",
+    "avb_tf.benchmark_ais",
     "avb_tf.likelihood_estimation.inference_gap",
     "avb_tf.likelihood_estimation.quadrature",
     "avb_tf.checkpoints",

@@ -23,6 +23,7 @@ from tensorflow_probability import distributions as tfd
 from avb_tf.likelihood_estimation import target
 from avb_tf.model import AVB
 
+ROWS = 800  # chains of all examples in a call that keep the processor busy
 PILOT_CHAINS = 8  # enough for the mean acceptance that step sizes follow
 INITIAL_STEP = 0.3  # in coordinates where the start is standard normal
 TARGET_ACCEPTANCE = 0.7

@@ -16,6 +16,7 @@ from avb_tf.likelihood_estimation.entropy import entropy_beside_gaussian
 from avb_tf.model import AVB
 
 PAIRS = 8  # of antithetic draws for each start of each x in a step
+DRAWS_PER_STEP = 5 * 2 * PAIRS  # of each x, from all starts
 FRESH_DRAWS = 2000  # of the bound that is reported
 POSTERIOR_DRAWS = 3000  # of an implicit posterior, for its entropy
 LATENTS_LIMIT = 12  # up to which nearest neighbours tell an entropy
