@@ -35,6 +35,7 @@ def log_likelihoods(rows: list[dict[str, Any]]) -> Figure:
         axes.set_yticks(range(len(chosen)), labels)
         axes.set(xlabel="nats per example", title=name, ylim=(-0.6, len(chosen) - 0.4))
         axes.grid(axis="x", lw=0.3)
+        axes.locator_params(axis="x", nbins=5)
     figure.legend(
         *panels[0].get_legend_handles_labels(), frameon=False, ncols=2, fontsize=8,
         loc="outside lower center",
