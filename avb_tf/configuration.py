@@ -12,7 +12,7 @@ from avb_tf.errors import UserError
 
 FILE = "config.json"
 # Fields that may differ between training and a later command: data may move, and so may the run.
-LATER = ("eval", "data.path", "strategy")
+LATER = ("eval", "export", "data.path", "strategy")
 # What -1 in config.eval stands for. `paper` is the authors' protocol (320 examples, 8 chains, 2000
 # temperatures, 30 leapfrog steps) on more examples with more chains: for an accelerator.
 BUDGETS = {
@@ -95,6 +95,11 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
         "simulated": -1,  # examples drawn from the model, for AIS from both sides; 0: none
         "gap": -1,  # examples whose inference gap is split; 0: none
     }
+    config.export = {
+        "importance_samples": 256,  # z for each x in the signature log_likelihood
+        "max_batch": 1024,  # rows that a request may have
+        "version": 0,  # 0: one more than the newest
+    }
     return config
 
 
@@ -113,6 +118,7 @@ _RANGES = (
             "optimizer.learning_rate", "optimizer.adversary_learning_rate",
             "monitor.examples", "monitor.samples",
             "monitor.largest_gap",
+            "export.importance_samples", "export.max_batch",
         ),
     ),
     (
@@ -121,7 +127,7 @@ _RANGES = (
         (
             "figures_every", "model.noise_dim", "model.kl_annealing_steps", "model.seed",
             "data.seed", "optimizer.adversary_warmup", "optimizer.clip_norm", "guard.rollbacks",
-            "eval.examples", "eval.posteriors",
+            "eval.examples", "eval.posteriors", "export.version",
         ),
     ),
     (

@@ -374,6 +374,15 @@ class AVB(Restorable, keras.Model):
         """E[x'|z] for one z ~ q(z|x) per example, [batch, *event]."""
         return self.decode(self.encode(x, 1, seed)[0])
 
+    def export(self, directory, **settings):
+        """Writes `<directory>/<version>/` for TensorFlow Serving, in place of Keras's one endpoint.
+
+        The settings are those of `serving.writing.export`. Needs the extra [serving].
+        """
+        from avb_tf.serving import writing
+
+        return writing.export(self, directory, **settings)
+
 
 def _copy(network):
     """The same architecture with its own weights, none of them trainable."""

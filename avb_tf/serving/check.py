@@ -1,0 +1,148 @@
+"""Loads an export as a server would, and runs every signature of it."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from tensorboard.compat.tensorflow_stub.errors import OpError, OutOfRangeError
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+from avb_tf.errors import UserError
+from avb_tf.serving import layout
+from avb_tf.serving.protos import ModelServerConfig, PredictionLog, from_tensor
+from avb_tf.serving.saved_model import RunError, SavedModel, Signature
+
+BATCHES = (1, 5, 64)
+TOLERANCE = 1e-5  # between a row in one batch and in another, relative where it is above 1
+
+
+def serve_check(config: Any, workdir: Path) -> None:
+    """Checks the newest version in the workdir's `export/` and prints a table of its signatures.
+
+    Raises:
+      UserError: there is none, or it would not serve.
+    """
+    directory = workdir / layout.DIRECTORY
+    if not (found := layout.versions(directory)):
+        raise UserError(f"{directory} holds no version; export the model first, --mode=export")
+    print(check(directory, found[-1]))
+
+
+def check(directory: Path, version: int) -> str:
+    """Checks `<directory>/<version>` and the server's configs beside it; the table is Markdown.
+
+    Raises:
+      UserError: what a server would trip over.
+    """
+    servable = directory / str(version)
+    try:
+        _check_configs(directory)
+        model = SavedModel(servable)
+        try:
+            rows = [_check_signature(model, name) for name in model.signatures]
+            replayed = _replay(model, servable)
+        finally:
+            model.close()
+    except (RunError, OSError, OpError, text_format.ParseError, ValueError) as error:
+        raise UserError(f"{servable} would not serve: {error}; export the model anew") from error
+    header = ["signature", "inputs", "outputs", *[f"ms, {n} rows" for n in BATCHES], "repeats"]
+    table = [header, ["---"] * len(header), *rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    return "\n".join([*lines, f"{servable}: {len(rows)} signatures, {replayed} warmup requests"])
+
+
+def _check_configs(directory: Path):
+    models = text_format.Parse((directory / layout.MODELS).read_text(), ModelServerConfig())
+    if not any(model.name and model.base_path for model in models.model_config_list.config):
+        raise ValueError(f"{layout.MODELS} names no model")
+    text_format.Parse((directory / layout.BATCHING).read_text(), _batching_parameters())
+
+
+def _check_signature(model: SavedModel, name: str) -> list[str]:
+    """A row of the table, for a signature whose answers hold what `signatures` promises."""
+    signature = model.signatures[name]
+    requests = {rows: _request(signature, rows) for rows in BATCHES}
+    answers, milliseconds = {}, []
+    for rows, request in requests.items():
+        model.run(name, request)  # the first call of a size pays for what is made on first use
+        began = time.perf_counter()
+        answers[rows] = model.run(name, request)
+        milliseconds.append(f"{1000 * (time.perf_counter() - began):.1f}")
+        for output, values in answers[rows].items():
+            if len(values) != rows or not np.isfinite(values).all():
+                raise ValueError(f"{name} answers {rows} rows with {output} {values.shape}")
+    again = model.run(name, requests[BATCHES[-1]])
+    repeats = _largest_difference(again, answers[BATCHES[-1]]) == 0.0
+    if "seed" in signature.inputs and not repeats:
+        raise ValueError(f"{name} answers the same seeds differently")
+    for rows, answer in answers.items() if repeats else ():
+        full = {output: values[:rows] for output, values in answers[BATCHES[-1]].items()}
+        if (difference := _largest_difference(answer, full)) > TOLERANCE:
+            raise ValueError(f"{name} depends on the batch: by {difference:.1e} among {rows} rows")
+    described = [_described(tensors) for tensors in signature]
+    return [name, *described, *milliseconds, "yes" if repeats else "fresh"]
+
+
+def _request(signature: Signature, rows: int) -> dict[str, np.ndarray]:
+    """Zeros and ones that every model accepts; the first rows are those of smaller requests."""
+    request = {}
+    for name, tensor in signature.inputs.items():
+        scale = 255 if tensor.dtype == np.uint8 else 1
+        values = np.random.default_rng(0).integers(0, 2, [rows, *tensor.shape[1:]])
+        request[name] = (scale * values).astype(tensor.dtype)
+    return request
+
+
+def _largest_difference(answer, other) -> float:
+    return max(
+        float(np.max(np.abs(answer[name] - other[name]) / np.maximum(1.0, np.abs(other[name]))))
+        for name in answer
+    )
+
+
+def _described(tensors) -> str:
+    def sizes(tensor):
+        return ", ".join("rows" if size < 0 else str(size) for size in tensor.shape)
+
+    return ", ".join(f"{name} {t.dtype} [{sizes(t)}]" for name, t in tensors.items())
+
+
+def _replay(model: SavedModel, servable: Path) -> int:
+    """Runs the warmup requests, as a server does before it answers any other."""
+    reader = PyRecordReader_New(str(servable / layout.EXTRA / layout.WARMUP))
+    count = 0
+    while True:
+        try:
+            reader.GetNext()
+        except OutOfRangeError:
+            break
+        request = PredictionLog.FromString(reader.record()).predict_log.request
+        inputs = {name: from_tensor(tensor) for name, tensor in request.inputs.items()}
+        model.run(request.model_spec.signature_name, inputs)
+        count += 1
+    if not 0 < count <= layout.MAX_WARMUP:
+        raise ValueError(f"{count} warmup requests; expected 1 to {layout.MAX_WARMUP}")
+    return count
+
+
+def _batching_parameters():
+    """An empty message like TensorFlow Serving's BatchingParameters, which its package lacks."""
+    file = descriptor_pb2.FileDescriptorProto(
+        name="avb_tf/batching_parameters.proto",
+        dependency=["google/protobuf/wrappers.proto"],
+        syntax="proto3",
+    )
+    message = file.message_type.add(name="BatchingParameters")
+    kinds = descriptor_pb2.FieldDescriptorProto
+    for number, field in enumerate(
+        ("max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads"), 1
+    ):
+        message.field.add(
+            name=field, number=number, type=kinds.TYPE_MESSAGE, label=kinds.LABEL_OPTIONAL,
+            type_name=".google.protobuf.Int64Value",
+        )  # fmt: skip
+    pool = descriptor_pool.Default()
+    pool.AddSerializedFile(file.SerializeToString())
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("BatchingParameters"))()

@@ -1,0 +1,98 @@
+"""TensorFlow Serving's official messages, and arrays as their tensors, without TensorFlow itself.
+
+The official package makes tensors by `tf.make_tensor_proto`, for which a client would import all of
+TensorFlow; `to_tensor` and `from_tensor` need protobuf and numpy.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from avb_tf.errors import UserError
+
+
+@contextlib.contextmanager
+def _bare_tensorflow() -> Iterator[None]:
+    """`tensorflow` as a package whose `__init__` has not run: its messages need only protobuf."""
+    spec = importlib.util.find_spec("tensorflow")
+    if "tensorflow" in sys.modules or spec is None:
+        yield
+        return
+    bare = types.ModuleType("tensorflow")
+    bare.__path__ = list(spec.submodule_search_locations or ())
+    sys.modules["tensorflow"] = bare
+    try:
+        yield
+    finally:
+        del sys.modules["tensorflow"]  # whoever imports it later gets all of it
+
+
+def _message(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+try:
+    with _bare_tensorflow():
+        TensorProto = _message("tensorflow.core.framework.tensor_pb2", "TensorProto")
+        MetaGraphDef = _message("tensorflow.core.protobuf.meta_graph_pb2", "MetaGraphDef")
+        PredictRequest = _message("tensorflow_serving.apis.predict_pb2", "PredictRequest")
+        PredictionLog = _message("tensorflow_serving.apis.prediction_log_pb2", "PredictionLog")
+        ModelServerConfig = _message(
+            "tensorflow_serving.config.model_server_config_pb2", "ModelServerConfig"
+        )
+except ImportError as error:
+    raise UserError(
+        f"exported models need TensorFlow Serving's messages ({error}); "
+        "pip install 'avb_tf[serving]'"
+    ) from error
+
+# TensorFlow's number of a type, its numpy type, and the field for values that are told one by one.
+_FLOAT, _UINT8, _INT64 = 1, 4, 9
+DTYPES = {_FLOAT: np.dtype(np.float32), _UINT8: np.dtype(np.uint8), _INT64: np.dtype(np.int64)}
+_FIELDS = {_FLOAT: "float_val", _UINT8: "int_val", _INT64: "int64_val"}
+
+
+def to_tensor(array) -> Any:
+    """The `TensorProto` of an array of float32, uint8 or int64.
+
+    Raises:
+      UserError: an array of another type.
+    """
+    array = np.asarray(array)
+    numbers = {dtype: number for number, dtype in DTYPES.items()}
+    if array.dtype not in numbers:
+        known = ", ".join(map(str, numbers))
+        raise UserError(f"a tensor of {array.dtype}; expected one of {known}")
+    tensor = TensorProto(dtype=numbers[array.dtype], tensor_content=array.tobytes())
+    for size in array.shape:
+        tensor.tensor_shape.dim.add(size=size)
+    return tensor
+
+
+def from_tensor(tensor) -> np.ndarray:
+    """The array of a `TensorProto`.
+
+    Raises:
+      UserError: another type, or values that do not fill the shape.
+    """
+    if tensor.dtype not in DTYPES:
+        raise UserError(f"a tensor of type {tensor.dtype}; expected one of {sorted(DTYPES)}")
+    dtype, shape = DTYPES[tensor.dtype], [dim.size for dim in tensor.tensor_shape.dim]
+    content = tensor.tensor_content
+    if content and len(content) % dtype.itemsize == 0:
+        values = np.frombuffer(content, dtype)
+    else:
+        values = np.array(getattr(tensor, _FIELDS[tensor.dtype]), dtype)
+    # Python's whole numbers: a product of huge sizes does not wrap around.
+    count = 1
+    for size in shape:
+        count *= size
+    if min(shape, default=0) < 0 or count != len(values):
+        raise UserError(f"a tensor of shape {shape} with {len(values)} values; expected {count}")
+    return values.reshape(shape)

@@ -1,0 +1,203 @@
+"""A SavedModel in the C library inside the TensorFlow wheel, through ctypes.
+
+The runtime that TensorFlow Serving is built on, without TensorFlow's Python, Keras or the code that
+made the model: what runs here runs there.
+"""
+
+import ctypes
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from avb_tf.serving.protos import DTYPES, MetaGraphDef
+
+INVALID_ARGUMENT = 3  # of the codes that TensorFlow and gRPC share
+
+
+class RunError(RuntimeError):
+    """What the runtime refused, with its code."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+class Tensor(NamedTuple):
+    """An input or output of a signature."""
+
+    name: str  # in the graph, "operation:index"
+    dtype: np.dtype
+    shape: tuple[int, ...]  # -1 where any size fits
+
+
+class Signature(NamedTuple):
+    """One function of a SavedModel."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+class _Output(ctypes.Structure):
+    _fields_ = [("operation", ctypes.c_void_p), ("index", ctypes.c_int)]
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("length", ctypes.c_size_t),
+        ("deallocator", ctypes.c_void_p),
+    ]
+
+
+class SavedModel:
+    """A loaded SavedModel; `run` may be called from several threads at once.
+
+    Raises:
+      RunError: the directory holds none that can be loaded.
+    """
+
+    def __init__(self, directory: Path | str):
+        self._graph = _C.TF_NewGraph()
+        options, meta_graph = _C.TF_NewSessionOptions(), _C.TF_NewBuffer()
+        tags = (ctypes.c_char_p * 1)(b"serve")
+        with _Status() as status:
+            self._session = _C.TF_LoadSessionFromSavedModel(
+                options, None, str(directory).encode(), tags, 1, self._graph, meta_graph, status
+            )
+        buffer = meta_graph.contents
+        found = MetaGraphDef.FromString(ctypes.string_at(buffer.data, buffer.length))
+        _C.TF_DeleteBuffer(meta_graph)
+        _C.TF_DeleteSessionOptions(options)
+        self.signatures = {
+            name: Signature(_tensors(definition.inputs), _tensors(definition.outputs))
+            for name, definition in sorted(found.signature_def.items())
+            if definition.method_name  # the one that initialises has none
+        }
+
+    def run(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """All outputs of `signature` for arrays of its inputs.
+
+        Raises:
+          RunError: no such signature or input, or what the graph refuses.
+        """
+        if signature not in self.signatures:
+            known = ", ".join(self.signatures)
+            raise RunError(INVALID_ARGUMENT, f"no signature '{signature}'; there are {known}")
+        expected, outputs = self.signatures[signature]
+        if inputs.keys() != expected.keys():
+            raise RunError(
+                INVALID_ARGUMENT,
+                f"inputs {sorted(inputs)}; signature '{signature}' has {sorted(expected)}",
+            )
+        feeds = [self._place(tensor) for tensor in expected.values()]
+        fetches = [self._place(tensor) for tensor in outputs.values()]
+        values = (ctypes.c_void_p * len(feeds))()
+        results = (ctypes.c_void_p * len(fetches))()
+        try:
+            for i, name in enumerate(expected):
+                values[i] = self._to_c(np.asarray(inputs[name]))
+            with _Status() as status:
+                _C.TF_SessionRun(
+                    self._session, None,
+                    (_Output * len(feeds))(*feeds), values, len(feeds),
+                    (_Output * len(fetches))(*fetches), results, len(fetches),
+                    None, 0, None, status,
+                )  # fmt: skip
+            return {name: self._from_c(results[i]) for i, name in enumerate(outputs)}
+        finally:
+            for tensor in (*values, *results):
+                if tensor:
+                    _C.TF_DeleteTensor(tensor)
+
+    def close(self):
+        """Frees the session; nothing may run in it any more."""
+        with _Status() as status:
+            _C.TF_DeleteSession(self._session, status)
+        _C.TF_DeleteGraph(self._graph)
+
+    def _place(self, tensor: Tensor) -> _Output:
+        operation, _, index = tensor.name.partition(":")
+        return _Output(_C.TF_GraphOperationByName(self._graph, operation.encode()), int(index))
+
+    def _to_c(self, array: np.ndarray):
+        numbers = {dtype: number for number, dtype in DTYPES.items()}
+        if array.dtype not in numbers:
+            raise RunError(INVALID_ARGUMENT, f"an input of {array.dtype}, which none is here")
+        array = np.ascontiguousarray(array)
+        sizes = (ctypes.c_int64 * array.ndim)(*array.shape)
+        tensor = _C.TF_AllocateTensor(numbers[array.dtype], sizes, array.ndim, array.nbytes)
+        ctypes.memmove(_C.TF_TensorData(tensor), array.ctypes.data, array.nbytes)
+        return tensor
+
+    def _from_c(self, tensor) -> np.ndarray:
+        shape = [_C.TF_Dim(tensor, i) for i in range(_C.TF_NumDims(tensor))]
+        data = ctypes.string_at(_C.TF_TensorData(tensor), _C.TF_TensorByteSize(tensor))
+        return np.frombuffer(data, DTYPES[_C.TF_TensorType(tensor)]).reshape(shape)
+
+
+class _Status:
+    """A status that raises what was put in it."""
+
+    def __enter__(self):
+        self._status = _C.TF_NewStatus()
+        return self._status
+
+    def __exit__(self, *_):
+        code = _C.TF_GetCode(self._status)
+        message = _C.TF_Message(self._status).decode(errors="replace")
+        _C.TF_DeleteStatus(self._status)
+        if code:
+            raise RunError(code, message)
+
+
+def _tensors(described) -> dict[str, Tensor]:
+    return {
+        name: Tensor(
+            info.name, DTYPES[info.dtype], tuple(dim.size for dim in info.tensor_shape.dim)
+        )
+        for name, info in sorted(described.items())
+    }
+
+
+def _load_library() -> ctypes.CDLL:
+    """The C library, with the types of the functions used here."""
+    spec: Any = importlib.util.find_spec("tensorflow")
+    (package,) = spec.submodule_search_locations
+    library = ctypes.CDLL(str(Path(package) / "libtensorflow_cc.so.2"))
+    pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+    number, buffer = ctypes.c_int, ctypes.POINTER(_Buffer)
+    for name, result, arguments in (
+        ("TF_NewGraph", pointer, []),
+        ("TF_DeleteGraph", None, [pointer]),
+        ("TF_NewStatus", pointer, []),
+        ("TF_DeleteStatus", None, [pointer]),
+        ("TF_GetCode", number, [pointer]),
+        ("TF_Message", text, [pointer]),
+        ("TF_NewBuffer", buffer, []),
+        ("TF_DeleteBuffer", None, [buffer]),
+        ("TF_NewSessionOptions", pointer, []),
+        ("TF_DeleteSessionOptions", None, [pointer]),
+        ("TF_LoadSessionFromSavedModel", pointer,
+         [pointer, pointer, text, ctypes.POINTER(text), number, pointer, buffer, pointer]),
+        ("TF_DeleteSession", None, [pointer, pointer]),
+        ("TF_GraphOperationByName", pointer, [pointer, text]),
+        ("TF_SessionRun", None,
+         [pointer, pointer, pointer, pointer, number, pointer, pointer, number,
+          pointer, number, pointer, pointer]),
+        ("TF_AllocateTensor", pointer, [number, pointer, number, size]),
+        ("TF_DeleteTensor", None, [pointer]),
+        ("TF_TensorData", pointer, [pointer]),
+        ("TF_TensorByteSize", size, [pointer]),
+        ("TF_TensorType", number, [pointer]),
+        ("TF_NumDims", number, [pointer]),
+        ("TF_Dim", ctypes.c_int64, [pointer, number]),
+    ):  # fmt: skip
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+_C = _load_library()

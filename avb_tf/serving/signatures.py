@@ -1,0 +1,226 @@
+"""What a served model answers: TensorFlow functions with named inputs and outputs.
+
+Every input and output has one row for each example, and an answer's row depends on its own
+request's row alone. So a server may batch requests as it likes, and both REST forms fit. Where an
+answer is drawn, its noise comes from a seed: the row's own in signatures named `*_seeded`, and
+elsewhere the machine's entropy, so that a restarted server does not repeat itself. Where it is an
+expectation over noise, it is over fixed Sobol points, the same for all rows.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.stats
+import tensorflow as tf
+from tensorflow_probability import distributions as tfd
+
+from avb_tf.likelihoods import log_likelihood
+
+ELBO_DRAWS = 64  # of z for each x in the bound
+MOMENT_DRAWS = 256  # for moments of a posterior of which only draws are known
+WIDENING = 1.2  # of a Gaussian proposal: one too narrow misses mass without a sign of it
+_CHUNK = 32  # draws that are decoded at once, which bounds the memory
+_POSTERIOR, _PRIOR = 0, 1  # streams of a seed
+
+
+def of_model(model, importance_samples: int, max_batch: int) -> dict[str, Callable]:
+    """All signatures of an `AVB` by name, each a `tf.function` from tensors to a dict of tensors.
+
+    Those that take x have a twin named `*_uint8`, for images of 0..255 as files have them.
+
+    Args:
+      model: an `AVB`; its averaged networks are used.
+      importance_samples: draws of z in `log_likelihood`.
+      max_batch: rows that a request may have.
+    """
+    density = functools.partial(importance_weighted, samples=importance_samples)
+    of_x = {
+        "serving_default": (reconstruct_mean, ["x"]),
+        "encode": (_unseeded(encode), ["x"]),
+        "encode_seeded": (encode, ["x", "seed"]),
+        "reconstruct": (_unseeded(reconstruct), ["x"]),
+        "reconstruct_seeded": (reconstruct, ["x", "seed"]),
+        "elbo": (_of_density(elbo), ["x"]),
+        "log_likelihood": (_of_density(density), ["x"]),
+    }
+    functions = {
+        "decode": (decode, ["z"]),
+        "sample": (lambda model, row: sample(model, _entropy(row)), ["row"]),
+        "sample_seeded": (sample, ["seed"]),
+        **of_x,
+    }
+    specs = {
+        "x": tf.TensorSpec([None, *model.event_shape], tf.float32, "x"),
+        "z": tf.TensorSpec([None, model.encoder.latent_dim], tf.float32, "z"),
+        "seed": tf.TensorSpec([None], tf.int64, "seed"),
+        "row": tf.TensorSpec([None], tf.int64, "row"),
+    }
+    found = {
+        name: signature(functools.partial(f, model), [specs[i] for i in inputs], max_batch)
+        for name, (f, inputs) in functions.items()
+    }
+    return found | {f"{name}_uint8": of_bytes(found[name]) for name in of_x}
+
+
+def signature(function, specs: Sequence[tf.TensorSpec], max_batch: int) -> Callable:
+    """`function` of tensors like `specs`, refusing what is no number or too much of it."""
+
+    def serve(*inputs):
+        rows = tf.stack([tf.shape(tensor)[0] for tensor in inputs])
+        equal = tf.reduce_all(rows == rows[0])
+        tf.debugging.Assert(equal, ["inputs with different numbers of rows:", rows])
+        few = rows[0] <= max_batch
+        tf.debugging.Assert(few, [f"rows of one request; expected at most {max_batch}:", rows[0]])
+        named = zip(specs, inputs, strict=True)
+        return function(*[_checked(tensor, spec) for spec, tensor in named])
+
+    return tf.function(serve, input_signature=specs, autograph=False)
+
+
+def of_bytes(function) -> Callable:
+    """The twin of a signature whose first input is x, for x as bytes of 0..255."""
+    x, *rest = function.input_signature
+
+    def serve(x, *others):
+        return function(tf.cast(x, tf.float32) / 255.0, *others)
+
+    specs = [tf.TensorSpec(x.shape, tf.uint8, x.name), *rest]
+    return tf.function(serve, input_signature=specs, autograph=False)
+
+
+def _checked(tensor, spec):
+    """An input of the shape and with the values that it is described by."""
+    tensor = tf.ensure_shape(tensor, spec.shape)  # the runtime feeds any shape
+    if spec.name == "x":
+        inside = tf.reduce_all((tensor >= 0.0) & (tensor <= 1.0))  # false for NaN, too
+        tf.debugging.Assert(inside, ["x outside [0, 1]; images of 0..255 go to *_uint8"])
+    elif tensor.dtype.is_floating:
+        finite = tf.reduce_all(tf.math.is_finite(tensor))
+        tf.debugging.Assert(finite, [f"{spec.name} that is not finite"])
+    return tensor
+
+
+# One function for each answer. x is [batch, *event], seed [batch].
+
+
+def encode(model, x, seed):
+    """z ~ q(z|x) and q's mean, each [batch, latent]."""
+    return {"z": _draw(model, x, seed), "mean": _mean(model, x)}
+
+
+def reconstruct(model, x, seed):
+    """E[x'|z] for z ~ q(z|x), [batch, *event]."""
+    return {"reconstruction": model.decode(_draw(model, x, seed))}
+
+
+def reconstruct_mean(model, x):
+    """E[x'|z] at the mean of q(z|x), [batch, *event]."""
+    return {"reconstruction": model.decode(_mean(model, x))}
+
+
+def decode(model, z):
+    """E[x|z] for z [batch, latent], [batch, *event]."""
+    return {"x": model.decode(z)}
+
+
+def sample(model, seed):
+    """E[x|z] for z ~ p(z), [batch, *event]."""
+    return {"x": model.decode(normal(seed, _PRIOR, model.encoder.latent_dim))}
+
+
+def elbo(model, x):
+    """The bound on log p(x) in nats with T as the model has it, [batch]."""
+    noise = _points(ELBO_DRAWS, model.encoder.noise_dim, x)
+    return {"elbo": tf.reduce_mean(model.terms(x, noise).elbo, 0)}
+
+
+def importance_weighted(model, x, samples: int):
+    """log p(x) in nats by importance sampling, without T, [batch].
+
+    The proposal is q(z|x) where its density is known, and otherwise the Gaussian with q's mean and
+    covariance, widened. A lower bound in the mean over proposals (Burda et al., 2016).
+    """
+    noise_dim, latent = model.encoder.noise_dim, model.encoder.latent_dim
+    posterior = model.averaged_encoder(x, _points(MOMENT_DRAWS, noise_dim, x))
+    proposal = tfd.MultivariateNormalTriL(posterior.mean, WIDENING * posterior.scale_tril)
+
+    def weigh(noise):
+        """log p(x, z) - log q(z), [chunk, batch], for noise [chunk, dim]."""
+        noise = _over(noise, x)
+        if posterior.log_prob is None:
+            columns = proposal.scale.matmul(tf.transpose(noise, [1, 2, 0]))
+            z = proposal.loc + tf.transpose(columns, [2, 0, 1])
+            log_q = proposal.log_prob(z)
+        else:
+            drawn = model.averaged_encoder(x, noise)
+            z, log_q = drawn.z, drawn.log_prob
+        log_p = log_likelihood(model.likelihood, model.averaged_decoder(z), x)
+        return log_p + model.prior.log_prob(z) - log_q
+
+    dim = latent if posterior.log_prob is None else noise_dim
+    noise = _sobol(-(-samples // _CHUNK) * _CHUNK, dim).reshape(-1, _CHUNK, dim)
+    weights = tf.map_fn(
+        weigh, tf.constant(noise), parallel_iterations=1,
+        fn_output_signature=tf.TensorSpec([_CHUNK, None]),
+    )  # fmt: skip
+    return {
+        "log_likelihood": tf.reduce_logsumexp(weights, [0, 1]) - np.log(noise.shape[0] * _CHUNK)
+    }
+
+
+def normal(seed, stream: int, size: int):
+    """Standard normal draws [batch, size]: each row a function of its own seed, int64 [batch]."""
+
+    def row(one):
+        pair = tf.stack([one, tf.constant(stream, tf.int64)])
+        return tf.random.stateless_normal([size], pair, alg="philox")  # the same on every device
+
+    return tf.map_fn(row, seed, fn_output_signature=tf.TensorSpec([size]))
+
+
+def _entropy(like):
+    """Fresh seeds, int64, a row for each of `like`'s."""
+    return tf.raw_ops.NonDeterministicInts(shape=tf.shape(like)[:1], dtype=tf.int64)
+
+
+def _unseeded(function):
+    return lambda model, x: function(model, x, _entropy(x))
+
+
+def _of_density(function):
+    """`function` of x, refusing x that a likelihood of 0 and 1 has no density at."""
+
+    def refuse(model, x):
+        if model.likelihood.binary:
+            binary = tf.reduce_all((x == 0.0) | (x == 1.0))
+            tf.debugging.Assert(binary, ["x that is neither 0 nor 1; the model is of binary x"])
+        return function(model, x)
+
+    return refuse
+
+
+def _draw(model, x, seed):
+    noise = normal(seed, _POSTERIOR, model.encoder.noise_dim)
+    return model.averaged_encoder(x, noise[tf.newaxis]).z[0]
+
+
+def _mean(model, x):
+    return model.averaged_encoder(x, _points(MOMENT_DRAWS, model.encoder.noise_dim, x)).mean
+
+
+def _points(count, dim, x):
+    return _over(_sobol(count, dim), x)
+
+
+def _over(noise, x):
+    """[count, dim] -> [count, batch, dim], the same for every row of x."""
+    count, dim = noise.shape
+    return tf.broadcast_to(noise[:, tf.newaxis], [count, tf.shape(x)[0], dim])
+
+
+@functools.cache
+def _sobol(count: int, dim: int) -> np.ndarray:
+    """Standard normal points, the same at every call, [count, dim]."""
+    points = scipy.stats.qmc.MultivariateNormalQMC(np.zeros(dim), rng=0)
+    return points.random(count).astype(np.float32)

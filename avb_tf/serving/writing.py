@@ -1,0 +1,162 @@
+"""Signatures -> a version of a servable, `<directory>/<version>/`, for TensorFlow Serving."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from avb_tf.errors import UserError
+from avb_tf.serving import layout, signatures
+from avb_tf.serving.protos import PredictionLog, PredictRequest, to_tensor
+
+_WARMUP_BATCHES = (1, 8)
+_BATCH = 64  # rows that a server should merge at most
+_PACKAGES = ("avb_tf", "tensorflow", "keras", "tensorflow-probability", "numpy")
+
+_MODELS = """\
+# tensorflow_model_server --model_config_file=/models/{name}/models.config
+model_config_list {{
+  config {{
+    name: "{name}"
+    base_path: "/models/{name}"
+    model_platform: "tensorflow"
+    model_version_policy {{ latest {{ num_versions: 1 }} }}
+  }}
+}}
+"""
+_BATCHING = """\
+# tensorflow_model_server --enable_batching \\
+#   --batching_parameters_file=/models/{name}/batching_parameters.txt
+max_batch_size {{ value: {batch} }}
+batch_timeout_micros {{ value: 1000 }}
+max_enqueued_batches {{ value: 100 }}
+"""
+
+
+def export(
+    model, directory: Path, importance_samples: int = 256, max_batch: int = 1024, **settings
+) -> Path:
+    """Writes an `AVB`; see `signatures.of_model` for its signatures and `write` for the rest."""
+    networks = [model.averaged_encoder, model.averaged_decoder, model.adversary]
+    weights = [v.value for network in networks if network for v in network.variables]
+    functions = signatures.of_model(model, importance_samples, max_batch)
+    known = {"step": int(model.step.value), "importance_samples": importance_samples}
+    return write(directory, weights, functions, max_batch, **known, **settings)
+
+
+def write(
+    directory: Path,
+    weights: Sequence[tf.Variable],
+    functions: Mapping[str, Callable],
+    max_batch: int,
+    version: int = 0,
+    name: str = "avb",
+    **metadata: Any,
+) -> Path:
+    """Writes a version, whole or not at all, with the server's configs beside it.
+
+    Args:
+      directory: of the versions; made if need be.
+      weights: all variables that the signatures read.
+      functions: the signatures by name, as `signatures.signature` makes them.
+      max_batch: rows that a request may have.
+      version: 0 for one more than the newest.
+      name: of the servable.
+      **metadata: JSON values to keep with the model.
+    Returns:
+      The version's directory.
+    Raises:
+      UserError: the version exists, or it cannot be written.
+    """
+    directory = Path(directory).absolute()
+    version = version or max(layout.versions(directory), default=0) + 1
+    final = directory / str(version)
+    if final.exists():
+        raise UserError(f"{final} exists; expected a new version; leave it out to count up")
+    made = next((p for p in (*reversed(directory.parents), directory) if not p.exists()), None)
+    partial = directory / f".{version}.{os.getpid()}"  # no number: a server passes over it
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _save(partial, weights, functions)
+        _describe(partial / layout.EXTRA, functions, max_batch, name, metadata)
+        _replace(directory / layout.MODELS, _MODELS.format(name=name))
+        batch = min(_BATCH, max_batch)
+        _replace(directory / layout.BATCHING, _BATCHING.format(name=name, batch=batch))
+        os.rename(partial, final)
+    except (OSError, tf.errors.OpError) as error:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        message = getattr(error, "message", None) or error
+        raise UserError(
+            f"cannot write {final} ({message!s:.200}); check that path, and the space on its disk"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def _save(path: Path, weights, functions):
+    # Concrete functions, and weights in place of the networks that hold them: `tf.function`s and
+    # Keras objects would be traced once more.
+    module: Any = tf.Module()
+    module.weights = list(weights)
+    concrete = {name: function.get_concrete_function() for name, function in functions.items()}
+    tf.saved_model.save(module, str(path), signatures=concrete)
+
+
+def _describe(extra: Path, functions, max_batch, name, metadata):
+    """Warmup requests, and what is known of the model."""
+    extra.mkdir()
+    with tf.io.TFRecordWriter(str(extra / layout.WARMUP)) as writer:
+        for signature, function in sorted(functions.items()):
+            for rows in _WARMUP_BATCHES:
+                log = PredictionLog()
+                request = _request(name, signature, function.input_signature, rows)
+                log.predict_log.request.CopyFrom(request)
+                writer.write(log.SerializeToString())
+    described = {
+        "name": name,
+        "max_batch": max_batch,
+        "git_revision": _git_revision(),
+        "packages": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        **metadata,
+    }
+    (extra / layout.METADATA).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _request(name: str, signature: str, specs, rows: int):
+    """Random zeros and ones, which every signature accepts."""
+    request = PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = name, signature
+    rng = np.random.default_rng(0)
+    for spec in specs:
+        scale = 255 if spec.dtype == tf.uint8 else 1
+        values = scale * rng.integers(0, 2, [rows, *spec.shape[1:]])
+        request.inputs[spec.name].CopyFrom(to_tensor(values.astype(spec.dtype.as_numpy_dtype)))
+    return request
+
+
+def _git_revision() -> str | None:
+    """Of this program, where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return found.stdout.strip() or None
+
+
+def _replace(file: Path, text: str):
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
