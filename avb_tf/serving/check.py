@@ -41,8 +41,8 @@ def check(directory: Path, version: int) -> str:
         _check_configs(directory)
         model = SavedModel(servable)
         try:
-            rows = [_check_signature(model, name) for name in model.signatures]
-            replayed = _replay(model, servable)
+            replayed = replay(model, servable)
+            rows = [check_signature(model, name) for name in model.signatures]
         finally:
             model.close()
     except (RunError, OSError, OpError, text_format.ParseError, ValueError) as error:
@@ -60,8 +60,12 @@ def _check_configs(directory: Path):
     text_format.Parse((directory / layout.BATCHING).read_text(), _batching_parameters())
 
 
-def _check_signature(model: SavedModel, name: str) -> list[str]:
-    """A row of the table, for a signature whose answers hold what `signatures` promises."""
+def check_signature(model: SavedModel, name: str) -> list[str]:
+    """A row of the table, for a signature that answers as `signatures` promises.
+
+    Raises:
+      ValueError: other rows than asked for, no numbers, or answers that depend on the batch.
+    """
     signature = model.signatures[name]
     requests = {rows: _request(signature, rows) for rows in BATCHES}
     answers, milliseconds = {}, []
@@ -71,7 +75,7 @@ def _check_signature(model: SavedModel, name: str) -> list[str]:
         answers[rows] = model.run(name, request)
         milliseconds.append(f"{1000 * (time.perf_counter() - began):.1f}")
         for output, values in answers[rows].items():
-            if len(values) != rows or not np.isfinite(values).all():
+            if len(values) != rows or np.isnan(values).any():
                 raise ValueError(f"{name} answers {rows} rows with {output} {values.shape}")
     again = model.run(name, requests[BATCHES[-1]])
     repeats = _largest_difference(again, answers[BATCHES[-1]]) == 0.0
@@ -96,10 +100,13 @@ def _request(signature: Signature, rows: int) -> dict[str, np.ndarray]:
 
 
 def _largest_difference(answer, other) -> float:
-    return max(
-        float(np.max(np.abs(answer[name] - other[name]) / np.maximum(1.0, np.abs(other[name]))))
-        for name in answer
-    )
+    found = 0.0
+    for name, values in answer.items():
+        unequal = values != other[name]  # an infinite bound equals itself
+        scale = np.maximum(1.0, np.abs(other[name][unequal]))
+        change = np.abs(values[unequal] - other[name][unequal]) / scale
+        found = max(found, float(change.max(initial=0.0)))
+    return found
 
 
 def _described(tensors) -> str:
@@ -109,8 +116,12 @@ def _described(tensors) -> str:
     return ", ".join(f"{name} {t.dtype} [{sizes(t)}]" for name, t in tensors.items())
 
 
-def _replay(model: SavedModel, servable: Path) -> int:
-    """Runs the warmup requests, as a server does before it answers any other."""
+def replay(model: SavedModel, servable: Path) -> int:
+    """Runs the warmup requests, as a server does before it answers any other; how many.
+
+    Raises:
+      ValueError: none, or more than a server replays.
+    """
     reader = PyRecordReader_New(str(servable / layout.EXTRA / layout.WARMUP))
     count = 0
     while True:

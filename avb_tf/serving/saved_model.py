@@ -165,8 +165,7 @@ def _tensors(described) -> dict[str, Tensor]:
 def _load_library() -> ctypes.CDLL:
     """The C library, with the types of the functions used here."""
     spec: Any = importlib.util.find_spec("tensorflow")
-    (package,) = spec.submodule_search_locations
-    library = ctypes.CDLL(str(Path(package) / "libtensorflow_cc.so.2"))
+    library = ctypes.CDLL(str(Path(spec.origin).with_name("libtensorflow_cc.so.2")))
     pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
     number, buffer = ctypes.c_int, ctypes.POINTER(_Buffer)
     for name, result, arguments in (
