@@ -5,7 +5,7 @@ RUN := $(BIN)/python main.py
 COMPARED := four_points.py:vae four_points.py:avb digits.py:vae digits.py:avb_ac
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup demo test lint seeds mnist bench bench-ais clean
+.PHONY: setup demo test test-browser load board lint seeds mnist bench bench-ais clean
 
 setup: .venv/installed
 
@@ -24,6 +24,19 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# In headless Chromium, Debian's package; screenshots are kept in runs/artefacts/.
+test-browser: setup
+	command -v chromium >/dev/null || { apt-get update && apt-get install -y chromium; }
+	$(BIN)/python -m pytest -n 0 -m browser
+
+# 20,000 requests by eight threads on one loaded export.
+load: setup
+	AVB_TF_LOAD_REQUESTS=20000 $(BIN)/python -m pytest -n 0 -s tests/test_serving_load.py
+
+# TensorBoard of all runs.
+board: setup
+	$(BIN)/tensorboard --logdir runs
 
 lint: setup
 	$(BIN)/ruff check .

@@ -35,6 +35,8 @@ MODES = {
     "compare": "avb_tf.comparison:compare",
     "benchmark": "avb_tf.benchmark:benchmark",
     "scaling": "avb_tf.scaling:scaling",
+    "figures": "avb_tf.drawing:draw",
+    "explore": "avb_tf.explorer:explore",
     "export": "avb_tf.export:export",
     "serve_check": "avb_tf.serving.check:serve_check",
 }

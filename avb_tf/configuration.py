@@ -12,7 +12,7 @@ from avb_tf.errors import UserError
 
 FILE = "config.json"
 # Fields that may differ between training and a later command: data may move, and so may the run.
-LATER = ("eval", "export", "data.path", "strategy")
+LATER = ("eval", "export", "profile_steps", "data.path", "strategy")
 # What -1 in config.eval stands for. `paper` is the authors' protocol (320 examples, 8 chains, 2000
 # temperatures, 30 leapfrog steps) on more examples with more chains: for an accelerator.
 BUDGETS = {
@@ -79,6 +79,7 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
     config.checkpoint_every = 1000  # steps, a multiple of log_every
     config.keep_checkpoints = 3
     config.figures_every = 5000  # steps, a multiple of log_every; 0: only at the end
+    config.profile_steps = ()  # (first, last) to profile, for TensorBoard
     config.eval = {
         "split": "test",
         "budget": "standard",  # quick, standard, paper (`BUDGETS`): all that is -1 below
@@ -191,6 +192,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.model.filters is {filters} and strides {strides}; expected filters, and as "
             "many strides or none"
         )
+    profiled = config.profile_steps
+    if profiled and not (len(profiled) == 2 and 0 <= profiled[0] < profiled[1]):
+        raise UserError(
+            f"config.profile_steps is {profiled}; expected nothing, or the first and the last step"
+        )
     for name in ("checkpoint_every", "figures_every"):
         # Both happen where a logging period ends, and a resumed run starts where one begins.
         if config[name] % min(config.log_every, config.steps) and config[name] < config.steps:
@@ -232,7 +238,7 @@ def _get(config, name):
 def sizes(settings: ml_collections.ConfigDict) -> dict[str, int]:
     """The sizes in `config.eval`, by names as in `BUDGETS`: its own, or else its budget's."""
     budget = BUDGETS[settings.budget]
-    own = _flat(settings.to_dict())
+    own = flat(settings.to_dict())
     return {name: size if own[name] == -1 else own[name] for name, size in budget.items()}
 
 
@@ -244,18 +250,18 @@ def resolve(config: ml_collections.ConfigDict) -> dict:
 def digest(config: dict, without: tuple[str, ...] = ()) -> str:
     """Names a run by all that shaped its training, but for the fields in `without`."""
     kept = sorted(
-        item for item in _flat(config).items() if not _later(item[0]) and item[0] not in without
+        item for item in flat(config).items() if not _later(item[0]) and item[0] not in without
     )
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
 
 
-def _flat(config: dict, prefix: str = "") -> dict:
+def flat(config: dict, prefix: str = "") -> dict:
     """{"data.name": ...} of {"data": {"name": ...}}."""
-    flat = {}
+    found = {}
     for key, value in config.items():
         nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
 
 
 def _later(name: str) -> bool:
@@ -270,7 +276,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """
     if not (workdir / FILE).exists():
         return
-    plain, found = _flat(resolve(config)), _flat(read(workdir))
+    plain, found = flat(resolve(config)), flat(read(workdir))
     for name in sorted(plain):
         if plain[name] != found[name] and not _later(name):
             raise UserError(

@@ -16,6 +16,7 @@ from avb_tf import (
     estimates,
     figures,
     results,
+    tensorboard,
     training,
 )  # fmt: skip
 from avb_tf.data import pipeline
@@ -73,6 +74,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
             "estimates": summaries,
         },
     )
+    means = {f"{config.eval.split}/{name}": e["mean"] for name, e in summaries.items()}
+    tensorboard.write_metrics(workdir, int(model.step.value), means)
     runs = results.siblings(workdir)
     print(results.table(runs), results.quality(runs[workdir.name]), sep="\n\n")
     print(*(f"Warning: {warning}" for warning in warnings), sep="\n")

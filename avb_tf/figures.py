@@ -1,7 +1,7 @@
 """Figures of a model, as matplotlib figures; whoever asks for one says where it goes."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -132,19 +132,28 @@ def posteriors(models: Mapping[str, AVB], x, cells: int = 120) -> Figure:
     return figure
 
 
-def save(figures: Mapping[str, Figure], directory: Path) -> list[Path]:
-    """Writes each as PNG, whole or not at all."""
+def save(
+    figures: Mapping[str, Figure], directory: Path, formats: Sequence[str] = ("png",)
+) -> list[Path]:
+    """Writes each in every format, whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [directory / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        configuration.write_atomically(path, png(figure))
+    paths = []
+    for name, figure in figures.items():
+        for kind in formats:
+            paths.append(directory / f"{name}.{kind}")
+            configuration.write_atomically(paths[-1], rendered(figure, kind))
     return paths
 
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
+    return rendered(figure, "png")
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """The figure as a file of this kind, png or pdf."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format=kind, dpi=120)
     return buffer.getvalue()
 
 

@@ -173,7 +173,7 @@ class AVB(Restorable, keras.Model):
         """
         encoder, decoder = self._networks(training)
         posterior = encoder(x, noise, training=training)
-        return self._terms(x, posterior, decoder, len(noise))[0]
+        return self._terms(x, posterior, decoder, noise.shape[0])[0]
 
     def _terms(self, x, posterior: Posterior, decoder, draws, contrast_noise=None):
         """Terms with `draws` of the posterior's z decoded, and T at z ~ r(z|x), [samples, batch].
@@ -360,6 +360,12 @@ class AVB(Restorable, keras.Model):
     def encode(self, x, samples: int = 1, seed: int = 0):
         """z ~ q(z|x), [samples, batch, latent]."""
         return self.posterior(x, samples, seed).z
+
+    def log_ratios(self, x, samples: int = 1, seed: int = 0):
+        """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary."""
+        posterior = self.posterior(x, samples, seed)
+        noise = tf.random.stateless_normal(tf.shape(posterior.z), [seed, 2])
+        return self._t(tf.convert_to_tensor(x), posterior, self.contrast(posterior), noise)
 
     def decode(self, z):
         """E[x|z] for z [..., latent], [..., *event] in [0, 1]."""

@@ -7,7 +7,16 @@ import keras
 import ml_collections
 from absl import logging
 
-from avb_tf import assembly, callbacks, checkpoints, configuration, data, monitoring, replicas
+from avb_tf import (
+    assembly,
+    callbacks,
+    checkpoints,
+    configuration,
+    data,
+    monitoring,
+    replicas,
+    tensorboard,
+)
 from avb_tf.data import pipeline
 from avb_tf.errors import DivergenceError, UserError
 from avb_tf.model import AVB
@@ -118,6 +127,7 @@ class _Run:
         if chief:
             held_out = pipeline.examples(source.validation, FIGURE_EXAMPLES, binary)
             labels = source.validation.labels
+            labels = None if labels is None else labels[: len(held_out)]
             self.callbacks = [
                 # First: what it adds to the logs is for the others.
                 monitoring.Monitor(
@@ -129,13 +139,9 @@ class _Run:
                 *self.callbacks,
                 writer,
                 callbacks.Scalars(workdir / "logs"),
-                callbacks.Figures(
-                    workdir,
-                    config.figures_every,
-                    last,
-                    held_out,
-                    None if labels is None else labels[: len(held_out)],
-                ),
+                callbacks.Figures(workdir, config.figures_every, last, held_out, labels),
+                tensorboard.Panels(config, workdir, held_out, labels),
+                tensorboard.Profile(workdir / "logs", config.profile_steps),
             ]
 
     def to_the_end(self):

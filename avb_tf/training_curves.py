@@ -14,12 +14,12 @@ _COLOURS = matplotlib.color_sequences["tab10"]
 _CLOSE = 6.0  # nats below the best that the second panel shows
 
 
-def read(workdir: Path, tag: str = BOUND) -> np.ndarray:
-    """A scalar of the held-out examples, [points, 2]: step and value; no points if there is none.
+def read(workdir: Path, tag: str = BOUND, side: str = "validation") -> np.ndarray:
+    """A scalar of a side, train or validation, [points, 2]: step and value; no points if none.
 
     Of a step that a resumed run logged twice, the later value.
     """
-    directory = workdir / "logs" / "validation"
+    directory = workdir / "logs" / side
     if not directory.is_dir():
         return np.zeros([0, 2])
     events = EventAccumulator(str(directory), size_guidance={TENSORS: 0}).Reload()

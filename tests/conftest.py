@@ -2,6 +2,8 @@ import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # its log goes past pytest's capture
 
+from pathlib import Path
+
 import pytest
 
 from tests import linear_gaussian as linear_gaussian_model
@@ -11,3 +13,9 @@ from tests import linear_gaussian as linear_gaussian_model
 def linear_gaussian(monkeypatch):
     """A model with a closed form of log p(x): (model, distribution of x)."""
     return linear_gaussian_model.make(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def artefacts():
+    """Where screenshots are kept."""
+    return Path(os.environ.get("AVB_TF_ARTEFACTS", "runs/artefacts")).absolute()
