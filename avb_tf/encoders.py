@@ -207,13 +207,14 @@ class NoiseBasisEncoder(Encoder):
 
 @_register
 class JointBasisEncoder(Encoder):
-    """z = z0(x) + W(x) v(noise): any number of basis functions v, all of the same noise.
+    """z = z0(x) + s(x) * (I + A(x)) v(noise): any number of functions v, all of the same noise.
 
     The paper's bases are independent, so their sum tends to a Gaussian as they grow in number.
     Functions of a common noise keep the freedom to bend and to split, with moments in closed form
-    as before: W(x) Cov[v] W(x)^T. The noise itself stands among the bases and W is zero for the
-    others at first, so that training starts from a Gaussian posterior. Bounded functions (tanh)
-    leave q Gaussian tails; unbounded ones (relu) make sharper edges.
+    as before: W(x) Cov[v] W(x)^T with W = s * (I + A). The noise itself stands first among the v
+    and A is zero at first, so that training starts from a diagonal Gaussian. The scales s multiply
+    all of W: what the optimizer's steps leave in A by chance, noise in z, then shrinks with q.
+    Bounded functions (tanh) leave q Gaussian tails; unbounded ones (relu) make sharper edges.
     """
 
     def __init__(
@@ -231,19 +232,21 @@ class JointBasisEncoder(Encoder):
         self.trunk = trunk
         self.mean = keras.layers.Dense(latent_dim)
         self.log_scale = keras.layers.Dense(latent_dim)
-        self.linear = keras.layers.Dense(latent_dim * noise_dim, kernel_initializer="zeros")
-        self.nonlinear = keras.layers.Dense(latent_dim * bases, kernel_initializer="zeros")
+        self.relative = keras.layers.Dense(
+            latent_dim * (noise_dim + bases), kernel_initializer="zeros"
+        )
         self.stack = DenseStack(width, 2, activation)
         self.basis = keras.layers.Dense(bases)
 
     def parameters(self, x):
         """z0 [batch, latent] and W [batch, latent, noise_dim + bases]."""
         features = self.trunk(x)
-        linear = tf.reshape(self.linear(features), [-1, self.latent_dim, self.noise_dim])
-        scale = tf.exp(self.log_scale(features))  # a positive gain on the i-th noise for latent i
-        linear += scale[..., tf.newaxis] * tf.eye(self.latent_dim, self.noise_dim)
-        nonlinear = tf.reshape(self.nonlinear(features), [-1, self.latent_dim, self.bases])
-        return self.mean(features), tf.concat([linear, nonlinear], -1)
+        scale = tf.exp(self.log_scale(features))[..., tf.newaxis]
+        functions = self.noise_dim + self.bases
+        a = tf.reshape(self.relative(features), [-1, self.latent_dim, functions])
+        identity = tf.pad(tf.eye(self.latent_dim, self.noise_dim), [[0, 0], [0, self.bases]])
+        # The number of functions should not matter to how far a step moves z.
+        return self.mean(features), scale * (identity + functions**-0.5 * a)
 
     def draw(self, parameters, noise, training=False):
         """Sums of functions of the noise, with their moments."""

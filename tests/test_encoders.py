@@ -221,10 +221,10 @@ def test_noise_basis_is_the_sum_of_the_paper():
     expected = dense(encoder.mean, features)
     weights = list(zip(encoder.kernels, encoder.biases, strict=True))
     for m, noise_m in enumerate(np.split(noise, 4, -1)):
-        first, second, third = ((k[m], b[m]) for k, b in weights)
-        v = relu(noise_m @ first[0] + first[1])
-        v = relu(v @ second[0] + second[1])
-        expected = expected + a[:, m] * (v @ third[0] + third[1])
+        v = noise_m
+        for i, (kernels, biases) in enumerate(weights):
+            v = (relu(v) if i else v) @ kernels[m] + biases[m]
+        expected = expected + a[:, m] * v
     np.testing.assert_allclose(encoder(X, noise).z, expected, rtol=1e-4, atol=1e-5)
 
 
