@@ -5,7 +5,7 @@ RUN := $(BIN)/python main.py
 COMPARED := four_points.py:vae four_points.py:avb digits.py:vae digits.py:avb_ac
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup demo test test-browser load board lint seeds mnist bench bench-ais clean
+.PHONY: posteriors setup demo test test-browser load board lint seeds mnist bench bench-ais clean
 
 setup: .venv/installed
 
@@ -74,6 +74,17 @@ bench: setup
 # AIS in one graph beside a loop that calls a graph at each leapfrog step.
 bench-ais: setup
 	$(BIN)/python -m avb_tf.benchmark_ais
+
+# Every model of configs/posteriors.py, three seeds each; those with results are skipped.
+POSTERIORS := eight_schools eight_schools_centred eight_schools_two_modes gauss_unknown_scale \
+  rosenbrock torus banana funnel mixture logistic_regression gaussian_process autoregression \
+  correlated_regression
+posteriors: setup
+	@for model in $(POSTERIORS); do for seed in 0 1 2; do \
+	  dir=runs/posteriors/$$model-$$seed; test -e $$dir/results.json || \
+	  $(RUN) --config=configs/posteriors.py:$$model --config.seed=$$seed --workdir=$$dir \
+	    --config.eval.reference=runs/posteriors/references --mode=train_and_evaluate || exit 1; \
+	done; done
 
 clean:
 	rm -rf runs .venv

@@ -12,10 +12,16 @@ from avb_tf.errors import UserError
 if TYPE_CHECKING:
     from avb_tf.assembly import build
     from avb_tf.model import AVB
+    from avb_tf.posteriors.fit import fit_posterior, load_posterior
 
-__all__ = ["AVB", "UserError", "build"]
+__all__ = ["AVB", "UserError", "build", "fit_posterior", "load_posterior"]
 
-_HOME = {"AVB": "avb_tf.model", "build": "avb_tf.assembly"}
+_HOME = {
+    "AVB": "avb_tf.model",
+    "build": "avb_tf.assembly",
+    "fit_posterior": "avb_tf.posteriors.fit",
+    "load_posterior": "avb_tf.posteriors.fit",
+}
 
 
 def __getattr__(name: str):

@@ -14,6 +14,7 @@ from ml_collections.config_flags import config_flags
 
 from avb_tf import configuration
 from avb_tf.errors import UserError, WorkerLostError
+from avb_tf.posteriors import settings
 
 USAGE = """Adversarial Variational Bayes.
 
@@ -40,6 +41,12 @@ MODES = {
     "export": "avb_tf.export:export",
     "serve_check": "avb_tf.serving.check:serve_check",
 }
+POSTERIOR_MODES = {
+    "train": "avb_tf.posteriors.experiment:train",
+    "evaluate": "avb_tf.posteriors.experiment:evaluate",
+    "train_and_evaluate": "avb_tf.posteriors.experiment:train_and_evaluate",
+    "sample": "avb_tf.posteriors.experiment:sample",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,9 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         config, workdir = _parse(values, argv)
-        module, function = MODES[values.mode].split(":")
-        settings = {"baseline": values.baseline} if values.baseline else {}
-        getattr(_imported(module), function)(config, workdir, **settings)
+        posterior = config is not None and config.method == settings.METHOD
+        modes = POSTERIOR_MODES if posterior else MODES
+        if values.mode not in modes:
+            raise UserError(f"--mode={values.mode} is of no use here; expected {', '.join(modes)}")
+        module, function = modes[values.mode].split(":")
+        extra = {"baseline": values.baseline} if values.baseline else {}
+        getattr(_imported(module), function)(config, workdir, **extra)
     except (UserError, OSError) as error:
         if "--debug" in argv:
             raise
@@ -141,6 +152,8 @@ def _parse(
     configuration.validate(config)
     if values.baseline and values.mode != "benchmark":
         raise UserError(f"--baseline is for --mode=benchmark, found --mode={values.mode}")
+    if config.method == settings.METHOD and not config.name:
+        config.name = settings.name(config)
     if not (values.workdir or config.name):
         raise UserError("config.name is empty; expected a name, or a --workdir")
     workdir = Path(values.workdir or Path("runs") / config.name).resolve()

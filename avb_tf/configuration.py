@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_collections
 
 from avb_tf import methods
 from avb_tf.errors import UserError
+from avb_tf.posteriors import settings
 
 FILE = "config.json"
 # Fields that may differ between training and a later command: data may move, and so may the run.
@@ -174,7 +176,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: the first field that is missing, unknown, of another type or out of range.
     """
-    _check_fields(config.to_dict(), default("vae").to_dict())
+    _check_fields(config.to_dict(), _template(config).to_dict())
+    if config.method == settings.METHOD:
+        settings.validate(config)
+        return
     for expected, fits, names in _RANGES:
         for name in names:
             if not fits(value := _get(config, name)):
@@ -209,6 +214,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.optimizer.adversary_warmup is {config.optimizer.adversary_warmup}; "
             f"expected less than config.steps, {config.steps}"
         )
+
+
+def _template(config) -> ml_collections.ConfigDict:
+    """The fields that a config of its kind has."""
+    posterior = isinstance(config, Mapping | ml_collections.ConfigDict) and (
+        config.get("method") == settings.METHOD
+    )
+    return settings.config("") if posterior else default("vae")
 
 
 def _check_fields(found, expected: dict, name: str = "config") -> None:
@@ -310,7 +323,7 @@ def read(workdir: Path) -> dict:
     file = workdir / FILE
     try:
         config = json.loads(file.read_text())
-        _check_fields(config, default("vae").to_dict())
+        _check_fields(config, _template(config).to_dict())
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} has no {FILE}; expected the workdir of a run, train one first"
@@ -322,8 +335,9 @@ def read(workdir: Path) -> dict:
 
 def load(workdir: Path) -> ml_collections.ConfigDict:
     """The workdir's config (see `read`), as a ConfigDict."""
-    config = default("vae")
-    config.update(read(workdir))  # in place of its own values; lists become tuples again
+    found = read(workdir)
+    config = _template(found)
+    config.update(found)  # in place of its own values; lists become tuples again
     return config
 
 

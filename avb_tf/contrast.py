@@ -47,6 +47,7 @@ def divergence(r, p):
     """E_q[log r(z|x) - log p(z)] in nats, [batch], without a draw.
 
     Both logs are quadratic in z and r has those of q's moments that its own quadratic form sees,
-    so the expectation under q is the one under r: KL(r || p), in closed form.
+    so the expectation under q is the one under r: KL(r || p), in closed form. Without p, which
+    then counts as 1, it is minus the entropy of r.
     """
-    return tfd.kl_divergence(r, p)
+    return -r.entropy() if p is None else tfd.kl_divergence(r, p)

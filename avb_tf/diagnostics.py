@@ -53,3 +53,33 @@ def _arviz() -> ModuleType:
         warnings.filterwarnings("ignore", "(?s).*ArviZ is undergoing", FutureWarning)
         import arviz
     return arviz
+
+
+def convergence(states) -> tuple[np.ndarray, np.ndarray]:
+    """Rank-normalised split R-hat and bulk effective sample size, each [dim].
+
+    Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021).
+
+    Args:
+      states: [chains, draws, dim].
+    """
+    states = np.asarray(states, np.float64)
+    each = [states[..., i] for i in range(states.shape[-1])]
+    arviz = _arviz()
+    return np.array([arviz.rhat(x) for x in each]), np.array([arviz.ess(x) for x in each])
+
+
+def inference_data(posterior, sample_stats, observed):
+    """`arviz.InferenceData` of one chain of independent draws.
+
+    Args:
+      posterior: name -> [draws, ...].
+      sample_stats: name -> [draws].
+      observed: name -> [...].
+    """
+    one_chain = [
+        {k: np.asarray(v)[np.newaxis] for k, v in d.items()} for d in (posterior, sample_stats)
+    ]
+    return _arviz().from_dict(
+        posterior=one_chain[0], sample_stats=one_chain[1], observed_data=observed or None
+    )

@@ -13,7 +13,7 @@ from avb_tf import contrast as contrasts
 from avb_tf import objectives, optimizers, schedules
 from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
-from avb_tf.likelihoods import LIKELIHOODS, log_likelihood
+from avb_tf.likelihoods import LIKELIHOODS, Likelihood, log_likelihood
 from avb_tf.networks import Adversary, Restorable
 from avb_tf.replicas import rows, stream_seed
 
@@ -36,7 +36,7 @@ class AVB(Restorable, keras.Model):
       encoder: (x, noise) -> `Posterior`.
       decoder: z [..., latent] -> likelihood parameters [..., *event, parameters].
       adversary: (condition, z) -> T, or None where the encoder knows its density.
-      likelihood: a name in `likelihoods.LIKELIHOODS`.
+      likelihood: a name in `likelihoods.LIKELIHOODS`, or a `Likelihood`.
       contrast: a name in `contrast.CONTRASTS`.
       condition: what the adversary reads beside z: "x", "posterior" for the encoder's own
         description of q(z|x) (`objectives.description`), or "none".
@@ -48,6 +48,7 @@ class AVB(Restorable, keras.Model):
       ema_decay: averages the weights of encoder and decoder over about 1 / (1 - decay) steps, for
         everything but training; 0 does without.
       seed: of all noise drawn in training.
+      prior: p(z) is the standard normal; without one the likelihood is taken for log p(x, z).
     Raises:
       UserError: parts that do not fit each other.
     """
@@ -58,7 +59,7 @@ class AVB(Restorable, keras.Model):
         encoder: Encoder,
         decoder: keras.Model,
         adversary: Adversary | None = None,
-        likelihood: str = "bernoulli",
+        likelihood: str | Likelihood = "bernoulli",
         contrast: str = "full",
         condition: str = "posterior",
         draws: int = 1,
@@ -67,11 +68,13 @@ class AVB(Restorable, keras.Model):
         kl_annealing_steps: int = 0,
         ema_decay: float = 0.0,
         seed: int = 0,
+        prior: bool = True,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.event_shape = tuple(event_shape)
-        self.likelihood = LIKELIHOODS[likelihood]
+        known = isinstance(likelihood, str)
+        self.likelihood = LIKELIHOODS[likelihood] if known else likelihood
         self.contrast = contrasts.CONTRASTS[contrast]
         self.condition = condition
         self.draws = draws
@@ -80,7 +83,7 @@ class AVB(Restorable, keras.Model):
         self.kl_annealing_steps = kl_annealing_steps
         self.ema_decay = ema_decay
         self.seed = seed
-        self.prior = contrasts.prior(encoder.latent_dim)
+        self.prior = contrasts.prior(encoder.latent_dim) if prior else None
         self.encoder, self.decoder, self.adversary = encoder, decoder, adversary
         self.averaged_encoder = _copy(encoder) if ema_decay else encoder
         self.averaged_decoder = _copy(decoder) if ema_decay else decoder

@@ -1,0 +1,95 @@
+"""How far two sets of draws are from the same distribution."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import ot
+from sklearn.model_selection import KFold, cross_val_score
+from sklearn.neural_network import MLPClassifier
+
+PROJECTIONS = 200
+_MMD_DRAWS = 1000
+
+
+def c2st(draws, reference, seed: int = 0) -> float:
+    """Accuracy of a classifier between two sets of draws: 1/2 where they are alike.
+
+    A network of two layers of 10 dim each on standardised draws, 5-fold cross-validated
+    (Lueckmann, Boelts, Greenberg, Goncalves and Macke, 2021). Its noise is about 0.02 with 2,000
+    draws on either side.
+
+    Args:
+      draws: [n, dim].
+      reference: [n, dim].
+      seed: of the classifier and its folds.
+    """
+    x = np.concatenate([draws, reference])
+    y = np.repeat([0, 1], [len(draws), len(reference)])
+    width = 10 * x.shape[1]
+    network = MLPClassifier((width, width), max_iter=1000, random_state=seed, early_stopping=False)
+    folds = KFold(5, shuffle=True, random_state=seed)
+    x = (x - reference.mean(0)) / reference.std(0)
+    return float(cross_val_score(network, x, y, cv=folds).mean())
+
+
+def sliced_wasserstein(draws, reference, seed: int = 0) -> float:
+    """Sliced 2-Wasserstein distance in coordinates where the reference has covariance I.
+
+    So that a thin direction counts as much as a wide one. 0.05 to 0.13 between halves of the same
+    2,000 to 4,000 draws of ten dimensions.
+
+    Args:
+      draws: [n, dim].
+      reference: [m, dim].
+      seed: of the projections.
+    """
+    factor = np.linalg.cholesky(np.atleast_2d(np.cov(reference.T)))
+    white = [np.linalg.solve(factor, (x - reference.mean(0)).T).T for x in (draws, reference)]
+    return float(ot.sliced_wasserstein_distance(*white, n_projections=PROJECTIONS, seed=seed))
+
+
+def mmd2(draws, reference) -> float:
+    """Unbiased squared maximum mean discrepancy, Gaussian kernel of the median distance.
+
+    Gretton, Borgwardt, Rasch, Schoelkopf and Smola (2012), Lemma 6, over the first draws in
+    standardised coordinates. 0 on average where the distributions are the same.
+
+    Args:
+      draws: [n, dim].
+      reference: [m, dim].
+    """
+    x, y = [((v - reference.mean(0)) / reference.std(0))[:_MMD_DRAWS] for v in (draws, reference)]
+    squared = ot.dist(np.concatenate([x, y]))
+    kernel = np.exp(-squared / np.median(squared))
+    n, m = len(x), len(y)
+    within_x = (kernel[:n, :n].sum() - n) / (n * (n - 1))
+    within_y = (kernel[n:, n:].sum() - m) / (m * (m - 1))
+    return float(within_x + within_y - 2.0 * kernel[:n, n:].mean())
+
+
+def compare(draws, reference) -> dict[str, float]:
+    """All measures between two sets of draws [n, dim], by name, both in unconstrained space.
+
+    `largest_mean_difference` is in sds of the reference, `largest_sd_difference` relative to them.
+    """
+    sd = reference.std(0)
+    return {
+        "c2st": c2st(draws, reference),
+        "sliced_wasserstein": sliced_wasserstein(draws, reference),
+        "mmd2": mmd2(draws, reference),
+        "largest_mean_difference": float(np.abs((draws.mean(0) - reference.mean(0)) / sd).max()),
+        "largest_sd_difference": float(np.abs(draws.std(0) / sd - 1.0).max()),
+    }
+
+
+def table(methods: Mapping[str, Mapping[str, float]]) -> str:
+    """Measures of several methods as Markdown, a row for each method."""
+    names = list(next(iter(methods.values())))
+    rows = [["unconstrained", *names]]
+    rows += [[label, *(f"{found[n]:.3f}" for n in names)] for label, found in methods.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -1,0 +1,272 @@
+"""`fit_posterior`: AVB where the model is fixed and the encoder has only noise to read.
+
+The same bound, model class and training step as everywhere: x is one example that stays the same,
+its many draws are the samples, and log p(x, z) is the model's own density, so that the prior is in
+it and E_q[log r] is minus the entropy of r.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from avb_tf.errors import UserError
+from avb_tf.likelihoods import Likelihood
+from avb_tf.model import AVB
+from avb_tf.networks import DenseStack, ResidualAdversary
+from avb_tf.posteriors import start, target
+from avb_tf.posteriors.result import META, MODEL, WEIGHTS, PosteriorFit
+from avb_tf.posteriors.sampler import Chart, GatedEncoder, NormalEncoder, Plain
+from avb_tf.posteriors.settings import STEPS, resolved
+
+CHUNK = 25  # steps between looks at the clock
+NOWHERE = -1e4  # nats, for the average where the density is not finite
+
+
+def fit_posterior(
+    model,
+    observed=None,
+    *,
+    steps: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    shape=None,
+    bijector=None,
+    dtype: Any = "float32",
+    verbose: bool = True,
+    **settings: Any,
+) -> PosteriorFit:
+    """Fits a neural sampler to the posterior of a model.
+
+    Args:
+      model: a TFP joint distribution, pinned or with `observed`; or a log density, a function of
+        one tensor, or of several by name or in order as `shape` says.
+      observed: values of parts of the joint, a dict by name or a sequence with None where unknown.
+      steps: of training; 3000 where `seconds` is not given either.
+      seconds: that the call may take, all included.
+      seed: of the whole fit.
+      shape: of the log density's argument, or a dict or sequence of them.
+      bijector: from R^n to the log density's support, in the structure of `shape`.
+      dtype: of the log density's argument.
+      verbose: shows a progress bar.
+      **settings: changes to `settings.SETTINGS`, none of which should need one.
+    Raises:
+      UserError: a model that cannot be fitted, and what to do about it.
+    """
+    began = time.monotonic()
+    if (steps is not None and steps < 1) or (seconds is not None and seconds <= 0):
+        raise UserError(f"steps is {steps} and seconds {seconds}; expected numbers above 0")
+    if steps is None and seconds is None:
+        steps = STEPS
+    goal = target.make(model, observed, shape, bijector, dtype)
+    chosen = resolved(goal.dim, **settings)
+    clock = _Clock(steps, began, seconds, verbose)
+    found = start.find(goal, seed)
+    keras.utils.set_random_seed(seed)
+    chart = _charted(goal, found, seed, chosen, clock)
+    emerged = tf.Variable(0.0, trainable=False)
+    avb = build(goal, found, seed, chosen, chart is not None, emerged)
+    if chart is None:
+        history = _train(avb, chosen, clock, 1.0, chosen["learning_rate"], emerged)
+        return PosteriorFit(goal, found, avb, time.monotonic() - began, seed, chosen, history)
+    before = build(goal, found, seed, chosen, True)
+    for network in (avb.decoder, avb.averaged_decoder, before.averaged_decoder):
+        network.set_weights(chart.get_weights())
+    # The chart stays as it is: moving with the encoder, the two undid each other's scales, and
+    # the adversary lost both.
+    avb.decoder.trainable = False
+    history = _train(avb, chosen, clock, 1.0, chosen["learning_rate"], emerged)
+    # Where the adversary was no match for the posterior, the fit is better off with the chart
+    # alone, N(0, I) going in; there T is exactly 0 and the weights are exact.
+    before.step.assign(avb.step)
+    seconds = time.monotonic() - began
+    fits = [PosteriorFit(goal, found, one, seconds, seed, chosen, history) for one in (avb, before)]
+    return min(fits, key=lambda fit: fit.diagnostics().distance)
+
+
+def _charted(goal, found, seed, settings, clock) -> Chart | None:
+    """A chart that takes N(0, I) to near the posterior, or None where it would take a mode away.
+
+    Trained as a VAE whose decoder it is, with nothing for the encoder to learn. It minimises
+    KL(q || p), which may lose modes; the chains of the start have them, so the symmetrised
+    divergence over q's draws and the chains' tells whether the chart or the plain Gaussian is
+    closer to the posterior. Its unknown normaliser cancels.
+    """
+    if not settings["chart_steps"] or not settings["chart_share"]:
+        return None
+    chart = Chart(goal.dim, settings["chart_steps"], settings["chart_width"])
+    model = _model(goal, found, seed, settings, NormalEncoder(goal.dim), chart, None)
+    _train(model, settings, clock, settings["chart_share"], settings["chart_learning_rate"])
+    assert isinstance(model.averaged_decoder, Chart)
+    density = density_of(goal, found)
+    chains = tf.constant(found.z, tf.float32)
+    draws = tf.random.stateless_normal(chains.shape, [seed, 0])
+
+    def divergence(inverse, forward):
+        """E_p[log p - log q] + E_q[log q - log p]."""
+        at_p = inverse(chains)
+        sides = [forward(at_p), forward(draws)]
+        log_q = [outputs[:, -1] - outputs[:, -2] for outputs in sides]
+        gaps = [density(o) - q for o, q in zip(sides, log_q, strict=True)]
+        return float(tf.reduce_mean(gaps[0]) - tf.reduce_mean(gaps[1]))
+
+    plain = divergence(tf.identity, Plain())
+    charted = divergence(model.averaged_decoder.inverse, model.averaged_decoder)
+    return model.averaged_decoder if charted < plain else None
+
+
+def build(goal, found, seed: int, settings: dict[str, Any], charted: bool, emerged=1.0) -> AVB:
+    """The model of z, where u = mean + scale_tril @ chart(z) with the start's moments."""
+    s = settings
+    encoder = GatedEncoder(goal.dim, s["noise_dim"], s["blocks"], s["width"])
+    decoder = Chart(goal.dim, s["chart_steps"], s["chart_width"]) if charted else Plain()
+    adversary = ResidualAdversary(DenseStack(1, 1), s["adversary_width"], s["adversary_depth"])
+    return _model(goal, found, seed, settings, encoder, decoder, adversary, emerged)
+
+
+def _model(goal, found, seed, settings, encoder, decoder, adversary, emerged=1.0):
+    """The AVB whose log p(x, z) is `emerged` parts the model's and the rest that of N(0, I)."""
+    density = density_of(goal, found)
+
+    class Joint:
+        """p(x, z) as a distribution of x, which is fixed and within the density."""
+
+        def __init__(self, outputs):
+            self.outputs = outputs
+
+        def log_prob(self, x):
+            del x
+            annealed = emerged * density(self.outputs[:, 0])
+            annealed += (1.0 - emerged) * self.outputs[:, 0, -1]
+            return annealed[:, tf.newaxis, tf.newaxis]
+
+    return AVB(
+        (1,),
+        encoder,
+        decoder,
+        adversary,
+        likelihood=Likelihood(0, Joint, None, False, False),
+        prior=False,
+        condition="x",
+        draws=settings["draws"],
+        adversary_draws=settings["draws"],
+        adversary_steps=settings["adversary_steps"],
+        ema_decay=settings["ema_decay"],
+        seed=seed,
+    )
+
+
+def density_of(goal: target.Target, found: start.Start):
+    """log p(data, z) in nats, [n], of a chart's output [n, dim + 2].
+
+    Where the model's density is not finite, z is drawn towards the centre instead.
+    """
+    mean, factor = (tf.constant(v, goal.dtype) for v in (found.mean, found.scale_tril))
+    volume = float(np.linalg.slogdet(found.scale_tril)[1])
+
+    @tf.custom_gradient
+    def standardised(z):
+        with tf.GradientTape() as tape:
+            tape.watch(z)
+            u = mean + tf.linalg.matvec(factor, tf.cast(z, goal.dtype))
+            density = tf.cast(goal.log_density(u), tf.float32)
+        slope = tape.gradient(density, z)
+        finite = tf.math.is_finite(density) & tf.reduce_all(tf.math.is_finite(slope), -1)
+        slope = tf.where(finite[:, tf.newaxis], slope, -z)
+        density = tf.where(finite, density, NOWHERE)
+        return density, lambda upstream: upstream[:, tf.newaxis] * slope
+
+    return lambda outputs: standardised(outputs[:, :-2]) + outputs[:, -2] + volume
+
+
+def _train(model, settings, clock, until, rate, emerged=None) -> dict[str, list[float]]:
+    """Trains until a share of the whole fit is over; the terms of the bound as they went."""
+    clip = settings["clip_norm"]
+    model.compile(
+        keras.optimizers.Adam(0.0, global_clipnorm=clip),
+        keras.optimizers.Adam(0.0, global_clipnorm=clip),
+        steps_per_execution=CHUNK,
+    )
+    x = tf.data.Dataset.from_tensors(tf.zeros([1, 1])).repeat()
+    pace = _Pace(settings, clock, until, rate, emerged)
+    endless = {"epochs": 10**6, "steps_per_epoch": CHUNK, "shuffle": False, "verbose": 0}
+    return model.fit(x, callbacks=[pace], **endless).history
+
+
+class _Clock:
+    """How much of a fit is over, by steps and by seconds, with its progress bar."""
+
+    def __init__(self, steps, began, seconds, verbose):
+        self.steps, self.began, self.seconds = steps, began, seconds
+        self.step = 0
+        self.bar = keras.utils.Progbar(100, verbose=int(verbose), unit_name="percent")
+
+    def progress(self) -> float:
+        """In [0, 1]."""
+        by_steps = self.step / self.steps if self.steps else 0.0
+        by_time = (time.monotonic() - self.began) / self.seconds if self.seconds else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+
+class _Pace(keras.callbacks.Callback):
+    """Learning rates by the share of this training that is over, its end, and a watch over it."""
+
+    def __init__(self, settings, clock, until, rate, emerged):
+        super().__init__()
+        self.settings, self.clock, self.until, self.rate = settings, clock, until, rate
+        self.emerged = emerged
+        self.since = clock.progress()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Half a cosine; the adversary keeps moving until the encoder rests."""
+        share = (self.clock.progress() - self.since) / max(1e-9, self.until - self.since)
+        cosine = 0.5 * (1.0 + np.cos(np.pi * min(1.0, share)))
+        rate = self.rate * (0.01 + 0.99 * cosine)
+        if self.model.adversary is not None:
+            highest = self.settings["adversary_learning_rate"]
+            self.model.adversary_optimizer.learning_rate = highest * (0.1 + 0.9 * cosine)
+            rate *= share >= self.settings["adversary_warmup"]
+        if self.emerged is not None:
+            self.emerged.assign(min(1.0, share / max(1e-9, self.settings["annealing"])))
+        self.model.optimizer.learning_rate = rate
+
+    def on_epoch_end(self, epoch, logs: Any = None):
+        """Stops at the end, and where the bound is lost."""
+        if not np.isfinite(logs["elbo"]):
+            raise UserError(
+                f"the bound became {logs['elbo']} after {self.clock.step} steps; expected a finite "
+                "number: check the model's density far from its mode, or lower learning_rate"
+            )
+        self.clock.step += CHUNK
+        self.clock.bar.update(int(100 * self.clock.progress()), [("elbo", logs["elbo"])])
+        self.model.stop_training = self.clock.progress() >= self.until
+
+
+def load_posterior(path) -> PosteriorFit:
+    """A fit as `PosteriorFit.save` wrote it, without the model's own code.
+
+    The directory holds the model as a TensorFlow SavedModel. As any program it should come from
+    somebody you trust.
+
+    Raises:
+      UserError: it is not a saved fit, or damaged.
+    """
+    path = Path(path)
+    try:
+        meta = json.loads((path / META).read_text())
+        goal = target.load(path / MODEL)
+        found = start.Start(*(np.array(meta[name]) for name in start.Start._fields))
+        avb = build(goal, found, meta["seed"], meta["settings"], meta["charted"])
+        avb.load_weights(path / WEIGHTS)
+        return PosteriorFit(
+            goal, found, avb, meta["seconds"], meta["seed"], meta["settings"], meta["history"]
+        )
+    except Exception as error:  # whatever JSON, Keras and TensorFlow raise on a damaged file
+        raise UserError(
+            f"{path} cannot be loaded ({error!s:.200}); expected a directory that "
+            "PosteriorFit.save wrote"
+        ) from error

@@ -1,0 +1,276 @@
+"""`PosteriorFit`: draws, evidence, how far to believe them, and what to do where one should not."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from avb_tf import contrast, objectives
+from avb_tf import diagnostics as weighing
+from avb_tf.configuration import write_atomically
+from avb_tf.errors import UserError
+from avb_tf.model import AVB
+from avb_tf.posteriors import hmc, plots
+from avb_tf.posteriors.sampler import Chart
+from avb_tf.posteriors.start import Start
+from avb_tf.posteriors.target import Structure, Target
+
+META, WEIGHTS, MODEL = "fit.json", "fit.weights.h5", "model"  # what a saved fit consists of
+_DIAGNOSTIC_DRAWS = 4000
+_DIAGNOSTIC_SEED = 2**30  # of draws that no `sample` is likely to ask for
+_TRUSTED, _REFINABLE = 0.1, 0.4  # distances, see `diagnose`
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error."""
+
+    value: float
+    standard_error: float
+
+
+class Draws(NamedTuple):
+    """Draws of q with what the model and q say of them, in nats."""
+
+    u: np.ndarray  # [n, dim], unconstrained
+    log_density: np.ndarray  # [n], log p(data, parameters), of u
+    log_q: np.ndarray  # [n], log r + T, of u
+
+    @property
+    def log_weights(self):
+        """[n], whose exponentials average to the evidence."""
+        return self.log_density - self.log_q
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """Whether to believe a fit. Printed, it is the verdict in one line."""
+
+    pareto_k: float  # of the importance weights; above 0.7 they cannot be trusted
+    effective_sample_size: float  # of the weights, as a share of the draws
+    distance: float  # total variation between q and the posterior, by the weights: 0 to 1
+    kl: float  # KL(q || posterior) in nats, by the weights
+    adversary_accuracy: float  # between q and its Gaussian contrast: 1/2 for a Gaussian q
+    verdict: str  # trust, use with refinement, do not trust
+    reason: str
+
+    def __str__(self):
+        return f"{self.verdict}: {self.reason}"
+
+
+class Refinement(NamedTuple):
+    """Chains that started from a fit, after their last step."""
+
+    parameters: Structure  # [chains, ...], in the model's structure
+    u: np.ndarray  # [chains, dim], the same unconstrained
+    r_hat: np.ndarray  # [dim], rank-normalised, of the steps that were kept
+    effective_sample_size: np.ndarray  # [dim], of all chains and kept steps together
+    acceptance: float
+
+
+def diagnose(log_weights: np.ndarray, adversary_accuracy: float) -> Diagnostics:
+    """The verdict on draws of q with log weights log p(data, z) - log q(z), [n].
+
+    The weights, which average to the evidence, are log-ratios between the posterior and q as the
+    adversary knows it. They give the total variation distance between both: an ideal classifier
+    between them is right with probability 1/2 + distance / 2.
+    """
+    k = float(weighing.pareto_k(log_weights))
+    size = float(weighing.effective_sample_size(log_weights)) / len(log_weights)
+    relative = log_weights - np.logaddexp.reduce(log_weights) + np.log(len(log_weights))
+    distance = float(np.maximum(0.0, -np.expm1(np.minimum(relative, 0.0))).mean())
+    kl = float(-relative.mean())
+    if distance <= _TRUSTED and k <= weighing.PARETO_K_LIMIT:
+        verdict = "trust"
+        reason = f"fit and posterior differ by {distance:.2f} in total variation"
+    elif distance <= _REFINABLE:
+        verdict = "use with refinement"
+        reason = f"fit and posterior differ by {distance:.2f} in total variation"
+        if k > weighing.PARETO_K_LIMIT:
+            reason = f"some draws are rarer than they should be, Pareto k {k:.2f}"
+    else:
+        verdict = "do not trust"
+        reason = (
+            f"fit and posterior differ by {distance:.2f} in total variation; more steps may help"
+        )
+    return Diagnostics(k, size, distance, kl, adversary_accuracy, verdict, reason)
+
+
+class PosteriorFit:
+    """A sampler of a model's posterior, fitted by `avb_tf.fit_posterior`.
+
+    Attributes:
+      target: the model in unconstrained space.
+      model: the `AVB` over z, where u = start.mean + start.scale_tril @ z.
+      start: location and scale of the posterior, as found before the fit.
+      seconds: that the fit took, all included.
+      steps: of training.
+      seed: of the fit.
+      settings: of the fit.
+      history: the bound in nats and its terms, by name, as training went.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        start: Start,
+        model: AVB,
+        seconds: float,
+        seed: int,
+        settings: dict[str, Any],
+        history: dict[str, list[float]],
+    ):
+        self.target, self.start, self.model = target, start, model
+        self.seconds, self.seed, self.settings = seconds, seed, settings
+        self.steps = int(model.step.value)
+        self.history = history
+        self._diagnosed: Diagnostics | None = None
+        self._weights: np.ndarray | None = None
+
+    def sample(self, n: int, seed: int = 0) -> Structure:
+        """`n` draws of the posterior, in the model's own structure and dtypes, [n, ...]."""
+        return self.constrain(self._z(n, seed))
+
+    def constrain(self, z) -> Structure:
+        """The model's parameters for the sampler's z, [n, dim] -> [n, ...]."""
+        return self.target.constrain(self._charted(z)[0])
+
+    def unconstrained(self, n: int, seed: int = 0) -> np.ndarray:
+        """`n` draws before the constraint, [n, dim], the space of the fit and of comparisons."""
+        return np.asarray(self._charted(self._z(n, seed))[0], np.float64)
+
+    def draws(self, n: int, seed: int = 0) -> Draws:
+        """`n` draws with the log densities of the model and of q.
+
+        log q = log r + T is what the adversary has learned, not exact.
+        """
+        z, log_q, _ = self._known(n, seed)
+        u, volume = self._charted(z)
+        volume += np.linalg.slogdet(self.start.scale_tril)[1]
+        density = np.asarray(self.target.log_density(u), np.float64)
+        density = np.where(np.isnan(density), -np.inf, density)  # outside the model's support
+        return Draws(*(np.asarray(v, np.float64) for v in (u, density, log_q - volume)))
+
+    @property
+    def log_evidence(self) -> Estimate:
+        """log p(data) in nats by importance sampling from q; believe it as far as the verdict."""
+        log_weights = self._log_weights()
+        weights = np.exp(log_weights - log_weights.max())
+        mean, error = weights.mean(), weights.std(ddof=1) / np.sqrt(len(weights))
+        return Estimate(float(np.log(mean) + log_weights.max()), float(error / mean))
+
+    def diagnostics(self) -> Diagnostics:
+        """Whether to believe the fit, from the weights of 4,000 draws kept for it."""
+        if self._diagnosed is None:
+            _, _, sides = self._known(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED)
+            accuracy = float(np.mean(objectives.adversary_accuracy(*sides)))
+            self._diagnosed = diagnose(self._log_weights(), accuracy)
+        return self._diagnosed
+
+    def refine(self, steps: int = 100, chains: int = 1000, seed: int = 0) -> Refinement:
+        """Hamiltonian Monte Carlo from the fit's draws.
+
+        The chains start from draws resampled by their weights, truncated so that none rules
+        (Ionides, 2008), which sets right how much mass each mode has; the first half of the steps
+        sets the step size and is thrown away.
+
+        Args:
+          steps: transitions of each chain, of 8 leapfrogs.
+          chains: parallel chains, of which the last states are the draws returned.
+          seed: of draws and chains.
+        """
+        rng = np.random.default_rng(seed)
+        drawn = self.draws(2 * chains, seed + 1)
+        finite = np.isfinite(drawn.log_density) & np.isfinite(drawn.log_q)
+        u, log_weights = drawn.u[finite], drawn.log_weights[finite]
+        weights = np.exp(log_weights - log_weights.max())
+        weights = np.minimum(weights, weights.mean() * np.sqrt(len(weights)))
+        u = u[rng.choice(len(u), chains, p=weights / weights.sum())]
+        scores = hmc.scores(self.target.log_density, self.target.dtype)
+        root = hmc.root(np.cov(u.T))
+        first = hmc.run_chains(scores, u, root, (steps + 1) // 2, 8, 0.3, rng, adapt=True)
+        kept = hmc.run_chains(
+            scores, first.states[-1], root, (steps + 1) // 2, 8, first.step_size, rng
+        )
+        return Refinement(
+            self.target.constrain(tf.constant(kept.states[-1], self.target.dtype)),
+            kept.states[-1],
+            *weighing.convergence(np.moveaxis(kept.states, 0, 1)),
+            float(kept.acceptance.mean()),
+        )
+
+    def to_arviz(self, draws: int = 2000, seed: int = 0):
+        """`arviz.InferenceData` with posterior, log density, sample stats and observed data.
+
+        The draws are independent and make one chain. `.to_netcdf(path)` writes it.
+        """
+        drawn = self.draws(draws, seed)
+        parameters = self.target.constrain(tf.constant(drawn.u, self.target.dtype))
+        return weighing.inference_data(
+            dict(zip(self.target.names, map(np.asarray, tf.nest.flatten(parameters)), strict=True)),
+            {"lp": drawn.log_density, "log_q": drawn.log_q, "log_weight": drawn.log_weights},
+            self.target.observed,
+        )
+
+    def plot(self, draws: int = 2000, seed: int = 0):
+        """Every pair of the first few coordinates, unconstrained: a matplotlib figure."""
+        return plots.pairs({"fit": self.unconstrained(draws, seed)}, self.target.coordinates())
+
+    def save(self, path) -> None:
+        """Writes the fit, for `avb_tf.load_posterior`: a directory, nothing in it pickled.
+
+        Raises:
+          UserError: the path cannot be written.
+        """
+        path = Path(path)
+        meta = {
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "settings": self.settings,
+            "history": self.history,
+            "charted": isinstance(self.model.decoder, Chart),
+            **{name: value.tolist() for name, value in self.start._asdict().items()},
+        }
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.model.save_weights(path / WEIGHTS)
+            self.target.save(path / MODEL)
+            write_atomically(path / META, json.dumps(meta) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}; choose another path") from error
+
+    def _log_weights(self):
+        if self._weights is None:
+            self._weights = self.draws(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED).log_weights
+        return self._weights
+
+    def _z(self, n, seed):
+        """[n, dim]; by the averaged encoder, each a function of its own noise."""
+        return self.model.averaged_encoder.z(self._noise(n, seed))
+
+    def _noise(self, n, seed):
+        return tf.random.stateless_normal([n, self.model.encoder.noise_dim], [seed, 0])
+
+    def _known(self, n, seed):
+        """z [n, dim], log q = log r + T [n], and T at z and at as many draws of r."""
+        x = tf.zeros([1, 1])
+        posterior = self.model.averaged_encoder(x, self._noise(n, seed)[:, tf.newaxis])
+        r = contrast.full_contrast(posterior)
+        z = contrast.whiten(posterior.z, r)
+        at_r = tf.random.stateless_normal(tf.shape(z), [seed, 1])
+        adversary: Any = self.model.adversary
+        sides = [adversary(x, v)[:, 0] for v in (z, at_r)]
+        return posterior.z[:, 0], r.log_prob(posterior.z)[:, 0] + sides[0], sides
+
+    def _charted(self, z):
+        """u for z [n, dim], and the log Jacobian determinant of the chart.
+
+        In the model's precision: far from 0 float32 has few digits left.
+        """
+        outputs = self.model.averaged_decoder(tf.cast(z, tf.float32))
+        mean, factor = self.start.mean, self.start.scale_tril
+        mean, factor = (tf.constant(v, self.target.dtype) for v in (mean, factor))
+        u = mean + tf.linalg.matvec(factor, tf.cast(outputs[:, :-2], self.target.dtype))
+        return u, outputs[:, -2]
