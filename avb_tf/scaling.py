@@ -56,7 +56,7 @@ def exponent(points: list[dict[str, float]], quantity: str) -> float:
 
     Small sizes pay for what does not grow, so that only large ones tell: linear is 1.
     """
-    upper = points[len(points) // 2 :]
+    upper = points[-max(2, len(points) // 2) :]
     values, quantities = ([np.log(p[key]) for p in upper] for key in ("value", quantity))
     return float(np.polyfit(values, quantities, 1)[0])
 

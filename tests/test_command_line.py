@@ -310,7 +310,8 @@ def test_training_leaves_a_whole_run(root):
     names = {path.name for path in (root / "run").iterdir()}
     assert names == {"config.json", "checkpoints", "figures", "logs"}
     checkpoints = {path.name for path in (root / "run/checkpoints").iterdir()}
-    assert checkpoints == {"step_000000010.keras", "step_000000020.keras"}
+    # The one before the first step is what a run that fails early goes back to.
+    assert checkpoints == {f"step_{step:09d}.keras" for step in (0, 10, 20)}
 
 
 def test_a_finished_run_is_left_as_it_is(workdir, capsys):
@@ -324,17 +325,16 @@ def test_later_commands_need_only_the_workdir(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     run("--workdir=. --mode=evaluate")
     found = results(workdir)
-    assert found.keys() == {
+    assert found.keys() >= {
         "method", "data", "event_shape", "split", "step", "seconds", "config_hash", "estimates",
     }  # fmt: skip
     assert (found["method"], found["data"], found["split"]) == ("vae", "digits", "test")
     assert found["step"] == 20
-    assert found["estimates"].keys() == {
-        "elbo", "log_likelihood_quadrature", "kl_q_exact_posterior",
-    }  # fmt: skip
-    for name, estimate in found["estimates"].items():
+    counts = {"elbo": 20, "log_likelihood_quadrature": 20, "kl_q_exact_posterior": 2}
+    assert found["estimates"].keys() >= counts.keys()
+    for estimate in found["estimates"].values():
         assert np.isfinite([estimate["mean"], estimate["standard_error"]]).all()
-        assert estimate["count"] == (2 if name.startswith("kl") else 20)
+    assert {name: found["estimates"][name]["count"] for name in counts} == counts
 
     before = (workdir / "config.json").read_bytes()
     run("--config.eval.grid=50 --workdir=. --mode=evaluate")

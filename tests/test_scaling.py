@@ -4,6 +4,8 @@ import pytest
 
 from avb_tf import configuration, scaling
 
+CONFIG = configuration.default("avb_ac", latent_dim=2, width=8, bases=3, adversary_width=8)
+
 
 def points(power):
     return [{"value": v, "seconds": 1e-3 * v**power} for v in (2, 4, 8, 16, 32)]
@@ -16,13 +18,15 @@ def test_the_exponent_is_that_of_a_power(power):
 
 def test_every_size_is_measured_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "STEP", {("model.draws", "model.adversary_draws"): (1, 2)})
-    monkeypatch.setattr(scaling, "AIS", {"chains": (2, 3)})
-    config = configuration.default("avb_ac", latent_dim=2, width=8, bases=3, adversary_width=8)
-    scaling.scaling(config, tmp_path)
+    monkeypatch.setattr(scaling, "AIS", {})
+    scaling.scaling(CONFIG, tmp_path)
     found = json.loads((tmp_path / scaling.FILE).read_text())
-    assert {name: [p["value"] for p in ps] for name, ps in found.items()} == {
-        "model.draws": [1, 2],
-        "chains": [2, 3],
-    }
-    assert all(p["seconds"] > 0 and p["megabytes"] > 100 for ps in found.values() for p in ps)
+    assert [p["value"] for p in found["model.draws"]] == [1, 2]
+    assert all(p["seconds"] > 0 and p["megabytes"] > 100 for p in found["model.draws"])
     assert (tmp_path / "figures" / "scaling.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", scaling.AIS)
+def test_a_size_of_ais_is_an_argument_of_it(name):
+    seconds, _ = scaling._ais(configuration.resolve(CONFIG), (8, 8, 1), (name,), 2)
+    assert seconds > 0
