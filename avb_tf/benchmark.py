@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import callbacks, checkpoints, configuration, data, objectives, training
+from avb_tf import callbacks, checkpoints, configuration, data, objectives, replicas, training
 from avb_tf import contrast as contrasts
 from avb_tf.data import pipeline
 from avb_tf.errors import UserError
@@ -93,7 +93,7 @@ def reference_step(model: AVB, x) -> None:
     primal, dual = model.primal_variables, adversary.trainable_variables
     model.optimizer.apply(tape.gradient(loss, primal), primal)
     model.adversary_optimizer.apply(tape.gradient(adversary_loss, dual), dual)
-    model._average()
+    replicas.update(model._average)
     model.step.assign_add(1)
 
 

@@ -15,6 +15,7 @@ import scipy.stats
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
+from avb_tf import replicas
 from avb_tf.networks import DenseStack, Restorable
 
 _register = keras.saving.register_keras_serializable("avb_tf")
@@ -190,6 +191,8 @@ class NoiseBasisEncoder(Encoder):
         v = self._bases(noise)
         moments_of = v if training else self._bases(_fixed_noise(self.noise_dim))
         v_mean, v_covariance = _moments(tf.reshape(moments_of, [self.bases, -1, self.latent_dim]))
+        if training:  # over the whole batch, wherever its parts are
+            v_mean, v_covariance = replicas.pooled_moments(v_mean, v_covariance)
         z = z0 + tf.einsum("bml,msbl->sbl", a, v)
         mean = z0 + tf.einsum("bml,ml->bl", a, v_mean)
         covariance = tf.einsum("bmi,mij,bmj->bij", a, v_covariance, a)
@@ -254,6 +257,8 @@ class JointBasisEncoder(Encoder):
         v = self._bases(noise)
         moments_of = v if training else self._bases(_fixed_noise(self.noise_dim))
         v_mean, v_covariance = _moments(tf.reshape(moments_of, [-1, v.shape[-1]]))
+        if training:  # over the whole batch, wherever its parts are
+            v_mean, v_covariance = replicas.pooled_moments(v_mean, v_covariance)
         z = z0 + tf.einsum("bij,sbj->sbi", columns, v)
         mean = z0 + tf.linalg.matvec(columns, v_mean)
         covariance = columns @ v_covariance @ tf.linalg.matrix_transpose(columns)

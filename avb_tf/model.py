@@ -10,12 +10,11 @@ import keras
 import tensorflow as tf
 
 from avb_tf import contrast as contrasts
-from avb_tf import objectives, optimizers, schedules
+from avb_tf import objectives, optimizers, replicas, schedules
 from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS, Likelihood, log_likelihood
 from avb_tf.networks import Adversary, Restorable
-from avb_tf.replicas import rows, stream_seed
 
 # Saved models may hold an optimizer and a schedule of ours: whoever loads one has them registered.
 __all__ = ["AVB", "schedules"]
@@ -47,6 +46,8 @@ class AVB(Restorable, keras.Model):
       kl_annealing_steps: steps over which the weight of the KL rises from 0 to 1.
       ema_decay: averages the weights of encoder and decoder over about 1 / (1 - decay) steps, for
         everything but training; 0 does without.
+      skip_non_finite: whether a step is left out whose loss or gradient is no number. `skipped`
+        counts these.
       seed: of all noise drawn in training.
       prior: p(z) is the standard normal; without one the likelihood is taken for log p(x, z).
     Raises:
@@ -67,6 +68,7 @@ class AVB(Restorable, keras.Model):
         adversary_steps: int = 1,
         kl_annealing_steps: int = 0,
         ema_decay: float = 0.0,
+        skip_non_finite: bool = True,
         seed: int = 0,
         prior: bool = True,
         **kwargs,
@@ -82,6 +84,7 @@ class AVB(Restorable, keras.Model):
         self.adversary_steps = adversary_steps
         self.kl_annealing_steps = kl_annealing_steps
         self.ema_decay = ema_decay
+        self.skip_non_finite = skip_non_finite
         self.seed = seed
         self.prior = contrasts.prior(encoder.latent_dim) if prior else None
         self.encoder, self.decoder, self.adversary = encoder, decoder, adversary
@@ -212,8 +215,8 @@ class AVB(Restorable, keras.Model):
     def _noise(self, x, stream, dim):
         """Standard normal, [samples, batch, dim]."""
         shape = [self.samples, tf.shape(x)[0], dim]
-        seed = stream_seed(self.seed, self.step.value, stream)
-        return rows(tf.random.stateless_normal, shape, seed, axis=1)
+        seed = replicas.stream_seed(self.seed, self.step.value, stream)
+        return replicas.rows(tf.random.stateless_normal, shape, seed, axis=1)
 
     def _noises(self, x, stream):
         """The encoder's noise, and the whitened draws of the contrast."""
@@ -225,8 +228,10 @@ class AVB(Restorable, keras.Model):
     def _inputs(self, data):
         x = tf.cast(keras.utils.unpack_x_y_sample_weight(data)[0], tf.float32)
         if self.likelihood.binary:
-            seed = stream_seed(self.seed, self.step.value, _BINARISE)
-            uniform = rows(tf.random.stateless_uniform, tf.unstack(tf.shape(x)), seed, axis=0)
+            seed = replicas.stream_seed(self.seed, self.step.value, _BINARISE)
+            uniform = replicas.rows(
+                tf.random.stateless_uniform, tf.unstack(tf.shape(x)), seed, axis=0
+            )
             x = tf.cast(uniform < x, tf.float32)
         return x
 
@@ -255,12 +260,16 @@ class AVB(Restorable, keras.Model):
                 adversary_loss = self._adversary_loss(terms.t, t_contrast)
         # T counts as fixed in the first, z in the second: neither's gradient is of the other.
         gradients = tape.gradient(loss, self.primal_variables)
+        dual_gradients = tape.gradient(adversary_loss, dual) if dual else []
+        applied = self._all_finite(loss, *gradients, *dual_gradients)
         if dual:
-            self.adversary_optimizer.apply(tape.gradient(adversary_loss, dual), dual)
-        self.optimizer.apply(gradients, self.primal_variables)
-        self._average()
+            replicas.apply(self.adversary_optimizer, dual_gradients, dual, applied)
+        replicas.apply(self.optimizer, gradients, self.primal_variables, applied)
+        replicas.update(self._average)
         self.step.assign_add(1)
-        self._record(terms, t_contrast)
+        self.skipped.assign_add(tf.cast(~applied, tf.int32))
+        self.skipped_in_a_row.assign(tf.where(applied, 0, self.skipped_in_a_row + 1))
+        self._record(terms, t_contrast, applied)
         return self.get_metrics_result()
 
     def _dual_step(self, x, parameters, stream):
@@ -272,17 +281,27 @@ class AVB(Restorable, keras.Model):
             loss = self._adversary_loss(
                 *self._t(x, posterior, self.contrast(posterior), contrast_noise)
             )
-        self.adversary_optimizer.apply(tape.gradient(loss, variables), variables)
+        gradients = tape.gradient(loss, variables)
+        applied = self._all_finite(loss, *gradients)
+        replicas.apply(self.adversary_optimizer, gradients, variables, applied)
+
+    def _all_finite(self, *tensors):
+        """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`."""
+        return replicas.all_finite(*tensors) if self.skip_non_finite else tf.constant(True)
 
     def _adversary_loss(self, t_posterior, t_contrast):
         return self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
 
-    def _average(self):
+    def _average(self, strategy):
         # A short memory at first, or the average would keep the initial weights for long.
-        step = tf.cast(self.step, tf.float32)
+        step = tf.cast(self.step.value, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
         for weight, average in self._averages():
-            average.assign_add((1.0 - decay) * (weight - average))
+            strategy.extended.update(
+                average.value,
+                lambda average, weight: average.assign_add((1.0 - decay) * (weight - average)),
+                args=(weight.value,),
+            )
 
     def _share(self):
         """Optimizers sum gradients over replicas, so each contributes its share of the mean."""
@@ -293,15 +312,18 @@ class AVB(Restorable, keras.Model):
             return 1.0
         return tf.minimum(1.0, tf.cast(self.step + 1, tf.float32) / self.kl_annealing_steps)
 
-    def _record(self, terms: objectives.Terms, t_contrast):
+    def _record(self, terms: objectives.Terms, t_contrast, applied=True):
         reconstruction = tf.reduce_mean(terms.log_likelihood, 0)
         kl = tf.reduce_mean(terms.kl, 0)
-        self.means["elbo"].update_state(reconstruction - kl)
-        self.means["log_likelihood"].update_state(reconstruction)
-        self.means["kl"].update_state(kl)
+        values = {"elbo": reconstruction - kl, "log_likelihood": reconstruction, "kl": kl}
         if self.adversary is not None:
             for name in ("adversary_loss", "adversary_accuracy"):
-                self.means[name].update_state(getattr(objectives, name)(terms.t, t_contrast))
+                values[name] = getattr(objectives, name)(terms.t, t_contrast)
+        for name, value in values.items():
+            # Of a step that is skipped no number is left.
+            value = tf.where(applied, value, 0.0)
+            weight = tf.cast(tf.broadcast_to(applied, tf.shape(value)), tf.float32)
+            self.means[name].update_state(value, weight)
 
     def test_step(self, data):
         """The bound, its terms and the adversary's state, by the averaged networks."""
@@ -324,28 +346,43 @@ class AVB(Restorable, keras.Model):
         and loops in a way that fails for several replicas.
         """
         if self.train_function is None or force:
-            self.train_function = self._loop(self.train_step, lambda: self.steps_per_execution)
+            step = self._on_replicas(self.train_step)
+
+            def run(iterator, count):
+                for _ in tf.range(count):
+                    step(next(iterator))
+                return self.get_metrics_result()
+
+            self.train_function = self._of_iterator(run)
         return self.train_function
 
     def make_test_function(self, force=False):
-        """As `make_train_function`, a batch at a time."""
+        """As `make_train_function`, but that the data may end within."""
         if self.test_function is None or force:
-            self.test_function = self._loop(self.test_step, lambda: 1)
+            step = self._on_replicas(self.test_step)
+
+            def run(iterator, count):
+                step(next(iterator))  # where there is none left, Keras catches the error
+                for _ in tf.range(count - 1):
+                    batch = iterator.get_next_as_optional()
+                    if not batch.has_value():
+                        break
+                    step(batch.get_value())
+                return self.get_metrics_result()
+
+            self.test_function = self._of_iterator(run)
         return self.test_function
 
-    def _loop(self, step, count):
+    def _on_replicas(self, step):
         if not self.run_eagerly:
             step = tf.function(step, jit_compile=self.jit_compile)
+        return lambda batch: self.distribute_strategy.run(step, (batch,))
 
-        def run(iterator, count):
-            for _ in tf.range(count):
-                self.distribute_strategy.run(step, (next(iterator),))
-            return self.get_metrics_result()
-
+    def _of_iterator(self, run):
         if not self.run_eagerly:
             run = tf.function(run, reduce_retracing=True)
         # A tensor: another count is no other graph.
-        return lambda iterator: run(iterator, tf.constant(count()))
+        return lambda iterator: run(iterator, tf.constant(self.steps_per_execution))
 
     # Use. All by the averaged networks; the same seed gives the same draws.
 

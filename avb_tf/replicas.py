@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import keras
 import tensorflow as tf
 
 from avb_tf.errors import UserError, WorkerLostError
@@ -219,27 +220,52 @@ def rows(draw: Callable[..., tf.Tensor], shape, seed, axis: int) -> tf.Tensor:
     return tf.slice(draw(whole, seed), begin, shape)
 
 
+def all_finite(*tensors: tf.Tensor) -> tf.Tensor:
+    """In a replica: whether there is no inf and no nan in the tensors of any replica, a boolean."""
+    # One number tells of all: a sum that holds an inf or a nan is one, and stays one.
+    total = tf.add_n([tf.nn.l2_loss(tf.cast(t, tf.float32)) for t in tensors])
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync > 1:
+        total = context.all_reduce(tf.distribute.ReduceOp.SUM, total)
+    return tf.math.is_finite(total)
+
+
 def apply(optimizer, gradients, variables, applied) -> None:
-    """Updates `variables`, in a replica, where `applied` (a boolean, the same on all) says so.
+    """In a replica: `optimizer.apply`, where `applied` (the same on all) is true.
 
-    Optimizers sum over replicas, for which these have to meet, and may not within a condition: so
-    they meet first.
+    Optimizers let replicas meet, which these may not within a condition; so they meet outside.
     """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer.apply(gradients, variables)  # has a condition of its own, and learns from it
+        return
 
-    def update(strategy, gradients, applied):
+    def meet(strategy, gradients, applied):
         def step():
-            strategy.extended.call_for_each_replica(optimizer.apply, (gradients, variables))
+            strategy.extended.call_for_each_replica(optimizer.apply, args=(gradients, variables))
 
         tf.cond(strategy.experimental_local_results(applied)[0], step, lambda: None)
 
-    tf.distribute.get_replica_context().merge_call(update, (gradients, applied))
+    update(meet, gradients, applied)
 
 
-def all_finite(*tensors: tf.Tensor) -> tf.Tensor:
-    """Whether there is no inf and no nan in the tensors of any replica: a boolean."""
-    # One number tells of all: a sum that holds an inf or a nan is one, and stays one.
-    total = tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors])
+def update(function: Callable[..., None], *arguments) -> None:
+    """In a replica: calls `function(strategy, *arguments)` once for all of them."""
+    tf.distribute.get_replica_context().merge_call(function, args=arguments)
+
+
+def pooled_moments(mean: tf.Tensor, covariance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Moments [..., n] and [..., n, n] of all replicas' samples, from those of this one's.
+
+    All have as many samples. Gradients flow to the samples of all.
+    """
     context = tf.distribute.get_replica_context()
-    if context is not None and context.num_replicas_in_sync > 1:
-        total = context.all_reduce(tf.distribute.ReduceOp.SUM, total)
-    return tf.math.is_finite(total)
+    if context is None or context.num_replicas_in_sync == 1:
+        return mean, covariance
+    whole_mean, within, square = context.all_reduce(
+        tf.distribute.ReduceOp.MEAN, [mean, covariance, _outer(mean)]
+    )
+    return whole_mean, within + square - _outer(whole_mean)
+
+
+def _outer(x):
+    return x[..., :, tf.newaxis] * x[..., tf.newaxis, :]

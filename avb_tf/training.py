@@ -192,6 +192,7 @@ def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> A
     """
     keras.utils.set_random_seed(config.model.seed)  # of the initial weights
     model = assembly.build(config.method, event_shape, **config.model)
+    model.skip_non_finite = config.guard.enabled
     o = config.optimizer
     decays = o.decay == "cosine"
     lowered = {"factor": config.guard.factor, "rollbacks": model.rollbacks}

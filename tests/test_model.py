@@ -183,6 +183,16 @@ def test_steps_per_execution_does_not_change_the_result():
     assert not any(changed(snapshot(one.weights), ten.weights))
 
 
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_evaluation_sees_all_data_whatever_a_call_takes(steps):
+    model = make("vae")
+    alone = model.evaluate(binary(64), batch_size=64, verbose=0, return_dict=True)
+    model.compile(steps_per_execution=steps)
+    found = model.evaluate(binary(64), batch_size=16, verbose=0, return_dict=True)
+    assert model.means["elbo"].count == 64
+    assert found["elbo"] == pytest.approx(alone["elbo"], abs=1.0)
+
+
 def test_the_seed_decides_the_run():
     runs = [make(seed=seed) for seed in (0, 0, 1)]
     for model in runs:
