@@ -5,7 +5,7 @@ RUN := $(BIN)/python main.py
 COMPARED := four_points.py:vae four_points.py:avb digits.py:vae digits.py:avb_ac
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors setup demo test test-browser load board lint seeds mnist bench bench-ais clean
+.PHONY: posteriors setup demo test test-browser load board lint seeds mnist faults bench bench-ais clean
 
 setup: .venv/installed
 
@@ -85,6 +85,10 @@ posteriors: setup
 	  $(RUN) --config=configs/posteriors.py:$$model --config.seed=$$seed --workdir=$$dir \
 	    --config.eval.reference=runs/posteriors/references --mode=train_and_evaluate || exit 1; \
 	done; done
+
+# Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for an hour.
+faults: setup
+	$(BIN)/python -m tests.campaigns.faults
 
 clean:
 	rm -rf runs .venv

@@ -17,12 +17,18 @@ from avb_tf.errors import DivergenceError
 PREEMPTED = 128 + signal.SIGTERM  # exit status, as a shell has it of a process so ended
 
 
+# The ELBO of an epoch has exploded where it lies this far below the first: times the sum of the
+# first's size and x's dimensions, of which an untrained model loses some nats each.
+EXPLODED = 10.0
+
+
 class Guard(keras.callbacks.Callback):
     """Ends `fit` where training has left the numbers, before a checkpoint holds what is left."""
 
     def __init__(self, patience: int):
         super().__init__()
         self.patience = patience
+        self.first = None  # ELBO of a step
 
     def on_train_begin(self, logs=None):
         """Counts what is skipped from here on."""
@@ -35,9 +41,17 @@ class Guard(keras.callbacks.Callback):
             raise DivergenceError(f"loss or gradient is no number in {count} steps up to {step}")
         if not math.isfinite(elbo := (logs or {})["elbo"]):
             raise DivergenceError(f"elbo is {elbo} at step {step}")
+        if self.first is None and not count:
+            self.first = elbo
 
     def on_epoch_end(self, epoch, logs=None):
-        """Says how many steps were skipped."""
+        """Says how many steps were skipped, and whether the ELBO has exploded."""
+        elbo, size = (logs or {})["elbo"], math.prod(self.model.event_shape)
+        if self.first is not None and elbo < self.first - EXPLODED * (abs(self.first) + size):
+            raise DivergenceError(
+                f"elbo is {elbo:.3g} up to step {int(self.model.step.numpy())}, from "
+                f"{self.first:.3g} at first"
+            )
         before, self.skipped = self.skipped, int(self.model.skipped.numpy())
         if self.skipped > before:
             logging.warning(

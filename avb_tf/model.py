@@ -232,7 +232,7 @@ class AVB(Restorable, keras.Model):
             uniform = replicas.rows(
                 tf.random.stateless_uniform, tf.unstack(tf.shape(x)), seed, axis=0
             )
-            x = tf.cast(uniform < x, tf.float32)
+            x = tf.where(uniform < x, 1.0, 0.0 * x)  # a nan stays one, or nobody would know of it
         return x
 
     # Training.
@@ -261,13 +261,13 @@ class AVB(Restorable, keras.Model):
         # T counts as fixed in the first, z in the second: neither's gradient is of the other.
         gradients = tape.gradient(loss, self.primal_variables)
         dual_gradients = tape.gradient(adversary_loss, dual) if dual else []
-        applied = self._all_finite(loss, *gradients, *dual_gradients)
+        applied = self._all_finite(x, loss, *gradients, *dual_gradients)
         if dual:
             replicas.apply(self.adversary_optimizer, dual_gradients, dual, applied)
         replicas.apply(self.optimizer, gradients, self.primal_variables, applied)
         replicas.update(self._average)
         self.step.assign_add(1)
-        self.skipped.assign_add(tf.cast(~applied, tf.int32))
+        self.skipped.assign_add(tf.where(applied, 0, 1))
         self.skipped_in_a_row.assign(tf.where(applied, 0, self.skipped_in_a_row + 1))
         self._record(terms, t_contrast, applied)
         return self.get_metrics_result()
@@ -282,11 +282,14 @@ class AVB(Restorable, keras.Model):
                 *self._t(x, posterior, self.contrast(posterior), contrast_noise)
             )
         gradients = tape.gradient(loss, variables)
-        applied = self._all_finite(loss, *gradients)
+        applied = self._all_finite(x, loss, *gradients)
         replicas.apply(self.adversary_optimizer, gradients, variables, applied)
 
     def _all_finite(self, *tensors):
-        """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`."""
+        """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`.
+
+        x is among them, for a relu may make a number of a nan.
+        """
         return replicas.all_finite(*tensors) if self.skip_non_finite else tf.constant(True)
 
     def _adversary_loss(self, t_posterior, t_contrast):

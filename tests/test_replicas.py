@@ -1,6 +1,10 @@
 """Strategies by name, and a run that is the same on one device, on two, and on two machines."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +14,17 @@ from avb_tf import replicas
 from avb_tf.errors import UserError, WorkerLostError
 
 TWO = {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}
+
+
+def free_ports(count):
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
 
 
 def tf_config(cluster=TWO, kind="worker", index=0):
@@ -130,3 +145,42 @@ def test_the_shares_of_the_noise_make_up_the_whole():
         replicas.rows(tf.random.stateless_normal, shape, seed, axis=1),
         tf.random.stateless_normal(shape, seed),
     )
+
+
+def test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers(tmp_path):
+    """Weights, averages, both optimizers and metrics after 50 steps, clipped, two dual steps each.
+
+    Calls of the graph take 10 steps on one device, 1 on two, 10 on the workers.
+    """
+
+    def start(name, strategy, calls, cluster=None, task=0):
+        environment = dict(os.environ)
+        if cluster:
+            environment["TF_CONFIG"] = tf_config({"worker": cluster}, "worker", task)
+        out = tmp_path / f"{name}.npz"
+        command = [sys.executable, "-m", "tests.replicated", out, strategy, calls, "avb_ac", "50"]
+        process = subprocess.Popen(
+            list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True
+        )
+        return out, process
+
+    cluster = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    runs = [start("one", "one", 10), start("two", "mirrored", 1)]
+    runs += [start(f"worker_{i}", "auto", 10, cluster, i) for i in range(2)]
+    found = []
+    for out, process in runs:
+        error = process.communicate(timeout=500)[1]
+        assert process.returncode == 0, error
+        found.append(dict(np.load(out)))
+    one, *others = found
+    values = {name.split(" ")[0]: value for name, value in one.items() if name[0] != "m"}
+    metrics = {name: value for name, value in one.items() if name.startswith("metric")}
+    assert len(values) > 100
+    assert len(metrics) == 10
+    for other in others:
+        for name, value in other.items():
+            if name.startswith("metric"):
+                np.testing.assert_allclose(value, metrics[name], rtol=1e-5, err_msg=name)
+            else:
+                expected = values[name.split(" ")[0]]
+                np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5, err_msg=name)
