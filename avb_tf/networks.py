@@ -251,19 +251,22 @@ class FactorisedAdversary(Adversary):
     def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, products: int, **kwargs):
         super().__init__(**kwargs)
         self.trunk = trunk
-        self.from_features = keras.layers.Dense(products + 1)
+        # The two outputs apart: a product of 8192 columns takes half the time of one of 8193.
+        self.theta, self.t_features = keras.layers.Dense(products), keras.layers.Dense(1)
         self.stack = DenseStack(width, depth)
-        self.from_z = keras.layers.Dense(products + 1)
+        self.s, self.t_z = keras.layers.Dense(products), keras.layers.Dense(1)
 
     def features(self, condition):
-        """[batch, ...] -> [batch, products + 1]: theta(x) and t(x)."""
-        return self.from_features(self.trunk(condition))
+        """[batch, ...] -> theta(x) [batch, products] and t(x) [batch, 1]."""
+        hidden = self.trunk(condition)
+        return self.theta(hidden), self.t_features(hidden)
 
     def logits(self, features, z):
-        """[batch, products + 1], [samples, batch, latent] -> [samples, batch]."""
-        s = self.from_z(self.stack(z))
-        product = tf.einsum("bp,sbp->sb", features[:, 1:], s[..., 1:])
-        return product + features[:, 0] + s[..., 0] + 0.5 * tf.reduce_sum(z**2, -1)
+        """theta(x) [batch, products], t(x) [batch, 1], z [samples, batch, latent] -> as `call`."""
+        theta, t = features
+        hidden = self.stack(z)
+        product = tf.einsum("bp,sbp->sb", theta, self.s(hidden))
+        return product + (t + self.t_z(hidden))[..., 0] + 0.5 * tf.reduce_sum(z**2, -1)
 
 
 def _unflatten(flat, leading, event):

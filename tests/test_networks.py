@@ -218,12 +218,11 @@ def test_the_concatenating_adversary_is_a_dense_network_of_features_and_z_side_b
 
 def test_the_factorised_adversary_is_the_formula_of_the_authors():
     adversary = adversary_for("factorised")
-    x = dense(adversary.from_features, adversary.trunk(CONDITION))
-    hidden = Z
+    x, hidden = adversary.trunk(CONDITION), Z
     for layer in adversary.stack.hidden:
         hidden = relu(dense(layer, hidden))
-    z = dense(adversary.from_z, hidden)
-    (t_x, theta), (t_z, s) = np.split(x, [1], -1), np.split(z, [1], -1)
+    theta, t_x = dense(adversary.theta, x), dense(adversary.t_features, x)
+    s, t_z = dense(adversary.s, hidden), dense(adversary.t_z, hidden)
     expected = (theta * s).sum(-1) + t_x[:, 0] + t_z[..., 0] + 0.5 * (Z**2).sum(-1)
     assert theta.shape[-1] == 5
     np.testing.assert_allclose(adversary(CONDITION, Z), expected, rtol=1e-4, atol=1e-5)
