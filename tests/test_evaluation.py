@@ -126,9 +126,8 @@ def test_runs_whose_checkpoints_are_gone_stay_in_the_table(tmp_path, capsys):
 def test_a_run_that_diverges_stops_before_a_checkpoint_holds_it(tmp_path):
     broken = config("vae")
     broken.optimizer.learning_rate, broken.optimizer.clip_norm = 1e6, 0.0
-    with pytest.raises(UserError, match=r"elbo is nan at step \d+.*learning_rate"):
+    broken.guard.patience, broken.guard.rollbacks = 4, 1
+    with pytest.raises(UserError, match="learning_rate"):
         training.train(broken, tmp_path)
-    for weight in (
-        checkpoints.load(tmp_path).weights if list(tmp_path.glob("checkpoints/*")) else []
-    ):
+    for weight in checkpoints.load(tmp_path).weights:
         assert np.isfinite(weight.numpy()).all()
