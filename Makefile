@@ -85,6 +85,7 @@ posteriors: setup
 	  $(RUN) --config=configs/posteriors.py:$$model --config.seed=$$seed --workdir=$$dir \
 	    --config.eval.reference=runs/posteriors/references --mode=train_and_evaluate || exit 1; \
 	done; done
+	$(RUN) --mode=compare --workdir=runs/posteriors
 
 # Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for an hour.
 faults: setup

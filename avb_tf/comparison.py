@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from avb_tf import comparison_figures, configuration, figures, results, training_curves
 from avb_tf.errors import UserError
+from avb_tf.posteriors import overview
 
 BASELINE = "vae"  # the method that others are paired with
 
@@ -24,6 +25,7 @@ class Run(NamedTuple):
 def compare(_, workdir: Path) -> None:
     """`comparison.md`, `comparison.json` and a figure of all finished runs below `workdir`.
 
+    Fitted posteriors have a table of their own, `posteriors.md` and `posteriors.json`.
     Runs of one method on the same data that differ in their seed alone are one row: the mean over
     seeds and its standard error, or the one over examples where there is a single seed. Beside it
     the difference from the `vae` of the same data, example by example.
@@ -31,12 +33,19 @@ def compare(_, workdir: Path) -> None:
     Raises:
       UserError: no finished run is below `workdir`.
     """
-    runs = find(workdir)
-    if not runs:
+    runs, posteriors = find(workdir), overview.find(workdir)
+    if not (runs or posteriors):
         raise UserError(
             f"{workdir} holds no finished runs; expected {results.FILE} in a directory below it; "
             "run --mode=evaluate on each first"
         )
+    if posteriors:
+        overview.write(workdir, posteriors)
+    if runs:
+        _write(workdir, runs)
+
+
+def _write(workdir: Path, runs: list[Run]) -> None:
     rows = [row(group, runs) for group in grouped(runs)]
     table = markdown(rows)
     configuration.write_atomically(workdir / "comparison.json", json.dumps(rows, indent=2) + "\n")

@@ -7,6 +7,7 @@ The part after the colon is a function of this file that returns a model; your o
 may return a pinned TFP joint distribution, a pair (joint, observed), or a `Problem`.
 """
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -27,7 +28,7 @@ def eight_schools():
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
-    from avb_tf.posteriors.target import Problem
+    from avb_tf.posteriors.models import Problem
 
     joint = tfd.JointDistributionNamed(
         {
@@ -46,7 +47,7 @@ def eight_schools_centred():
     """The same model in mu, log tau and the effects themselves: a funnel where tau is small."""
     from tensorflow_probability import distributions as tfd
 
-    from avb_tf.posteriors.target import Problem
+    from avb_tf.posteriors.models import Problem
 
     joint = tfd.JointDistributionNamed(
         {
@@ -64,7 +65,7 @@ def eight_schools_two_modes():
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
-    from avb_tf.posteriors.target import Problem
+    from avb_tf.posteriors.models import Problem
 
     standard = tfd.Normal(0.0, 1.0)
     joint = tfd.JointDistributionNamed(
@@ -93,14 +94,20 @@ def eight_schools_two_modes():
         eta = mean + rng.normal(size=mean.shape) / np.sqrt(precision)
         return {"mu": mu, "tau": tau, "eta": eta}
 
-    return Problem(joint, {"y": EFFECTS / 10.0}, exact=exact)
+    return Problem(
+        joint,
+        {"y": EFFECTS / 10.0},
+        exact=exact,
+        statistics=lambda draws: {"share of tau > 0": np.mean(draws["tau"] > 0)},
+        log_evidence=-12.71081,  # by quadrature
+    )
 
 
 def gauss_unknown_scale():
     """Mean and scale of a Gaussian from twelve numbers."""
     from tensorflow_probability import distributions as tfd
 
-    from avb_tf.posteriors.target import Problem
+    from avb_tf.posteriors.models import Problem
 
     data = np.random.default_rng(1).normal(2.0, 1.5, 12).astype(np.float32)
     joint = tfd.JointDistributionNamed(
@@ -134,12 +141,20 @@ def rosenbrock():
 
 def torus():
     """exp(-(|x|^2 - 2)^2): a ring."""
-    return _in_the_plane(lambda x1, x2: -((x1**2 + x2**2 - 2.0) ** 2), [(-2.6, 2.6), (-2.6, 2.6)])
+    from scipy import stats
+
+    def statistics(x):
+        angle = np.arctan2(x[:, 1], x[:, 0])
+        uniform = stats.uniform(-np.pi, 2.0 * np.pi)
+        return {"Kolmogorov-Smirnov p of a uniform angle": stats.kstest(angle, uniform.cdf).pvalue}
+
+    ring = _in_the_plane(lambda x1, x2: -((x1**2 + x2**2 - 2.0) ** 2), [(-2.6, 2.6), (-2.6, 2.6)])
+    return dataclasses.replace(ring, statistics=statistics)
 
 
 def banana():
     """A Gaussian of sds 10 and 1, bent: x2 falls as x1^2 rises."""
-    from avb_tf.posteriors.target import Problem
+    from avb_tf.posteriors.models import Problem
 
     def log_density(x):
         x1, x2 = x[..., 0], x[..., 1]
@@ -157,7 +172,7 @@ def funnel():
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
-    from avb_tf.posteriors.target import Problem
+    from avb_tf.posteriors.models import Problem
 
     def log_density(v, x):
         scale = tf.exp(v / 2.0)[..., tf.newaxis]
@@ -178,7 +193,7 @@ def mixture():
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
-    from avb_tf.posteriors.target import Problem
+    from avb_tf.posteriors.models import Problem
 
     rng = np.random.default_rng(2)
     data = np.where(rng.random(30) < 0.5, -1.2, 1.2) + rng.normal(size=30)
@@ -294,7 +309,7 @@ def correlated_regression():
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
-    from avb_tf.posteriors.target import Problem
+    from avb_tf.posteriors.models import Problem
 
     rng = np.random.default_rng(5)
     common = rng.normal(size=[50, 1])
@@ -313,7 +328,12 @@ def correlated_regression():
         rng = np.random.default_rng(seed)
         return {"beta": rng.multivariate_normal(covariance @ x.T @ y, covariance, count)}
 
-    return Problem(joint, {"y": y.astype(np.float32)}, exact=exact)
+    def statistics(draws):
+        correlation = np.corrcoef(np.transpose(draws["beta"]))
+        pairs = [(0, 1), (0, 2), (1, 2)]
+        return {f"correlation of beta[{i}] and beta[{j}]": correlation[i, j] for i, j in pairs}
+
+    return Problem(joint, {"y": y.astype(np.float32)}, exact=exact, statistics=statistics)
 
 
 def _eight_schools(count, seed, centred):
@@ -338,7 +358,7 @@ def _eight_schools(count, seed, centred):
 
 
 def _in_the_plane(log_density, box):
-    from avb_tf.posteriors.target import Problem
+    from avb_tf.posteriors.models import Problem
 
     def exact(count, seed):
         return np.stack(_from_grid(log_density, box, count, np.random.default_rng(seed)), -1)

@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from avb_tf import configuration, figures
 from avb_tf.errors import UserError
-from avb_tf.posteriors import baselines, comparison, plots, start, target
+from avb_tf.posteriors import baselines, comparison, models, plots, start
 from avb_tf.posteriors.fit import fit_posterior, load_posterior
 
-RESULTS, FIT, REFERENCE = "results.json", "fit", "reference-{}.npz"
+RESULTS, FIT = "results.json", "fit"
 _CHAINS = 4
 _SEED = 123  # of the reference and of draws for the comparison
 
@@ -42,6 +42,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
             shape=problem.shape,
             bijector=problem.bijector,
             dtype=problem.dtype,
+            batch_size=problem.batch_size,
             steps=config.steps or None,
             seconds=config.seconds or None,
             seed=config.seed,
@@ -67,11 +68,11 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
         raise UserError(f"{workdir} has no fit; train it first")
     fit = load_posterior(workdir / FIT)
     problem = load_problem(config.model)
-    goal = target.of_problem(problem)
-    e = config.eval
-    name = config.model.rpartition(":")[2]
+    goal = models.of_problem(problem)
+    e, name = config.eval, config.model.rpartition(":")[2]
     folder = Path(e.reference) if e.reference else workdir
-    reference, r_hat = _reference(problem, goal, fit.start, e, folder / REFERENCE.format(name))
+    others, known = _others(problem, goal, fit.start, e, folder / name)
+    reference = others["reference"]
 
     draws, seconds = {"fit": fit.unconstrained(e.draws, _SEED)}, {"fit": fit.seconds}
     verdict = fit.diagnostics()
@@ -79,37 +80,25 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
         began = time.perf_counter()
         draws["fit, refined"] = fit.refine(e.refine, e.draws, _SEED).u
         seconds["fit, refined"] = fit.seconds + time.perf_counter() - began
-    for label, full_rank in (("mean-field VI", False), ("full-rank VI", True)):
-        began = time.perf_counter()
-        draws[label] = baselines.gaussian(
-            goal, fit.start, full_rank, e.draws, e.gaussian_steps, config.seed
-        )
-        seconds[label] = time.perf_counter() - began
-    began = time.perf_counter()
-    chains = baselines.nuts(goal, fit.start, e.nuts_draws, _CHAINS, seed=config.seed)
-    draws["NUTS"] = _thinned(chains.u, e.draws)
-    seconds["NUTS"] = time.perf_counter() - began
-
-    methods = {
-        label: comparison.compare(u, reference) | {"seconds": round(seconds[label], 1)}
-        for label, u in draws.items()
-    }
+    methods = _measured(draws, seconds, reference) | known["methods"]
     results = {
         "method": config.method,
         "model": name,
         "seed": config.seed,
         "steps": fit.steps,
-        "reference": "exact" if problem.exact else f"NUTS, R-hat {r_hat:.4f}",
-        "log_evidence": fit.log_evidence._asdict(),
+        "reference": known["reference"],
+        "log_evidence": fit.log_evidence._asdict() | {"exact": problem.log_evidence},
         "diagnostics": vars(verdict),
-        "nuts": {"r_hat": chains.r_hat, "effective_sample_size": chains.effective_sample_size},
+        "statistics": _statistics(problem, goal, draws | {"reference": reference}),
         "methods": methods,
     }
     configuration.write_atomically(workdir / RESULTS, json.dumps(results, indent=2) + "\n")
     print(verdict)
     print(comparison.table(methods))
+    for statistic, values in results["statistics"].items():
+        print(statistic, *(f"{label} {value:.3f}" for label, value in values.items()), sep=", ")
     fit.to_arviz(e.draws).to_netcdf(str(workdir / "posterior.nc"))
-    shown = {label: draws[label] for label in ("fit", "full-rank VI")} | {"reference": reference}
+    shown = {label: (draws | others)[label] for label in ("fit", "full-rank VI", "reference")}
     drawn = {"pairs": plots.pairs(shown, goal.coordinates())}
     print(*figures.save(drawn, workdir / "figures"), sep="\n")
 
@@ -125,7 +114,7 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
     print(workdir / "posterior.nc")
 
 
-def load_problem(name: str) -> target.Problem:
+def load_problem(name: str) -> models.Problem:
     """What the function "path.py:function" returns.
 
     Raises:
@@ -145,28 +134,84 @@ def load_problem(name: str) -> target.Problem:
     except Exception as error:  # whatever a user's code raises
         raise UserError(f"{name} raised {type(error).__name__}: {error}") from error
     if isinstance(found, tuple):
-        return target.Problem(*found)
-    return found if isinstance(found, target.Problem) else target.Problem(found)
+        return models.Problem(*found)
+    return found if isinstance(found, models.Problem) else models.Problem(found)
 
 
-def _reference(problem, goal, found: start.Start, settings, file: Path):
-    """Draws [eval.draws, dim] that count as the posterior's, and R-hat if they are of chains.
+def _others(problem, goal, found: start.Start, settings, stem: Path):
+    """What fits of a model are compared with, and how it does itself.
 
-    Kept in `file`, since long chains take minutes.
+    Kept beside `stem`, for none of it depends on a fit but by where it starts: all seeds share it.
+
+    Returns:
+      Draws [eval.draws, dim] by name, "reference" among them; and a record of what they are, with
+      the measures of all others.
     """
+    asked = {k: settings[k] for k in ("draws", "gaussian_steps", "nuts_draws")}
+    arrays, record = stem.with_suffix(".npz"), stem.with_suffix(".json")
+    if record.exists() and (kept := json.loads(record.read_text()))["settings"] == asked:
+        with np.load(arrays, allow_pickle=False) as file:
+            return dict(file), kept
+    draws, seconds = {}, {}
+    for label, make in {
+        "mean-field VI": lambda: _gaussian(goal, found, settings, False),
+        "full-rank VI": lambda: _gaussian(goal, found, settings, True),
+        "NUTS": lambda: baselines.nuts(goal, found, settings.nuts_draws, _CHAINS),
+    }.items():
+        began = time.perf_counter()
+        draws[label] = make()
+        seconds[label] = time.perf_counter() - began
+    chains, longer = draws["NUTS"], None
+    draws["NUTS"] = _thinned(chains.u, settings.draws)
     if problem.exact:
-        exact = tf.nest.map_structure(np.asarray, problem.exact(settings.draws, _SEED))
-        return goal.unconstrain(exact), 0.0
-    if file.exists():
-        with np.load(file, allow_pickle=False) as kept:
-            return kept["u"], float(kept["r_hat"])
-    chains = baselines.nuts(goal, found, 4 * settings.nuts_draws, _CHAINS, 1000, seed=_SEED)
-    if chains.r_hat > baselines.R_HAT_LIMIT:
-        print(f"warning: the reference's R-hat is {chains.r_hat:.3f}; raise config.eval.nuts_draws")
-    u = _thinned(chains.u, settings.draws)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, u=u, r_hat=chains.r_hat)
-    return u, chains.r_hat
+        reference, again = (_exact(problem, goal, settings.draws, s) for s in (_SEED, _SEED + 1))
+        draws["exact, again"], seconds["exact, again"] = again, 0.0
+    else:
+        longer = baselines.nuts(goal, found, 4 * settings.nuts_draws, _CHAINS, 1000, seed=_SEED)
+        reference = _thinned(longer.u, settings.draws)
+        if longer.r_hat > baselines.R_HAT_LIMIT:
+            print(f"warning: the reference's R-hat is {longer.r_hat:.3f}; raise eval.nuts_draws")
+    known = {
+        "settings": asked,
+        "reference": f"NUTS, R-hat {longer.r_hat:.4f}" if longer else "exact",
+        "nuts": {"r_hat": chains.r_hat, "effective_sample_size": chains.effective_sample_size},
+        "methods": _measured(draws, seconds, reference),
+    }
+    draws["reference"] = reference
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(arrays, **draws)
+    configuration.write_atomically(record, json.dumps(known, indent=2) + "\n")
+    return draws, known
+
+
+def _gaussian(goal, found, settings, full_rank):
+    return baselines.gaussian(goal, found, full_rank, settings.draws, settings.gaussian_steps)
+
+
+def _exact(problem, goal, count, seed):
+    return goal.unconstrain(tf.nest.map_structure(np.asarray, problem.exact(count, seed)))
+
+
+def _measured(draws, seconds, reference):
+    """Measures by name of draws, and then of the measure."""
+    return {
+        label: comparison.compare(u, reference) | {"seconds": round(seconds[label], 1)}
+        for label, u in draws.items()
+    }
+
+
+def _statistics(problem, goal, draws) -> dict[str, dict[str, float]]:
+    """What the model's file wants to see of the draws: by name, and then by whose draws."""
+    if problem.statistics is None:
+        return {}
+    found = {}
+    for label, u in draws.items():
+        parameters = goal.constrain(tf.constant(u, goal.dtype))
+        for name, value in problem.statistics(
+            tf.nest.map_structure(np.asarray, parameters)
+        ).items():
+            found.setdefault(name, {})[label] = float(value)
+    return found
 
 
 def _thinned(u, count):

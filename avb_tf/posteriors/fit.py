@@ -14,13 +14,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import optimizers
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import Likelihood
 from avb_tf.model import AVB
 from avb_tf.networks import DenseStack, ResidualAdversary
-from avb_tf.posteriors import start, target
+from avb_tf.posteriors import models, start, target
 from avb_tf.posteriors.result import META, MODEL, WEIGHTS, PosteriorFit
-from avb_tf.posteriors.sampler import Chart, GatedEncoder, NormalEncoder, Plain
+from avb_tf.posteriors.sampler import Chart, GatedEncoder, NormalEncoder, Plain, log_normal
 from avb_tf.posteriors.settings import STEPS, resolved
 
 CHUNK = 25  # steps between looks at the clock
@@ -37,6 +38,7 @@ def fit_posterior(
     shape=None,
     bijector=None,
     dtype: Any = "float32",
+    batch_size: int | None = None,
     verbose: bool = True,
     **settings: Any,
 ) -> PosteriorFit:
@@ -52,6 +54,9 @@ def fit_posterior(
       shape: of the log density's argument, or a dict or sequence of them.
       bijector: from R^n to the log density's support, in the structure of `shape`.
       dtype: of the log density's argument.
+      batch_size: for much data: rows of `observed`, a dict of arrays [rows, ...], that a step of
+        training sees; `model` is then a function from rows of them to the joint pinned on these.
+        The start and the verdict see all.
       verbose: shows a progress bar.
       **settings: changes to `settings.SETTINGS`, none of which should need one.
     Raises:
@@ -62,13 +67,13 @@ def fit_posterior(
         raise UserError(f"steps is {steps} and seconds {seconds}; expected numbers above 0")
     if steps is None and seconds is None:
         steps = STEPS
-    goal = target.make(model, observed, shape, bijector, dtype)
+    goal = models.make(model, observed, shape, bijector, dtype, batch_size)
     chosen = resolved(goal.dim, **settings)
     clock = _Clock(steps, began, seconds, verbose)
     found = start.find(goal, seed)
     keras.utils.set_random_seed(seed)
-    chart = _charted(goal, found, seed, chosen, clock)
     emerged = tf.Variable(0.0, trainable=False)
+    chart = _charted(goal, found, seed, chosen, clock, emerged)
     avb = build(goal, found, seed, chosen, chart is not None, emerged)
     if chart is None:
         history = _train(avb, chosen, clock, 1.0, chosen["learning_rate"], emerged)
@@ -79,7 +84,7 @@ def fit_posterior(
     # The chart stays as it is: moving with the encoder, the two undid each other's scales, and
     # the adversary lost both.
     avb.decoder.trainable = False
-    history = _train(avb, chosen, clock, 1.0, chosen["learning_rate"], emerged)
+    history = _train(avb, chosen, clock, 1.0, chosen["learning_rate"])
     # Where the adversary was no match for the posterior, the fit is better off with the chart
     # alone, N(0, I) going in; there T is exactly 0 and the weights are exact.
     before.step.assign(avb.step)
@@ -88,7 +93,7 @@ def fit_posterior(
     return min(fits, key=lambda fit: fit.diagnostics().distance)
 
 
-def _charted(goal, found, seed, settings, clock) -> Chart | None:
+def _charted(goal, found, seed, settings, clock, emerged) -> Chart | None:
     """A chart that takes N(0, I) to near the posterior, or None where it would take a mode away.
 
     Trained as a VAE whose decoder it is, with nothing for the encoder to learn. It minimises
@@ -99,24 +104,24 @@ def _charted(goal, found, seed, settings, clock) -> Chart | None:
     if not settings["chart_steps"] or not settings["chart_share"]:
         return None
     chart = Chart(goal.dim, settings["chart_steps"], settings["chart_width"])
-    model = _model(goal, found, seed, settings, NormalEncoder(goal.dim), chart, None)
-    _train(model, settings, clock, settings["chart_share"], settings["chart_learning_rate"])
-    assert isinstance(model.averaged_decoder, Chart)
-    density = density_of(goal, found)
+    model = _model(goal, found, seed, settings, NormalEncoder(goal.dim), chart, None, emerged)
+    rate = settings["chart_learning_rate"]
+    _train(model, settings, clock, settings["chart_share"], rate, emerged)
+    density = density_of(goal, found, goal.log_density)
     chains = tf.constant(found.z, tf.float32)
     draws = tf.random.stateless_normal(chains.shape, [seed, 0])
 
-    def divergence(inverse, forward):
-        """E_p[log p - log q] + E_q[log q - log p]."""
-        at_p = inverse(chains)
-        sides = [forward(at_p), forward(draws)]
-        log_q = [outputs[:, -1] - outputs[:, -2] for outputs in sides]
-        gaps = [density(o) - q for o, q in zip(sides, log_q, strict=True)]
-        return float(tf.reduce_mean(gaps[0]) - tf.reduce_mean(gaps[1]))
+    def log_ratio(chart, z):
+        outputs = chart(z)
+        return density(outputs[:, :-1]) + outputs[:, -1] - log_normal(z)
 
-    plain = divergence(tf.identity, Plain())
-    charted = divergence(model.averaged_decoder.inverse, model.averaged_decoder)
-    return model.averaged_decoder if charted < plain else None
+    def divergence(chart):
+        """E_p[log p - log q] + E_q[log q - log p]."""
+        at_p, at_q = (log_ratio(chart, z) for z in (chart.inverse(chains), draws))
+        return float(tf.reduce_mean(at_p) - tf.reduce_mean(at_q))
+
+    charted: Any = model.averaged_decoder
+    return charted if divergence(charted) < divergence(Plain()) else None
 
 
 def build(goal, found, seed: int, settings: dict[str, Any], charted: bool, emerged=1.0) -> AVB:
@@ -129,8 +134,8 @@ def build(goal, found, seed: int, settings: dict[str, Any], charted: bool, emerg
 
 
 def _model(goal, found, seed, settings, encoder, decoder, adversary, emerged=1.0):
-    """The AVB whose log p(x, z) is `emerged` parts the model's and the rest that of N(0, I)."""
-    density = density_of(goal, found)
+    """The AVB whose log p(x, z) is `emerged` parts the model's and the rest a Gaussian."""
+    density = density_of(goal, found, goal.estimator(seed))
 
     class Joint:
         """p(x, z) as a distribution of x, which is fixed and within the density."""
@@ -140,9 +145,9 @@ def _model(goal, found, seed, settings, encoder, decoder, adversary, emerged=1.0
 
         def log_prob(self, x):
             del x
-            annealed = emerged * density(self.outputs[:, 0])
-            annealed += (1.0 - emerged) * self.outputs[:, 0, -1]
-            return annealed[:, tf.newaxis, tf.newaxis]
+            coordinates, volume = self.outputs[:, 0, :-1], self.outputs[:, 0, -1]
+            annealed = emerged * density(coordinates) + (1.0 - emerged) * log_normal(coordinates)
+            return (annealed + volume)[:, tf.newaxis, tf.newaxis]
 
     return AVB(
         (1,),
@@ -160,8 +165,8 @@ def _model(goal, found, seed, settings, encoder, decoder, adversary, emerged=1.0
     )
 
 
-def density_of(goal: target.Target, found: start.Start):
-    """log p(data, z) in nats, [n], of a chart's output [n, dim + 2].
+def density_of(goal: target.Target, found: start.Start, log_density):
+    """log p(data, z) in nats, of standardised z [n, dim] -> [n], by that of u [n, dim].
 
     Where the model's density is not finite, z is drawn towards the centre instead.
     """
@@ -173,22 +178,22 @@ def density_of(goal: target.Target, found: start.Start):
         with tf.GradientTape() as tape:
             tape.watch(z)
             u = mean + tf.linalg.matvec(factor, tf.cast(z, goal.dtype))
-            density = tf.cast(goal.log_density(u), tf.float32)
+            density = tf.cast(log_density(u), tf.float32)
         slope = tape.gradient(density, z)
         finite = tf.math.is_finite(density) & tf.reduce_all(tf.math.is_finite(slope), -1)
         slope = tf.where(finite[:, tf.newaxis], slope, -z)
         density = tf.where(finite, density, NOWHERE)
         return density, lambda upstream: upstream[:, tf.newaxis] * slope
 
-    return lambda outputs: standardised(outputs[:, :-2]) + outputs[:, -2] + volume
+    return lambda z: standardised(z) + volume
 
 
 def _train(model, settings, clock, until, rate, emerged=None) -> dict[str, list[float]]:
     """Trains until a share of the whole fit is over; the terms of the bound as they went."""
     clip = settings["clip_norm"]
     model.compile(
-        keras.optimizers.Adam(0.0, global_clipnorm=clip),
-        keras.optimizers.Adam(0.0, global_clipnorm=clip),
+        optimizers.Adam(0.0, global_clipnorm=clip),
+        optimizers.Adam(0.0, global_clipnorm=clip),
         steps_per_execution=CHUNK,
     )
     x = tf.data.Dataset.from_tensors(tf.zeros([1, 1])).repeat()

@@ -50,8 +50,9 @@ class Diagnostics:
 
     pareto_k: float  # of the importance weights; above 0.7 they cannot be trusted
     effective_sample_size: float  # of the weights, as a share of the draws
-    distance: float  # total variation between q and the posterior, by the weights: 0 to 1
-    kl: float  # KL(q || posterior) in nats, by the weights
+    distance: float  # total variation between q and the posterior: 0 to 1
+    missing: float  # share of the posterior where q has less than a tenth of the density it should
+    kl: float  # KL(q || posterior) in nats
     adversary_accuracy: float  # between q and its Gaussian contrast: 1/2 for a Gaussian q
     verdict: str  # trust, use with refinement, do not trust
     reason: str
@@ -70,32 +71,53 @@ class Refinement(NamedTuple):
     acceptance: float
 
 
-def diagnose(log_weights: np.ndarray, adversary_accuracy: float) -> Diagnostics:
-    """The verdict on draws of q with log weights log p(data, z) - log q(z), [n].
+def total_variation(at_q: np.ndarray, at_p: np.ndarray) -> tuple[float, float]:
+    """Total variation distance between q and p, and the log normaliser of p.
 
-    The weights, which average to the evidence, are log-ratios between the posterior and q as the
-    adversary knows it. They give the total variation distance between both: an ideal classifier
-    between them is right with probability 1/2 + distance / 2.
+    The overlap of both, 1 - distance = int min(p, q), is an expectation under either, and that both
+    agree fixes the normaliser (a bridge, Meng and Wong, 1996). Draws of q alone would see neither a
+    mode that q lacks nor its mass.
+
+    Args:
+      at_q: [n], log p - log q at draws of q, p not normalised.
+      at_p: [m], the same at draws of p.
     """
-    k = float(weighing.pareto_k(log_weights))
-    size = float(weighing.effective_sample_size(log_weights)) / len(log_weights)
-    relative = log_weights - np.logaddexp.reduce(log_weights) + np.log(len(log_weights))
-    distance = float(np.maximum(0.0, -np.expm1(np.minimum(relative, 0.0))).mean())
-    kl = float(-relative.mean())
+    finite = np.concatenate([at_q, at_p])[np.isfinite(np.concatenate([at_q, at_p]))]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+    by_q = by_p = 0.0
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        by_q = np.exp(np.minimum(0.0, at_q - middle)).mean()
+        by_p = np.exp(np.minimum(0.0, middle - at_p)).mean()
+        low, high = (middle, high) if by_q > by_p else (low, middle)
+    return float(1.0 - min(by_q, by_p)), float(0.5 * (low + high))
+
+
+def diagnose(at_q: np.ndarray, at_p: np.ndarray, adversary_accuracy: float) -> Diagnostics:
+    """The verdict on log p(data, z) - log q(z) at draws of q [n] and of the posterior [m].
+
+    Those of the posterior are rough, the start's chains; what matters is that they are where q is
+    not. An ideal classifier between q and the posterior is right with probability
+    1/2 + distance / 2.
+    """
+    k = float(weighing.pareto_k(at_q))
+    size = float(weighing.effective_sample_size(at_q)) / len(at_q)
+    distance, log_evidence = total_variation(at_q, at_p)
+    missing = float(np.mean(at_p - log_evidence > np.log(10.0)))
+    kl = float(log_evidence - at_q.mean())
+    reason = f"fit and posterior differ by {distance:.2f} in total variation"
+    if missing > _TRUSTED:
+        reason += f", {missing:.2f} of it where the fit has next to nothing"
     if distance <= _TRUSTED and k <= weighing.PARETO_K_LIMIT:
         verdict = "trust"
-        reason = f"fit and posterior differ by {distance:.2f} in total variation"
     elif distance <= _REFINABLE:
         verdict = "use with refinement"
-        reason = f"fit and posterior differ by {distance:.2f} in total variation"
         if k > weighing.PARETO_K_LIMIT:
             reason = f"some draws are rarer than they should be, Pareto k {k:.2f}"
     else:
         verdict = "do not trust"
-        reason = (
-            f"fit and posterior differ by {distance:.2f} in total variation; more steps may help"
-        )
-    return Diagnostics(k, size, distance, kl, adversary_accuracy, verdict, reason)
+        reason += "; more steps may help"
+    return Diagnostics(k, size, distance, missing, kl, adversary_accuracy, verdict, reason)
 
 
 class PosteriorFit:
@@ -146,12 +168,7 @@ class PosteriorFit:
 
         log q = log r + T is what the adversary has learned, not exact.
         """
-        z, log_q, _ = self._known(n, seed)
-        u, volume = self._charted(z)
-        volume += np.linalg.slogdet(self.start.scale_tril)[1]
-        density = np.asarray(self.target.log_density(u), np.float64)
-        density = np.where(np.isnan(density), -np.inf, density)  # outside the model's support
-        return Draws(*(np.asarray(v, np.float64) for v in (u, density, log_q - volume)))
+        return self._described(self._z(n, seed))
 
     @property
     def log_evidence(self) -> Estimate:
@@ -162,19 +179,24 @@ class PosteriorFit:
         return Estimate(float(np.log(mean) + log_weights.max()), float(error / mean))
 
     def diagnostics(self) -> Diagnostics:
-        """Whether to believe the fit, from the weights of 4,000 draws kept for it."""
+        """Whether to believe the fit, from 4,000 draws kept for it and the start's chains."""
         if self._diagnosed is None:
-            _, _, sides = self._known(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED)
-            accuracy = float(np.mean(objectives.adversary_accuracy(*sides)))
-            self._diagnosed = diagnose(self._log_weights(), accuracy)
+            z = self._z(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED)
+            r = self._contrast()
+            at_r = r.sample(_DIAGNOSTIC_DRAWS, [_DIAGNOSTIC_SEED, 1])
+            accuracy = objectives.adversary_accuracy(self._t(z, r), self._t(at_r[:, 0], r))
+            self._diagnosed = diagnose(
+                self._log_weights(), self._chains().log_weights, float(np.mean(accuracy))
+            )
         return self._diagnosed
 
     def refine(self, steps: int = 100, chains: int = 1000, seed: int = 0) -> Refinement:
         """Hamiltonian Monte Carlo from the fit's draws.
 
-        The chains start from draws resampled by their weights, truncated so that none rules
-        (Ionides, 2008), which sets right how much mass each mode has; the first half of the steps
-        sets the step size and is thrown away.
+        A posterior p is min(p, q), which draws of q make up if each is taken with probability
+        min(1, p / q), and what q lacks, which the start's chains make up with probabilities
+        max(0, 1 - q / p): so the chains here begin in every mode by its mass. The first half of
+        the steps sets the step size and is thrown away.
 
         Args:
           steps: transitions of each chain, of 8 leapfrogs.
@@ -182,12 +204,13 @@ class PosteriorFit:
           seed: of draws and chains.
         """
         rng = np.random.default_rng(seed)
-        drawn = self.draws(2 * chains, seed + 1)
-        finite = np.isfinite(drawn.log_density) & np.isfinite(drawn.log_q)
-        u, log_weights = drawn.u[finite], drawn.log_weights[finite]
-        weights = np.exp(log_weights - log_weights.max())
-        weights = np.minimum(weights, weights.mean() * np.sqrt(len(weights)))
-        u = u[rng.choice(len(u), chains, p=weights / weights.sum())]
+        drawn, found = self.draws(2 * chains, seed + 1), self._chains()
+        _, log_evidence = total_variation(drawn.log_weights, found.log_weights)
+        taken = np.exp(np.minimum(0.0, drawn.log_weights - log_evidence)) / len(drawn.u)
+        lacking = -np.expm1(np.minimum(0.0, log_evidence - found.log_weights)) / len(found.u)
+        weights = np.concatenate([taken, lacking])
+        rows = rng.choice(len(weights), chains, p=weights / weights.sum())
+        u = np.concatenate([drawn.u, found.u])[rows]
         scores = hmc.scores(self.target.log_density, self.target.dtype)
         root = hmc.root(np.cov(u.T))
         first = hmc.run_chains(scores, u, root, (steps + 1) // 2, 8, 0.3, rng, adapt=True)
@@ -253,16 +276,37 @@ class PosteriorFit:
     def _noise(self, n, seed):
         return tf.random.stateless_normal([n, self.model.encoder.noise_dim], [seed, 0])
 
-    def _known(self, n, seed):
-        """z [n, dim], log q = log r + T [n], and T at z and at as many draws of r."""
-        x = tf.zeros([1, 1])
-        posterior = self.model.averaged_encoder(x, self._noise(n, seed)[:, tf.newaxis])
-        r = contrast.full_contrast(posterior)
-        z = contrast.whiten(posterior.z, r)
-        at_r = tf.random.stateless_normal(tf.shape(z), [seed, 1])
+    def _contrast(self):
+        """r, the Gaussian of q's moments."""
+        noise = self._noise(1, 0)[:, tf.newaxis]
+        return contrast.full_contrast(self.model.averaged_encoder(tf.zeros([1, 1]), noise))
+
+    def _t(self, z, r):
+        """T at z [n, dim]."""
         adversary: Any = self.model.adversary
-        sides = [adversary(x, v)[:, 0] for v in (z, at_r)]
-        return posterior.z[:, 0], r.log_prob(posterior.z)[:, 0] + sides[0], sides
+        return adversary(tf.zeros([1, 1]), contrast.whiten(z[:, tf.newaxis], r))[:, 0]
+
+    def _described(self, z, highest=np.inf) -> Draws:
+        """The draws of given z [n, dim], with T cut off at `highest`."""
+        r = self._contrast()
+        u, volume = self._charted(z)
+        volume += np.linalg.slogdet(self.start.scale_tril)[1]
+        log_q = r.log_prob(z[:, tf.newaxis])[:, 0] + np.minimum(self._t(z, r), highest) - volume
+        found = u, self.target.log_density(u), log_q
+        u, density, log_q = (np.asarray(v, np.float64) for v in found)
+        # Outside the model's support, and beyond what the chart's inverse reaches.
+        density, log_q = (np.where(np.isnan(v), -np.inf, v) for v in (density, log_q))
+        return Draws(u, density, log_q)
+
+    def _chains(self) -> Draws:
+        """The states of the start's chains, as q sees them.
+
+        Beyond the draws of q and r nothing has trained T, which might make up for any distance
+        there: it counts for no more than at q's draws.
+        """
+        chart: Any = self.model.averaged_decoder
+        highest = np.max(self._t(self._z(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED), self._contrast()))
+        return self._described(chart.inverse(tf.constant(self.start.z, tf.float32)), highest)
 
     def _charted(self, z):
         """u for z [n, dim], and the log Jacobian determinant of the chart.
@@ -272,5 +316,5 @@ class PosteriorFit:
         outputs = self.model.averaged_decoder(tf.cast(z, tf.float32))
         mean, factor = self.start.mean, self.start.scale_tril
         mean, factor = (tf.constant(v, self.target.dtype) for v in (mean, factor))
-        u = mean + tf.linalg.matvec(factor, tf.cast(outputs[:, :-2], self.target.dtype))
-        return u, outputs[:, -2]
+        u = mean + tf.linalg.matvec(factor, tf.cast(outputs[:, :-1], self.target.dtype))
+        return u, outputs[:, -1]

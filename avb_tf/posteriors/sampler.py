@@ -85,17 +85,16 @@ class Chart(Restorable, keras.layers.Layer):
         self.steps = [MADE(dim, 2, width, 2) for _ in range(steps)]
 
     def call(self, z):
-        """z [..., dim] -> [..., dim + 2]: coordinates, log |their derivative by z|, log N(z)."""
-        base = _log_normal(z)
+        """z [..., dim] -> [..., dim + 1]: coordinates, and log |their derivative by z|."""
         volume = tf.zeros(tf.shape(z)[:-1])
         for step in self.steps:
             scale, shift = step(z, tf.zeros([]))
-            gain, log_gain = _gain(scale, 3.0)
+            gain, log_gain = _gain(scale, 5.0)
             z = tf.reverse(z * gain + shift, [-1])
             volume += tf.reduce_sum(log_gain, -1)
         if len(self.steps) % 2:
             z = tf.reverse(z, [-1])
-        return tf.concat([z, volume[..., tf.newaxis], base], -1)
+        return tf.concat([z, volume[..., tf.newaxis]], -1)
 
     def inverse(self, u):
         """z [n, dim] for coordinates u [n, dim], one after the other."""
@@ -104,7 +103,7 @@ class Chart(Restorable, keras.layers.Layer):
             moved, z = tf.reverse(z, [-1]), tf.zeros_like(z)
             for _ in range(u.shape[-1]):  # each pass gets one more coordinate right
                 scale, shift = step(z, tf.zeros([]))
-                z = (moved - shift) / _gain(scale, 3.0)[0]
+                z = (moved - shift) / _gain(scale, 5.0)[0]
         return z
 
 
@@ -113,14 +112,18 @@ class Plain(Restorable, keras.layers.Layer):
     """A chart that changes nothing."""
 
     def call(self, z):
-        """z [..., dim] -> [..., dim + 2]: z, 0, and log N(z)."""
-        return tf.concat([z, tf.zeros_like(z[..., :1]), _log_normal(z)], -1)
+        """z [..., dim] -> [..., dim + 1]: z, and 0."""
+        return tf.concat([z, tf.zeros_like(z[..., :1])], -1)
+
+    def inverse(self, u):
+        """The same."""
+        return u
 
 
-def _log_normal(z):
-    """log N(z; 0, I) in nats, [..., 1]."""
+def log_normal(z):
+    """log N(z; 0, I) in nats, [..., dim] -> [...]."""
     constant = 0.5 * z.shape[-1] * math.log(2.0 * math.pi)
-    return -0.5 * tf.reduce_sum(z**2, -1, keepdims=True) - constant
+    return -0.5 * tf.reduce_sum(z**2, -1) - constant
 
 
 def _gain(x, limit):

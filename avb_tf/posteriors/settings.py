@@ -11,9 +11,9 @@ METHOD = "posterior"  # in a config's place of one
 SETTINGS: dict[str, Any] = {
     "draws": 512,  # z in a step
     "noise_dim": 0,  # beside one for each latent; 0: as many again, at least 8
-    "chart_steps": 2,  # autoregressive steps of the chart; 0: none
+    "chart_steps": 3,  # autoregressive steps of the chart; 0: none
     "chart_width": 64,
-    "chart_share": 0.2,  # of the fit, spent on the chart
+    "chart_share": 0.4,  # of the fit, spent on the chart
     "chart_learning_rate": 5e-3,
     "blocks": 3,  # gated blocks of the sampler
     "width": 64,  # of their layers
@@ -58,7 +58,7 @@ def config(model: str) -> ml_collections.ConfigDict:
         "refine": 100,  # steps of Hamiltonian Monte Carlo where the verdict asks for them
         "gaussian_steps": 2000,  # of variational inference with a Gaussian
         "nuts_draws": 1000,  # of each of 4 chains; the reference's are 4 times as many
-        "reference": "",  # folder for reference draws, shared by runs; "": the workdir
+        "reference": "",  # folder for what fits are compared with, for all seeds; "": the workdir
     }
     return found
 

@@ -3,24 +3,26 @@
 A fit learns shape; location, scale and correlation it is given. They come from two quick stages
 that need no tuning since neither depends on the units of the parameters: several Gaussians are
 matched to the density's scores (batch and match), which takes them to where the mass is, and short
-chains of Hamiltonian Monte Carlo from all of them together spread over what a Gaussian misses.
+chains of Hamiltonian Monte Carlo from all of them together, weighed so that each mode counts by its
+mass, spread over what a Gaussian misses.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
+from avb_tf import diagnostics
 from avb_tf.errors import UserError
 from avb_tf.posteriors import hmc
 from avb_tf.posteriors.target import Target
 
 STARTS = 8  # Gaussians, so that one mode is not taken for all
 MATCHES = 100  # updates of each
-NEGLIGIBLE = 10.0  # nats of evidence below the best
-CHAINS = 32  # from each Gaussian
+CHAINS = 256
 ROUNDS = 5  # of the chains, with the covariance of all taken anew after each
 TRANSITIONS = 16  # in a round
 LEAPFROGS = 6  # in a transition
+KEPT = 4  # states of each chain, from the last round
 _FAR = 1e12  # standard deviations beyond which a density is not taken for a proper one
 
 
@@ -29,7 +31,7 @@ class Start(NamedTuple):
 
     mean: np.ndarray  # [dim]
     scale_tril: np.ndarray  # [dim, dim]
-    z: np.ndarray  # [chains, dim], the chains' last states, standardised
+    z: np.ndarray  # [states, dim], the chains' last few states, standardised
 
 
 def find(target: Target, seed: int = 0) -> Start:
@@ -43,23 +45,14 @@ def find(target: Target, seed: int = 0) -> Start:
     found = [
         _match(scores, 3.0 * rng.normal(size=target.dim) * (i > 0), rng) for i in range(STARTS)
     ]
-    draws = [
-        mean + rng.normal(size=[CHAINS, target.dim]) @ root for mean, root in filter(None, found)
-    ]
-    if not draws:
+    gaussians = list(filter(None, found))
+    draws = _weighed(scores, gaussians, rng) if gaussians else []
+    if not len(draws):
         raise UserError(
             "the log density is not finite wherever the fit started; expected a finite number "
             "near 0 in unconstrained space: check the model at a plausible value of its parameters"
         )
-    # A Gaussian's bound on the evidence tells modes from places where a match went astray.
-    bounds = []
-    for one, (_, root) in zip(draws, filter(None, found), strict=True):
-        density = scores(one)[0]
-        bounds.append(np.mean(density[np.isfinite(density)]) + np.linalg.slogdet(root)[1])
-    kept = [
-        one for one, bound in zip(draws, bounds, strict=True) if bound > max(bounds) - NEGLIGIBLE
-    ]
-    draws = _move(scores, np.concatenate(kept), rng)
+    draws = _move(scores, draws, rng)
     mean, scale_tril = draws.mean(0), np.linalg.qr(hmc.root(np.cov(draws.T)))[1].T
     return Start(mean, scale_tril, np.linalg.solve(scale_tril, (draws - mean).T).T)
 
@@ -114,8 +107,38 @@ def _solve(spread, pull):
     return 0.5 * (solution + solution.T)
 
 
+def _weighed(scores, gaussians, rng):
+    """Draws [CHAINS, dim] from several Gaussians, resampled in proportion to the posterior.
+
+    A draw's weight is p over the density of all Gaussians together (the balance heuristic of Veach
+    and Guibas, 1995): a mode counts by its mass, not by how many matches found it, and a match that
+    went astray does not count. Where too few draws would carry the weight it is flattened. None
+    are returned where the density is finite at none.
+    """
+    count, dim = 4 * CHAINS // len(gaussians), len(gaussians[0][0])
+    u = np.concatenate([mean + rng.normal(size=[count, dim]) @ root for mean, root in gaussians])
+    log_q = np.logaddexp.reduce(
+        [
+            -0.5 * (np.linalg.solve(root, (u - mean).T) ** 2).sum(0) - np.linalg.slogdet(root)[1]
+            for mean, root in gaussians
+        ]
+    )
+    log_weights = scores(u)[0] - log_q
+    finite = np.isfinite(log_weights)
+    u, log_weights = u[finite], log_weights[finite]
+    if not len(u):
+        return u
+    while diagnostics.effective_sample_size(log_weights) < min(CHAINS, len(u)) / 4:
+        log_weights = 0.5 * log_weights
+    weights = np.exp(log_weights - log_weights.max())
+    return u[rng.choice(len(u), CHAINS, p=weights / weights.sum())]
+
+
 def _move(scores, draws, rng):
-    """The draws [n, dim] after short chains, whitened anew in each round by the moments of all."""
+    """States [KEPT n, dim] of short chains from draws [n, dim], the last round's.
+
+    Whitened anew in each round by the moments of all.
+    """
     step_size = 0.3
     for _ in range(ROUNDS):
         density = scores(draws)[0]
@@ -128,4 +151,4 @@ def _move(scores, draws, rng):
             scores, draws, root, TRANSITIONS, LEAPFROGS, step_size, rng, adapt=True
         )
         draws, step_size = chains.states[-1], chains.step_size
-    return draws
+    return chains.states[:: -TRANSITIONS // KEPT].reshape(-1, draws.shape[1])

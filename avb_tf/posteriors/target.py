@@ -1,48 +1,22 @@
-"""A user's model as a log density over unconstrained vectors.
+"""A posterior as a log density over unconstrained vectors.
 
-Whatever the model is (a TFP joint distribution, a log density), a fit sees a function of u
-[..., dim] in R^dim, Jacobian included, and a map from u to the model's own parameters.
+Whatever the model is (see `models`), a fit sees a function of u [..., dim] in R^dim, Jacobian
+included, and a map from u to the model's own parameters.
 """
 
-import dataclasses
+import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
-from tensorflow_probability import bijectors as tfb
-from tensorflow_probability import distributions as tfd
 
 from avb_tf.errors import UserError
 
-_PINNED = tfp.experimental.distributions.JointDistributionPinned
 RECORD = "record.json"
 Structure = Any  # a tensor for each parameter: one tensor, a dict, a sequence or a named tuple
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a model file's function may return: a model, and what a comparison can use besides.
-
-    Attributes:
-      model: a joint distribution, one already pinned, or a log density.
-      observed: of a joint not yet pinned: a dict by name, or a sequence with None where unknown.
-      shape: of a log density's argument, or a dict or sequence of them for several.
-      bijector: of a log density, from R^n to its support, in the structure of `shape`.
-      dtype: of a log density's argument.
-      exact: (count, seed) -> independent draws of the posterior, [count, ...] in the structure of
-        its parameters, where they can be had; a comparison prefers them to NUTS.
-    """
-
-    model: Any
-    observed: Any = None
-    shape: Any = None
-    bijector: Any = None
-    dtype: Any = "float32"
-    exact: Callable[[int, int], Structure] | None = None
 
 
 class Target:
@@ -56,7 +30,7 @@ class Target:
       observed: what the model was conditioned on, by name, for the record.
     """
 
-    def __init__(self, log_prob, bijector, shapes, dtypes, observed=None):
+    def __init__(self, log_prob, bijector, shapes, dtypes, observed=None, of_batch=None):
         """From the functions of one draw.
 
         Args:
@@ -65,11 +39,13 @@ class Target:
           shapes: of the parameters, a structure of `tf.TensorShape`.
           dtypes: of the parameters, likewise.
           observed: a dict of arrays.
+          of_batch: generator of random numbers -> a function like `log_prob`, unbiased for it.
         Raises:
           UserError: a parameter that is discrete or whose shape is not known, or a density that
             does not give one number for a draw.
         """
         self._log_prob, self._bijector, self._dtypes = log_prob, bijector, dtypes
+        self._of_batch = of_batch
         self.observed = observed or {}
         self.names = _names(dtypes)
         check_continuous(dtypes)
@@ -87,6 +63,18 @@ class Target:
     def log_density(self, u):
         """log p(data, parameters) + log |d parameters / du| in nats, [n, dim] -> [n]."""
         return self._log_density(u) if self._together else _one_by_one(self._log_density, u)
+
+    def estimator(self, seed: int):
+        """A function like `log_density`, unbiased for it, of a new minibatch at every call."""
+        if self._of_batch is None:
+            return self.log_density
+        generator, of_batch = tf.random.Generator.from_seed(seed), self._of_batch
+
+        def estimate(u):
+            density = functools.partial(self._log_density, log_prob=of_batch(generator))
+            return density(u) if self._together else _one_by_one(density, u)
+
+        return estimate
 
     def constrain(self, u):
         """The model's parameters, [n, dim] -> [n, ...] in the model's structure and dtypes."""
@@ -139,10 +127,10 @@ class Target:
     def _parameters(self, u):
         return self._bijector.forward(self._free(u))
 
-    def _log_density(self, u):
+    def _log_density(self, u, log_prob=None):
         free = self._free(u)
         volume = self._bijector.forward_log_det_jacobian(free, event_ndims=self._free_ranks)
-        density = self._log_prob(self._bijector.forward(free))
+        density = (log_prob or self._log_prob)(self._bijector.forward(free))
         return tf.cast(density, self.dtype) + tf.cast(volume, self.dtype)
 
     def _check_one_draw(self):
@@ -151,7 +139,7 @@ class Target:
         except Exception as error:  # whatever a user's code raises
             raise UserError(
                 f"the log density fails at one draw ({type(error).__name__}: "
-                f"{_first_line(error)}); expected a function of parameters of dtypes "
+                f"{first_line(error)}); expected a function of parameters of dtypes "
                 f"{[dtype.name for dtype in tf.nest.flatten(self._dtypes)]}"
             ) from error
         if density.shape.rank:
@@ -191,126 +179,12 @@ class _Loaded:
     def coordinates(self):
         return self._coordinates
 
+    def estimator(self, seed):
+        del seed
+        return self.log_density
+
 
 load = _Loaded
-
-
-def make(model, observed=None, shape=None, bijector=None, dtype="float32") -> Target:
-    """The `Target` of a model; the arguments are those of `Problem`.
-
-    Raises:
-      UserError: what is not a model, or names, parameters or shapes that do not fit it.
-    """
-    if isinstance(model, tfd.JointDistribution | _PINNED):
-        if shape is not None or bijector is not None:
-            raise UserError(
-                "a joint distribution knows its shapes and bijectors; expected `shape` and "
-                "`bijector` with a log density only"
-            )
-        return of_joint(pin(model, observed))
-    if not callable(model):
-        raise UserError(
-            f"the model is of type {type(model).__name__}; expected a TFP joint distribution or a "
-            "log density, a function of the parameters"
-        )
-    if observed is not None:
-        raise UserError("a log density takes no `observed`; expected it to hold its data itself")
-    if shape is None:
-        raise UserError("a log density came without `shape`; expected its argument's, such as [2]")
-    return of_log_density(model, shape, bijector, tf.as_dtype(dtype))
-
-
-def of_problem(problem: Problem) -> Target:
-    """The `Target` of a `Problem`; raises as `make` does."""
-    p = problem
-    return make(p.model, p.observed, p.shape, p.bijector, p.dtype)
-
-
-def pin(joint, observed):
-    """The joint given what was observed.
-
-    Raises:
-      UserError: names that it does not have, or nothing observed of a joint not pinned.
-    """
-    if observed is None and isinstance(joint, _PINNED):
-        return joint
-    names = list(joint._flat_resolve_names())  # TFP has no public list of names
-    if not observed:
-        raise UserError(
-            f"nothing is observed; expected `observed`, values of some of {', '.join(names)}, or "
-            "a pinned joint"
-        )
-    if isinstance(observed, Mapping):
-        if unknown := sorted(set(observed) - set(names)):
-            raise UserError(
-                f"observed '{unknown[0]}' is no part of the joint; expected some of "
-                f"{', '.join(names)}"
-            )
-    elif isinstance(observed, Sequence) and len(observed) == len(names):
-        observed = {n: v for n, v in zip(names, observed, strict=True) if v is not None}
-    else:
-        raise UserError(
-            f"observed is of type {type(observed).__name__}; expected a dict by name, or a "
-            f"sequence of {len(names)} with None where unknown"
-        )
-    try:
-        return joint.experimental_pin(**observed)
-    except Exception as error:  # whatever TFP or a user's joint raises
-        raise UserError(f"the joint cannot be conditioned: {_first_line(error)}") from error
-
-
-def of_joint(pinned) -> Target:
-    """The `Target` of a pinned joint.
-
-    Raises:
-      UserError: a part without a default bijector, or one that `Target` refuses.
-    """
-    check_continuous(pinned.dtype)
-    try:
-        bijector = pinned.experimental_default_event_space_bijector()
-        bijector.inverse_event_shape(pinned.event_shape)
-    except Exception as error:  # TFP's own depend on what is missing
-        raise UserError(
-            "a part of the joint has no default bijector to its support; expected a distribution "
-            "with `experimental_default_event_space_bijector`, or a log density with `bijector`"
-        ) from error
-    observed = {name: np.asarray(value) for name, value in pinned.pins.items()}
-    return Target(
-        pinned.unnormalized_log_prob, bijector, pinned.event_shape, pinned.dtype, observed
-    )
-
-
-def of_log_density(log_density, shape, bijector, dtype) -> Target:
-    """The `Target` of a function of one tensor, or of several by name or in order.
-
-    Raises:
-      UserError: a bijector that does not fit the shape.
-    """
-    call = log_density
-    if isinstance(shape, Mapping):
-        shapes = {name: tf.TensorShape(one) for name, one in shape.items()}
-        call = lambda parameters: log_density(**parameters)  # noqa: E731
-    elif not isinstance(shape, tf.TensorShape) and any(not isinstance(n, int) for n in shape):
-        shapes = tuple(map(tf.TensorShape, shape))
-        call = lambda parameters: log_density(*parameters)  # noqa: E731
-    else:
-        shapes = tf.TensorShape(shape)
-    dtypes = tf.nest.map_structure(lambda _: dtype, shapes)
-    if isinstance(bijector, Mapping) and isinstance(shapes, dict):
-        if unknown := sorted(set(bijector) - set(shapes)):
-            raise UserError(
-                f"bijector '{unknown[0]}' is of no parameter; expected some of {', '.join(shapes)}"
-            )
-        bijector = {name: bijector.get(name, tfb.Identity()) for name in shapes}
-    if bijector is None:
-        bijector = tf.nest.map_structure(lambda _: tfb.Identity(), shapes)
-    if isinstance(bijector, Mapping | list | tuple):
-        bijector = tfb.JointMap(bijector)
-    try:
-        bijector.inverse_event_shape(shapes)
-    except Exception as error:  # bijectors raise many kinds
-        raise UserError(f"`bijector` does not fit `shape`: {_first_line(error)}") from error
-    return Target(call, bijector, shapes, dtypes)
 
 
 def check_continuous(dtypes) -> None:
@@ -348,5 +222,6 @@ def _one_by_one(function, u):
     return tf.vectorized_map(function, u)
 
 
-def _first_line(error) -> str:
+def first_line(error) -> str:
+    """Of what somebody else's code raised."""
     return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -1,0 +1,55 @@
+"""All fitted posteriors below a directory in one table: the verdict beside what was measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from avb_tf import configuration, results
+from avb_tf.posteriors import settings
+
+LABELS = ("fit", "fit, refined", "full-rank VI", "mean-field VI", "NUTS", "exact, again")
+
+
+def find(directory: Path) -> list[dict[str, Any]]:
+    """The results of all evaluated posteriors below `directory`, by model and seed."""
+    found = []
+    for file in directory.rglob(results.FILE):
+        try:
+            one = json.loads(file.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(one, dict) and one.get("method") == settings.METHOD:
+            found.append(one)
+    return sorted(found, key=lambda one: (one["model"], one["seed"]))
+
+
+def write(directory: Path, found: list[dict[str, Any]]) -> None:
+    """`posteriors.md` and `posteriors.json`, and the table on the terminal."""
+    table = markdown(found)
+    configuration.write_atomically(
+        directory / "posteriors.json", json.dumps(found, indent=2) + "\n"
+    )
+    configuration.write_atomically(directory / "posteriors.md", table + "\n")
+    print(table)
+    print(directory / "posteriors.md", directory / "posteriors.json", sep="\n")
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """A row for each model and seed: C2ST / whitened sliced W2 of every method, and seconds."""
+    columns = {
+        "model": [one["model"] for one in found],
+        "seed": [str(one["seed"]) for one in found],
+        "verdict": [one["diagnostics"]["verdict"] for one in found],
+        "distance": [f"{one['diagnostics']['distance']:.2f}" for one in found],
+        **{label: [_cell(one["methods"].get(label)) for one in found] for label in LABELS},
+        "steps": [f"{one['steps']:,}" for one in found],
+        "seconds": [f"{one['methods']['fit']['seconds']:.0f}" for one in found],
+        "NUTS, seconds": [f"{one['methods']['NUTS']['seconds']:.0f}" for one in found],
+    }
+    note = "C2ST / whitened sliced W2 against the reference; distance: the total variation the "
+    note += "verdict rests on, for which the best C2ST is 1/2 + distance / 2."
+    return results.aligned([[k, *v] for k, v in columns.items()]) + "\n\n" + note
+
+
+def _cell(measures: dict[str, float] | None) -> str:
+    return f"{measures['c2st']:.3f} / {measures['sliced_wasserstein']:.3f}" if measures else ""

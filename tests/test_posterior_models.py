@@ -1,0 +1,197 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import stats
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
+
+import avb_tf
+from avb_tf import UserError
+from avb_tf.posteriors import models
+
+QUICK = {"steps": 50, "verbose": False, "draws": 256, "adversary_steps": 1, "chart_width": 16}
+COUNTS = np.array([3, 5, 4, 8, 2], np.float32)
+
+
+def poisson(scale=1.0, dtype=np.float32):
+    """Gamma(2, 1) prior on a rate and five counts: the posterior is Gamma(24, 6)."""
+    return tfd.JointDistributionNamed(
+        {
+            "rate": tfd.Gamma(dtype(2.0), dtype(1.0)),
+            "n": lambda rate: tfd.Sample(tfd.Poisson(rate * dtype(scale)), 5),
+        }
+    )
+
+
+def refused(match, *arguments, **settings):
+    with pytest.raises(UserError, match=match) as caught:
+        avb_tf.fit_posterior(*arguments, **{**QUICK, **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_jacobian_of_a_constrained_parameter():
+    # Gamma-Poisson: the density of log rate is rate times that of rate.
+    goal = models.make(poisson(), {"n": COUNTS})
+    u = np.linspace(-1.0, 3.0, 9, dtype=np.float32)[:, np.newaxis]
+    rate = goal.constrain(u)["rate"].numpy()
+    evidence = (
+        stats.gamma.logpdf(rate, 2.0)
+        + stats.poisson.logpmf(COUNTS, rate[:, np.newaxis]).sum(-1)
+        - stats.gamma.logpdf(rate, 24.0, scale=1.0 / 6.0)
+    )
+    with tf.GradientTape() as tape:
+        x = tf.constant(u)
+        tape.watch(x)
+        y = goal.constrain(x)["rate"]
+    volume = np.log(tape.gradient(y, x).numpy()[:, 0])
+    expected = stats.gamma.logpdf(rate, 24.0, scale=1.0 / 6.0) + evidence + volume
+    np.testing.assert_allclose(goal.log_density(u), expected, rtol=1e-4)
+    np.testing.assert_allclose(goal.unconstrain({"rate": rate}), u, atol=1e-5)
+
+
+def test_a_float64_model_gives_float64_draws_of_the_right_distribution():
+    fit = avb_tf.fit_posterior(poisson(dtype=np.float64), {"n": COUNTS.astype(float)}, **QUICK)
+    rate = fit.sample(2000)["rate"]
+    assert rate.dtype == tf.float64
+    assert stats.kstest(rate, stats.gamma(24.0, scale=1.0 / 6.0).cdf).statistic < 0.06
+
+
+def test_a_density_of_several_parameters_by_name_with_bijectors():
+    fit = avb_tf.fit_posterior(
+        lambda rate, x: -rate - 0.5 * tf.reduce_sum(x**2, -1),
+        shape={"x": [2], "rate": []},
+        bijector={"rate": tfb.Exp()},
+        **QUICK,
+    )
+    draws = fit.sample(4000)
+    assert draws["rate"].numpy().mean() == pytest.approx(1.0, abs=0.3)  # Exponential(1)
+    assert draws["x"].shape == (4000, 2)
+
+
+def test_a_model_written_for_single_draws_is_mapped_over_them():
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+    def log_density(beta):  # tf.tensordot would mix the batch into the features
+        return -tf.reduce_sum((tf.tensordot(x, beta, 1) - 1.0) ** 2) - tf.reduce_sum(beta**2)
+
+    goal = models.make(log_density, shape=[3])
+    u = np.random.default_rng(0).normal(size=[5, 3]).astype(np.float32)
+    np.testing.assert_allclose(goal.log_density(u), [log_density(one) for one in u], rtol=1e-5)
+
+
+# Minibatches.
+
+
+def slopes(data):
+    """Pinned joint of a regression through the origin with unit noise."""
+    joint = tfd.JointDistributionNamed(
+        {
+            "slope": tfd.Normal(0.0, 10.0),
+            "y": lambda slope: tfd.Independent(
+                tfd.Normal(slope[..., tf.newaxis] * data["x"], 1.0), 1
+            ),
+        }
+    )
+    return joint.experimental_pin(y=data["y"])
+
+
+def test_the_density_by_minibatches_is_unbiased():
+    rng = np.random.default_rng(0)
+    data = {name: rng.normal(size=3).astype(np.float32) for name in "xy"}
+    goal = models.make(slopes, data, batch_size=1)
+    estimate = goal.estimator(0)
+    u = np.array([[0.3], [-1.0]], np.float32)
+    seen = np.unique(np.round([estimate(u) for _ in range(50)], 3), axis=0)
+    # By one row the estimate has three values, prior + 3 likelihoods of it; equally often.
+    slope = u[:, 0]
+    prior = stats.norm.logpdf(slope, scale=10.0)
+    rows = stats.norm.logpdf(data["y"][:, np.newaxis], slope * data["x"][:, np.newaxis])
+    np.testing.assert_allclose(
+        seen[np.argsort(seen[:, 0])], (prior + 3.0 * rows)[np.argsort(rows[:, 0])], atol=1e-3
+    )
+    np.testing.assert_allclose(goal.log_density(u), np.mean(prior + 3.0 * rows, 0), rtol=1e-5)
+
+
+def test_minibatches_recover_a_conjugate_posterior():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=1000).astype(np.float32)
+    data = {"x": x, "y": (2.0 * x + rng.normal(size=1000)).astype(np.float32)}
+    fit = avb_tf.fit_posterior(slopes, data, batch_size=100, **QUICK)
+    precision = 0.01 + np.sum(np.square(data["x"], dtype=np.float64))
+    mean, sd = np.sum(data["x"] * data["y"], dtype=np.float64) / precision, precision**-0.5
+    draws = fit.sample(4000)["slope"].numpy()
+    assert draws.mean() == pytest.approx(mean, abs=0.2 * sd)
+    assert draws.std() == pytest.approx(sd, rel=0.15)
+
+
+def test_minibatches_of_what_has_no_rows():
+    joint = slopes({"x": np.ones(2, np.float32), "y": np.ones(2, np.float32)})
+    refused("a function from rows", joint, {"y": np.ones(2)}, batch_size=1)
+    refused("as many of each", slopes, {"x": np.ones(2), "y": np.ones(3)}, batch_size=1)
+    refused("pinned on the rows", lambda data: joint.distribution, {"y": [1.0]}, batch_size=1)
+
+    def local(data):
+        joint = tfd.JointDistributionNamed(
+            {
+                "z": tfd.Sample(tfd.Normal(0.0, 1.0), len(data["y"])),
+                "y": lambda z: tfd.Independent(tfd.Normal(z, 1.0), 1),
+            }
+        )
+        return joint.experimental_pin(y=data["y"])
+
+    refused("that all rows share", local, {"y": np.ones(3, np.float32)}, batch_size=1)
+
+
+# Bad input, one line each.
+
+
+def test_a_density_without_a_shape():
+    refused("without `shape`", lambda x: x)
+
+
+def test_an_observed_name_that_does_not_exist():
+    refused("'z' is no part of the joint; expected some of", poisson(), {"z": COUNTS})
+
+
+def test_a_discrete_parameter():
+    joint = tfd.JointDistributionNamed({"k": tfd.Poisson(3.0), "y": lambda k: tfd.Normal(k, 1.0)})
+    mixed = tfd.JointDistributionNamed(
+        {"k": tfd.Categorical([0.0, 0.0]), "y": lambda k: tfd.Normal(tf.cast(k, tf.float32), 1.0)}
+    )
+    refused("parameter 'k' is of type int32", mixed, {"y": 1.0})
+    refused("no default bijector", joint, {"y": 1.0})  # TFP's Poisson counts in floats
+
+
+def test_a_joint_without_a_default_bijector():
+    class Odd(tfd.Normal):
+        def _default_event_space_bijector(self):
+            return None
+
+    joint = tfd.JointDistributionNamed({"x": Odd(0.0, 1.0), "y": lambda x: tfd.Normal(x, 1.0)})
+    refused("no default bijector", joint, {"y": 1.0})
+
+
+def test_a_density_of_the_wrong_shape():
+    refused(r"has shape \(2,\); expected one number", lambda x: -(x**2), shape=[2])
+
+
+def test_several_data_sets_at_once():
+    joint = tfd.JointDistributionNamed(
+        {"x": tfd.Normal(tf.zeros(4), 1.0), "y": lambda x: tfd.Normal(x, 1.0)}
+    )
+    refused(r"several data sets one after the other", joint, {"y": np.ones(4, np.float32)})
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_density_that_is_finite_nowhere(value):
+    refused("not finite", lambda x: tf.reduce_sum(x, -1) * 0.0 + value, shape=[2])
+
+
+def test_an_improper_posterior_that_runs_away():
+    refused("runs away", lambda x: tf.reduce_sum(0.0 * x, -1), shape=[2])
+    refused("runs away", lambda x: -(x[..., 0] ** 2) + 0.0 * x[..., 1], shape=[2])
+
+
+def test_an_unknown_setting_and_no_steps():
+    refused("unknown setting 'wdith'", lambda x: -(x[..., 0] ** 2), shape=[1], wdith=3)
+    refused("expected numbers above 0", lambda x: -(x[..., 0] ** 2), shape=[1], steps=0)
