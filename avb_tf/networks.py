@@ -3,6 +3,9 @@
 Every network takes any number of leading dimensions before the one it works on, so that several
 noise draws per example pass through at the cost of one larger product. Images are
 `[..., height, width, channels]` of any size.
+
+What a part gives to others is float32. Its inner layers compute in Keras's global dtype policy, so
+that under `mixed_bfloat16` the large products are in bfloat16 and no moment or density is.
 """
 
 import abc
@@ -40,6 +43,11 @@ class Restorable:
     def from_config(cls, config):
         """The object that `get_config` described."""
         return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
+
+
+def float32_dense(units: int, **kwargs) -> keras.layers.Dense:
+    """A dense layer whose outputs are float32 under every dtype policy."""
+    return keras.layers.Dense(units, dtype="float32", **kwargs)
 
 
 @_register
@@ -121,7 +129,7 @@ class DenseDecoder(Restorable, keras.Model):
         super().__init__(**kwargs)
         self.output_event = (*event_shape, parameters)
         self.stack = DenseStack(width, depth, activation)
-        self.head = keras.layers.Dense(math.prod(self.output_event))
+        self.head = float32_dense(math.prod(self.output_event))
 
     def call(self, z):
         """[..., latent] -> [..., *event, parameters]."""
@@ -158,7 +166,9 @@ class ConvDecoder(Restorable, keras.Model):
             keras.layers.Conv2DTranspose(n, 5, stride, padding="same", activation=activation)
             for n, stride in zip(reversed(filters[:-1]), reversed(inner), strict=True)
         ]
-        self.head = keras.layers.Conv2DTranspose(channels * parameters, 5, first, padding="same")
+        self.head = keras.layers.Conv2DTranspose(
+            channels * parameters, 5, first, padding="same", dtype="float32"
+        )
 
     def call(self, z):
         """[..., latent] -> [..., height, width, channels, parameters]."""
@@ -179,6 +189,9 @@ class Adversary(Restorable, keras.Model):
     `features` once, for the posterior's and the contrast's samples alike; z comes whitened by the
     contrast. `trunk` maps the condition [batch, ...] to [batch, features].
     """
+
+    def __init__(self, **kwargs):
+        super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
     def features(self, condition):
@@ -207,7 +220,7 @@ class ResidualAdversary(Adversary):
         self.from_features = keras.layers.Dense(width)
         self.from_z = keras.layers.Dense(width)
         self.blocks = [keras.layers.Dense(width) for _ in range(depth)]
-        self.head = keras.layers.Dense(1, kernel_initializer="zeros")
+        self.head = float32_dense(1, kernel_initializer="zeros")
 
     def features(self, condition):
         """[batch, ...] -> [batch, width]."""
@@ -233,7 +246,7 @@ class ConcatenatingAdversary(Adversary):
         self.from_features = keras.layers.Dense(width)
         self.from_z = keras.layers.Dense(width, use_bias=False)
         self.stack = DenseStack(width, depth - 1)
-        self.head = keras.layers.Dense(1)
+        self.head = float32_dense(1)
 
     def features(self, condition):
         """[batch, ...] -> [batch, width]."""
@@ -252,9 +265,9 @@ class FactorisedAdversary(Adversary):
         super().__init__(**kwargs)
         self.trunk = trunk
         # The two outputs apart: a product of 8192 columns takes half the time of one of 8193.
-        self.theta, self.t_features = keras.layers.Dense(products), keras.layers.Dense(1)
+        self.theta, self.t_features = keras.layers.Dense(products), float32_dense(1)
         self.stack = DenseStack(width, depth)
-        self.s, self.t_z = keras.layers.Dense(products), keras.layers.Dense(1)
+        self.s, self.t_z = keras.layers.Dense(products), float32_dense(1)
 
     def features(self, condition):
         """[batch, ...] -> theta(x) [batch, products] and t(x) [batch, 1]."""
@@ -265,7 +278,8 @@ class FactorisedAdversary(Adversary):
         """theta(x) [batch, products], t(x) [batch, 1], z [samples, batch, latent] -> as `call`."""
         theta, t = features
         hidden = self.stack(z)
-        product = tf.einsum("bp,sbp->sb", theta, self.s(hidden))
+        theta, s = (tf.cast(v, tf.float32) for v in (theta, self.s(hidden)))  # a long sum
+        product = tf.einsum("bp,sbp->sb", theta, s)
         return product + (t + self.t_z(hidden))[..., 0] + 0.5 * tf.reduce_sum(z**2, -1)
 
 
