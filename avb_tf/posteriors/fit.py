@@ -180,14 +180,14 @@ def density_of(goal: target.Target, found: start.Start, log_density):
         with tf.GradientTape() as tape:
             tape.watch(z)
             u = mean + tf.linalg.matvec(factor, tf.cast(z, goal.dtype))
-            density = tf.cast(log_density(u), tf.float32)
+            density = tf.cast(log_density(u), tf.float32) + volume
         slope = tape.gradient(density, z)
         finite = tf.math.is_finite(density) & tf.reduce_all(tf.math.is_finite(slope), -1)
         slope = tf.where(finite[:, tf.newaxis], slope, -z)
         density = tf.where(finite, density, NOWHERE)
         return density, lambda upstream: upstream[:, tf.newaxis] * slope
 
-    return lambda z: standardised(z) + volume
+    return standardised
 
 
 def _train(model, settings, clock, until, rate, emerged=None) -> dict[str, list[float]]:

@@ -140,7 +140,7 @@ def of_joint(pinned, of_batch=None) -> Target:
     )
 
 
-def of_batches(model, data, batch_size: int) -> Target:
+def of_batches(model: Any, data, batch_size: int) -> Target:
     """The `Target` of all rows of `data`, whose `estimator` sees `batch_size` of them at a time.
 
     Rows are drawn independently and their likelihood is scaled by all over `batch_size`.
@@ -164,7 +164,8 @@ def of_batches(model, data, batch_size: int) -> Target:
     if not rows or set(lengths.values()) != {rows}:
         raise UserError(f"observed has rows {lengths}; expected as many of each, and at least one")
     few = {name: value[:1] for name, value in data.items()}
-    whole, one = model(data), model(few)
+    whole: Any = model(data)
+    one: Any = model(few)
     if not all(isinstance(joint, _PINNED) for joint in (whole, one)):
         raise UserError(
             f"the model returned a {type(whole).__name__}; expected a joint pinned on the rows it "
@@ -178,7 +179,7 @@ def of_batches(model, data, batch_size: int) -> Target:
 
     def of_batch(generator):
         chosen = generator.uniform([batch_size], 0, rows, tf.int64)
-        joint = model({name: tf.gather(value, chosen) for name, value in data.items()})
+        joint: Any = model({name: tf.gather(value, chosen) for name, value in data.items()})
 
         def log_prob(parameters):
             likelihood, prior = (
