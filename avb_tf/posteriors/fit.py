@@ -7,6 +7,7 @@ it and E_q[log r] is minus the entropy of r.
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def _model(goal, found, seed, settings, encoder, decoder, adversary, emerged=1.0
     )
 
 
-def density_of(goal: target.Target, found: start.Start, log_density):
+def density_of(goal: target.Target, found: start.Start, log_density) -> Callable[[Any], Any]:
     """log p(data, z) in nats, of standardised z [n, dim] -> [n], by that of u [n, dim].
 
     Where the model's density is not finite, z is drawn towards the centre instead.
