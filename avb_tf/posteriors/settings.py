@@ -12,7 +12,7 @@ SETTINGS: dict[str, Any] = {
     "draws": 512,  # z in a step
     "noise_dim": 0,  # beside one for each latent; 0: as many again, at least 8
     "chart_steps": 3,  # autoregressive steps of the chart; 0: none
-    "chart_width": 64,
+    "chart_width": 0,  # of their networks; 0: twice the dimension, at least 64
     "chart_share": 0.4,  # of the fit, spent on the chart
     "chart_learning_rate": 5e-3,
     "blocks": 3,  # gated blocks of the sampler
@@ -40,6 +40,7 @@ def resolved(dim: int, **changes: Any) -> dict[str, Any]:
         raise UserError(f"unknown setting '{unknown[0]}'; expected one of {', '.join(SETTINGS)}")
     settings = {**SETTINGS, **changes}
     settings["noise_dim"] = settings["noise_dim"] or max(8, min(dim, 32))
+    settings["chart_width"] = settings["chart_width"] or max(64, 2 * dim)
     return settings
 
 
@@ -87,7 +88,7 @@ def validate(config) -> None:
         "eval.gaussian_steps": 1,
         "eval.nuts_draws": 4,
     }
-    least |= dict.fromkeys(("fit.draws", "fit.blocks", "fit.width", "fit.chart_width"), 1)
+    least |= dict.fromkeys(("fit.draws", "fit.blocks", "fit.width"), 1)
     for key, value in fields.items():
         if isinstance(value, int | float) and not least.get(key, 0) <= value < 2**31:
             expected = f"{least.get(key, 0)} or more and below 2^31"
