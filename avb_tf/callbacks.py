@@ -1,5 +1,6 @@
 """Keras callbacks: what happens between steps."""
 
+import contextlib
 import math
 import signal
 import time
@@ -91,6 +92,22 @@ class SaveWhenTerminated(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         """Leaves the signal to whoever had it."""
         signal.signal(signal.SIGTERM, self.before)
+
+
+@contextlib.contextmanager
+def logged():
+    """Says so where TensorBoard's files cannot be written.
+
+    Raises:
+      OSError: in place of what TensorFlow raises, which depends on the reason.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if "Failed to flush" not in error.message:
+            raise
+        reason = error.message.splitlines()[0].rpartition("}} ")[2]
+        raise OSError(f"cannot write logs ({reason:.300})") from error
 
 
 class Stopwatch(keras.callbacks.Callback):

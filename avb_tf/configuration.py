@@ -348,4 +348,6 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        # There may be others, of processes that were killed while they wrote.
+        for left in file.parent.glob(f".{file.name}.*"):
+            left.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
     """
     strategy = replicas.strategy(config.strategy)
     replicas.check_batch_size(config.batch_size, strategy)
-    with replicas.explained(strategy):
+    with replicas.explained(strategy), callbacks.logged():
         return _train(config, workdir, strategy)
 
 
@@ -137,11 +137,11 @@ class _Run:
                     workdir / "logs" / "validation",
                 ),
                 *self.callbacks,
-                writer,
                 callbacks.Scalars(workdir / "logs"),
                 callbacks.Figures(workdir, config.figures_every, last, held_out, labels),
                 tensorboard.Panels(config, workdir, held_out, labels),
                 tensorboard.Profile(workdir / "logs", config.profile_steps),
+                writer,  # last: what is done at a step is not done again by a run resumed at it
             ]
 
     def to_the_end(self):
