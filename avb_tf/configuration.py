@@ -290,8 +290,8 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if not (workdir / FILE).exists():
         return
     plain, found = flat(resolve(config)), flat(read(workdir))
-    for name in sorted(plain):
-        if plain[name] != found[name] and not _later(name):
+    for name in ("method", *sorted(plain)):  # first: the fields depend on it
+        if plain[name] != found.get(name) and not _later(name):
             raise UserError(
                 f"{workdir} holds a run with config.{name} = {found[name]}, found {plain[name]}; "
                 "choose another --workdir, or the run's own config to resume it"

@@ -59,11 +59,12 @@ def _train(config, workdir, strategy) -> AVB:
         checkpoints.save(model, workdir, config.keep_checkpoints)
 
     run = _Run(config, workdir, strategy, model, source)
-    while int(model.step.numpy()) < config.steps:
-        try:
-            run.to_the_end()
-        except DivergenceError as error:
-            _roll_back(config, workdir, strategy, model, error)
+    with run.terminated.listening():
+        while int(model.step.numpy()) < config.steps:
+            try:
+                run.to_the_end()
+            except DivergenceError as error:
+                _roll_back(config, workdir, strategy, model, error)
     print(f"{workdir}: trained to step {int(model.step.numpy())}")
     return model
 
@@ -118,11 +119,10 @@ class _Run:
         writer = callbacks.Checkpoints(
             workdir, config.checkpoint_every, config.keep_checkpoints, last
         )
-        self.callbacks = [
-            callbacks.Guard(config.guard.patience),
-            callbacks.SaveWhenTerminated(writer.save if chief else lambda: None, strategy),
-            callbacks.StopAtStep(last),
-        ]
+        self.terminated = callbacks.SaveWhenTerminated(
+            writer.save if chief else lambda: None, strategy
+        )
+        self.callbacks = [callbacks.Guard(config.guard.patience), callbacks.StopAtStep(last)]
         self.verbose = "auto" if chief else 0
         if chief:
             held_out = pipeline.examples(source.validation, FIGURE_EXAMPLES, binary)
@@ -141,8 +141,9 @@ class _Run:
                 callbacks.Figures(workdir, config.figures_every, last, held_out, labels),
                 tensorboard.Panels(config, workdir, held_out, labels),
                 tensorboard.Profile(workdir / "logs", config.profile_steps),
-                writer,  # last: what is done at a step is not done again by a run resumed at it
+                writer,  # after the others: a run resumed at a step does not do its logs again
             ]
+        self.callbacks += [self.terminated]
 
     def to_the_end(self):
         """Trains from the model's step on.

@@ -153,14 +153,27 @@ def test_the_step_of_every_method_compiles_for_xla(method):
 
 
 def test_a_signal_is_left_to_whoever_had_it():
-    strategy = tf.distribute.get_strategy()
-    callback = callbacks.SaveWhenTerminated(lambda: None, strategy)
+    callback = callbacks.SaveWhenTerminated(lambda: None, tf.distribute.get_strategy())
     before = signal.getsignal(signal.SIGTERM)
-    callback.on_train_begin()
-    assert signal.getsignal(signal.SIGTERM) == callback._ask
-    callback.on_train_batch_end(0)  # not asked
-    callback.on_train_end()
+    with callback.listening():
+        assert signal.getsignal(signal.SIGTERM) == callback._ask
+        callback.on_epoch_end(0)  # not asked
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_end():
+    saved = []
+    callback = callbacks.SaveWhenTerminated(lambda: saved.append(1), tf.distribute.get_strategy())
+    callback.set_params({"steps": 10})
+    callback.set_model(make())
+    with callback.listening():
+        signal.raise_signal(signal.SIGTERM)
+        callback.on_train_batch_end(9)
+        assert not saved
+        for leave in (callback.on_train_batch_end, callback.on_epoch_end):
+            with pytest.raises(SystemExit, match=str(callbacks.PREEMPTED)):
+                leave(8)
+    assert len(saved) == 2
 
 
 def test_loss_scaling_learns_from_what_overflows():

@@ -118,9 +118,13 @@ def losses(workdir, whole):
     # Whatever was left half-written has a name of its own.
     if differing := _names(workdir) ^ _names(whole):
         yield f"{', '.join(sorted(differing))} in one of them alone"
-    for side in ("train", "validation"):
-        if _logged(workdir / "logs" / side) != _logged(whole / "logs" / side):
-            yield f"logs of {side} differ"
+    (train, validation), (own_train, own_validation) = (
+        [_logged(folder / "logs" / side) for side in ("train", "validation")]
+        for folder in (whole, workdir)
+    )
+    # The means over an epoch begin anew where a run goes on within it.
+    if train.keys() != own_train.keys() or validation != own_validation:
+        yield "logs differ"
     if _means(workdir) != _means(whole):
         yield "results differ"
 
