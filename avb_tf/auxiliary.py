@@ -5,7 +5,7 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from avb_tf.encoders import VARIANCE_FLOOR, Encoder, Posterior, moments_of_draws
-from avb_tf.networks import DenseStack
+from avb_tf.networks import DenseStack, float32_dense
 
 _register = keras.saving.register_keras_serializable("avb_tf")
 
@@ -14,11 +14,10 @@ class ConditionalGaussian(keras.layers.Layer):
     """A diagonal Gaussian given x and another latent, by dense layers on both."""
 
     def __init__(self, dim: int, width: int, depth: int):
-        super().__init__()
-        self.from_latent = keras.layers.Dense(width, use_bias=False)
+        super().__init__(dtype="float32")
+        self.from_latent = float32_dense(width, use_bias=False)
         self.stack = DenseStack(width, depth - 1)
-        self.mean = keras.layers.Dense(dim)
-        self.log_scale = keras.layers.Dense(dim)
+        self.mean, self.log_scale = float32_dense(dim), float32_dense(dim)
 
     def call(self, context, latent):
         """x's share of the first layer [batch, width], latent [samples, batch, any] -> Gaussian."""
@@ -53,7 +52,7 @@ class AuxiliaryEncoder(Encoder):
         self.auxiliary_dim = auxiliary_dim
         self.sizes = [auxiliary_dim, auxiliary_dim, width, width]
         self.trunk = trunk
-        self.from_features = keras.layers.Dense(sum(self.sizes))
+        self.from_features = float32_dense(sum(self.sizes))
         self.latent = ConditionalGaussian(latent_dim, width, depth)
         self.auxiliary = ConditionalGaussian(auxiliary_dim, width, depth)
 

@@ -46,6 +46,8 @@ POSTERIOR_MODES = {
     "evaluate": "avb_tf.posteriors.experiment:evaluate",
     "train_and_evaluate": "avb_tf.posteriors.experiment:train_and_evaluate",
     "sample": "avb_tf.posteriors.experiment:sample",
+    "export": "avb_tf.posteriors.experiment:export",
+    "serve_check": "avb_tf.serving.check:serve_check",
 }
 
 

@@ -71,6 +71,9 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
         "largest_gap": 3.0,  # nats that the ELBO may lie above their bound without a warning
     }
     config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
+    # float32, mixed_bfloat16, mixed_float16: of the large products while training. Weights and
+    # bounds are float32, and so is all that is done with a trained model.
+    config.precision = "float32"
     config.guard = {
         "enabled": True,  # skip steps whose loss or gradient is no number
         "patience": 20,  # skipped steps in a row before training goes back to its last checkpoint
@@ -165,6 +168,7 @@ _CHOICES = {
     "data.channels": (1, 3),
     "optimizer.decay": ("cosine", "none"),
     "strategy": ("auto", "one", "mirrored", "multi_worker", "tpu"),
+    "precision": ("float32", "mixed_bfloat16", "mixed_float16"),
     "eval.split": ("train", "validation", "test"),
     "eval.budget": tuple(BUDGETS),
 }

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from avb_tf import replicas
-from avb_tf.networks import DenseStack, Restorable
+from avb_tf.networks import DenseStack, Restorable, float32_dense
 
 _register = keras.saving.register_keras_serializable("avb_tf")
 
@@ -48,6 +48,9 @@ class Encoder(Restorable, keras.Model):
     latent_dim: int
     noise_dim: int
 
+    def __init__(self, **kwargs):
+        super().__init__(dtype="float32", **kwargs)
+
     @abc.abstractmethod
     def parameters(self, x) -> Any:
         """All that q(.|x) takes from x [batch, *event], for any number of draws."""
@@ -76,10 +79,10 @@ class GaussianEncoder(Encoder):
         self.latent_dim = self.noise_dim = latent_dim
         self.full_covariance = full_covariance
         self.trunk = trunk
-        self.mean = keras.layers.Dense(latent_dim)
-        self.log_scale = keras.layers.Dense(latent_dim)
+        self.mean = float32_dense(latent_dim)
+        self.log_scale = float32_dense(latent_dim)
         if full_covariance:
-            self.off_diagonal = keras.layers.Dense(latent_dim**2, kernel_initializer="zeros")
+            self.off_diagonal = float32_dense(latent_dim**2, kernel_initializer="zeros")
 
     def parameters(self, x):
         """Mean [batch, latent] and Cholesky factor [batch, latent, latent]."""
@@ -127,7 +130,7 @@ class BlackBoxEncoder(Encoder):
             for _ in range(depth if inject_every_layer else 1)
         ]
         self.hidden = [keras.layers.Dense(width) for _ in range(depth - 1)]
-        self.head = keras.layers.Dense(latent_dim)
+        self.head = float32_dense(latent_dim)
 
     def parameters(self, x):
         """x's share of the first layer, [batch, width]."""
@@ -164,8 +167,8 @@ class NoiseBasisEncoder(Encoder):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim, self.bases = latent_dim, noise_dim * bases, bases
         self.trunk = trunk
-        self.mean = keras.layers.Dense(latent_dim)
-        self.coefficients = keras.layers.Dense(bases * latent_dim)
+        self.mean = float32_dense(latent_dim)
+        self.coefficients = float32_dense(bases * latent_dim)
         shape = [noise_dim, width, width, width, latent_dim]  # as in the authors' experiments
         # The networks v_i side by side, one product over all of them per layer.
         self.kernels = [
@@ -233,13 +236,11 @@ class JointBasisEncoder(Encoder):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim, self.bases = latent_dim, noise_dim, bases
         self.trunk = trunk
-        self.mean = keras.layers.Dense(latent_dim)
-        self.log_scale = keras.layers.Dense(latent_dim)
-        self.relative = keras.layers.Dense(
-            latent_dim * (noise_dim + bases), kernel_initializer="zeros"
-        )
+        self.mean = float32_dense(latent_dim)
+        self.log_scale = float32_dense(latent_dim)
+        self.relative = float32_dense(latent_dim * (noise_dim + bases), kernel_initializer="zeros")
         self.stack = DenseStack(width, 2, activation)
-        self.basis = keras.layers.Dense(bases)
+        self.basis = float32_dense(bases)
 
     def parameters(self, x):
         """z0 [batch, latent] and W [batch, latent, noise_dim + bases]."""

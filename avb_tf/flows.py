@@ -8,6 +8,7 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from avb_tf.encoders import VARIANCE_FLOOR, Encoder, Posterior, moments_of_draws
+from avb_tf.networks import float32_dense
 
 _register = keras.saving.register_keras_serializable("avb_tf")
 
@@ -18,7 +19,7 @@ class MaskedDense(keras.layers.Layer):
     """Dense without the connections where `mask` [inputs, outputs] is zero."""
 
     def __init__(self, mask: np.ndarray, initializer: str = "glorot_uniform"):
-        super().__init__()
+        super().__init__(dtype="float32")
         self.mask = mask.astype(np.float32)
         self.initializer = initializer
 
@@ -42,7 +43,7 @@ class MADE(keras.layers.Layer):
     """
 
     def __init__(self, latent_dim: int, outputs: int, width: int, depth: int):
-        super().__init__()
+        super().__init__(dtype="float32")
         self.outputs = outputs
         inputs, hidden = np.arange(1, latent_dim + 1), np.arange(width) % latent_dim
         degrees = itertools.pairwise([inputs, *[hidden] * depth])
@@ -80,7 +81,7 @@ class InverseAutoregressiveEncoder(Encoder):
         self.latent_dim = self.noise_dim = latent_dim
         self.sizes = [latent_dim, latent_dim, *[width] * steps]
         self.trunk = trunk
-        self.from_features = keras.layers.Dense(sum(self.sizes))
+        self.from_features = float32_dense(sum(self.sizes))
         self.steps = [MADE(latent_dim, 2, width, depth) for _ in range(steps)]
 
     def parameters(self, x):

@@ -73,7 +73,7 @@ class AVB(Restorable, keras.Model):
         prior: bool = True,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # the parts cast what they compute
         self.event_shape = tuple(event_shape)
         known = isinstance(likelihood, str)
         self.likelihood = LIKELIHOODS[likelihood] if known else likelihood
@@ -157,8 +157,11 @@ class AVB(Restorable, keras.Model):
         self.optimizer.build(self.primal_variables)
         self.adversary_optimizer = None
         if self.adversary is not None:
-            chosen = adversary_optimizer or optimizers.Adam(1.5e-3)
-            self.adversary_optimizer = keras.optimizers.get(chosen)
+            chosen = keras.optimizers.get(adversary_optimizer or optimizers.Adam(1.5e-3))
+            scaled = keras.optimizers.LossScaleOptimizer
+            if isinstance(self.optimizer, scaled) and not isinstance(chosen, scaled):
+                chosen = scaled(chosen)  # as Keras does, under mixed_float16, with the one it knows
+            self.adversary_optimizer = chosen
             self.adversary_optimizer.build(self.adversary.trainable_variables)
 
     def get_compile_config(self):
@@ -256,6 +259,7 @@ class AVB(Restorable, keras.Model):
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
             kl = self._kl_weight() * tf.reduce_mean(terms.kl)
             loss = self._share() * (kl - tf.reduce_mean(terms.log_likelihood))
+            loss = self.optimizer.scale_loss(loss)
             if dual:
                 adversary_loss = self._adversary_loss(terms.t, t_contrast)
         # T counts as fixed in the first, z in the second: neither's gradient is of the other.
@@ -293,7 +297,8 @@ class AVB(Restorable, keras.Model):
         return replicas.all_finite(*tensors) if self.skip_non_finite else tf.constant(True)
 
     def _adversary_loss(self, t_posterior, t_contrast):
-        return self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
+        loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
+        return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
     def _average(self, strategy):
         # A short memory at first, or the average would keep the initial weights for long.

@@ -1,5 +1,6 @@
 """config -> data, model, fit."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -192,7 +193,8 @@ def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> A
       UserError: a name that does not exist, or parts that do not fit each other.
     """
     keras.utils.set_random_seed(config.model.seed)  # of the initial weights
-    model = assembly.build(config.method, event_shape, **config.model)
+    with _computing_in(config.precision):
+        model = assembly.build(config.method, event_shape, **config.model)
     model.skip_non_finite = config.guard.enabled
     o = config.optimizer
     decays = o.decay == "cosine"
@@ -217,6 +219,17 @@ def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> A
         Adam(adversary_rate, o.beta_1, global_clipnorm=clip),
     )
     return model
+
+
+@contextlib.contextmanager
+def _computing_in(policy: str):
+    """Layers made here have the dtype policy `policy`."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def _steps_per_execution(config, seconds_per_step: float) -> int:

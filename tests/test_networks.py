@@ -221,8 +221,12 @@ def test_the_factorised_adversary_is_the_formula_of_the_authors():
     x, hidden = adversary.trunk(CONDITION), Z
     for layer in adversary.stack.hidden:
         hidden = relu(dense(layer, hidden))
-    theta, t_x = dense(adversary.theta, x), dense(adversary.t_features, x)
-    s, t_z = dense(adversary.s, hidden), dense(adversary.t_z, hidden)
+    theta = np.asarray(x) @ np.transpose(adversary.theta.kernel) + np.asarray(adversary.theta.bias)
+    s = (
+        np.asarray(hidden) @ np.asarray(adversary.s.kernel)
+        + np.asarray(adversary.s_bias.kernel)[:, 0]
+    )
+    t_x, t_z = dense(adversary.t_features, x), dense(adversary.t_z, hidden)
     expected = (theta * s).sum(-1) + t_x[:, 0] + t_z[..., 0] + 0.5 * (Z**2).sum(-1)
     assert theta.shape[-1] == 5
     np.testing.assert_allclose(adversary(CONDITION, Z), expected, rtol=1e-4, atol=1e-5)

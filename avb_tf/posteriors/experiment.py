@@ -13,6 +13,8 @@ from avb_tf import configuration, figures
 from avb_tf.errors import UserError
 from avb_tf.posteriors import baselines, comparison, plots, start, target
 from avb_tf.posteriors.fit import fit_posterior, load_posterior
+from avb_tf.posteriors.result import PosteriorFit
+from avb_tf.serving import layout
 
 RESULTS, FIT, REFERENCE = "results.json", "fit", "reference-{}.npz"
 _CHAINS = 4
@@ -64,9 +66,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     Raises:
       UserError: no fit.
     """
-    if not (workdir / FIT).exists():
-        raise UserError(f"{workdir} has no fit; train it first")
-    fit = load_posterior(workdir / FIT)
+    fit = _fit(workdir)
     problem = load_problem(config.model)
     goal = target.of_problem(problem)
     e = config.eval
@@ -122,8 +122,25 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
       UserError: no fit.
     """
     del config
-    load_posterior(workdir / FIT).to_arviz().to_netcdf(str(workdir / "posterior.nc"))
+    _fit(workdir).to_arviz().to_netcdf(str(workdir / "posterior.nc"))
     print(workdir / "posterior.nc")
+
+
+def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """The fit as `export/<version>/`, for TensorFlow Serving.
+
+    Raises:
+      UserError: no fit, or the version exists or cannot be written.
+    """
+    fit, plain = _fit(workdir), configuration.resolve(config)
+    name = config.name or workdir.name
+    print(fit.export(workdir / layout.DIRECTORY, **config.export, name=name, config=plain))
+
+
+def _fit(workdir: Path) -> PosteriorFit:
+    if not (workdir / FIT).exists():
+        raise UserError(f"{workdir} has no fit; train it first")
+    return load_posterior(workdir / FIT)
 
 
 def load_problem(name: str) -> target.Problem:

@@ -241,6 +241,15 @@ class PosteriorFit:
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}; choose another path") from error
 
+    def export(self, directory, **settings) -> Path:
+        """Writes `<directory>/<version>/` for TensorFlow Serving, with the signature `sample`.
+
+        The settings are those of `serving.writing.export_posterior`. Needs the extra [serving].
+        """
+        from avb_tf.serving import writing
+
+        return writing.export_posterior(self, directory, **settings)
+
     def _log_weights(self):
         if self._weights is None:
             self._weights = self.draws(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED).log_weights

@@ -60,6 +60,10 @@ def config(model: str) -> ml_collections.ConfigDict:
         "nuts_draws": 1000,  # of each of 4 chains; the reference's are 4 times as many
         "reference": "",  # folder for reference draws, shared by runs; "": the workdir
     }
+    found.export = {
+        "max_batch": 1024,  # rows that a request may have
+        "version": 0,  # 0: one more than the newest
+    }
     return found
 
 
@@ -75,8 +79,14 @@ def validate(config) -> None:
       UserError: the first field out of range.
     """
     fields = {**config, **{f"fit.{k}": v for k, v in config.fit.items()}}
-    fields |= {f"eval.{k}": v for k, v in config.eval.items()}
-    least = {"eval.draws": 100, "eval.gaussian_steps": 1, "eval.nuts_draws": 4}
+    for part in ("eval", "export"):
+        fields |= {f"{part}.{k}": v for k, v in config[part].items()}
+    least = {
+        "export.max_batch": 1,
+        "eval.draws": 100,
+        "eval.gaussian_steps": 1,
+        "eval.nuts_draws": 4,
+    }
     least |= dict.fromkeys(("fit.draws", "fit.blocks", "fit.width", "fit.chart_width"), 1)
     for key, value in fields.items():
         if isinstance(value, int | float) and not least.get(key, 0) <= value < 2**31:

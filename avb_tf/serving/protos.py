@@ -53,13 +53,18 @@ except ImportError as error:
     ) from error
 
 # TensorFlow's number of a type, its numpy type, and the field for values that are told one by one.
-_FLOAT, _UINT8, _INT64 = 1, 4, 9
-DTYPES = {_FLOAT: np.dtype(np.float32), _UINT8: np.dtype(np.uint8), _INT64: np.dtype(np.int64)}
-_FIELDS = {_FLOAT: "float_val", _UINT8: "int_val", _INT64: "int64_val"}
+_FLOAT, _DOUBLE, _UINT8, _INT64 = 1, 2, 4, 9
+DTYPES = {
+    _FLOAT: np.dtype(np.float32),
+    _DOUBLE: np.dtype(np.float64),
+    _UINT8: np.dtype(np.uint8),
+    _INT64: np.dtype(np.int64),
+}
+_FIELDS = {_FLOAT: "float_val", _DOUBLE: "double_val", _UINT8: "int_val", _INT64: "int64_val"}
 
 
 def to_tensor(array) -> Any:
-    """The `TensorProto` of an array of float32, uint8 or int64.
+    """The `TensorProto` of an array of float32, float64, uint8 or int64.
 
     Raises:
       UserError: an array of another type.

@@ -63,6 +63,26 @@ def of_model(model, importance_samples: int, max_batch: int) -> dict[str, Callab
     return found | {f"{name}_uint8": of_bytes(found[name]) for name in of_x}
 
 
+def of_posterior(fit, max_batch: int) -> dict[str, Callable]:
+    """The signatures of a `PosteriorFit`: draws, each of the model's parameters by its name.
+
+    Args:
+      fit: a `PosteriorFit`.
+      max_batch: rows that a request may have.
+    """
+
+    def sample(seed):
+        noise = normal(seed, _POSTERIOR, fit.model.encoder.noise_dim)
+        parameters = fit.constrain(fit.model.averaged_encoder.z(noise))
+        return dict(zip(fit.target.names, tf.nest.flatten(parameters), strict=True))
+
+    rows, seeds = (tf.TensorSpec([None], tf.int64, name) for name in ("row", "seed"))
+    return {
+        "sample": signature(lambda row: sample(_entropy(row)), [rows], max_batch),
+        "sample_seeded": signature(sample, [seeds], max_batch),
+    }
+
+
 def signature(function, specs: Sequence[tf.TensorSpec], max_batch: int) -> Callable:
     """`function` of tensors like `specs`, refusing what is no number or too much of it."""
 

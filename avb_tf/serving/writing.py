@@ -44,11 +44,21 @@ def export(
     model, directory: Path, importance_samples: int = 256, max_batch: int = 1024, **settings
 ) -> Path:
     """Writes an `AVB`; see `signatures.of_model` for its signatures and `write` for the rest."""
-    networks = [model.averaged_encoder, model.averaged_decoder, model.adversary]
-    weights = [v.value for network in networks if network for v in network.variables]
     functions = signatures.of_model(model, importance_samples, max_batch)
     known = {"step": int(model.step.value), "importance_samples": importance_samples}
-    return write(directory, weights, functions, max_batch, **known, **settings)
+    return write(directory, _weights(model), functions, max_batch, **known, **settings)
+
+
+def export_posterior(fit, directory: Path, max_batch: int = 1024, **settings) -> Path:
+    """Writes a `PosteriorFit`; see `signatures.of_posterior` and, for the rest, `write`."""
+    functions = signatures.of_posterior(fit, max_batch)
+    known = {"steps": fit.steps, "diagnostics": vars(fit.diagnostics())}
+    return write(directory, _weights(fit.model), functions, max_batch, **known, **settings)
+
+
+def _weights(model) -> list[tf.Variable]:
+    networks = [model.averaged_encoder, model.averaged_decoder, model.adversary]
+    return [v.value for network in networks if network for v in network.variables]
 
 
 def write(
