@@ -32,38 +32,29 @@ from tests.campaigns.jobs import Job
 PREEMPTED, LOST = 143, 75
 
 
-def killed(folder, whole, moments, chance, **job):
-    """SIGKILLs of one run, each followed by the same command."""
-    workdir = folder / "killed"
-    for moment in moments:
+def disturbed(folder, whole, sent, chance, **job):
+    """One run under signals, pairs (signal, moment), each followed by the same command."""
+    workdir = folder / "disturbed"
+    for number, moment in sent:
         run = Job(workdir, **job)
-        if not jobs.disturb(run, moment, signal.SIGKILL, chance):
-            yield f"SIGKILL missed the {moment}"
-        run.finish()
+        if not jobs.disturb(run, moment, number, chance):
+            yield f"missed the {moment}"
+        began = time.monotonic()
+        status, error = run.finish()
+        if number == signal.SIGTERM:
+            if status != PREEMPTED:
+                yield f"exit status {status} in {moment}: {error[-200:]}"
+            if (seconds := time.monotonic() - began) > 30:
+                yield f"took {seconds:.0f} s in {moment}"
+            if jobs.newest(workdir) <= run.first:
+                yield f"nothing saved in {moment}"
     yield from _completed(Job(workdir, **job), whole)
+    shutil.rmtree(workdir)
 
 
 def _completed(job, whole):
     status, error = job.finish()
     yield from jobs.losses(job.workdir, whole) if status == 0 else [f"status {status}: {error}"]
-
-
-def terminated(folder, whole, moments, chance, **job):
-    """SIGTERMs: each saves what is done so far."""
-    workdir = folder / "terminated"
-    for moment in moments:
-        run = Job(workdir, **job)
-        if not jobs.disturb(run, moment, signal.SIGTERM, chance):
-            yield f"SIGTERM missed the {moment}"
-        began = time.monotonic()
-        status, error = run.finish()
-        if status != PREEMPTED:
-            yield f"exit status {status} in {moment}: {error[-200:]}"
-        if (seconds := time.monotonic() - began) > 30:
-            yield f"took {seconds:.0f} s in {moment}"
-        if jobs.newest(workdir) <= run.first:
-            yield f"nothing saved in {moment}"
-    yield from _completed(Job(workdir, **job), whole)
 
 
 def pair(workdir, *flags, **job):
@@ -231,11 +222,11 @@ def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0)
     )
     chance.shuffle(in_training)
     moments = in_training + ["evaluation"] * (kills - len(in_training))
-    found = list(killed(folder, whole, moments, chance))
+    found = list(disturbed(folder, whole, [(signal.SIGKILL, m) for m in moments], chance))
     yield "SIGKILL of one run", kills, found, _counted(moments)
 
     moments = list(itertools.islice(itertools.cycle(("compile", "step", "save")), terms))
-    found = list(terminated(folder, whole, moments, chance))
+    found = list(disturbed(folder, whole, [(signal.SIGTERM, m) for m in moments], chance))
     yield "SIGTERM of one run", terms, found, _counted(moments)
 
     found = list(lost_workers(folder, workers, chance))

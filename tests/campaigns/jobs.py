@@ -23,7 +23,8 @@ FLAGS = [
     "--config.model.width=16", "--config.model.bases=4", "--config.model.basis_width=8",
     "--config.model.adversary_width=16", "--config.model.adversary_steps=2",
     "--config.eval.grid=40", "--config.eval.posteriors=2", "--config.eval.examples=50",
-    "--config.eval.gap=20", "--mode=train_and_evaluate",
+    "--config.eval.repeats=1", "--config.eval.gap=0", "--config.monitor.samples=16",
+    "--config.monitor.examples=16", "--mode=train_and_evaluate",
 ]  # fmt: skip
 
 
@@ -136,8 +137,9 @@ def _names(workdir):
 
 def _logged(directory):
     """Step -> ELBO; a step that was done twice counts once."""
-    events = EventAccumulator(str(directory), {"tensors": 0}).Reload().Tensors("elbo")
-    return {event.step: float(make_ndarray(event.tensor_proto)) for event in events}
+    events = EventAccumulator(str(directory), {"tensors": 0}).Reload()
+    found = events.Tensors("elbo") if "elbo" in events.Tags()["tensors"] else []
+    return {event.step: float(make_ndarray(event.tensor_proto)) for event in found}
 
 
 def _means(workdir):
