@@ -98,12 +98,13 @@ def reference_step(model: AVB, x) -> None:
     model.step.assign_add(1)
 
 
-def _plain_t(adversary, condition, z):
+def _plain_t(adversary: Any, condition, z):
     """The adversary's T [samples, batch], of the factorised one as its formula is written."""
     if not isinstance(adversary, FactorisedAdversary):
         return adversary(condition, z)
     of_x, of_z = adversary.trunk(condition), adversary.stack(z)
-    s = tf.matmul(of_z, adversary.s.kernel) + adversary.s_bias.kernel[:, 0]
+    bias: Any = adversary.s_bias.kernel
+    s = tf.matmul(of_z, adversary.s.kernel) + bias[:, 0]
     t = tf.reduce_sum(adversary.theta(of_x) * s, -1) + 0.5 * tf.reduce_sum(z**2, -1)
     return t + adversary.t_features(of_x)[:, 0] + adversary.t_z(of_z)[..., 0]
 
