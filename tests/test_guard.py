@@ -8,8 +8,9 @@ import pytest
 import tensorflow as tf
 
 import avb_tf
-from avb_tf import callbacks, checkpoints, training
+from avb_tf import callbacks, checkpoints, data, estimates, results, training
 from avb_tf import model as avb_model
+from avb_tf.data import pipeline
 from avb_tf.errors import DivergenceError, UserError
 from configs import digits
 
@@ -126,6 +127,34 @@ def test_a_run_goes_back_and_on_at_a_lower_rate_and_at_last_stops(tmp_path, monk
     left = checkpoints.load(tmp_path / "stops")
     assert int(left.step.value) == 30
     assert all(np.isfinite(v.numpy()).all() for v in left.weights)
+
+
+def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
+    tmp_path, monkeypatch, caplog
+):
+    config = tiny("avb_ac")
+    config.steps = 200
+    config.log_every = config.checkpoint_every = 100
+    plain, x = avb_tf.AVB._inputs, data.load(config.data).validation
+    x = pipeline.examples(x, x.size, binary=True)
+
+    def spoiled(self, batch):
+        found, bad = plain(self, batch), self.step.value % 50 == 49
+        first = tf.range(tf.size(found)) == 0  # one number of the batch
+        return tf.where(tf.reshape(first, tf.shape(found)) & bad, np.nan, found)
+
+    bounds = [estimates.bound(training.train(config, tmp_path / "clean"), x)]
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", "absl"):
+        patch.setattr(avb_tf.AVB, "_inputs", spoiled)
+        model = training.train(config, tmp_path / "spoiled")
+    bounds.append(estimates.bound(model, x))
+    assert int(model.step.value) == 200
+    assert int(model.skipped.value) == 4
+    assert "2 of the steps up to 200 skipped" in caplog.text
+    assert "4 in all" in caplog.text
+    clean, spoilt = (bound.mean() for bound in bounds)
+    errors = [results.standard_error(bound) for bound in bounds]
+    assert spoilt == pytest.approx(clean, abs=2.0 * np.hypot(*errors))
 
 
 def test_a_learning_rate_of_one_stops_with_the_reason(tmp_path):

@@ -209,12 +209,12 @@ POSTERIORS = {
     f"{POSTERIOR} --config.fit.draws=0": "config.fit.draws is 0",
     f"{POSTERIOR} --config.fit.learning_rate=nan": "config.fit.learning_rate is nan",
     f"{POSTERIOR} --config.batch_size=5": "'batch_size'",
-    f"{POSTERIOR} --mode=export": "--mode=export is of no use here",
+    f"{POSTERIOR} --mode=export": "has no fit; train it first",
     f"{POSTERIOR} --mode=benchmark": "--mode=benchmark is of no use here",
     "--config=configs/digits.py --workdir=unfitted": "config.method = posterior, found avb_ac",
     "--config=configs/posteriors.py --workdir=run": "config.method = vae, found posterior",
     "--workdir=unfitted --mode=evaluate": "unfitted has no fit",
-    "--workdir=unfitted --mode=sample": "unfitted/fit cannot be loaded",
+    "--workdir=unfitted --mode=sample": "has no fit; train it first",
     "--workdir=half_fitted": "half_fitted/fit cannot be loaded",
 }
 CLUSTERS = {

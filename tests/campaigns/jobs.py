@@ -75,7 +75,7 @@ class Job:
 # What a job is doing: how that is seen from outside, and seconds for which it goes on.
 MOMENTS = {
     "compile": (lambda job: job.printed("Epoch "), 4.0),
-    "step": (lambda job: newest(job.workdir) > job.first, 0.3),
+    "step": (lambda job: newest(job.workdir) > max(job.first, 0), 0.3),
     "save": (lambda job: (job.workdir / checkpoints.DIRECTORY / "partial.keras").exists(), 0.05),
     "evaluation": (lambda job: _trained(job), 3.0),
 }
