@@ -91,7 +91,8 @@ class SaveWhenTerminated(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Leaves between two steps."""
-        if batch + 1 < self.params["steps"] and not self.model.stop_training:
+        params: Any = self.params  # Keras sets them as `fit` begins
+        if batch + 1 < params["steps"] and not self.model.stop_training:
             self._leave_if_asked()
 
     def on_epoch_end(self, epoch, logs=None):
