@@ -59,7 +59,7 @@ def _train(config, workdir, strategy) -> AVB:
     if chief and int(model.step.numpy()) == 0:  # to go back to
         checkpoints.save(model, workdir, config.keep_checkpoints)
 
-    run = _Run(config, workdir, strategy, model, source)
+    run = Run(config, workdir, strategy, model, source)
     with run.terminated.listening():
         while int(model.step.numpy()) < config.steps:
             try:
@@ -106,7 +106,7 @@ def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None
     )  # fmt: skip
 
 
-class _Run:
+class Run:
     """The parts of a run that outlive a return to a checkpoint."""
 
     def __init__(self, config, workdir, strategy, model, source):

@@ -77,6 +77,7 @@ ORDER = [
     "avb_tf.posteriors.comparison",
     "avb_tf.posteriors.experiment",
     "avb_tf.benchmark",
+    "avb_tf.benchmark_replicas",
     "avb_tf.comparison_figures",
     "avb_tf.comparison",
     "avb_tf.scaling",
