@@ -5,7 +5,7 @@ RUN := $(BIN)/python main.py
 COMPARED := four_points.py:vae four_points.py:avb digits.py:vae digits.py:avb_ac
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors setup demo test test-browser load board lint seeds mnist faults bench bench-ais clean
+.PHONY: posteriors setup demo test test-browser load board lint seeds mnist faults bench bench-ais bench-replicas clean
 
 setup: .venv/installed
 
@@ -74,6 +74,10 @@ bench: setup
 # AIS in one graph beside a loop that calls a graph at each leapfrog step.
 bench-ais: setup
 	$(BIN)/python -m avb_tf.benchmark_ais
+
+# The same batch on one device and on two logical ones of this machine.
+bench-replicas: setup
+	$(BIN)/python -m avb_tf.benchmark_replicas
 
 # Every model of configs/posteriors.py, three seeds each; those with results are skipped.
 POSTERIORS := eight_schools eight_schools_centred eight_schools_two_modes gauss_unknown_scale \

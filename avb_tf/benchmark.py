@@ -1,7 +1,6 @@
 """How fast a config trains here, beside this machine's measured peak and a step written plainly."""
 
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -17,7 +16,15 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import callbacks, checkpoints, configuration, data, objectives, replicas, training
+from avb_tf import (
+    callbacks,
+    configuration,
+    data,
+    objectives,
+    replicas,
+    tensorboard,
+    training,
+)  # fmt: skip
 from avb_tf import contrast as contrasts
 from avb_tf.data import pipeline
 from avb_tf.errors import UserError
@@ -25,10 +32,14 @@ from avb_tf.likelihood_estimation import ais
 from avb_tf.likelihoods import log_likelihood
 from avb_tf.model import AVB
 from avb_tf.networks import FactorisedAdversary
+from avb_tf.posteriors import fit as posteriors
+from avb_tf.serving.saved_model import SavedModel
 
 FILE = "benchmark.json"
 REPEATS = 30  # of each of the functions timed in turn
+POSTERIOR_STEPS = 500
 _TRAIN = 3  # any stream of noise
+_RARE = (callbacks.Checkpoints, callbacks.Figures, tensorboard.Profile)  # not of every epoch
 
 
 def benchmark(config: ml_collections.ConfigDict, workdir: Path, baseline: str = "") -> None:
@@ -46,10 +57,15 @@ def benchmark(config: ml_collections.ConfigDict, workdir: Path, baseline: str = 
     found = {f"machine: {name}": value for name, value in _machine().items()}
     step = _step(config, source.event_shape)
     found |= {f"step: {name}": value for name, value in step.items()}
-    peak = found["machine: matmul float32 GFLOP/s"]
-    found["step: % of the matmul peak"] = 100.0 * step["GFLOP/s"] / peak
+    dtype = config.precision.removeprefix("mixed_")
+    if peak := found.get(f"machine: matmul {dtype} GFLOP/s"):  # none is measured of float16
+        found[f"step: % of the {dtype} matmul peak"] = 100.0 * step["GFLOP/s"] / peak
     around = _around(config, source, step["seconds"])
     found |= {f"beside the step: {name}": value for name, value in around.items()}
+    found |= {f"posterior: {name}": value for name, value in _posterior().items()}
+    found |= {
+        f"export: {name}": value for name, value in _serving(config, source.event_shape).items()
+    }
     found["AIS: chain-leapfrogs per second"] = _annealing(config, source.event_shape)
     found |= {f"start-up: {name}": value for name, value in _start_up().items()}
     found["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -98,12 +114,13 @@ def reference_step(model: AVB, x) -> None:
     model.step.assign_add(1)
 
 
-def _plain_t(adversary, condition, z):
+def _plain_t(adversary: Any, condition, z):
     """The adversary's T [samples, batch], of the factorised one as its formula is written."""
     if not isinstance(adversary, FactorisedAdversary):
         return adversary(condition, z)
     of_x, of_z = adversary.trunk(condition), adversary.stack(z)
-    s = tf.matmul(of_z, adversary.s.kernel) + adversary.s_bias.kernel[:, 0]
+    bias: Any = adversary.s_bias.kernel
+    s = tf.matmul(of_z, adversary.s.kernel) + bias[:, 0]
     t = tf.reduce_sum(adversary.theta(of_x) * s, -1) + 0.5 * tf.reduce_sum(z**2, -1)
     return t + adversary.t_features(of_x)[:, 0] + adversary.t_z(of_z)[..., 0]
 
@@ -215,23 +232,32 @@ def _step(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
 def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> dict[str, float]:
     """What training does beside its steps, each at its rate in the config, as a share of a step."""
     model = training.create(config, source.event_shape)
-    binary = model.likelihood.binary
     batches = iter(pipeline.training_batches(source.train, config.batch_size, 0, 0, 2**31))
-    validation = pipeline.evaluation_batches(source.validation, config.batch_size, binary)
-    validation = validation.take(math.ceil(training.FIGURE_EXAMPLES / config.batch_size)).cache()
-    held_out = pipeline.examples(source.validation, training.FIGURE_EXAMPLES, binary)
     with tempfile.TemporaryDirectory() as directory:
         workdir = Path(directory)
-        drawn = callbacks.Figures(workdir, config.figures_every, config.steps, held_out)
-        drawn.set_model(model)
+        run = training.Run(config, workdir, tf.distribute.get_strategy(), model, source)
+        log = model.evaluate(run.validation, verbose=0, return_dict=True)
+        logs = log | {f"val_{name}": value for name, value in log.items()}
+        each_epoch = [c for c in run.callbacks if not isinstance(c, _RARE)]
+        rare: dict[type, Any] = {type(c): c for c in run.callbacks if isinstance(c, _RARE)}
+        for callback in run.callbacks:
+            callback.set_model(model)
+            callback.on_train_begin()
+
+        def epoch():
+            for callback in each_epoch:
+                callback.on_epoch_begin(0)
+                callback.on_epoch_end(0, dict(logs))
+
+        def validation():
+            model.evaluate(run.validation, verbose=0, return_dict=True)
+
         parts = {
             "a batch": (1, lambda: next(batches)),
-            "validation": (
-                config.log_every,
-                lambda: model.evaluate(validation, verbose=0, return_dict=True),
-            ),
-            "a checkpoint": (config.checkpoint_every, lambda: checkpoints.save(model, workdir, 1)),
-            "figures": (config.figures_every, drawn.draw),
+            "validation": (config.log_every, validation),
+            "an epoch's other callbacks": (config.log_every, epoch),
+            "a checkpoint": (config.checkpoint_every, rare[callbacks.Checkpoints].save),
+            "figures": (config.figures_every, rare[callbacks.Figures].draw),
         }
         found, total = {}, 0.0
         for name, (every, function) in parts.items():
@@ -249,6 +275,38 @@ def _annealing(config: ml_collections.ConfigDict, event_shape) -> float:
     (seconds,) = seconds_of(lambda: sampler.forward(x), repeats=3)
     chains = len(x) * (sampler.chains + ais.PILOT_CHAINS)
     return chains * 20 * sampler.leapfrog_steps / seconds
+
+
+def _posterior() -> dict[str, float]:
+    """The fit of a Gaussian of ten dimensions, whose density costs nothing."""
+
+    def density(u):
+        return -0.5 * tf.reduce_sum(u**2, -1)
+
+    fit = posteriors.fit_posterior(density, shape=[10], steps=POSTERIOR_STEPS, verbose=False)
+    began = time.perf_counter()
+    fit.sample(100_000)
+    seconds = time.perf_counter() - began
+    return {
+        f"seconds of a fit of {fit.steps} steps": fit.seconds,
+        "draws per second": 100_000 / seconds,
+    }
+
+
+def _serving(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
+    """Requests per second to an export in the C library, one after the other."""
+    model = training.create(config, event_shape)
+    found = {}
+    with tempfile.TemporaryDirectory() as directory:
+        served = SavedModel(model.export(directory))
+        for name in ("encode", "decode", "log_likelihood"):
+            ((tensor_name, tensor),) = served.signatures[name].inputs.items()
+            for rows in (1, 128):
+                request = {tensor_name: np.zeros([rows, *tensor.shape[1:]], np.float32)}
+                (seconds,) = seconds_of(lambda n=name, r=request: served.run(n, r), repeats=10)
+                found[f"{name} of {rows} rows, requests per second"] = 1.0 / seconds
+        served.close()
+    return found
 
 
 def _start_up() -> dict[str, float]:

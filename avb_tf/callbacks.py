@@ -1,5 +1,6 @@
 """Keras callbacks: what happens between steps."""
 
+import contextlib
 import math
 import signal
 import time
@@ -63,7 +64,8 @@ class Guard(keras.callbacks.Callback):
 class SaveWhenTerminated(keras.callbacks.Callback):
     """On SIGTERM, the notice of most schedulers: saves, and exits with status 143.
 
-    The handler waits for the call of the graph to end, so a call must not take long.
+    The handler waits for the call of the graph to end, so a call must not take long. The last of
+    the callbacks: where an epoch ends, what they do there is done before.
 
     Args:
       save: writes a checkpoint, on the chief.
@@ -75,22 +77,48 @@ class SaveWhenTerminated(keras.callbacks.Callback):
         self.save, self.strategy = save, strategy
         self.asked = False
 
-    def on_train_begin(self, logs=None):
-        """Listens from here on."""
-        self.before = signal.signal(signal.SIGTERM, self._ask)
+    @contextlib.contextmanager
+    def listening(self):
+        """Within, the signal is taken; after it, whoever had it before has it again."""
+        before = signal.signal(signal.SIGTERM, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _ask(self, *_):
         self.asked = True
 
     def on_train_batch_end(self, batch, logs=None):
         """Leaves between two steps."""
+        params: Any = self.params  # Keras sets them as `fit` begins
+        if batch + 1 < params["steps"] and not self.model.stop_training:
+            self._leave_if_asked()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Leaves between two epochs."""
+        self._leave_if_asked()
+
+    def _leave_if_asked(self):
         if replicas.sum_over_workers(self.strategy, int(self.asked)):
             self.save()
             raise SystemExit(PREEMPTED)
 
-    def on_train_end(self, logs=None):
-        """Leaves the signal to whoever had it."""
-        signal.signal(signal.SIGTERM, self.before)
+
+@contextlib.contextmanager
+def logged():
+    """Says so where TensorBoard's files cannot be written.
+
+    Raises:
+      OSError: in place of what TensorFlow raises, which depends on the reason.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if "Failed to flush" not in error.message:
+            raise
+        reason = error.message.splitlines()[0].rpartition("}} ")[2]
+        raise OSError(f"cannot write logs ({reason:.300})") from error
 
 
 class Stopwatch(keras.callbacks.Callback):

@@ -23,6 +23,7 @@ def save(model: AVB, workdir: Path, keep: int) -> Path:
 
     Raises:
       DivergenceError: a weight is no number; nothing is written.
+      OSError: there is no space, or no permission; the older ones stay.
     """
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o is not None]
     for variable in [*model.variables, *(v for o in optimizers for v in o.variables)]:
@@ -31,12 +32,15 @@ def save(model: AVB, workdir: Path, keep: int) -> Path:
     directory = workdir / DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
     path = path_of(workdir, int(model.step.numpy()))
-    temporary = directory / f"partial_{os.getpid()}.keras"
+    # One name: what a process left that was killed while it wrote is overwritten.
+    temporary = directory / "partial.keras"
     try:
         model.save(temporary)
         with open(temporary, "rb") as written:
             os.fsync(written)  # a name may reach the disk before what it names
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
     for old in _paths(workdir)[keep:]:

@@ -294,8 +294,8 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if not (workdir / FILE).exists():
         return
     plain, found = flat(resolve(config)), flat(read(workdir))
-    for name in sorted(plain):
-        if plain[name] != found[name] and not _later(name):
+    for name in ("method", *sorted(plain)):  # first: the fields depend on it
+        if plain[name] != found.get(name) and not _later(name):
             raise UserError(
                 f"{workdir} holds a run with config.{name} = {found[name]}, found {plain[name]}; "
                 "choose another --workdir, or the run's own config to resume it"
@@ -352,4 +352,6 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        # There may be others, of processes that were killed while they wrote.
+        for left in file.parent.glob(f".{file.name}.*"):
+            left.unlink(missing_ok=True)

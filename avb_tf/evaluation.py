@@ -9,12 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from avb_tf import (
+    callbacks,
     checkpoints,
     configuration,
     data,
     estimate_figures,
     estimates,
     figures,
+    replicas,
     results,
     tensorboard,
     training,
@@ -25,9 +27,10 @@ from avb_tf.estimates import Estimate
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Both, in this order."""
-    training.train(config, workdir)
-    evaluate(config, workdir)
+    """Both, in this order; of several workers the chief alone evaluates."""
+    model = training.train(config, workdir)
+    if replicas.is_chief(model.distribute_strategy):
+        evaluate(config, workdir)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -75,7 +78,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
         },
     )
     means = {f"{config.eval.split}/{name}": e["mean"] for name, e in summaries.items()}
-    tensorboard.write_metrics(workdir, int(model.step.value), means)
+    with callbacks.logged():
+        tensorboard.write_metrics(workdir, int(model.step.value), means)
     runs = results.siblings(workdir)
     print(results.table(runs), results.quality(runs[workdir.name]), sep="\n\n")
     print(*(f"Warning: {warning}" for warning in warnings), sep="\n")

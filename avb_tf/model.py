@@ -5,6 +5,7 @@ encoder and decoder, dual means the adversary, as in the paper's Algorithm 1.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -258,7 +259,7 @@ class AVB(Restorable, keras.Model):
             posterior = self.encoder.draw(parameters, noise, training=True)
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
             kl = self._kl_weight() * tf.reduce_mean(terms.kl)
-            loss = self._share() * (kl - tf.reduce_mean(terms.log_likelihood))
+            loss: Any = self._share() * (kl - tf.reduce_mean(terms.log_likelihood))
             loss = self.optimizer.scale_loss(loss)
             if dual:
                 adversary_loss = self._adversary_loss(terms.t, t_contrast)
@@ -296,7 +297,7 @@ class AVB(Restorable, keras.Model):
         """
         return replicas.all_finite(*tensors) if self.skip_non_finite else tf.constant(True)
 
-    def _adversary_loss(self, t_posterior, t_contrast):
+    def _adversary_loss(self, t_posterior, t_contrast) -> Any:
         loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 

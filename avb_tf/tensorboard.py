@@ -47,7 +47,6 @@ class Panels(keras.callbacks.Callback):
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path, x, labels=None):
         super().__init__()
         self.config, self.workdir, self.x, self.labels = config, workdir, x, labels
-        self.logs: dict[str, float] = {}
         places = {"": "logs", "train": "logs/train", "validation": "logs/validation"}
         self.writers = {
             name: tf.summary.create_file_writer(str(workdir / place))
@@ -62,7 +61,6 @@ class Panels(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Histograms of held-out examples, and the band about the adversary's accuracy."""
-        self.logs = dict(logs or {})
         step = int(self.model.step.numpy())
         with self.writers["validation"].as_default(step):
             for name, values in histograms(self.model, self.x).items():
@@ -72,21 +70,20 @@ class Panels(keras.callbacks.Callback):
                 with self.writers[side].as_default(step):
                     for name, value in zip(_BAND, HEALTHY_ACCURACY, strict=True):
                         tf.summary.scalar(name, value)
-
-    def on_train_end(self, logs=None):
-        """At the run's last step the latents, and what it came to; `fit` may end before it."""
+        if step >= self.config.steps:
+            self._conclude(step, logs or {})
         for writer in self.writers.values():
             writer.flush()
-        if (step := int(self.model.step.numpy())) < self.config.steps:
-            return
+
+    def _conclude(self, step, logs):
+        """The latents, and what the run came to."""
         project(self.workdir / "logs" / "validation", self.model, self.x, self.labels)
-        final = {k: v for k, v in self.logs.items() if k.startswith("val_")}
+        final = {k: v for k, v in logs.items() if k.startswith("val_")}
         named = {k.replace("val_", "validation/", 1): v for k, v in final.items()}
         write_metrics(self.workdir, step, named)
         with self.writers[""].as_default(step):
             ended = hparams_summary.session_end_pb(api_pb2.STATUS_SUCCESS)
             tf.summary.experimental.write_raw_pb(ended.SerializeToString(), step)
-        self.writers[""].flush()
 
 
 class Profile(keras.callbacks.Callback):

@@ -41,7 +41,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
     """
     strategy = replicas.strategy(config.strategy)
     replicas.check_batch_size(config.batch_size, strategy)
-    with replicas.explained(strategy):
+    with replicas.explained(strategy), callbacks.logged():
         return _train(config, workdir, strategy)
 
 
@@ -59,12 +59,13 @@ def _train(config, workdir, strategy) -> AVB:
     if chief and int(model.step.numpy()) == 0:  # to go back to
         checkpoints.save(model, workdir, config.keep_checkpoints)
 
-    run = _Run(config, workdir, strategy, model, source)
-    while int(model.step.numpy()) < config.steps:
-        try:
-            run.to_the_end()
-        except DivergenceError as error:
-            _roll_back(config, workdir, strategy, model, error)
+    run = Run(config, workdir, strategy, model, source)
+    with run.terminated.listening():
+        while int(model.step.numpy()) < config.steps:
+            try:
+                run.to_the_end()
+            except DivergenceError as error:
+                _roll_back(config, workdir, strategy, model, error)
     print(f"{workdir}: trained to step {int(model.step.numpy())}")
     return model
 
@@ -105,7 +106,7 @@ def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None
     )  # fmt: skip
 
 
-class _Run:
+class Run:
     """The parts of a run that outlive a return to a checkpoint."""
 
     def __init__(self, config, workdir, strategy, model, source):
@@ -119,11 +120,10 @@ class _Run:
         writer = callbacks.Checkpoints(
             workdir, config.checkpoint_every, config.keep_checkpoints, last
         )
-        self.callbacks = [
-            callbacks.Guard(config.guard.patience),
-            callbacks.SaveWhenTerminated(writer.save if chief else lambda: None, strategy),
-            callbacks.StopAtStep(last),
-        ]
+        self.terminated = callbacks.SaveWhenTerminated(
+            writer.save if chief else lambda: None, strategy
+        )
+        self.callbacks = [callbacks.Guard(config.guard.patience), callbacks.StopAtStep(last)]
         self.verbose = "auto" if chief else 0
         if chief:
             held_out = pipeline.examples(source.validation, FIGURE_EXAMPLES, binary)
@@ -138,12 +138,13 @@ class _Run:
                     workdir / "logs" / "validation",
                 ),
                 *self.callbacks,
-                writer,
                 callbacks.Scalars(workdir / "logs"),
                 callbacks.Figures(workdir, config.figures_every, last, held_out, labels),
                 tensorboard.Panels(config, workdir, held_out, labels),
                 tensorboard.Profile(workdir / "logs", config.profile_steps),
+                writer,  # after the others: a run resumed at a step does not do its logs again
             ]
+        self.callbacks += [self.terminated]
 
     def to_the_end(self):
         """Trains from the model's step on.

@@ -12,7 +12,7 @@ from avb_tf import configuration
 def get_config(method="avb"):
     config = configuration.default(
         method, latent_dim=2, width=64, adversary_width=64, draws=4, adversary_draws=8,
-        noise_dim=8, bases=64, basis_width=64, basis_activation="relu",
+        adversary_steps=2, noise_dim=8, bases=64, basis_width=64, basis_activation="relu",
     )  # fmt: skip
     if method == "avb":
         config.model.encoder = "joint_basis"

@@ -2,7 +2,8 @@
 
   python -m tests.replicated OUT STRATEGY STEPS_PER_EXECUTION METHOD STEPS
 
-Writes the final weights, optimizers and metrics to OUT, an .npz file.
+Writes the final weights, optimizers and metrics to OUT, an .npz file, and of how many examples an
+evaluation of all held-out data took account, whose last batch is smaller than the others.
 """
 
 import os
@@ -57,7 +58,11 @@ def main(out, name, steps_per_execution, method, steps):
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
     variables = model.weights + [v for o in optimizers for v in o.variables]
     found = {f"{i:03d} {v.path}": keras.ops.convert_to_numpy(v) for i, v in enumerate(variables)}
-    np.savez(out, **found, **{f"metric {k}": v[-1] for k, v in history.items()})
+    metrics = {f"metric {k}": v[-1] for k, v in history.items()}
+    model.evaluate(pipeline.evaluation_batches(source.validation, BATCH, True), verbose=0)
+    count = keras.ops.convert_to_numpy(model.means["elbo"].count)
+    found["count"] = np.array([count, source.validation.size])
+    np.savez(out, **found, **metrics)
 
 
 if __name__ == "__main__":

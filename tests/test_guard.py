@@ -8,8 +8,9 @@ import pytest
 import tensorflow as tf
 
 import avb_tf
-from avb_tf import callbacks, checkpoints, training
+from avb_tf import callbacks, checkpoints, data, estimates, results, training
 from avb_tf import model as avb_model
+from avb_tf.data import pipeline
 from avb_tf.errors import DivergenceError, UserError
 from configs import digits
 
@@ -128,6 +129,34 @@ def test_a_run_goes_back_and_on_at_a_lower_rate_and_at_last_stops(tmp_path, monk
     assert all(np.isfinite(v.numpy()).all() for v in left.weights)
 
 
+def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
+    tmp_path, monkeypatch, caplog
+):
+    config = tiny("avb_ac")
+    config.steps = 200
+    config.log_every = config.checkpoint_every = 100
+    plain, x = avb_tf.AVB._inputs, data.load(config.data).validation
+    x = pipeline.examples(x, x.size, binary=True)
+
+    def spoiled(self, batch):
+        found, bad = plain(self, batch), self.step.value % 50 == 49
+        first = tf.range(tf.size(found)) == 0  # one number of the batch
+        return tf.where(tf.reshape(first, tf.shape(found)) & bad, np.nan, found)
+
+    bounds = [estimates.bound(training.train(config, tmp_path / "clean"), x)]
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", "absl"):
+        patch.setattr(avb_tf.AVB, "_inputs", spoiled)
+        model = training.train(config, tmp_path / "spoiled")
+    bounds.append(estimates.bound(model, x))
+    assert int(model.step.value) == 200
+    assert int(model.skipped.value) == 4
+    assert "2 of the steps up to 200 skipped" in caplog.text
+    assert "4 in all" in caplog.text
+    clean, spoilt = (bound.mean() for bound in bounds)
+    errors = [results.standard_error(bound) for bound in bounds]
+    assert spoilt == pytest.approx(clean, abs=2.0 * np.hypot(*errors))
+
+
 def test_a_learning_rate_of_one_stops_with_the_reason(tmp_path):
     config = tiny("avb_ac")
     config.optimizer.learning_rate = 1.0
@@ -153,14 +182,27 @@ def test_the_step_of_every_method_compiles_for_xla(method):
 
 
 def test_a_signal_is_left_to_whoever_had_it():
-    strategy = tf.distribute.get_strategy()
-    callback = callbacks.SaveWhenTerminated(lambda: None, strategy)
+    callback = callbacks.SaveWhenTerminated(lambda: None, tf.distribute.get_strategy())
     before = signal.getsignal(signal.SIGTERM)
-    callback.on_train_begin()
-    assert signal.getsignal(signal.SIGTERM) == callback._ask
-    callback.on_train_batch_end(0)  # not asked
-    callback.on_train_end()
+    with callback.listening():
+        assert signal.getsignal(signal.SIGTERM) == callback._ask
+        callback.on_epoch_end(0)  # not asked
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_end():
+    saved = []
+    callback = callbacks.SaveWhenTerminated(lambda: saved.append(1), tf.distribute.get_strategy())
+    callback.set_params({"steps": 10})
+    callback.set_model(make())
+    with callback.listening():
+        signal.raise_signal(signal.SIGTERM)
+        callback.on_train_batch_end(9)
+        assert not saved
+        for leave in (callback.on_train_batch_end, callback.on_epoch_end):
+            with pytest.raises(SystemExit, match=str(callbacks.PREEMPTED)):
+                leave(8)
+    assert len(saved) == 2
 
 
 def test_loss_scaling_learns_from_what_overflows():

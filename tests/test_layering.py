@@ -79,6 +79,7 @@ ORDER = [
     "avb_tf.posteriors.experiment",
     "avb_tf.posteriors.overview",
     "avb_tf.benchmark",
+    "avb_tf.benchmark_replicas",
     "avb_tf.comparison_figures",
     "avb_tf.comparison",
     "avb_tf.scaling",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -12,19 +11,10 @@ import tensorflow as tf
 
 from avb_tf import replicas
 from avb_tf.errors import UserError, WorkerLostError
+from tests import replicated
+from tests.campaigns.faults import free_ports
 
 TWO = {"worker": ["127.0.0.1:1", "127.0.0.1:2"]}
-
-
-def free_ports(count):
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def tf_config(cluster=TWO, kind="worker", index=0):
@@ -141,6 +131,7 @@ def test_the_shares_of_the_noise_make_up_the_whole():
             patch.setattr(tf.distribute, "get_replica_context", lambda r=replica: Context(r))
             shares.append(replicas.rows(tf.random.stateless_normal, shape, seed, axis=1))
     np.testing.assert_array_equal(np.concatenate(shares, 1), whole)
+    assert not np.isin(*shares).any()  # no number of one replica is another's
     np.testing.assert_array_equal(
         replicas.rows(tf.random.stateless_normal, shape, seed, axis=1),
         tf.random.stateless_normal(shape, seed),
@@ -173,6 +164,10 @@ def test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers(tmp_path):
         assert process.returncode == 0, error
         found.append(dict(np.load(out)))
     one, *others = found
+    for run in found:
+        seen, there = run.pop("count")
+        assert seen == there
+        assert there % replicated.BATCH  # the last batch falls into unequal shares
     values = {name.split(" ")[0]: value for name, value in one.items() if name[0] != "m"}
     metrics = {name: value for name, value in one.items() if name.startswith("metric")}
     assert len(values) > 100

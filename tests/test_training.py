@@ -1,10 +1,6 @@
-"""Whole runs: killed and resumed, on real data, and what they leave behind."""
+"""Whole runs: on real data, and what they leave behind."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import keras
@@ -12,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from avb_tf import callbacks, checkpoints, command_line, data, training
+from avb_tf import checkpoints, command_line, data, training
 from configs import digits, four_points, mnist
 
 ROOT = Path(__file__).parents[1]
@@ -27,45 +23,6 @@ def command(method, workdir, *flags):
         "--config.checkpoint_every=20", "--config.figures_every=0",
         *(f"--config.model.{k}={v}" for k, v in TINY.items()), *flags,
     ]  # fmt: skip
-
-
-def state(workdir):
-    """All that a checkpoint holds, as arrays."""
-    model = checkpoints.load(workdir)
-    optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
-    variables = model.weights + [v for o in optimizers for v in o.variables]
-    return [keras.ops.convert_to_numpy(v) for v in variables]
-
-
-def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = ["--config.model.adversary_steps=2", "--config.model.ema_decay=0.99"]
-    subprocess.run([sys.executable, *command("avb_ac", whole, *flags)], check=True,
-                   capture_output=True)  # fmt: skip
-    resume = [sys.executable, *command("avb_ac", broken, *flags)]
-    stopped_at = 0
-    for sent, status in ((signal.SIGTERM, callbacks.PREEMPTED), (signal.SIGKILL, -signal.SIGKILL)):
-        process = subprocess.Popen(resume, stdout=subprocess.DEVNULL)
-        while newest(broken) <= stopped_at and process.poll() is None:
-            time.sleep(0.01)
-        asked = time.monotonic()
-        process.send_signal(sent)
-        assert process.wait() == status
-        assert time.monotonic() - asked < 30
-        assert stopped_at < newest(broken) < 200, "the signal came too late to mean anything"
-        stopped_at = newest(broken)
-        assert int(checkpoints.load(broken).step.value) == stopped_at
-    subprocess.run(resume, check=True, capture_output=True)
-    expected, found = state(whole), state(broken)
-    assert len(expected) == len(found) > 50
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def newest(workdir):
-    """The step of the newest checkpoint, 0 where there is none."""
-    names = sorted((workdir / checkpoints.DIRECTORY).glob("step_*.keras"))
-    return checkpoints.step_of(names[-1]) if names else 0
 
 
 @pytest.mark.parametrize("method", ["vae", "avb_ac"])

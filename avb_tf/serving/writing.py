@@ -108,7 +108,9 @@ def write(
             f"cannot write {final} ({message!s:.200}); check that path, and the space on its disk"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        # There may be others, of processes that were killed while they wrote.
+        for left in directory.glob(f".{version}.*"):
+            shutil.rmtree(left, ignore_errors=True)
     return final
 
 
@@ -169,4 +171,5 @@ def _replace(file: Path, text: str):
         temporary.write_text(text)
         os.replace(temporary, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in file.parent.glob(f".{file.name}.*"):
+            left.unlink(missing_ok=True)

@@ -1,173 +1,102 @@
 """Everything that happens to long jobs, done to short ones: a table of trials and losses.
 
-  python -m tests.campaigns.faults [--kills=20] [--workers=5] [--folder=DIR]
+  python -m tests.campaigns.faults [--kills=20] [--terms=6] [--workers=5] [--damages=10]
+    [--steps=20000] [--evaluations=200]
 
-A loss is a final state other than the undisturbed run's, a file left half-written, logs that
-cannot be read, a wrong exit status, more than one line of an error, or an exit that takes too long.
+A loss is whatever a finished run has not as the undisturbed one has it (weights, files, logs,
+results), a wrong exit status, more or less than one line of an error, an exit that takes too long,
+or memory that grows.
 """
 
 import argparse
-import json
+import itertools
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
+import zipfile
+from collections import Counter
 from pathlib import Path
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from avb_tf import checkpoints
+from tests.campaigns import jobs, memory
+from tests.campaigns.jobs import Job
 
-ROOT = Path(__file__).parents[2]
-FLAGS = [
-    "--config.steps=400", "--config.log_every=20", "--config.checkpoint_every=40",
-    "--config.figures_every=80", "--config.model.width=16", "--config.model.bases=4",
-    "--config.model.basis_width=8", "--config.model.adversary_width=16",
-    "--config.eval.grid=40", "--config.eval.posteriors=2", "--mode=train_and_evaluate",
-]  # fmt: skip
 PREEMPTED, LOST = 143, 75
 
 
-def start(workdir, *flags, cluster=None, task=0):
-    """The run as a process of its own."""
-    environment = dict(os.environ)
-    if cluster:
-        config = {"cluster": {"worker": cluster}, "task": {"type": "worker", "index": task}}
-        environment["TF_CONFIG"] = json.dumps(config)
-    command = [
-        sys.executable, str(ROOT / "main.py"), f"--config={ROOT}/configs/digits.py:avb_ac",
-        f"--workdir={workdir}", *FLAGS, *flags,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+def disturbed(folder, whole, sent, chance, **job):
+    """One run under signals, pairs (signal, moment), each followed by the same command."""
+    workdir = folder / "disturbed"
+    for number, moment in sent:
+        run = Job(workdir, **job)
+        if not jobs.disturb(run, moment, number, chance):
+            yield f"missed the {moment}"
+        began = time.monotonic()
+        status, error = run.finish()
+        if number == signal.SIGTERM:
+            if status != PREEMPTED:
+                yield f"exit status {status} in {moment}: {error[-200:]}"
+            if (seconds := time.monotonic() - began) > 30:
+                yield f"took {seconds:.0f} s in {moment}"
+            if jobs.newest(workdir) <= run.first:
+                yield f"nothing saved in {moment}"
+    yield from _completed(Job(workdir, **job), whole)
+    shutil.rmtree(workdir)
 
 
-def finish(*processes, seconds=900):
-    """Waits for all; returns their exit statuses and errors."""
-    ended = [process.communicate(timeout=seconds)[1] for process in processes]
-    return [process.returncode for process in processes], ended
+def _completed(job, whole):
+    status, error = job.finish()
+    yield from jobs.losses(job.workdir, whole) if status == 0 else [f"status {status}: {error}"]
 
 
-def state(workdir):
-    """All that the newest checkpoint holds."""
-    model = checkpoints.load(workdir)
-    optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
-    variables = model.weights + [v for o in optimizers for v in o.variables]
-    return [v.numpy() for v in variables]
+def pair(workdir, *flags, **job):
+    """Two workers of one job, the chief first."""
+    cluster = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    return [Job(workdir, *flags, cluster=cluster, task=i, **job) for i in range(2)]
 
 
-def newest(workdir):
-    """The step of the newest checkpoint, -1 where there is none."""
-    names = sorted((workdir / checkpoints.DIRECTORY).glob("step_*.keras"))
-    return checkpoints.step_of(names[-1]) if names else -1
-
-
-def losses(workdir, expected, exact=True):
-    """What is wrong with a finished run, in words."""
-    found = state(workdir)
-    pairs = list(zip(expected, found, strict=True))
-    if exact and not all(np.array_equal(a, b) for a, b in pairs):
-        yield f"weights differ by {max(np.abs(a - b).max() for a, b in pairs):.2g}"
-    if not exact and not all(np.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs):
-        yield "weights differ"
-    for file in workdir.rglob("*"):
-        if file.name.startswith((".", "partial_")) and not file.name.endswith(".damaged"):
-            yield f"{file.name} is left over"
-    for side in ("train", "validation"):
-        events = EventAccumulator(str(workdir / "logs" / side)).Reload()
-        if "elbo" not in events.Tags()["tensors"]:
-            yield f"logs of {side} cannot be read"
-    if not json.loads((workdir / "results.json").read_text())["estimates"]:
-        yield "results.json is empty"
-
-
-def killed(folder, expected, duration, count, chance):
-    """SIGKILLs at random moments of one run, each followed by the same command."""
-    workdir = folder / "killed"
-    trials = 0
-    while trials < count:
-        process = start(workdir)
-        try:
-            process.wait(timeout=chance.uniform(0.2, 1.0) * duration)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            trials += 1
-        process.communicate()
-        if process.returncode == 0:  # it came to its end: the next begins a new run
-            yield from losses(workdir, expected)
-            shutil.rmtree(workdir)
-    statuses, _ = finish(start(workdir))
-    if statuses != [0]:
-        yield f"exit status {statuses[0]}"
-    else:
-        yield from losses(workdir, expected)
-
-
-def terminated(folder, expected, count, chance):
-    """SIGTERM during compilation, steps and saves."""
-    workdir = folder / "terminated"
+def lost_workers(folder, count, chance):
+    """One of two workers is killed, and the job started again; at last it comes to its end."""
+    whole, workdir = folder / "whole_pair", folder / "pair"
+    for job in pair(whole):
+        if (ended := job.finish())[0]:
+            yield f"undisturbed: exit status {ended}"
     for trial in range(count):
-        process, before = start(workdir), newest(workdir)
-        deadline = time.monotonic() + 300
-        while newest(workdir) <= before + 20 * (trial > 0) and process.poll() is None:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 3.0))
-        began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        (status,), _ = finish(process)
-        if status not in (PREEMPTED, -signal.SIGTERM, 0):  # -15: before there is a step to save
-            yield f"exit status {status}"
-        if time.monotonic() - began > 30:
-            yield f"took {time.monotonic() - began:.0f} s"
-    statuses, _ = finish(start(workdir))
-    yield from losses(workdir, expected) if statuses == [0] else [f"exit status {statuses[0]}"]
+        yield from lost_worker(workdir, trial % 2, chance)
+    chief, other = pair(workdir)
+    yield from _completed(chief, whole)
+    if (status := other.finish()[0]) != 0:
+        yield f"exit status {status} at the end"
 
 
-def lost_workers(folder, expected, count, chance):
-    """One of two workers is killed, and the job started again."""
-    workdir = folder / "workers"
-    for trial in range(count + 1):
-        cluster, before = [f"127.0.0.1:{port}" for port in free_ports(2)], newest(workdir)
-        pair = [start(workdir, "--config.steps=4000", cluster=cluster, task=i) for i in range(2)]
-        victim = trial % 2
-        deadline = time.monotonic() + 300
-        while newest(workdir) <= before and all(p.poll() is None for p in pair):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        if newest(workdir) <= before:
-            yield f"no progress after restart {trial}"
-        if trial == count:
-            for process in pair:
-                process.send_signal(signal.SIGTERM)
-            statuses, _ = finish(*pair)
-            if statuses != [PREEMPTED] * 2:
-                yield f"exit statuses {statuses}"
-            return
-        time.sleep(chance.uniform(0.0, 3.0))
-        pair[victim].kill()
-        began = time.monotonic()
-        (status,), (error,) = finish(pair[1 - victim], seconds=120)
-        pair[victim].communicate()
-        if status != LOST:
-            yield f"exit status {status} of the other"
-        if error.strip().splitlines()[-1:] and not error.strip().splitlines()[-1].startswith(
-            "avb-tf: "
-        ):
-            yield "no line that tells"
-        if time.monotonic() - began > 60:
-            yield f"took {time.monotonic() - began:.0f} s"
+def lost_worker(workdir, victim, chance, **job):
+    """The worker of this index is killed, the chief's being 0; the other tells, and leaves."""
+    workers = pair(workdir, **job)
+    other = workers[1 - victim]
+    if not jobs.disturb(workers[victim], "step", signal.SIGKILL, chance):
+        yield "no progress after a restart"
+    began = time.monotonic()
+    status, error = other.finish()
+    workers[victim].finish()
+    if status != LOST:
+        yield f"exit status {status} of the other: {error[-200:]}"
+    if len(_told(error)) != 1:
+        yield f"told {error[-200:]}"
+    if (seconds := time.monotonic() - began) > 60:
+        yield f"took {seconds:.0f} s"
+
+
+def _told(error):
+    """The lines that are the program's own; the runtime has some about lost workers too."""
+    return [line for line in error.splitlines() if line.startswith("avb-tf: ")]
 
 
 def free_ports(count):
@@ -187,90 +116,164 @@ def _flip(file, chance):
     file.write_bytes(content)
 
 
+def _without_weights(file, chance):
+    with zipfile.ZipFile(file) as archive:
+        config = archive.read("config.json")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("config.json", config)
+
+
 DAMAGES = {
     "truncated": lambda file, chance: os.truncate(file, chance.randrange(file.stat().st_size)),
     "a flipped bit": _flip,
+    "a missing part": _without_weights,
+    "an empty index": lambda file, chance: file.write_bytes(b"PK\5\6" + bytes(18)),
     "empty": lambda file, chance: os.truncate(file, 0),
     "zeros": lambda file, chance: file.write_bytes(bytes(file.stat().st_size)),
     "missing": lambda file, chance: file.unlink(),
 }
 
 
-def damaged(folder, whole, count, chance):
+def damaged(folder, whole, kinds, chance):
     """The newest checkpoint is damaged; the one before takes its place."""
-    for trial in range(count):
+    for trial, kind in enumerate(kinds):
         workdir = shutil.copytree(whole, folder / f"damaged_{trial}")
-        name = list(DAMAGES)[trial % len(DAMAGES)]
         files = sorted((workdir / checkpoints.DIRECTORY).glob("*.keras"))
-        content = files[-1].read_bytes()
-        while files[-1].exists() and files[-1].read_bytes() == content:
-            DAMAGES[name](files[-1], chance)
+        DAMAGES[kind](files[-1], chance)
+        model = checkpoints.load(workdir)
+        before = int(model.step.value) == checkpoints.step_of(files[-2])
         # A flipped bit may lie where zip keeps what nobody reads, such as a date.
-        step = int(checkpoints.load(workdir).step.value)
-        kept = state(workdir)
-        right = (
-            step == checkpoints.step_of(files[-2])
-            if name != "a flipped bit"
-            else all(np.array_equal(a, b) for a, b in zip(state(whole), kept, strict=True))
-            or step == checkpoints.step_of(files[-2])
+        unread = kind == "a flipped bit" and all(
+            np.array_equal(a, b)
+            for a, b in zip(
+                jobs.variables(checkpoints.load(whole)), jobs.variables(model), strict=True
+            )
         )
-        if not right:
-            yield f"{name}: step {step}"
+        if not (before or unread):
+            yield f"{kind}: step {int(model.step.value)}"
 
 
-def full_disks(folder, mounted):
-    """No space left, on a small tmpfs or by a quota on files, at a checkpoint and at a log."""
-    sizes = ("300k", "700k", "1m") if mounted else ()
-    for size in sizes:
-        place = folder / f"full_{size}"
-        place.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
-        try:
-            (status,), (error,) = finish(start(place / "run"))
-            lines = [line for line in error.splitlines() if line.startswith("avb-tf: ")]
-            if status != 2 or len(lines) != 1 or "Traceback" in error:
-                yield f"tmpfs of {size}: exit status {status}, {lines or error[-200:]}"
-            if newest(place / "run") >= 0:
-                state(place / "run")
-        finally:
-            subprocess.run(["umount", place], check=True)
+# Where a disk is full: the command that writes there, bytes that a small disk has beyond what is
+# on it, and bytes that a file may have under a quota.
+PLACES = {
+    "checkpoints": ((), 40_000, 40_000),
+    "logs": ((), 8_192, 8_192),
+    "export": (("--mode=export",), 40_000, 40_000),
+}
 
 
-def campaign(folder, kills, terms, workers, damages, seed=0):
-    """Yields (what, trials, losses)."""
-    chance = random.Random(seed)
-    whole = folder / "whole"
-    began = time.monotonic()
-    statuses, errors = finish(start(whole))
-    assert statuses == [0], errors
-    duration, expected = time.monotonic() - began, state(whole)
-    mounted = os.geteuid() == 0
-    yield (
-        "SIGKILL, then the same command",
-        kills,
-        list(killed(folder, expected, duration, kills, chance)),
+def full_disks(folder, whole, places, mounted, **job):
+    """No space left, on a small tmpfs or by a quota on files; with space it goes on."""
+    for place in places:
+        flags, space, quota = PLACES[place]
+        workdir = shutil.copytree(whole, folder / f"full_{place}_{mounted}")
+        for checkpoint in sorted((workdir / checkpoints.DIRECTORY).iterdir())[1:]:
+            if place != "export":  # so that there is something left to train
+                checkpoint.unlink()
+        disk = workdir / place
+        if mounted:
+            _mount(disk, space)
+        before = _contents(workdir / checkpoints.DIRECTORY)
+        run = Job(workdir, *flags, **job)
+        if not mounted:
+            resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (quota, quota))
+        status, error = run.finish()
+        lines = _told(error)
+        if status != 2 or len(lines) != 1 or place not in lines[0] or "Traceback" in error:
+            yield f"{place}: exit status {status}, {error[-300:]}"
+        if _contents(workdir / checkpoints.DIRECTORY) != before:
+            yield f"{place}: other checkpoints than before"
+        if mounted:
+            subprocess.run(["umount", disk], check=True)
+        status, error = Job(workdir, *flags, **job).finish()
+        if status:
+            yield f"{place}, with space again: exit status {status}, {error[-300:]}"
+        elif place != "export":
+            yield from jobs.losses(workdir, whole)
+
+
+def _mount(disk, space):
+    """Puts a small disk there, with the checkpoints that are there."""
+    disk.mkdir(exist_ok=True)
+    kept = {file: file.read_bytes() for file in disk.glob("*.keras")}
+    size = space + sum(map(len, kept.values()))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
+    for file, content in kept.items():
+        file.write_bytes(content)
+
+
+def _contents(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def _grown(megabytes):
+    before, after = megabytes
+    return [f"grew to {after:.0f} MB"] if after > memory.GROWTH * before else []
+
+
+def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0):
+    """Yields (what, trials, losses, what else there is to say)."""
+    chance, whole = random.Random(seed), folder / "whole"
+    status, error = Job(whole).finish()
+    assert status == 0, error
+
+    in_training = list(
+        itertools.islice(itertools.cycle(("step", "save", "compile")), kills * 7 // 10)
     )
-    yield "SIGTERM, then the same command", terms, list(terminated(folder, expected, terms, chance))
+    chance.shuffle(in_training)
+    moments = in_training + ["evaluation"] * (kills - len(in_training))
+    found = list(disturbed(folder, whole, [(signal.SIGKILL, m) for m in moments], chance))
+    yield "SIGKILL of one run", kills, found, _counted(moments)
+
+    moments = list(itertools.islice(itertools.cycle(("compile", "step", "save")), terms))
+    found = list(disturbed(folder, whole, [(signal.SIGTERM, m) for m in moments], chance))
+    yield "SIGTERM of one run", terms, found, _counted(moments)
+
+    found = list(lost_workers(folder, workers, chance))
+    victims = _counted(["other" if trial % 2 else "chief" for trial in range(workers)])
+    yield "SIGKILL of a worker of two", workers, found, victims
+
+    kinds = list(itertools.islice(itertools.cycle(DAMAGES), damages))
+    found = list(damaged(folder, whole, kinds, chance))
+    yield "damaged checkpoint", damages, found, _counted(kinds)
+
+    for mounted in (False, True)[: 1 + (os.geteuid() == 0)]:
+        found = list(full_disks(folder, whole, PLACES, mounted))
+        what = "disk full, a small tmpfs" if mounted else "disk full, by a quota"
+        yield what, len(PLACES), found, _counted(PLACES)
+
+    megabytes = memory.of_training(folder, steps)
     yield (
-        "a worker of two killed, the job restarted",
-        workers,
-        list(lost_workers(folder, expected, workers, chance)),
+        f"memory of {steps:,} steps",
+        1,
+        _grown(megabytes),
+        "MB: {:.0f}, then {:.0f}".format(*megabytes),
     )
-    yield "damaged checkpoint", damages, list(damaged(folder, whole, damages, chance))
-    yield "disk full", 3 * mounted, list(full_disks(folder, mounted))
+    megabytes = memory.of_evaluations(whole, evaluations)
+    yield (
+        f"memory of {evaluations} evaluations",
+        1,
+        _grown(megabytes),
+        "MB: {:.0f}, then {:.0f}".format(*megabytes),
+    )
+
+
+def _counted(names):
+    return ", ".join(f"{count} {name}" for name, count in Counter(names).items())
 
 
 def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, count in {"kills": 20, "terms": 6, "workers": 5, "damages": 10}.items():
+    counts = {"kills": 20, "terms": 6, "workers": 5, "damages": 10}
+    for name, count in {**counts, "steps": 20_000, "evaluations": 200}.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     options = parser.parse_args()
     total = 0
     with tempfile.TemporaryDirectory() as folder:
-        print(f"{'what':45} {'trials':>6} {'losses':>6}")
-        for what, trials, found in campaign(Path(folder), **vars(options)):
-            print(f"{what:45} {trials:6} {len(found):6}  {'; '.join(found)}", flush=True)
+        print(f"{'what':28} {'trials':>6} {'losses':>6}")
+        for what, trials, found, note in campaign(Path(folder), **vars(options)):
+            print(f"{what:28} {trials:6} {len(found):6}  {'; '.join([note, *found])}", flush=True)
             total += len(found)
     raise SystemExit(bool(total))
 

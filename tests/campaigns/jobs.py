@@ -1,0 +1,147 @@
+"""Short runs as processes: waited for, disturbed, and compared with undisturbed ones."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from avb_tf import checkpoints
+
+ROOT = Path(__file__).parents[2]
+STEPS, PERIOD = 400, 20
+FLAGS = [
+    f"--config.steps={STEPS}", f"--config.log_every={PERIOD}",
+    f"--config.checkpoint_every={PERIOD}", f"--config.figures_every={STEPS // 2}",
+    "--config.model.width=16", "--config.model.bases=4", "--config.model.basis_width=8",
+    "--config.model.adversary_width=16", "--config.model.adversary_steps=2",
+    "--config.eval.grid=40", "--config.eval.posteriors=2", "--config.eval.examples=50",
+    "--config.eval.repeats=1", "--config.eval.gap=0", "--config.monitor.samples=16",
+    "--config.monitor.examples=16", "--mode=train_and_evaluate",
+]  # fmt: skip
+
+
+class Job:
+    """The command line in a process.
+
+    Args:
+      workdir: of the run.
+      *flags: after those that make it small.
+      method: of the digits' config.
+      cluster: addresses of all workers, and `task`, the index of this one.
+    """
+
+    def __init__(self, workdir, *flags, method="avb_ac", cluster=(), task=0):
+        self.workdir, self.first = workdir, newest(workdir)
+        self.output = workdir.with_name(f"{workdir.name}-{task}.txt")
+        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        if cluster:
+            task = {"type": "worker", "index": task}
+            environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": cluster}, "task": task})
+        command = [
+            sys.executable, str(ROOT / "main.py"), f"--config={ROOT}/configs/digits.py:{method}",
+            f"--workdir={workdir}", *FLAGS, *flags,
+        ]  # fmt: skip
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True
+            )
+
+    def printed(self, text):
+        return text in self.output.read_text(errors="replace")
+
+    def wait_for(self, condition, seconds=300):
+        """Until `condition()`; False where the process ends before, or nothing happens."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < end:
+            if condition():
+                return True
+            time.sleep(0.002)
+        return False
+
+    def finish(self, seconds=600):
+        """Waits for the end; returns the exit status and the errors."""
+        errors = self.process.communicate(timeout=seconds)[1]
+        return self.process.returncode, errors
+
+
+# What a job is doing: how that is seen from outside, and seconds for which it goes on.
+MOMENTS = {
+    "compile": (lambda job: job.printed("Epoch "), 4.0),
+    "step": (lambda job: newest(job.workdir) > max(job.first, 0), 0.3),
+    "save": (lambda job: (job.workdir / checkpoints.DIRECTORY / "partial.keras").exists(), 0.05),
+    "evaluation": (lambda job: _trained(job), 3.0),
+}
+
+
+def _trained(job):
+    return job.printed("trained to step") or job.printed(f"at step {STEPS} of {STEPS}")
+
+
+def disturb(job, moment, sent, chance):
+    """Sends the signal at a random instant of the moment; whether it met the job there."""
+    seen, seconds = MOMENTS[moment]
+    while job.wait_for(lambda: seen(job)):
+        time.sleep(chance.uniform(0.0, seconds))
+        if seen(job):  # a save may be over; then the next is waited for
+            met = job.process.poll() is None and (moment == "evaluation") == _trained(job)
+            job.process.send_signal(sent)
+            return met
+    return False
+
+
+def variables(model):
+    """All that a checkpoint holds, as arrays."""
+    optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
+    found = model.weights + [v for o in optimizers for v in o.variables]
+    return [v.numpy() for v in found]
+
+
+def newest(workdir):
+    """The step of the newest checkpoint, -1 where there is none."""
+    names = sorted((workdir / checkpoints.DIRECTORY).glob("step_*.keras"))
+    return checkpoints.step_of(names[-1]) if names else -1
+
+
+def losses(workdir, whole):
+    """What of a finished run is not as in the undisturbed one, in words."""
+    expected, found = (variables(checkpoints.load(folder)) for folder in (whole, workdir))
+    if not all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True)):
+        differences = [np.abs(a - b).max() for a, b in zip(expected, found, strict=True)]
+        yield f"weights differ by {max(differences):.2g}"
+    # Whatever was left half-written has a name of its own.
+    if differing := _names(workdir) ^ _names(whole):
+        yield f"{', '.join(sorted(differing))} in one of them alone"
+    (train, validation), (own_train, own_validation) = (
+        [_logged(folder / "logs" / side) for side in ("train", "validation")]
+        for folder in (whole, workdir)
+    )
+    # The means over an epoch begin anew where a run goes on within it.
+    if train.keys() != own_train.keys() or validation != own_validation:
+        yield "logs differ"
+    if _means(workdir) != _means(whole):
+        yield "results differ"
+
+
+def _names(workdir):
+    files = (file for file in workdir.rglob("*") if "tfevents" not in file.name)
+    return {str(file.relative_to(workdir)) for file in files}
+
+
+def _logged(directory):
+    """Step -> ELBO; a step that was done twice counts once."""
+    events = EventAccumulator(str(directory), {"tensors": 0}).Reload()
+    found = events.Tensors("elbo") if "elbo" in events.Tags()["tensors"] else []
+    return {event.step: float(make_ndarray(event.tensor_proto)) for event in found}
+
+
+def _means(workdir):
+    found = json.loads((workdir / "results.json").read_text())["estimates"]
+    return {name: estimate["mean"] for name, estimate in found.items()}

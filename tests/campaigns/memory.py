@@ -1,0 +1,72 @@
+"""Resident memory of long training and of many evaluations in one process, in MB.
+
+  python -m tests.campaigns.memory WORKDIR EVALUATIONS
+
+evaluates the model of a finished run so many times, and prints the memory after each.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from avb_tf import checkpoints, configuration, data, estimates
+from avb_tf.data import pipeline
+from tests.campaigns import jobs
+
+GROWTH = 1.05  # that is allowed after the warm-up, a tenth of the whole
+
+
+def resident(process="self"):
+    """MB that the process of this id holds in memory."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return 0.0  # it is at its end
+
+
+def of_training(folder, steps):
+    """MB after a tenth of the steps, and at their end."""
+    every = steps // 10
+    flags = {"steps": steps, "log_every": every // 4, "checkpoint_every": every}
+    flags = [f"--config.{name}={value}" for name, value in flags.items()]
+    job, found = jobs.Job(folder / "long", *flags, "--mode=train"), {}
+
+    def over():
+        step = jobs.newest(job.workdir)
+        if step > 0 and step not in found:
+            found[step] = resident(job.process.pid)
+        return step >= steps
+
+    job.wait_for(over, seconds=1200)
+    status, error = job.finish()
+    assert status == 0, error
+    return found[every], max(found.values())
+
+
+def of_evaluations(workdir, count):
+    """MB after a tenth of the evaluations, and at their end."""
+    command = [sys.executable, "-m", "tests.campaigns.memory", str(workdir), str(count)]
+    done = subprocess.run(command, cwd=jobs.ROOT, capture_output=True, text=True, check=True)
+    found = [float(line) for line in done.stdout.split("\n") if line.startswith("  ")]
+    assert len(found) == count
+    return found[count // 10 - 1], max(found[count // 10 :])
+
+
+def main(workdir, count):
+    """Prints the memory after each evaluation, two spaces before it."""
+    model = checkpoints.load(Path(workdir))
+    split = data.load(configuration.load(Path(workdir)).data).test
+    for seed in range(int(count)):
+        x = pipeline.examples(split, 25, model.likelihood.binary, seed)
+        estimates.bound(model, x)
+        estimates.exact(model, x, grid=40, posteriors=2)
+        with tempfile.TemporaryDirectory() as kept:
+            estimates.importance_weighted(model, x, 1, Path(kept))
+            sizes = {"temperatures": 5, "chains": 4, "leapfrog_steps": 2}
+            estimates.annealed(model, x, sizes, Path(kept))
+        print(f"\n  {resident():.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,29 @@
+"""Command lines in this process, and a small finished run for them."""
+
+import shutil
+from pathlib import Path
+
+from avb_tf.command_line import main
+
+REPOSITORY = Path(__file__).parents[1]
+TINY = (
+    "--config.steps=20 --config.log_every=10 --config.checkpoint_every=10 "
+    "--config.model.width=16 --config.model.adversary_width=16 --config.model.basis_width=8 "
+    "--config.model.bases=4 --config.eval.examples=20 --config.eval.grid=40 "
+    "--config.eval.posteriors=2"
+)
+
+
+def run(line):
+    main(["avb-tf", *line.split()])
+
+
+def content(folder):
+    """Path -> bytes of all that is below `folder`; None for a folder."""
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def trained(root):
+    """Puts the configs and `run`, a finished one, into `root`, the working directory."""
+    shutil.copytree(REPOSITORY / "configs", root / "configs")
+    run(f"--config=configs/digits.py:vae --workdir=run {TINY}")
