@@ -34,7 +34,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
       UserError: a model that cannot be loaded or fitted.
     """
     problem = load_problem(config.model)
-    target.of_problem(problem)  # a mistake in it comes before anything is written
+    models.of_problem(problem)  # a mistake in it comes before anything is written
     configuration.save(config, workdir)
     if (workdir / FIT).exists():
         fit = load_posterior(workdir / FIT)
