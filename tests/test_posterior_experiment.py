@@ -31,7 +31,7 @@ def evaluated(tmp_path_factory):
         config = settings.config(f"{directory / 'model.py'}:normal")
         config.update(seed=seed, steps=50, seconds=0.0)
         config.fit.update(draws=128, adversary_steps=1, chart_width=16)
-        config.eval.update(draws=200, nuts_draws=50, gaussian_steps=50)
+        config.eval.update(draws=200, nuts_draws=50, gaussian_steps=1000)
         config.eval.reference = str(directory / "references")
         experiment.train_and_evaluate(config, directory / f"normal-{seed}")
     return directory

@@ -22,6 +22,7 @@ META, WEIGHTS, MODEL = "fit.json", "fit.weights.h5", "model"  # what a saved fit
 _DIAGNOSTIC_DRAWS = 4000
 _DIAGNOSTIC_SEED = 2**30  # of draws that no `sample` is likely to ask for
 _TRUSTED, _REFINABLE = 0.1, 0.4  # distances, see `diagnose`
+_EQUAL = 0.99  # effective sample size, as a share: the tail of equal weights has any shape
 
 
 class Estimate(NamedTuple):
@@ -108,11 +109,12 @@ def diagnose(at_q: np.ndarray, at_p: np.ndarray, adversary_accuracy: float) -> D
     reason = f"fit and posterior differ by {distance:.2f} in total variation"
     if missing > _TRUSTED:
         reason += f", {missing:.2f} of it where the fit has next to nothing"
-    if distance <= _TRUSTED and k <= weighing.PARETO_K_LIMIT:
+    rare = k > weighing.PARETO_K_LIMIT and size < _EQUAL
+    if distance <= _TRUSTED and not rare:
         verdict = "trust"
     elif distance <= _REFINABLE:
         verdict = "use with refinement"
-        if k > weighing.PARETO_K_LIMIT:
+        if rare:
             reason = f"some draws are rarer than they should be, Pareto k {k:.2f}"
     else:
         verdict = "do not trust"

@@ -53,6 +53,7 @@ class GatedEncoder(Encoder):
 
     def parameters(self, x):
         """Nothing: x is fixed."""
+        return ()
 
     def draw(self, parameters, noise, training=False):
         """z for noise [samples, 1, noise_dim], with its moments."""
