@@ -5,6 +5,7 @@ sees the same draws again. An encoder says how much of it an example needs in `n
 """
 
 import abc
+import contextlib
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -146,8 +147,45 @@ class BlackBoxEncoder(Encoder):
         return Posterior(z, *moments_of_draws(z))
 
 
+class BasisEncoder(Encoder):
+    """z linear in functions v of the noise alone, whose moments are then the same for every x."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.frozen = None  # their moments, for as long as the weights stay as they are
+
+    @abc.abstractmethod
+    def _bases(self, noise):
+        """v of noise [samples, batch, noise_dim]."""
+
+    @abc.abstractmethod
+    def _samples(self, v):
+        """v as [..., samples, functions]."""
+
+    def _moments(self, v, training):
+        """Mean [..., functions] and covariance [..., functions, functions] of v.
+
+        Over the whole batch in training, wherever its parts are, and otherwise over fixed noise.
+        """
+        if training:
+            return replicas.pooled_moments(*_moments(self._samples(v)))
+        return self.frozen or self._fixed_moments()
+
+    def _fixed_moments(self):
+        return _moments(self._samples(self._bases(_fixed_noise(self.noise_dim))))
+
+    @contextlib.contextmanager
+    def freezing(self):
+        """Within, graphs hold the moments outside training as numbers, found once for all."""
+        self.frozen = self._fixed_moments()
+        try:
+            yield
+        finally:
+            self.frozen = None
+
+
 @_register
-class NoiseBasisEncoder(Encoder):
+class NoiseBasisEncoder(BasisEncoder):
     """The paper's encoder for adaptive contrast: z = z0(x) + sum_i a_i(x) * v_i(noise_i).
 
     The products are elementwise, and each v_i is a small network of its own noise alone, so the
@@ -192,10 +230,7 @@ class NoiseBasisEncoder(Encoder):
         """Sums of the bases of noise [samples, batch, bases * noise_dim], with their moments."""
         z0, a = parameters
         v = self._bases(noise)
-        moments_of = v if training else self._bases(_fixed_noise(self.noise_dim))
-        v_mean, v_covariance = _moments(tf.reshape(moments_of, [self.bases, -1, self.latent_dim]))
-        if training:  # over the whole batch, wherever its parts are
-            v_mean, v_covariance = replicas.pooled_moments(v_mean, v_covariance)
+        v_mean, v_covariance = self._moments(v, training)
         z = z0 + tf.einsum("bml,msbl->sbl", a, v)
         mean = z0 + tf.einsum("bml,ml->bl", a, v_mean)
         covariance = tf.einsum("bmi,mij,bmj->bij", a, v_covariance, a)
@@ -210,9 +245,12 @@ class NoiseBasisEncoder(Encoder):
             v = (tf.nn.relu(v) if i else v) @ kernel + bias
         return tf.reshape(v, [self.bases, shape[0], shape[1], self.latent_dim])
 
+    def _samples(self, v):
+        return tf.reshape(v, [self.bases, -1, self.latent_dim])
+
 
 @_register
-class JointBasisEncoder(Encoder):
+class JointBasisEncoder(BasisEncoder):
     """z = z0(x) + s(x) * (I + A(x)) v(noise): any number of functions v, all of the same noise.
 
     The paper's bases are independent, so their sum tends to a Gaussian as they grow in number.
@@ -256,10 +294,7 @@ class JointBasisEncoder(Encoder):
         """Sums of functions of the noise, with their moments."""
         z0, columns = parameters
         v = self._bases(noise)
-        moments_of = v if training else self._bases(_fixed_noise(self.noise_dim))
-        v_mean, v_covariance = _moments(tf.reshape(moments_of, [-1, v.shape[-1]]))
-        if training:  # over the whole batch, wherever its parts are
-            v_mean, v_covariance = replicas.pooled_moments(v_mean, v_covariance)
+        v_mean, v_covariance = self._moments(v, training)
         z = z0 + tf.einsum("bij,sbj->sbi", columns, v)
         mean = z0 + tf.linalg.matvec(columns, v_mean)
         covariance = columns @ v_covariance @ tf.linalg.matrix_transpose(columns)
@@ -268,6 +303,9 @@ class JointBasisEncoder(Encoder):
     def _bases(self, noise):
         """v(noise), [samples, batch, noise_dim] -> [samples, batch, noise_dim + bases]."""
         return tf.concat([noise, self.basis(self.stack(noise))], -1)
+
+    def _samples(self, v):
+        return tf.reshape(v, [-1, v.shape[-1]])
 
 
 class _PerBasis(keras.initializers.Initializer):

@@ -1,5 +1,6 @@
 """Signatures -> a version of a servable, `<directory>/<version>/`, for TensorFlow Serving."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from avb_tf.encoders import BasisEncoder
 from avb_tf.errors import UserError
 from avb_tf.serving import layout, signatures
 from avb_tf.serving.protos import PredictionLog, PredictRequest, to_tensor
@@ -46,7 +48,9 @@ def export(
     """Writes an `AVB`; see `signatures.of_model` for its signatures and `write` for the rest."""
     functions = signatures.of_model(model, importance_samples, max_batch)
     known = {"step": int(model.step.value), "importance_samples": importance_samples}
-    return write(directory, _weights(model), functions, max_batch, **known, **settings)
+    encoder, weights = model.averaged_encoder, _weights(model)
+    with encoder.freezing() if isinstance(encoder, BasisEncoder) else contextlib.nullcontext():
+        return write(directory, weights, functions, max_batch, **known, **settings)
 
 
 def export_posterior(fit, directory: Path, max_batch: int = 1024, **settings) -> Path:
