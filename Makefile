@@ -64,10 +64,12 @@ mnist: setup
 
 # Speed on this machine, quiet: a step of each kind beside the machine's peak, and how costs grow.
 bench: setup
-	@for networks in mlp conv; do \
+	@for networks in mlp conv; do for precision in float32 mixed_bfloat16; do \
+	  dir=runs/benchmark/$$networks-$$precision; first=runs/benchmark/$$networks-float32; \
 	  $(RUN) --config=configs/benchmark.py:$$networks $(if $(MNIST),--config.data.path=$(MNIST)) \
-	    --mode=benchmark --workdir=runs/benchmark/$$networks || exit 1; \
-	done
+	    --config.precision=$$precision --mode=benchmark --workdir=$$dir \
+	    $$([ $$dir = $$first ] || echo --baseline=$$first/benchmark.json) || exit 1; \
+	done; done
 	$(RUN) --config=configs/benchmark.py:mlp $(if $(MNIST),--config.data.path=$(MNIST)) \
 	  --mode=scaling --workdir=runs/benchmark/scaling
 
