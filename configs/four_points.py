@@ -3,7 +3,7 @@
 python main.py --config=configs/four_points.py:avb --mode=train_and_evaluate
 
 Expect, in 2 minutes on two cores, a mean log p(x) by quadrature of -1.393 to -1.395 nats with
-avb and, within 1 minute, -1.568 to -1.577 with vae (three seeds, `make seeds`).
+avb and, within 1 minute, -1.568 with vae (three seeds, `make seeds`).
 """
 
 from avb_tf import configuration
