@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 RUN := $(BIN)/python main.py
-COMPARED := four_points.py:vae four_points.py:avb digits.py:vae digits.py:avb_ac
+COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: posteriors setup demo test test-browser load board lint seeds mnist faults bench bench-ais bench-replicas clean
@@ -14,13 +14,20 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
-# The paper's four points, then handwritten digits: AVB beside a Gaussian VAE, with exact numbers.
+# The paper's four points and handwritten digits: AVB beside a Gaussian VAE, with exact numbers.
 demo: setup
-	@for run in $(COMPARED); do \
-	  $(RUN) --config=configs/$$run --workdir=runs/demo/$$(echo $$run | sed s#.py:#/#) \
-	    --mode=train_and_evaluate || exit 1; \
-	done
+	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
 	@echo; echo "Results, and figures of both methods side by side, are in runs/demo/"
+
+# The run of a path such as runs/seeds/digits/avb_ac-2: data set, method and, where there is one, seed.
+runs/%/results.json: parts = $(subst /, ,$(subst -,/,$*))
+runs/%/results.json:
+	@mkdir -p $(dir $(@D))
+	@echo "$* takes 1 to 4 minutes; its progress is in $(@D).log"
+	@$(RUN) --config=configs/$(word 2,$(parts)).py:$(word 3,$(parts)) \
+	  --config.model.seed=$(or $(word 4,$(parts)),0) \
+	  --workdir=$(@D) --mode=train_and_evaluate >$(@D).log 2>&1 || { cat $(@D).log; exit 1; }
+	@echo; echo "$*"; grep '^|' $(@D).log
 
 test: setup
 	$(BIN)/python -m pytest
@@ -45,10 +52,8 @@ lint: setup
 
 # The README's table, three seeds each.
 seeds: setup
-	@for run in $(COMPARED); do for seed in 0 1 2; do \
-	  $(RUN) --config=configs/$$run --config.model.seed=$$seed --mode=train_and_evaluate \
-	    --workdir=runs/seeds/$$(echo $$run | sed s/.py:.*//)/$${run##*:}-$$seed || exit 1; \
-	done; done
+	@$(MAKE) --no-print-directory -j2 \
+	  $(foreach seed,0 1 2,$(COMPARED:%=runs/seeds/%-$(seed)/results.json))
 
 # The paper's comparison on MNIST with eight latents: hours. What is finished is not done again, and
 # what was interrupted goes on. MNIST=mnist.npz names the data, which are downloaded otherwise.

@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--mode={values.mode} is of no use here; expected {', '.join(modes)}")
         module, function = modes[values.mode].split(":")
         extra = {"baseline": values.baseline} if values.baseline else {}
+        if threads := config and config.get("threads_per_op"):
+            # Read once, when TensorFlow is imported.
+            os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
         getattr(_imported(module), function)(config, workdir, **extra)
     except (UserError, OSError) as error:
         if "--debug" in argv:

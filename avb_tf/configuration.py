@@ -14,7 +14,7 @@ from avb_tf.posteriors import settings
 
 FILE = "config.json"
 # Fields that may differ between training and a later command: data may move, and so may the run.
-LATER = ("eval", "export", "profile_steps", "data.path", "strategy")
+LATER = ("eval", "export", "profile_steps", "data.path", "strategy", "threads_per_op")
 # What -1 in config.eval stands for. `paper` is the authors' protocol (320 examples, 8 chains, 2000
 # temperatures, 30 leapfrog steps) on more examples with more chains: for an accelerator.
 BUDGETS = {
@@ -71,6 +71,7 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
         "largest_gap": 3.0,  # nats that the ELBO may lie above their bound without a warning
     }
     config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
+    config.threads_per_op = 0  # of the CPU; 0: all cores. Small layers are faster with 1
     # float32, mixed_bfloat16, mixed_float16: of the large products while training. Weights and
     # bounds are float32, and so is all that is done with a trained model.
     config.precision = "float32"
@@ -133,7 +134,7 @@ _RANGES = (
         (
             "figures_every", "model.noise_dim", "model.kl_annealing_steps", "model.seed",
             "data.seed", "optimizer.adversary_warmup", "optimizer.clip_norm", "guard.rollbacks",
-            "eval.examples", "eval.posteriors", "export.version",
+            "eval.examples", "eval.posteriors", "export.version", "threads_per_op",
         ),
     ),
     (

@@ -20,4 +20,5 @@ def get_config(method="avb_ac"):
     config.optimizer.adversary_learning_rate = 3e-3
     config.log_every = config.checkpoint_every = 1000
     config.figures_every = 0
+    config.threads_per_op = 1
     return config

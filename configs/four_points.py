@@ -25,4 +25,5 @@ def get_config(method="avb"):
     config.optimizer.beta_1 = 0.5
     config.log_every = config.checkpoint_every = 2500
     config.figures_every = 0
+    config.threads_per_op = 1
     return config

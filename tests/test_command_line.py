@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -96,6 +97,30 @@ def test_a_workdir_knows_its_config(called, root):
     assert (config.method, config.steps, config.eval.grid) == ("vae", 20, 50)
     assert isinstance(config.model.filters, tuple)
     assert workdir == root / "run"
+
+
+def test_threads_of_small_networks_are_set_before_tensorflow_starts(root):
+    """TensorFlow has no getter for what it took from the environment: its threads are counted."""
+    code = (
+        "import os, sys, types; from avb_tf import command_line\n"
+        "def count(config, workdir):\n"
+        "    import tensorflow as tf\n"
+        "    big = tf.random.normal([3000, 3000]); (big @ big).numpy()\n"
+        "    print(len(os.listdir('/proc/self/task')))\n"
+        "command_line._imported = lambda module: types.SimpleNamespace(train=count)\n"
+        "command_line.main(['avb-tf', *sys.argv[1:]])"
+    )
+    config = f"--config={REPOSITORY}/configs/digits.py:vae"
+
+    def threads(count):
+        command = [sys.executable, "-c", code, config, f"--config.threads_per_op={count}"]
+        other = {k: v for k, v in os.environ.items() if k != "TF_NUM_INTRAOP_THREADS"}
+        done = subprocess.run(
+            command, cwd=root, env=other, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert threads(9) - threads(1) == 8
 
 
 # One command after another.
