@@ -120,8 +120,9 @@ def _plain_t(adversary: Any, condition, z):
         return adversary(condition, z)
     of_x, of_z = adversary.trunk(condition), adversary.stack(z)
     bias: Any = adversary.s_bias.kernel
-    s = tf.matmul(of_z, adversary.s.kernel) + bias[:, 0]
-    t = tf.reduce_sum(adversary.theta(of_x) * s, -1) + 0.5 * tf.reduce_sum(z**2, -1)
+    s = tf.matmul(of_z, tf.cast(adversary.s.kernel, of_z.dtype))
+    s, theta = tf.cast(s, tf.float32) + bias[:, 0], tf.cast(adversary.theta(of_x), tf.float32)
+    t = tf.reduce_sum(theta * s, -1) + 0.5 * tf.reduce_sum(z**2, -1)
     return t + adversary.t_features(of_x)[:, 0] + adversary.t_z(of_z)[..., 0]
 
 

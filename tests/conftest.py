@@ -1,6 +1,7 @@
 import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # its log goes past pytest's capture
+os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # tests run two at a time, and their layers are small
 
 from pathlib import Path
 

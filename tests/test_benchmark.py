@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from avb_tf import assembly, benchmark, configuration
+from avb_tf import assembly, benchmark, configuration, training
 from avb_tf.errors import UserError
 
 SMALL = {
@@ -33,6 +33,16 @@ def test_the_plainly_written_step_is_the_same_step(method):
         weights.append([keras.ops.convert_to_numpy(w) for w in model.weights])
     for ours, plain in zip(*weights, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_plainly_written_step_in_sixteen_bits():
+    config = configuration.default("avb_ac_paper", **SMALL)
+    config.precision = "mixed_bfloat16"
+    model = training.create(config, (6,))
+    before = model.adversary.s.kernel.numpy()
+    benchmark.reference_step(model, tf.zeros([16, 6]))
+    assert (model.adversary.s.kernel.numpy() != before).any()
+    assert all(np.isfinite(w.numpy()).all() for w in model.weights)
 
 
 def test_arithmetic_counts_products_that_run():
