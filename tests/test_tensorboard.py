@@ -196,7 +196,8 @@ TEXT = """(function text(node) {
   let found = node.nodeType === Node.TEXT_NODE ? node.textContent : "";
   for (const child of [...(node.shadowRoot?.childNodes ?? []), ...node.childNodes])
     found += text(child) + " ";
-  if (node.tagName === "IFRAME") found += text(node.contentDocument.body);
+  const page = node.tagName === "IFRAME" && node.contentDocument?.body;  // none while it loads
+  if (page) found += text(page);
   return found;
 })(document.body)"""
 
