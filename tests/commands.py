@@ -10,7 +10,7 @@ TINY = (
     "--config.steps=20 --config.log_every=10 --config.checkpoint_every=10 "
     "--config.model.width=16 --config.model.adversary_width=16 --config.model.basis_width=8 "
     "--config.model.bases=4 --config.eval.examples=20 --config.eval.grid=40 "
-    "--config.eval.posteriors=2"
+    "--config.eval.posteriors=2 --config.eval.repeats=1 --config.eval.gap=2"
 )
 
 
