@@ -177,7 +177,9 @@ def _products(op) -> int:
 
 
 def _shape_behind(sizes) -> tf.TensorShape:
-    """The static shape of what the op Shape or ShapeN was asked for."""
+    """The static shape that is given, or of what the op Shape or ShapeN was asked for."""
+    if (value := tf.get_static_value(sizes)) is not None:
+        return tf.TensorShape(value)
     return sizes.op.inputs[sizes.value_index].shape
 
 
