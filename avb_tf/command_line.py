@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         module, function = modes[values.mode].split(":")
         extra = {"baseline": values.baseline} if values.baseline else {}
         if threads := config and config.get("threads_per_op"):
-            # Read once, when TensorFlow is imported.
+            # TensorFlow reads it once, when it starts.
             os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
         getattr(_imported(module), function)(config, workdir, **extra)
     except (UserError, OSError) as error:

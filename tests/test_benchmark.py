@@ -63,6 +63,17 @@ def test_arithmetic_counts_products_that_run():
     assert benchmark.arithmetic(tf.function(function).get_concrete_function()) == expected
 
 
+def test_arithmetic_knows_a_kernel_by_the_shape_that_is_given():
+    function = tf.function(
+        lambda image, gradient: tf.raw_ops.Conv2DBackpropFilter(
+            input=image, filter_sizes=[5, 5, 3, 7], out_backprop=gradient,
+            strides=[1, 2, 2, 1], padding="SAME",
+        )
+    )  # fmt: skip
+    traced = function.get_concrete_function(tf.zeros([2, 8, 8, 3]), tf.zeros([2, 4, 4, 7]))
+    assert benchmark.arithmetic(traced) == 2 * (2 * 4 * 4 * 7) * (5 * 5 * 3)
+
+
 def test_a_benchmark_is_written_and_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "seconds_of", once)
     monkeypatch.setattr(benchmark, "POSTERIOR_STEPS", 25)
