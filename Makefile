@@ -15,19 +15,22 @@ setup: .venv/installed
 	touch $@
 
 # The paper's four points and handwritten digits: AVB beside a Gaussian VAE, with exact numbers.
-demo seeds: export TF_NUM_INTEROP_THREADS = 1# two runs at a time, a core each
+demo seeds mnist posteriors: export TF_NUM_INTEROP_THREADS = 1# two runs at a time, a core each
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
 	@echo; echo "Results, and figures of both methods side by side, are in runs/demo/"
 
-# The run of a path such as runs/seeds/digits/avb_ac-2: data set, method and, where there is one, seed.
+# A run by its path, such as runs/seeds/digits/avb_ac-2: config, variant and, where there is one, seed.
 runs/%/results.json: parts = $(subst /, ,$(subst -,/,$*))
+runs/%/results.json: config = $(word 2,$(parts))
 runs/%/results.json:
 	@mkdir -p $(dir $(@D))
-	@echo "$* takes 1 to 4 minutes; its progress is in $(@D).log"
-	@$(RUN) --config=configs/$(word 2,$(parts)).py:$(word 3,$(parts)) \
-	  --config.model.seed=$(or $(word 4,$(parts)),0) \
-	  --workdir=$(@D) --mode=train_and_evaluate >$(@D).log 2>&1 || { cat $(@D).log; exit 1; }
+	@echo "$* has begun; its progress is in $(@D).log"
+	@$(RUN) --config=configs/$(config).py:$(word 3,$(parts)) --workdir=$(@D) \
+	  $(if $(filter posteriors,$(config)),--config.eval.reference=$(dir $(@D))references \
+	  --config.seed,--config.model.seed)=$(or $(word 4,$(parts)),0) \
+	  $(if $(filter mnist,$(config)),$(MNIST:%=--config.data.path=%)) \
+	  --mode=train_and_evaluate >$(@D).log 2>&1 || { cat $(@D).log; exit 1; }
 	@echo; echo "$*"; grep '^|' $(@D).log
 
 test: setup
@@ -58,15 +61,19 @@ seeds: setup
 
 # The paper's comparison on MNIST with eight latents: hours. What is finished is not done again, and
 # what was interrupted goes on. MNIST=mnist.npz names the data, which are downloaded otherwise.
-MNIST_RUNS := vae-0 avb_ac-0 vae-1 avb_ac-1 vae-2 avb_ac-2 iaf-0 auxvae-0 aae-0 avb-0
+MNIST_RUNS := vae-0 avb_ac-0 vae-1 avb_ac-1 vae-2 avb_ac-2 iaf-0 auxvae-0 aae-0 avb-0 iaf-1 iaf-2
 mnist: setup
-	@for run in $(MNIST_RUNS); do \
-	  [ -f runs/mnist/$$run/results.json ] || \
-	  $(RUN) --config=configs/mnist.py:$${run%-*} --config.model.seed=$${run#*-} \
-	    $(if $(MNIST),--config.data.path=$(MNIST)) --mode=train_and_evaluate \
-	    --workdir=runs/mnist/$$run || exit 1; \
-	done
-	$(RUN) --mode=compare --workdir=runs/mnist
+	@$(MAKE) --no-print-directory -j2 $(MNIST_RUNS:%=runs/paper/mnist/%/results.json)
+	$(RUN) --mode=compare --workdir=runs/paper
+
+# Every model of configs/posteriors.py, three seeds each, the baselines by the first: an hour.
+POSTERIORS := eight_schools eight_schools_centred eight_schools_two_modes gauss_unknown_scale \
+  rosenbrock torus banana funnel mixture logistic_regression gaussian_process autoregression \
+  correlated_regression
+posteriors: setup
+	@$(MAKE) --no-print-directory -j2 \
+	  $(foreach seed,0 1 2,$(POSTERIORS:%=runs/fits/posteriors/%-$(seed)/results.json))
+	$(RUN) --mode=compare --workdir=runs/fits
 
 # Speed on this machine, quiet: a step of each kind beside the machine's peak, and how costs grow.
 bench: setup
@@ -86,18 +93,6 @@ bench-ais: setup
 # The same batch on one device and on two logical ones of this machine.
 bench-replicas: setup
 	$(BIN)/python -m avb_tf.benchmark_replicas
-
-# Every model of configs/posteriors.py, three seeds each; those with results are skipped.
-POSTERIORS := eight_schools eight_schools_centred eight_schools_two_modes gauss_unknown_scale \
-  rosenbrock torus banana funnel mixture logistic_regression gaussian_process autoregression \
-  correlated_regression
-posteriors: setup
-	@for model in $(POSTERIORS); do for seed in 0 1 2; do \
-	  dir=runs/posteriors/$$model-$$seed; test -e $$dir/results.json || \
-	  $(RUN) --config=configs/posteriors.py:$$model --config.seed=$$seed --workdir=$$dir \
-	    --config.eval.reference=runs/posteriors/references --mode=train_and_evaluate || exit 1; \
-	done; done
-	$(RUN) --mode=compare --workdir=runs/posteriors
 
 # Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for an hour.
 faults: setup

@@ -38,6 +38,12 @@ def test_pareto_k_where_there_is_no_tail_to_fit():
     assert np.isnan(diagnostics.pareto_k(log_weights[:16])).all()
 
 
+def test_pareto_k_of_one_enormous_weight_is_large_and_no_warning():
+    log_weights = 0.01 * np.random.default_rng(0).standard_normal(10_000)
+    log_weights[3] = 30.0
+    assert diagnostics.pareto_k(log_weights) > diagnostics.PARETO_K_LIMIT
+
+
 def test_effective_sample_size():
     log_weights = np.full((10, 3), -1000.0)
     log_weights[:5, 1] = -np.inf

@@ -53,6 +53,7 @@ def config(model: str) -> ml_collections.ConfigDict:
     found.steps = 0  # 0: as many as fit `seconds`
     found.seconds = 60.0  # of the whole fit; 0: no limit
     found.seed = 0
+    found.threads_per_op = 1  # of the CPU; 0: all cores, for models of much data
     found.fit = SETTINGS
     found.eval = {
         "draws": 2000,  # of each method in the comparison
