@@ -211,7 +211,9 @@ class _Clock:
     def __init__(self, steps, began, seconds, verbose):
         self.steps, self.began, self.seconds = steps, began, seconds
         self.step = 0
-        self.bar = keras.utils.Progbar(100, verbose=int(verbose), unit_name="percent")
+        self.bar = keras.utils.Progbar(
+            100, verbose=int(verbose), unit_name="percent", stateful_metrics=["elbo"]
+        )
 
     def progress(self) -> float:
         """In [0, 1]."""
