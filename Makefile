@@ -15,7 +15,9 @@ setup: .venv/installed
 	touch $@
 
 # The paper's four points and handwritten digits: AVB beside a Gaussian VAE, with exact numbers.
-demo seeds mnist posteriors: export TF_NUM_INTEROP_THREADS = 1# two runs at a time, a core each
+# Two runs at a time, a core each.
+demo seeds mnist posteriors: export TF_NUM_INTEROP_THREADS = 1
+demo seeds mnist posteriors: export OPENBLAS_NUM_THREADS = 1
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
 	@echo; echo "Results, and figures of both methods side by side, are in runs/demo/"
