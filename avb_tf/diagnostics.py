@@ -28,7 +28,8 @@ def pareto_k(log_weights) -> np.ndarray:
         return np.full(log_weights.shape[1:], np.nan)
     bad = (np.isnan(log_weights) | (log_weights == np.inf)).any(0)
     bad |= (log_weights == -np.inf).all(0)
-    with np.errstate(over="ignore"):  # of a tail that is heavy beyond all numbers
+    # A tail heavy beyond all numbers overflows, and one of equal weights divides 0 by 0.
+    with np.errstate(over="ignore", invalid="ignore"):
         k = _arviz().psislw(np.moveaxis(np.where(bad, 0.0, log_weights), 0, -1))[1]
     # Rounding apart, equal weights have no tail, which arviz takes for an infinite one.
     equal = np.max(log_weights, 0) - np.min(log_weights, 0) < 1e-3

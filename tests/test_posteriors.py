@@ -48,6 +48,26 @@ def test_a_conjugate_gaussian_has_its_moments_and_its_evidence(gaussian_fit):
     assert gaussian_fit.log_evidence.value == pytest.approx(evidence, abs=0.01)
 
 
+def test_a_density_that_the_adversary_has_lost_is_not_trusted():
+    """Weights that say KL < 0, as where q's draws went far away and T did not follow."""
+    at_q, at_p = np.zeros(4000), np.zeros(1000)
+    assert result.diagnose(at_q, at_p, 0.5).verdict == "trust"
+    at_q[:100] = 500.0
+    found = result.diagnose(at_q, at_p, 0.85)
+    assert found.verdict == "do not trust"
+    assert "the adversary has lost the fit, whose KL would be -12.50 nats" in str(found)
+
+
+def test_a_lost_mode_tells_charts_apart_and_a_single_state_does_not():
+    rng = np.random.default_rng(0)
+    at_p, at_q = 0.1 * rng.standard_normal((2, 1000))
+    assert abs(fit.divergence(at_p, at_q)) < 4 * 0.1 * np.sqrt(2 / 1000)
+    at_p[0] = 1e9
+    assert fit.divergence(at_p, at_q) < 0.03
+    at_p[:500] = 60.0  # half of the posterior is where q is not
+    assert fit.divergence(at_p, at_q) == pytest.approx(5.0, abs=0.1)
+
+
 def test_a_conjugate_gaussian_is_trusted(gaussian_fit):
     found = gaussian_fit.diagnostics()
     assert found.verdict == "trust"

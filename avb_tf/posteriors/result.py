@@ -22,6 +22,7 @@ META, WEIGHTS, MODEL = "fit.json", "fit.weights.h5", "model"  # what a saved fit
 _DIAGNOSTIC_DRAWS = 4000
 _DIAGNOSTIC_SEED = 2**30  # of draws that no `sample` is likely to ask for
 _TRUSTED, _REFINABLE = 0.1, 0.4  # distances, see `diagnose`
+_IMPOSSIBLE = -0.2  # nats, below what errors do to an estimate of KL(q || posterior)
 _EQUAL = 0.99  # effective sample size, as a share: the tail of equal weights has any shape
 
 
@@ -107,6 +108,8 @@ def diagnose(at_q: np.ndarray, at_p: np.ndarray, adversary_accuracy: float) -> D
     missing = float(np.mean(at_p - log_evidence > np.log(10.0)))
     kl = float(log_evidence - at_q.mean())
     reason = f"fit and posterior differ by {distance:.2f} in total variation"
+    if kl < _IMPOSSIBLE:  # then log q = log r + T is wrong, and with it all of the above
+        distance, reason = 1.0, f"the adversary has lost the fit, whose KL would be {kl:.2f} nats"
     if missing > _TRUSTED:
         reason += f", {missing:.2f} of it where the fit has next to nothing"
     rare = k > weighing.PARETO_K_LIMIT and size < _EQUAL
