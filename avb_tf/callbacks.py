@@ -24,11 +24,15 @@ EXPLODED = 10.0
 
 
 class Guard(keras.callbacks.Callback):
-    """Ends `fit` where training has left the numbers, before a checkpoint holds what is left."""
+    """Ends `fit` where training has left the numbers, before a checkpoint holds what is left.
 
-    def __init__(self, patience: int):
+    Args:
+      enabled: whether an ELBO that has exploded is an end too, or only one that is no number.
+    """
+
+    def __init__(self, enabled: bool = True):
         super().__init__()
-        self.patience = patience
+        self.enabled = enabled
         self.first = None  # ELBO of a step
 
     def on_train_begin(self, logs=None):
@@ -38,7 +42,7 @@ class Guard(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         """Reads the running mean, which one bad step spoils for good where none is skipped."""
         step = int(self.model.step.numpy())
-        if (count := int(self.model.skipped_in_a_row.numpy())) >= self.patience:
+        if (count := int(self.model.skipped_in_a_row.numpy())) >= self.model.patience:
             raise DivergenceError(f"loss or gradient is no number in {count} steps up to {step}")
         if not math.isfinite(elbo := (logs or {})["elbo"]):
             raise DivergenceError(f"elbo is {elbo} at step {step}")
@@ -48,11 +52,13 @@ class Guard(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         """Says how many steps were skipped, and whether the ELBO has exploded."""
         elbo, size = (logs or {})["elbo"], math.prod(self.model.event_shape)
-        if self.first is not None and elbo < self.first - EXPLODED * (abs(self.first) + size):
-            raise DivergenceError(
-                f"elbo is {elbo:.3g} up to step {int(self.model.step.numpy())}, from "
-                f"{self.first:.3g} at first"
-            )
+        if self.enabled and self.first is not None:
+            lowest = self.first - EXPLODED * (abs(self.first) + size)
+            if elbo < lowest:
+                raise DivergenceError(
+                    f"elbo is {elbo:.3g} up to step {int(self.model.step.numpy())}, from "
+                    f"{self.first:.3g} at first"
+                )
         before, self.skipped = self.skipped, int(self.model.skipped.numpy())
         if self.skipped > before:
             logging.warning(

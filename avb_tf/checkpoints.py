@@ -48,6 +48,11 @@ def save(model: AVB, workdir: Path, keep: int) -> Path:
     return path
 
 
+def newest_step(workdir: Path) -> int:
+    """The step that the newest checkpoint's name has, whole or not; -1 where there is none."""
+    return max(map(step_of, _paths(workdir)), default=-1)
+
+
 def latest(workdir: Path) -> Path | None:
     """The newest whole checkpoint, or None. Damaged ones are set aside for it, with a warning.
 

@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if threads := config and config.get("threads_per_op"):
             # TensorFlow reads it once, when it starts.
             os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
+        alone = posterior or values.mode not in ("train", "train_and_evaluate")
+        if alone and "TF_CONFIG" in os.environ and not _imported("avb_tf.replicas").is_chief():
+            print(f"--mode={values.mode} is left to the first worker of TF_CONFIG")
+            return
         getattr(_imported(module), function)(config, workdir, **extra)
     except (UserError, OSError) as error:
         if "--debug" in argv:
@@ -135,6 +139,8 @@ def _parse(
         raise UserError(f"--{early[0]} stands before --config; put --config=FILE first")
     try:
         rest = values(argv, known_only=True)  # all but --config.FIELD, which the config defines
+        if values.baseline and values.mode != "benchmark":
+            raise UserError(f"--baseline is for --mode=benchmark, found --mode={values.mode}")
         if values.mode == "compare":
             return None, _compared(values, rest[1:])
         config = _config(values.config, values.workdir)
@@ -155,8 +161,6 @@ def _parse(
             "expected the method after --config=FILE and a colon"
         )
     configuration.validate(config)
-    if values.baseline and values.mode != "benchmark":
-        raise UserError(f"--baseline is for --mode=benchmark, found --mode={values.mode}")
     if config.method == settings.METHOD and not config.name:
         config.name = settings.name(config)
     if not (values.workdir or config.name):

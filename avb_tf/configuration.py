@@ -203,7 +203,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "many strides or none"
         )
     profiled = config.profile_steps
-    if profiled and not (len(profiled) == 2 and 0 <= profiled[0] < profiled[1]):
+    whole = all(type(n) is int for n in profiled)
+    if profiled and not (whole and len(profiled) == 2 and 0 <= profiled[0] < profiled[1]):
         raise UserError(
             f"config.profile_steps is {profiled}; expected nothing, or the first and the last step"
         )
@@ -355,4 +356,16 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     finally:
         # There may be others, of processes that were killed while they wrote.
         for left in file.parent.glob(f".{file.name}.*"):
-            left.unlink(missing_ok=True)
+            if left == temporary or not _runs(left.suffix[1:]):
+                left.unlink(missing_ok=True)
+
+
+def _runs(process: str) -> bool:
+    """Whether this machine runs a process of that id."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True  # somebody else's
+    except (ValueError, OSError, OverflowError):
+        return False
+    return True

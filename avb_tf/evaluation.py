@@ -28,8 +28,8 @@ from avb_tf.estimates import Estimate
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Both, in this order; of several workers the chief alone evaluates."""
-    model = training.train(config, workdir)
-    if replicas.is_chief(model.distribute_strategy):
+    training.train(config, workdir)
+    if replicas.is_chief():
         evaluate(config, workdir)
 
 

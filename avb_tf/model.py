@@ -86,6 +86,7 @@ class AVB(Restorable, keras.Model):
         self.kl_annealing_steps = kl_annealing_steps
         self.ema_decay = ema_decay
         self.skip_non_finite = skip_non_finite
+        self.patience = 2**31 - 1  # skipped steps in a row that end training (`callbacks.Guard`)
         self.seed = seed
         self.prior = contrasts.prior(encoder.latent_dim) if prior else None
         self.encoder, self.decoder, self.adversary = encoder, decoder, adversary
@@ -270,10 +271,13 @@ class AVB(Restorable, keras.Model):
         if dual:
             replicas.apply(self.adversary_optimizer, dual_gradients, dual, applied)
         replicas.apply(self.optimizer, gradients, self.primal_variables, applied)
-        replicas.update(self._average)
+        replicas.update(self._average, applied)
         self.step.assign_add(1)
         self.skipped.assign_add(tf.where(applied, 0, 1))
-        self.skipped_in_a_row.assign(tf.where(applied, 0, self.skipped_in_a_row + 1))
+        # As many as the guard's patience stay, or it would not see those that a call leaves behind.
+        row = self.skipped_in_a_row.value
+        over = applied & (row < self.patience)
+        self.skipped_in_a_row.assign(tf.where(over, 0, row + tf.where(applied, 0, 1)))
         self._record(terms, t_contrast, applied)
         return self.get_metrics_result()
 
@@ -301,10 +305,11 @@ class AVB(Restorable, keras.Model):
         loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
-    def _average(self, strategy):
+    def _average(self, strategy, applied):
         # A short memory at first, or the average would keep the initial weights for long.
         step = tf.cast(self.step.value, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
+        decay = tf.where(strategy.experimental_local_results(applied)[0], decay, 1.0)
         for weight, average in self._averages():
             strategy.extended.update(
                 average.value,

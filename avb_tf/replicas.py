@@ -7,24 +7,26 @@ update they lead to are functions of the step, whoever computes which share of t
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from avb_tf.errors import UserError, WorkerLostError
 
-# What TensorFlow raises where a worker does not answer.
-_LOST = (
-    tf.errors.UnavailableError,
-    tf.errors.AbortedError,
+# What TensorFlow raises where a worker does not answer; the others have further causes, and are
+# meant where they speak of what workers do together.
+_LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
+_MAYBE_LOST = (
     tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
     tf.errors.FailedPreconditionError,
     tf.errors.InternalError,
 )
+_TOGETHER = re.compile("collective|coordination|heartbeat|peer|rpc|/job:", re.IGNORECASE)
 
 
 class _Cluster(NamedTuple):
@@ -80,9 +82,9 @@ def _cluster() -> _Cluster | None:
     )
     try:
         config = json.loads(text)
-        tasks, task = config.get("cluster", {}), config.get("task", {})
+        tasks, task = config.get("cluster", {}), dict(config.get("task", {}))
         addresses = [address for group in tasks.values() for address in group]
-        whole = all(isinstance(group, list) for group in tasks.values()) and all(
+        whole = all(isinstance(group, list) and group for group in tasks.values()) and all(
             isinstance(address, str) and address.rpartition(":")[2].isdecimal()
             for address in addresses
         )
@@ -96,7 +98,9 @@ def _cluster() -> _Cluster | None:
         raise UserError(f"TF_CONFIG names {sorted(twice)[0]} twice; {expected}")
     if unknown := sorted(set(tasks) - {"chief", "worker"}):
         raise UserError(f"TF_CONFIG has tasks of type '{unknown[0]}'; {expected}")
-    kind, index = task.get("type"), task.get("index")
+    if len(tasks.get("chief", [])) > 1:
+        raise UserError(f"TF_CONFIG names {len(tasks['chief'])} chiefs; {expected}")
+    kind, index = str(task.get("type")), task.get("index")
     if type(index) is not int or kind not in tasks or not 0 <= index < len(tasks[kind]):
         raise UserError(f"TF_CONFIG has the task {task!s:.60}, not in its cluster; {expected}")
     return _Cluster(tasks, kind, index)
@@ -110,6 +114,8 @@ def _multi_worker(cluster: _Cluster | None) -> tf.distribute.Strategy:
         )
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
+    except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
+        raise WorkerLostError(f"another worker did not come ({error!s:.150})") from error
     except (tf.errors.OpError, RuntimeError) as error:
         raise UserError(
             f"cannot join the cluster of TF_CONFIG as {cluster.kind} {cluster.index} "
@@ -136,9 +142,13 @@ def _tpu() -> tf.distribute.Strategy:
     return tf.distribute.TPUStrategy(resolver)
 
 
-def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the one that writes."""
-    cluster = _cluster() if _is_multi_worker(strategy) else None
+def is_chief() -> bool:
+    """Whether this process is the one that writes, the first of those that TF_CONFIG names.
+
+    Raises:
+      UserError: TF_CONFIG names no such cluster.
+    """
+    cluster = _cluster()
     return cluster is None or (min(cluster.tasks), 0) == (cluster.kind, cluster.index)
 
 
@@ -168,8 +178,9 @@ def explained(strategy: tf.distribute.Strategy):
     """
     try:
         yield
-    except _LOST as error:
-        if not _is_multi_worker(strategy):
+    except (*_LOST, *_MAYBE_LOST) as error:
+        lost = isinstance(error, _LOST) or _TOGETHER.search(str(error))
+        if not (lost and _is_multi_worker(strategy)):
             raise
         reason = str(error).partition("Collective ops is aborted by: ")
         raise WorkerLostError(
@@ -236,7 +247,9 @@ def apply(optimizer, gradients, variables, applied) -> None:
     Optimizers let replicas meet, which these may not within a condition; so they meet outside.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer.apply(gradients, variables)  # has a condition of its own, and learns from it
+        # It has a condition of its own, by this replica's gradients alone, and learns from it.
+        gradients = [tf.where(applied, gradient, np.nan) for gradient in gradients]
+        optimizer.apply(gradients, variables)
         return
 
     def meet(strategy, gradients, applied):

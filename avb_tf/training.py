@@ -6,6 +6,7 @@ from pathlib import Path
 
 import keras
 import ml_collections
+import tensorflow as tf
 from absl import logging
 
 from avb_tf import (
@@ -39,14 +40,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
         that has left the numbers for good.
       WorkerLostError: of several workers, another one is gone.
     """
-    strategy = replicas.strategy(config.strategy)
+    if checkpoints.newest_step(workdir) >= config.steps:
+        strategy = tf.distribute.get_strategy()  # nobody to wait for: the others may have left
+    else:
+        strategy = replicas.strategy(config.strategy)
     replicas.check_batch_size(config.batch_size, strategy)
     with replicas.explained(strategy), callbacks.logged():
         return _train(config, workdir, strategy)
 
 
 def _train(config, workdir, strategy) -> AVB:
-    chief = replicas.is_chief(strategy)
+    chief = replicas.is_chief()
     source = data.load(config.data)
     with strategy.scope():
         model = create(config, source.event_shape)
@@ -75,9 +79,9 @@ def _restore(model, strategy, workdir) -> bool:
 
     The chief alone looks for it, since damaged ones are set aside on the way.
     """
-    newest = checkpoints.latest(workdir) if replicas.is_chief(strategy) else None
+    newest = checkpoints.latest(workdir) if replicas.is_chief() else None
     step = -1 if newest is None else checkpoints.step_of(newest)
-    step = replicas.sum_over_workers(strategy, 1 + step if replicas.is_chief(strategy) else 0) - 1
+    step = replicas.sum_over_workers(strategy, 1 + step if replicas.is_chief() else 0) - 1
     if step >= 0:
         checkpoints.restore(model, checkpoints.path_of(workdir, step))
     return step >= 0
@@ -98,7 +102,7 @@ def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None
         ) from error
     _restore(model, strategy, workdir)
     model.rollbacks.assign(count + 1)
-    if replicas.is_chief(strategy):
+    if replicas.is_chief():
         checkpoints.save(model, workdir, config.keep_checkpoints)
     logging.warning(
         "%s; back to step %d, learning rates now %g times those of the config",
@@ -112,7 +116,7 @@ class Run:
     def __init__(self, config, workdir, strategy, model, source):
         self.config, self.strategy, self.model, self.source = config, strategy, model, source
         self.epoch = min(config.log_every, config.steps)
-        chief = replicas.is_chief(strategy)
+        chief = replicas.is_chief()
         binary, last = model.likelihood.binary, config.steps
         self.validation = pipeline.evaluation_batches(
             source.validation, config.batch_size, binary
@@ -123,7 +127,7 @@ class Run:
         self.terminated = callbacks.SaveWhenTerminated(
             writer.save if chief else lambda: None, strategy
         )
-        self.callbacks = [callbacks.Guard(config.guard.patience), callbacks.StopAtStep(last)]
+        self.callbacks = [callbacks.Guard(config.guard.enabled), callbacks.StopAtStep(last)]
         self.verbose = "auto" if chief else 0
         if chief:
             held_out = pipeline.examples(source.validation, FIGURE_EXAMPLES, binary)
@@ -195,7 +199,7 @@ def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> A
     keras.utils.set_random_seed(config.model.seed)  # of the initial weights
     with _computing_in(config.precision):
         model = assembly.build(config.method, event_shape, **config.model)
-    model.skip_non_finite = config.guard.enabled
+    model.skip_non_finite, model.patience = config.guard.enabled, config.guard.patience
     o = config.optimizer
     decays = o.decay == "cosine"
     lowered = {"factor": config.guard.factor, "rollbacks": model.rollbacks}

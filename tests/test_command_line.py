@@ -99,6 +99,20 @@ def test_a_workdir_knows_its_config(called, root):
     assert workdir == root / "run"
 
 
+def test_modes_that_do_not_train_together_are_left_to_the_first_worker(
+    tmp_path, monkeypatch, capsys
+):
+    cluster = {"worker": ["a:1", "b:1"]}
+    task = {"cluster": cluster, "task": {"type": "worker", "index": 1}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(task))
+    for mode in ("evaluate", "sample", "export"):
+        command_line.main(
+            ["avb-tf", "--config=configs/digits.py:vae", f"--workdir={tmp_path}", f"--mode={mode}"]
+        )
+        assert f"--mode={mode} is left to the first worker" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_threads_of_small_networks_are_set_before_tensorflow_starts(root):
     """TensorFlow has no getter for what it took from the environment: its threads are counted."""
     code = (

@@ -1,6 +1,7 @@
 """The config: its checks, its file in the workdir, and what makes two runs the same."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,15 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     configuration.write_atomically(file, "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "new"}
+
+
+def test_what_a_live_process_writes_is_left_to_it(tmp_path):
+    for process in (os.getppid(), 2**22 + 1):  # the second is none
+        (tmp_path / f".a.json.{process}").write_text("half")
+    configuration.write_atomically(tmp_path / "a.json", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f".a.json.{os.getppid()}", "a.json",
+    ]  # fmt: skip
 
 
 def test_a_budget_sets_the_sizes_that_a_config_does_not():

@@ -1,5 +1,6 @@
 """Steps whose loss or gradient is no number: left out, counted, and survived."""
 
+import contextlib
 import signal
 
 import keras
@@ -35,6 +36,7 @@ def batch(seed=0):
 def state(model):
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
     weights = [v for o in optimizers for v in o.variables if v.ndim]
+    weights += model.averaged_encoder.weights + model.averaged_decoder.weights
     return [v.numpy().copy() for v in model.primal_variables + model.adversary.weights + weights]
 
 
@@ -59,8 +61,21 @@ def test_a_step_with_nan_in_it_changes_nothing_and_is_counted():
     assert [int(c.value) for c in (model.step, model.skipped, model.skipped_in_a_row)] == [4, 2, 0]
     assert model.means["elbo"].count == 16  # of the one step that was applied
     assert np.isfinite(model.means["elbo"].result())
-    for average in model.averaged_encoder.weights:
-        assert np.isfinite(average.numpy()).all()
+    assert all(np.isfinite(v).all() for v in state(model))
+
+
+def test_a_row_of_skipped_steps_that_a_call_of_the_graph_leaves_behind_is_seen():
+    model = make("vae")
+    model.patience = 3
+    bad = np.full((16, 6), np.nan, np.float32)
+    data = [batch(), bad, bad, batch(), bad, bad, bad, batch()]
+    model.steps_per_execution = 4
+    for name, rows in (("short", data[:4]), ("long", data[4:])):
+        x = tf.data.Dataset.from_tensor_slices(np.concatenate(rows)).batch(16)
+        told = contextlib.nullcontext() if name == "short" else pytest.raises(DivergenceError)
+        with told as error:
+            model.fit(x, verbose=0, callbacks=[callbacks.Guard()])
+    assert "in 3 steps up to 8" in str(error.value)
 
 
 def test_a_gradient_that_is_no_number_is_found_where_the_loss_is_one(monkeypatch):

@@ -196,3 +196,54 @@ def test_an_improper_posterior_that_runs_away():
 def test_an_unknown_setting_and_no_steps():
     refused("unknown setting 'wdith'", lambda x: -(x[..., 0] ** 2), shape=[1], wdith=3)
     refused("expected numbers above 0", lambda x: -(x[..., 0] ** 2), shape=[1], steps=0)
+
+
+def test_a_density_that_tensorflow_cannot_follow():
+    refused("expected TensorFlow's operations", lambda x: stats.norm.logpdf(x).sum(-1), shape=[2])
+    refused("has no gradient", lambda x: tf.zeros(tf.shape(x)[:-1]), shape=[2])
+
+
+def test_what_is_observed_of_a_joint_is_told_by_name():
+    refused("of type ndarray; expected a dict", poisson(), COUNTS)
+    refused("nothing is observed", poisson(), {})
+
+
+def test_a_joint_within_a_joint():
+    inner = tfd.JointDistributionSequential([tfd.Normal(0.0, 1.0), tfd.Normal(0.0, 1.0)])
+    outer = tfd.JointDistributionNamed({"a": inner, "y": lambda a: tfd.Normal(a[0] + a[1], 1.0)})
+    refused("a joint within a joint", outer, {"y": 1.0})
+
+
+def test_minibatches_of_rows_in_another_precision_and_of_a_pin_that_is_no_row():
+    data = {"x": np.ones(3), "y": np.ones(3)}  # float64, and the model computes in float32
+    refused("found dtypes {'x': 'float64'", slopes, data, batch_size=1)
+
+    def calibrated(rows):
+        joint = tfd.JointDistributionNamed(
+            {
+                "b": tfd.Normal(0.0, 1.0),
+                "c": lambda b: tfd.Normal(b, 1.0),
+                "y": lambda b: tfd.Sample(tfd.Normal(b, 1.0), len(rows["y"])),
+            }
+        )
+        return joint.experimental_pin(y=rows["y"], c=0.5)
+
+    refused("'c' is pinned to", calibrated, {"y": np.ones(3, np.float32)}, batch_size=1)
+
+
+def test_a_shape_may_be_a_number_of_any_integer_type():
+    for shape in (2, [np.int64(2)]):
+        goal = models.make(lambda x: -tf.reduce_sum(x**2, -1), shape=shape)
+        assert goal.dim == 2
+        assert goal.constrain(tf.zeros([5, 2])).shape == (5, 2)
+
+
+def test_parameters_of_a_sequential_joint_keep_their_names():
+    joint = tfd.JointDistributionSequential(
+        [
+            tfd.HalfNormal(1.0, name="tau"),
+            tfd.Normal(0.0, 1.0, name="mu"),
+            lambda mu, tau: tfd.Normal(mu, tau, name="y"),
+        ]
+    )
+    assert models.make(joint, {"y": 1.0}).names == ["tau", "mu"]

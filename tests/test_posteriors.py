@@ -1,3 +1,6 @@
+import contextlib
+import random
+
 import arviz
 import numpy as np
 import pytest
@@ -46,6 +49,17 @@ def test_a_conjugate_gaussian_has_its_moments_and_its_evidence(gaussian_fit):
     joint_covariance = np.kron(np.ones([5, 5]), prior) + np.eye(10)
     evidence = stats.multivariate_normal.logpdf(data.ravel(), np.zeros(10), joint_covariance)
     assert gaussian_fit.log_evidence.value == pytest.approx(evidence, abs=0.01)
+
+
+def test_a_fit_leaves_the_callers_random_numbers_alone():
+    def numbers(within):
+        np.random.seed(5)
+        random.seed(5)
+        with within:
+            pass
+        return np.random.normal(), random.random()
+
+    assert numbers(contextlib.nullcontext()) == numbers(fit._seeded(0))
 
 
 def test_a_density_that_the_adversary_has_lost_is_not_trusted():
@@ -135,6 +149,9 @@ def test_a_saved_fit_comes_back_without_the_model_and_without_pickle(gaussian_fi
     np.testing.assert_array_equal(loaded.sample(5)["mu"], gaussian_fit.sample(5)["mu"])
     assert loaded.log_evidence == gaussian_fit.log_evidence
     assert loaded.refine(10, chains=50).u.shape == (50, 2)
+    loaded.save(tmp_path / "again")
+    again = avb_tf.load_posterior(tmp_path / "again")
+    np.testing.assert_array_equal(loaded.sample(5)["mu"], again.sample(5)["mu"])
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert kinds <= {".json", ".h5", ".pb", ".index", ".data-00000-of-00001"}
     (tmp_path / "fit" / "fit.json").write_text("{")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -48,6 +49,11 @@ MISTAKES = [
     ("auto", tf_config(index=-1), "-1"),
     ("auto", tf_config(index="0"), "'0'"),
     ("auto", '{"cluster": {"worker": ["a:1", "a:2"]}}', "the task {}"),
+    ("auto", '{"cluster": {"worker": ["a:1"]}, "task": null}', "no such JSON"),
+    ("auto", '{"cluster": {"worker": ["a:1"]}, "task": "worker"}', "no such JSON"),
+    ("auto", tf_config(kind=[]), "'type': []"),
+    ("auto", tf_config({"worker": ["a:1"], "chief": []}), "'chief': []"),
+    ("auto", tf_config({"chief": ["a:1", "b:1"]}, "chief"), "2 chiefs"),
 ]
 
 
@@ -64,7 +70,7 @@ def test_auto_is_one_device_where_there_is_one(monkeypatch, config):
     monkeypatch.setenv("TF_CONFIG", config)
     strategy = replicas.strategy("auto")
     assert strategy is tf.distribute.get_strategy()
-    assert replicas.is_chief(strategy)
+    assert replicas.is_chief()
     assert replicas.sum_over_workers(strategy, 7) == 7
 
 
@@ -87,8 +93,7 @@ def test_several_gpus_are_all_taken(monkeypatch):
 )
 def test_one_task_writes(monkeypatch, cluster, kind, index, chief):
     monkeypatch.setenv("TF_CONFIG", tf_config(cluster, kind, index))
-    monkeypatch.setattr(replicas, "_is_multi_worker", lambda strategy: True)
-    assert replicas.is_chief(tf.distribute.get_strategy()) == chief
+    assert replicas.is_chief() == chief
 
 
 def test_a_batch_that_does_not_fall_into_equal_shares_is_refused():
@@ -113,6 +118,20 @@ def test_only_the_loss_of_a_worker_is_told_as_such(monkeypatch):
         raise lost
     with pytest.raises(tf.errors.ResourceExhaustedError), replicas.explained(strategy):
         raise tf.errors.ResourceExhaustedError(None, None, "memory")
+    with pytest.raises(tf.errors.InternalError), replicas.explained(strategy):
+        raise tf.errors.InternalError(None, None, "cuBLAS: no memory")
+    with pytest.raises(WorkerLostError), replicas.explained(strategy):
+        raise tf.errors.InternalError(None, None, "heartbeats of /job:worker/task:1 stopped")
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_an_optimizer_that_scales_losses_heeds_what_all_replicas_say(applied):
+    """Its own look at the gradients sees those of one replica, here numbers."""
+    weight = keras.Variable([1.0, 2.0])
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=2.0)
+    optimizer.build([weight])
+    replicas.apply(optimizer, [tf.constant([2.0, 2.0])], [weight], tf.constant(applied))
+    np.testing.assert_array_equal(weight, [0.0, 1.0] if applied else [1.0, 2.0])
 
 
 def test_the_shares_of_the_noise_make_up_the_whole():

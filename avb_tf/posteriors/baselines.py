@@ -96,7 +96,7 @@ def nuts(
     states, _ = _by_xla(lambda jit: tf.function(run, autograph=False, jit_compile=jit)())
     z = np.asarray(states[0], np.float64)  # [draws, chains, dim]
     r_hat, size = diagnostics.convergence(np.moveaxis(z, 0, 1))
-    u = start.mean + z.reshape(-1, target.dim) @ start.scale_tril.T
+    u = start.mean + np.moveaxis(z, 0, 1).reshape(-1, target.dim) @ start.scale_tril.T
     return Chains(u, float(np.max(r_hat)), float(np.min(size)))
 
 

@@ -1,5 +1,6 @@
 """A posterior's config -> a fit, and its comparison with what users would reach for otherwise."""
 
+import hashlib
 import json
 import runpy
 import time
@@ -9,14 +10,14 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import configuration, figures
+from avb_tf import configuration, figures, results
 from avb_tf.errors import UserError
 from avb_tf.posteriors import baselines, comparison, models, plots, start
 from avb_tf.posteriors.fit import fit_posterior, load_posterior
-from avb_tf.posteriors.result import PosteriorFit
+from avb_tf.posteriors.result import META, PosteriorFit
 from avb_tf.serving import layout
 
-RESULTS, FIT = "results.json", "fit"
+FIT = "fit"
 _CHAINS = 4
 _SEED = 123  # of the reference and of draws for the comparison
 
@@ -36,7 +37,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     problem = load_problem(config.model)
     models.of_problem(problem)  # a mistake in it comes before anything is written
     configuration.save(config, workdir)
-    if (workdir / FIT).exists():
+    if (workdir / FIT / META).exists():  # written last
         fit = load_posterior(workdir / FIT)
     else:
         fit = fit_posterior(
@@ -72,7 +73,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     goal = models.of_problem(problem)
     e, name = config.eval, config.model.rpartition(":")[2]
     folder = Path(e.reference) if e.reference else workdir
-    others, known = _others(problem, goal, fit.start, e, folder / name)
+    others, known = _others(problem, goal, fit.start, config, folder / name)
     reference = others["reference"]
 
     draws, seconds = {"fit": fit.unconstrained(e.draws, _SEED)}, {"fit": fit.seconds}
@@ -82,7 +83,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
         draws["fit, refined"] = fit.refine(e.refine, e.draws, _SEED).u
         seconds["fit, refined"] = fit.seconds + time.perf_counter() - began
     methods = _measured(draws, seconds, reference) | known["methods"]
-    results = {
+    found = {
         "method": config.method,
         "model": name,
         "seed": config.seed,
@@ -93,10 +94,10 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
         "statistics": _statistics(problem, goal, draws | {"reference": reference}),
         "methods": methods,
     }
-    configuration.write_atomically(workdir / RESULTS, json.dumps(results, indent=2) + "\n")
+    configuration.write_atomically(workdir / results.FILE, json.dumps(found, indent=2) + "\n")
     print(verdict)
     print(comparison.table(methods))
-    for statistic, values in results["statistics"].items():
+    for statistic, values in found["statistics"].items():
         print(statistic, *(f"{label} {value:.3f}" for label, value in values.items()), sep=", ")
     fit.to_arviz(e.draws).to_netcdf(str(workdir / "posterior.nc"))
     shown = {label: (draws | others)[label] for label in ("fit", "full-rank VI", "reference")}
@@ -127,7 +128,7 @@ def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _fit(workdir: Path) -> PosteriorFit:
-    if not (workdir / FIT).exists():
+    if not (workdir / FIT / META).exists():
         raise UserError(f"{workdir} has no fit; train it first")
     return load_posterior(workdir / FIT)
 
@@ -156,7 +157,7 @@ def load_problem(name: str) -> models.Problem:
     return found if isinstance(found, models.Problem) else models.Problem(found)
 
 
-def _others(problem, goal, found: start.Start, settings, stem: Path):
+def _others(problem, goal, found: start.Start, config, stem: Path):
     """What fits of a model are compared with, and how it does itself.
 
     Kept beside `stem`, for none of it depends on a fit but by where it starts: all seeds share it.
@@ -165,7 +166,10 @@ def _others(problem, goal, found: start.Start, settings, stem: Path):
       Draws [eval.draws, dim] by name, "reference" among them; and a record of what they are, with
       the measures of all others.
     """
+    settings = config.eval
     asked = {k: settings[k] for k in ("draws", "gaussian_steps", "nuts_draws")}
+    file, _, function = config.model.rpartition(":")
+    asked["model"] = f"{function}, {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
     arrays, record = stem.with_suffix(".npz"), stem.with_suffix(".json")
     if record.exists() and (kept := json.loads(record.read_text()))["settings"] == asked:
         with np.load(arrays, allow_pickle=False) as file:

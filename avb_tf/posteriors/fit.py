@@ -5,7 +5,9 @@ its many draws are the samples, and log p(x, z) is the model's own density, so t
 it and E_q[log r] is minus the entropy of r.
 """
 
+import contextlib
 import json
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from avb_tf.posteriors.settings import STEPS, resolved
 
 CHUNK = 25  # steps between looks at the clock
 FAR = 10.0  # nats, see `divergence`
+CHOICE = 0.05  # share of `seconds` for the choice of the better fit
 TIE = 0.02  # in total variation, about the error of two distances
 NOWHERE = -1e4  # nats, for the average where the density is not finite
 
@@ -52,8 +55,9 @@ def fit_posterior(
         one tensor, or of several by name or in order as `shape` says.
       observed: values of parts of the joint, a dict by name or a sequence with None where unknown.
       steps: of training; 3000 where `seconds` is not given either.
-      seconds: that the call may take, all included.
-      seed: of the whole fit.
+      seconds: that the call may take, all included; how far training comes is then up to the
+        machine, and the fit no function of `seed` alone.
+      seed: of the whole fit. TensorFlow's global seed is set.
       shape: of the log density's argument, or a dict or sequence of them.
       bijector: from R^n to the log density's support, in the structure of `shape`.
       dtype: of the log density's argument.
@@ -74,12 +78,31 @@ def fit_posterior(
     chosen = resolved(goal.dim, **settings)
     clock = _Clock(steps, began, seconds, verbose)
     found = start.find(goal, seed)
+    with _seeded(seed):
+        fit = _fitted(goal, found, seed, chosen, clock)
+    fit.seconds = time.monotonic() - began
+    return fit
+
+
+@contextlib.contextmanager
+def _seeded(seed: int):
+    """Keras's initial weights come from global generators; a caller's go on as if unused."""
+    python, numpy = random.getstate(), np.random.get_state()
     keras.utils.set_random_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _fitted(goal, found, seed, chosen, clock) -> PosteriorFit:
+    """The chart, AVB upon it, and the better of both."""
     emerged = tf.Variable(0.0, trainable=False)
     chart = _charted(goal, found, seed, chosen, clock, emerged)
-    if plain := isinstance(chart, Plain):
-        emerged.assign(0.0)
-    avb = build(goal, found, seed, chosen, not plain, emerged)
+    plain = isinstance(chart, Plain)
+    emerged.assign(0.0)
+    avb = build(goal, found, seed, chosen, not plain, emerged if plain else 1.0)
     before = build(goal, found, seed, chosen, not plain)
     for network in (avb.decoder, avb.averaged_decoder, before.averaged_decoder):
         network.set_weights(chart.get_weights())
@@ -90,8 +113,7 @@ def fit_posterior(
     # Where the adversary was no match for the posterior, the fit is better off with the chart
     # alone, N(0, I) going in; there T is exactly 0 and the weights are exact.
     before.step.assign(avb.step)
-    seconds = time.monotonic() - began
-    fits = [PosteriorFit(goal, found, one, seconds, seed, chosen, history) for one in (avb, before)]
+    fits = [PosteriorFit(goal, found, one, 0.0, seed, chosen, history) for one in (avb, before)]
     by_avb, by_chart = (fit.diagnostics().distance for fit in fits)
     return fits[by_avb > by_chart + TIE]
 
@@ -221,7 +243,8 @@ class _Clock:
     """How much of a fit is over, by steps and by seconds, with its progress bar."""
 
     def __init__(self, steps, began, seconds, verbose):
-        self.steps, self.began, self.seconds = steps, began, seconds
+        self.steps, self.began = steps, began
+        self.seconds = seconds and (1.0 - CHOICE) * seconds
         self.step = 0
         self.bar = keras.utils.Progbar(
             100, verbose=int(verbose), unit_name="percent", stateful_metrics=["elbo"]
@@ -258,10 +281,10 @@ class _Pace(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs: Any = None):
         """Stops at the end, and where the bound is lost."""
-        if not np.isfinite(logs["elbo"]):
+        if int(self.model.skipped_in_a_row.numpy()) >= CHUNK:
             raise UserError(
-                f"the bound became {logs['elbo']} after {self.clock.step} steps; expected a finite "
-                "number: check the model's density far from its mode, or lower learning_rate"
+                f"the bound or its gradient is no number since step {self.clock.step}; expected "
+                "finite ones: check the model's density far from its mode, or lower learning_rate"
             )
         self.clock.step += CHUNK
         self.clock.bar.update(int(100 * self.clock.progress()), [("elbo", logs["elbo"])])

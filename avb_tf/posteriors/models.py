@@ -1,6 +1,7 @@
 """What a user may hand in, as a `Target`: a TFP joint distribution, a log density, minibatches."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ def pin(joint, observed):
     if observed is None and isinstance(joint, _PINNED):
         return joint
     names = list(joint._flat_resolve_names())  # TFP has no public list of names
-    if not observed:
+    if observed is None or (isinstance(observed, Mapping | Sequence) and not observed):
         raise UserError(
             f"nothing is observed; expected `observed`, values of some of {', '.join(names)}, or "
             "a pinned joint"
@@ -130,7 +131,7 @@ def of_joint(pinned, of_batch=None) -> Target:
             "with `experimental_default_event_space_bijector`, or a log density with `bijector`"
         ) from error
     observed = {name: np.asarray(value) for name, value in pinned.pins.items()}
-    return Target(
+    target = Target(
         pinned.unnormalized_log_prob,
         bijector,
         pinned.event_shape,
@@ -138,6 +139,9 @@ def of_joint(pinned, of_batch=None) -> Target:
         observed,
         of_batch,
     )
+    if not isinstance(pinned.dtype, Mapping):
+        target.names = list(pinned._flat_resolve_names())  # as `observed` has them
+    return target
 
 
 def of_batches(model: Any, data, batch_size: int) -> Target:
@@ -164,8 +168,16 @@ def of_batches(model: Any, data, batch_size: int) -> Target:
     if not rows or set(lengths.values()) != {rows}:
         raise UserError(f"observed has rows {lengths}; expected as many of each, and at least one")
     few = {name: value[:1] for name, value in data.items()}
-    whole: Any = model(data)
-    one: Any = model(few)
+    whole: Any
+    one: Any
+    try:
+        whole, one = model(data), model(few)
+    except Exception as error:  # whatever a user's code raises
+        dtypes = {name: value.dtype.name for name, value in data.items()}
+        raise UserError(
+            f"the model fails on rows of observed ({type(error).__name__}: {first_line(error)}); "
+            f"found dtypes {dtypes}, expected those that the model computes in"
+        ) from error
     if not all(isinstance(joint, _PINNED) for joint in (whole, one)):
         raise UserError(
             f"the model returned a {type(whole).__name__}; expected a joint pinned on the rows it "
@@ -175,6 +187,13 @@ def of_batches(model: Any, data, batch_size: int) -> Target:
         raise UserError(
             f"the parameters' shapes are {whole.event_shape} with all rows and {one.event_shape} "
             "with one; expected parameters that all rows share: minibatches know no others"
+        )
+
+    sizes = {name: np.shape(pin)[:1] for name, pin in whole.pins.items()}
+    if other := [name for name, size in sizes.items() if size != (rows,)]:
+        raise UserError(
+            f"'{other[0]}' is pinned to {np.shape(whole.pins[other[0]])} of {rows} rows; expected "
+            "all that is observed to have them, for it is scaled by rows / batch_size"
         )
 
     def of_batch(generator):
@@ -200,10 +219,14 @@ def of_log_density(log_density, shape, bijector, dtype) -> Target:
       UserError: a bijector that does not fit the shape.
     """
     call = log_density
+    if isinstance(shape, numbers.Integral):
+        shape = [shape]
     if isinstance(shape, Mapping):
         shapes = {name: tf.TensorShape(one) for name, one in shape.items()}
         call = lambda parameters: log_density(**parameters)  # noqa: E731
-    elif not isinstance(shape, tf.TensorShape) and any(not isinstance(n, int) for n in shape):
+    elif not isinstance(shape, tf.TensorShape) and any(
+        not isinstance(n, numbers.Integral) for n in shape
+    ):
         shapes = tuple(map(tf.TensorShape, shape))
         call = lambda parameters: log_density(*parameters)  # noqa: E731
     else:

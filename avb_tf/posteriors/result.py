@@ -48,7 +48,11 @@ class Draws(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Diagnostics:
-    """Whether to believe a fit. Printed, it is the verdict in one line."""
+    """Whether to believe a fit. Printed, it is the verdict in one line.
+
+    It rests on where the start's chains have been: a mode that is many scales away from them is
+    unknown to the fit and to its verdict.
+    """
 
     pareto_k: float  # of the importance weights; above 0.7 they cannot be trusted
     effective_sample_size: float  # of the weights, as a share of the draws
@@ -118,7 +122,7 @@ def diagnose(at_q: np.ndarray, at_p: np.ndarray, adversary_accuracy: float) -> D
     elif distance <= _REFINABLE:
         verdict = "use with refinement"
         if rare:
-            reason = f"some draws are rarer than they should be, Pareto k {k:.2f}"
+            reason = f"some draws are rarer than they should be, Pareto k {k:.2f}; {reason}"
     else:
         verdict = "do not trust"
         reason += "; more steps may help"
@@ -130,10 +134,10 @@ class PosteriorFit:
 
     Attributes:
       target: the model in unconstrained space.
-      model: the `AVB` over z, where u = start.mean + start.scale_tril @ z.
+      model: the `AVB` over z, where u = start.mean + start.scale_tril @ chart(z).
       start: location and scale of the posterior, as found before the fit.
       seconds: that the fit took, all included.
-      steps: of training.
+      steps: of AVB's training, after the chart's.
       seed: of the fit.
       settings: of the fit.
       history: the bound in nats and its terms, by name, as training went.
@@ -243,7 +247,7 @@ class PosteriorFit:
         )
 
     def plot(self, draws: int = 2000, seed: int = 0):
-        """Every pair of the first few coordinates, unconstrained: a matplotlib figure."""
+        """Every pair of the last six coordinates at most, unconstrained: a matplotlib figure."""
         return plots.pairs({"fit": self.unconstrained(draws, seed)}, self.target.coordinates())
 
     def save(self, path) -> None:

@@ -10,7 +10,7 @@ METHOD = "posterior"  # in a config's place of one
 
 SETTINGS: dict[str, Any] = {
     "draws": 512,  # z in a step
-    "noise_dim": 0,  # beside one for each latent; 0: as many again, at least 8
+    "noise_dim": 0,  # beside one for each latent; 0: as many again, 8 to 32
     "chart_steps": 3,  # autoregressive steps of the chart; 0: none
     "chart_width": 0,  # of their networks; 0: twice the dimension, at least 64
     "chart_share": 0.4,  # of the fit, spent on the chart

@@ -6,6 +6,7 @@ included, and a map from u to the model's own parameters.
 
 import functools
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ class Target:
         self.names = _names(dtypes)
         check_continuous(dtypes)
         flat = tf.nest.flatten(dtypes)
+        if len(flat) != len(self.names):
+            raise UserError(
+                f"{', '.join(self.names)} have {len(flat)} parts; expected parameters that are "
+                "tensors: take a joint within a joint apart"
+            )
         self.dtype = max(flat, key=lambda dtype: dtype.size)
         self._event_ranks, _ = _ranks_and_shapes(shapes, dtypes)
         self._free_ranks, self._free_shapes = _ranks_and_shapes(
@@ -134,12 +140,19 @@ class Target:
         return tf.cast(density, self.dtype) + tf.cast(volume, self.dtype)
 
     def _check_one_draw(self):
+        @tf.function(autograph=False)
+        def with_gradient(u):
+            with tf.GradientTape() as tape:
+                tape.watch(u)
+                density = self._log_density(u)
+            return density, tape.gradient(density, u)
+
         try:
-            density = self._log_density(tf.zeros([self.dim], self.dtype))
+            density, gradient = with_gradient(tf.zeros([self.dim], self.dtype))
         except Exception as error:  # whatever a user's code raises
             raise UserError(
                 f"the log density fails at one draw ({type(error).__name__}: "
-                f"{first_line(error)}); expected a function of parameters of dtypes "
+                f"{first_line(error)}); expected TensorFlow's operations on parameters of dtypes "
                 f"{[dtype.name for dtype in tf.nest.flatten(self._dtypes)]}"
             ) from error
         if density.shape.rank:
@@ -147,6 +160,12 @@ class Target:
                 f"the log density of one draw has shape {tuple(density.shape)}; expected one "
                 "number: sum over data and parameters (tfd.Independent, tfd.Sample), and fit "
                 "several data sets one after the other"
+            )
+
+        if gradient is None:
+            raise UserError(
+                "the log density has no gradient; expected TensorFlow's operations on the "
+                "parameters, which it depends on"
             )
 
     def _batches_like_singles(self, function) -> bool:
@@ -172,12 +191,15 @@ class _Loaded:
         self.dim, self.dtype = record["dim"], tf.as_dtype(record["dtype"])
         self.names = record["names"]
         self.observed = {name: np.asarray(value) for name, value in record["observed"].items()}
-        self._coordinates = record["coordinates"]
+        self._coordinates, self._path = record["coordinates"], path
         self._module = tf.saved_model.load(str(path))
         self.log_density, self.constrain = self._module.log_density, self._module.constrain
 
     def coordinates(self):
         return self._coordinates
+
+    def save(self, path):
+        shutil.copytree(self._path, path, dirs_exist_ok=True)
 
     def estimator(self, seed):
         del seed
@@ -193,7 +215,7 @@ def check_continuous(dtypes) -> None:
     Raises:
       UserError: the first of them, by name.
     """
-    for name, dtype in zip(_names(dtypes), tf.nest.flatten(dtypes), strict=True):
+    for name, dtype in zip(_names(dtypes), tf.nest.flatten(dtypes), strict=False):
         if not dtype.is_floating:
             raise UserError(
                 f"parameter '{name}' is of type {dtype.name}; expected real numbers: sum a "

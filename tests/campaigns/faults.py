@@ -46,7 +46,7 @@ def disturbed(folder, whole, sent, chance, **job):
                 yield f"exit status {status} in {moment}: {error[-200:]}"
             if (seconds := time.monotonic() - began) > 30:
                 yield f"took {seconds:.0f} s in {moment}"
-            if jobs.newest(workdir) <= run.first:
+            if checkpoints.newest_step(workdir) <= run.first:
                 yield f"nothing saved in {moment}"
     yield from _completed(Job(workdir, **job), whole)
     shutil.rmtree(workdir)
@@ -166,7 +166,7 @@ def full_disks(folder, whole, places, mounted, **job):
     """No space left, on a small tmpfs or by a quota on files; with space it goes on."""
     for place in places:
         flags, space, quota = PLACES[place]
-        workdir = shutil.copytree(whole, folder / f"full_{place}_{mounted}")
+        workdir = shutil.copytree(whole, folder / f"full_disk_{list(PLACES).index(place)}")
         for checkpoint in sorted((workdir / checkpoints.DIRECTORY).iterdir())[1:]:
             if place != "export":  # so that there is something left to train
                 checkpoint.unlink()
@@ -190,6 +190,7 @@ def full_disks(folder, whole, places, mounted, **job):
             yield f"{place}, with space again: exit status {status}, {error[-300:]}"
         elif place != "export":
             yield from jobs.losses(workdir, whole)
+        shutil.rmtree(workdir)
 
 
 def _mount(disk, space):

@@ -39,7 +39,7 @@ class Job:
     """
 
     def __init__(self, workdir, *flags, method="avb_ac", cluster=(), task=0):
-        self.workdir, self.first = workdir, newest(workdir)
+        self.workdir, self.first = workdir, checkpoints.newest_step(workdir)
         self.output = workdir.with_name(f"{workdir.name}-{task}.txt")
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if cluster:
@@ -75,7 +75,7 @@ class Job:
 # What a job is doing: how that is seen from outside, and seconds for which it goes on.
 MOMENTS = {
     "compile": (lambda job: job.printed("Epoch "), 4.0),
-    "step": (lambda job: newest(job.workdir) > max(job.first, 0), 0.3),
+    "step": (lambda job: checkpoints.newest_step(job.workdir) > max(job.first, 0), 0.3),
     "save": (lambda job: (job.workdir / checkpoints.DIRECTORY / "partial.keras").exists(), 0.05),
     "evaluation": (lambda job: _trained(job), 3.0),
 }
@@ -102,12 +102,6 @@ def variables(model):
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
     found = model.weights + [v for o in optimizers for v in o.variables]
     return [v.numpy() for v in found]
-
-
-def newest(workdir):
-    """The step of the newest checkpoint, -1 where there is none."""
-    names = sorted((workdir / checkpoints.DIRECTORY).glob("step_*.keras"))
-    return checkpoints.step_of(names[-1]) if names else -1
 
 
 def losses(workdir, whole):

@@ -28,12 +28,14 @@ def resident(process="self"):
 def of_training(folder, steps):
     """MB after a tenth of the steps, and at their end."""
     every = steps // 10
-    flags = {"steps": steps, "log_every": every // 4, "checkpoint_every": every}
+    flags = {
+        "steps": steps, "log_every": every // 4, "checkpoint_every": every, "figures_every": 0
+    }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in flags.items()]
     job, found = jobs.Job(folder / "long", *flags, "--mode=train"), {}
 
     def over():
-        step = jobs.newest(job.workdir)
+        step = checkpoints.newest_step(job.workdir)
         if step > 0 and step not in found:
             found[step] = resident(job.process.pid)
         return step >= steps
