@@ -46,5 +46,5 @@ def pairs(draws: Mapping[str, np.ndarray], coordinates: Sequence[str]) -> Figure
             axes.set_xlabel(coordinates[j] if i == shown[-1] else "", fontsize=8)
             axes.set_ylabel(coordinates[i] if column == 0 and row else "", fontsize=8)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", fontsize=9)
+    figure.legend(handles, labels, loc="upper right", fontsize=9, title="unconstrained")
     return figure
