@@ -7,7 +7,7 @@ from tensorflow_probability import distributions as tfd
 
 import avb_tf
 from avb_tf import UserError
-from avb_tf.posteriors import models
+from avb_tf.posteriors import models, start
 
 QUICK = {"steps": 50, "verbose": False, "draws": 256, "adversary_steps": 1, "blocks": 1}
 QUICK |= {"chart_steps": 0}  # tracing it takes longer than its training
@@ -191,6 +191,18 @@ def test_a_density_that_is_finite_nowhere(value):
 def test_an_improper_posterior_that_runs_away():
     refused("runs away", lambda x: tf.reduce_sum(0.0 * x, -1), shape=[2])
     refused("runs away", lambda x: -(x[..., 0] ** 2) + 0.0 * x[..., 1], shape=[2])
+    for one_sided in (
+        lambda x: x[..., 0],  # a scale without a prior, under an exponential
+        lambda x: -tf.nn.softplus(-x[..., 0]),
+        lambda x: -tf.exp(x[..., 0]),
+    ):
+        refused("runs away", one_sided, shape=[1])
+
+
+def test_heavy_tails_do_not_run_away():
+    cauchy = tfd.Cauchy(0.0, 1.0)
+    goal = models.make(lambda x: tf.reduce_sum(cauchy.log_prob(x), -1), shape=[3])
+    assert np.isfinite(start.find(goal, seed=0).mean).all()
 
 
 def test_an_unknown_setting_and_no_steps():

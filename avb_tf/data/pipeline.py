@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from avb_tf.data.source import Split
 
+_AHEAD = 4  # batches that are ready before they are asked for
 _BLOCK = 4096  # examples ordered in one go, in whole epochs: an op per epoch of 4 would be slow
 
 
@@ -43,7 +44,7 @@ def training_batches(
         share = batch_size // context.num_replicas_in_sync
         indices = indices.map(lambda whole: whole[first : first + own])
         indices = indices.rebatch(share, drop_remainder=True)
-    return indices.map(split.read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    return untuned(indices.map(split.read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(_AHEAD))
 
 
 def evaluation_batches(
@@ -62,7 +63,18 @@ def evaluation_batches(
 
     indices = tf.data.Dataset.range(split.size)
     single = indices.map(example, num_parallel_calls=tf.data.AUTOTUNE)
-    return single.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+    return untuned(single.batch(batch_size).prefetch(_AHEAD))
+
+
+def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """The dataset without tf.data's tuning of itself.
+
+    The tuning thread sleeps the longer the longer it has run, and the end of an iterator waits
+    for it: up to ten seconds at the end of a `fit` of a minute.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def examples(split: Split, count: int, binary: bool, seed: int = 0) -> np.ndarray:

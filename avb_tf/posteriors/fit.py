@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf import optimizers
+from avb_tf.data import pipeline
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import Likelihood
 from avb_tf.model import AVB
@@ -233,7 +234,7 @@ def _train(model, settings, clock, until, rate, emerged=None) -> dict[str, list[
         optimizers.Adam(0.0, global_clipnorm=clip),
         steps_per_execution=CHUNK,
     )
-    x = tf.data.Dataset.from_tensors(tf.zeros([1, 1])).repeat()
+    x = pipeline.untuned(tf.data.Dataset.from_tensors(tf.zeros([1, 1])).repeat())
     pace = _Pace(settings, clock, until, rate, emerged)
     endless = {"epochs": 10**6, "steps_per_epoch": CHUNK, "shuffle": False, "verbose": 0}
     return model.fit(x, callbacks=[pace], **endless).history
