@@ -23,9 +23,9 @@ ROUNDS = 5  # of the chains, with the covariance of all taken anew after each
 TRANSITIONS = 16  # in a round
 LEAPFROGS = 6  # in a transition
 KEPT = 4  # states of each chain, from the last round
-# A variance that is so many times as large after a round as before it, in most rounds, grows without
-# an end. Of the proper posteriors tried none had more than 4, Cauchy's and Neal's among them, but in
-# the first round; improper ones had 20 and more in all.
+# A variance that is so many times as large after a round as before it, in most rounds, grows
+# without an end. Of the proper posteriors tried none had more than 4 times after the first round,
+# Cauchy's and Neal's among them; improper ones had 20 and more.
 GROWTH = 10.0
 _RUNS_AWAY = (
     "the fit runs away: the log density does not fall as parameters grow; expected a proper "
