@@ -19,6 +19,7 @@ from avb_tf.posteriors.target import Target
 STARTS = 8  # Gaussians, so that one mode is not taken for all
 MATCHES = 100  # updates of each
 CHAINS = 256
+LARGEST = 200  # dimensions
 ROUNDS = 5  # of the chains, with the covariance of all taken anew after each
 TRANSITIONS = 16  # in a round
 LEAPFROGS = 6  # in a transition
@@ -46,8 +47,14 @@ def find(target: Target, seed: int = 0) -> Start:
     """Rough moments of the posterior.
 
     Raises:
-      UserError: a density that is finite nowhere near, or that has no maximum to be found.
+      UserError: a density that is finite nowhere near, or that has no maximum to be found, or of
+        more than `LARGEST` dimensions.
     """
+    if target.dim > LARGEST:
+        raise UserError(
+            f"the posterior has {target.dim} dimensions; expected {LARGEST} at most, of which "
+            f"{CHAINS} chains can tell a covariance: integrate some parameters out"
+        )
     rng = np.random.default_rng(seed)
     scores = hmc.scores(target.log_density, target.dtype)
     found = [
