@@ -172,6 +172,28 @@ def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
     assert spoilt == pytest.approx(clean, abs=2.0 * np.hypot(*errors))
 
 
+def test_a_run_whose_training_is_over_waits_for_no_worker(tmp_path, monkeypatch):
+    config = tiny()
+    config.steps = config.log_every = config.checkpoint_every = 10
+    trained = training.train(config, tmp_path)
+    monkeypatch.setenv(
+        "TF_CONFIG",
+        '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}',
+    )
+    assert int(training.train(config, tmp_path).step.value) == int(trained.step.value) == 10
+
+
+def test_an_elbo_that_explodes_is_no_end_without_the_guard():
+    model = make()
+    for guard in (callbacks.Guard(enabled=True), callbacks.Guard(enabled=False)):
+        guard.set_model(model)
+        guard.on_train_begin()
+        guard.on_train_batch_end(0, {"elbo": -5.0})
+        told = pytest.raises(DivergenceError) if guard.enabled else contextlib.nullcontext()
+        with told:
+            guard.on_epoch_end(0, {"elbo": -1e6})
+
+
 def test_a_learning_rate_of_one_stops_with_the_reason(tmp_path):
     config = tiny("avb_ac")
     config.optimizer.learning_rate = 1.0

@@ -82,6 +82,20 @@ def test_a_lost_mode_tells_charts_apart_and_a_single_state_does_not():
     assert fit.divergence(at_p, at_q) == pytest.approx(5.0, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    ("by_chart", "by_plain", "expected"),
+    [
+        (0.0, 10.5, True),  # a funnel
+        (0.05, 0.78, True),  # eight schools
+        (0.51, 2.32, False),  # a ring
+        (1.0, 10.0, True),  # no contrast follows the plain one
+        (6.0, 5.0, False),  # a lost mode
+    ],
+)
+def test_a_chart_is_kept_where_avb_is_better_off_upon_it(by_chart, by_plain, expected):
+    assert fit.helps(by_chart, by_plain) == expected
+
+
 def test_a_conjugate_gaussian_is_trusted(gaussian_fit):
     found = gaussian_fit.diagnostics()
     assert found.verdict == "trust"

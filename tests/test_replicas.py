@@ -124,6 +124,16 @@ def test_only_the_loss_of_a_worker_is_told_as_such(monkeypatch):
         raise tf.errors.InternalError(None, None, "heartbeats of /job:worker/task:1 stopped")
 
 
+def test_a_worker_that_does_not_come_is_no_mistake(monkeypatch):
+    def alone():
+        raise tf.errors.DeadlineExceededError(None, None, "Barrier timed out")
+
+    monkeypatch.setenv("TF_CONFIG", tf_config())
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", alone)
+    with pytest.raises(WorkerLostError, match="another worker did not come"):
+        replicas.strategy("auto")
+
+
 @pytest.mark.parametrize("applied", [True, False])
 def test_an_optimizer_that_scales_losses_heeds_what_all_replicas_say(applied):
     """Its own look at the gradients sees those of one replica, here numbers."""

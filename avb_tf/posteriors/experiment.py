@@ -168,8 +168,8 @@ def _others(problem, goal, found: start.Start, config, stem: Path):
     """
     settings = config.eval
     asked = {k: settings[k] for k in ("draws", "gaussian_steps", "nuts_draws")}
-    file, _, function = config.model.rpartition(":")
-    asked["model"] = f"{function}, {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
+    model, _, function = config.model.rpartition(":")
+    asked["model"] = f"{function}, {hashlib.sha256(Path(model).read_bytes()).hexdigest()[:16]}"
     arrays, record = stem.with_suffix(".npz"), stem.with_suffix(".json")
     if record.exists() and (kept := json.loads(record.read_text()))["settings"] == asked:
         with np.load(arrays, allow_pickle=False) as file:

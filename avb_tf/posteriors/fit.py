@@ -31,7 +31,7 @@ from avb_tf.posteriors.settings import STEPS, resolved
 CHUNK = 25  # steps between looks at the clock
 FAR = 10.0  # nats, see `divergence`
 CHOICE = 0.05  # share of `seconds` for the choice of the better fit
-CLOSE, FOLLOWED = 0.3, 3.0  # nats of `divergence`, see `_charted`
+CLOSE, FOLLOWED = 0.3, 3.0  # nats of `divergence`, see `helps`
 TIE = 0.02  # in total variation, about the error of two distances
 NOWHERE = -1e4  # nats, for the average where the density is not finite
 
@@ -103,7 +103,6 @@ def _fitted(goal, found, seed, chosen, clock) -> PosteriorFit:
     emerged = tf.Variable(0.0, trainable=False)
     chart = _charted(goal, found, seed, chosen, clock, emerged)
     plain = isinstance(chart, Plain)
-    emerged.assign(0.0)
     avb = build(goal, found, seed, chosen, not plain, emerged if plain else 1.0)
     before = build(goal, found, seed, chosen, not plain)
     for network in (avb.decoder, avb.averaged_decoder, before.averaged_decoder):
@@ -146,11 +145,16 @@ def _charted(goal, found, seed, settings, clock, emerged) -> Chart | Plain:
         return divergence(at_p, at_q)
 
     charted: Any = model.averaged_decoder
-    by_chart, by_plain = distance(charted), distance(Plain())
-    # What a Gaussian contrast can follow is learned better without a chart than upon a bad one,
-    # such as a flow's of a ring, which has a seam.
-    enough = CLOSE if by_plain < FOLLOWED else by_plain
-    return charted if by_chart < min(enough, by_plain) else Plain()
+    return charted if helps(distance(charted), distance(Plain())) else Plain()
+
+
+def helps(by_chart: float, by_plain: float) -> bool:
+    """Whether AVB is better off upon a chart, by its `divergence` and that of the plain Gaussian.
+
+    What a Gaussian contrast can follow is learned better without a chart than upon a bad one, such
+    as a flow's of a ring, which has a seam.
+    """
+    return by_chart < by_plain and (by_chart < CLOSE or by_plain > FOLLOWED)
 
 
 def divergence(at_p: np.ndarray, at_q: np.ndarray) -> float:

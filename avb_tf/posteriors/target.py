@@ -51,11 +51,6 @@ class Target:
         self.names = _names(dtypes)
         check_continuous(dtypes)
         flat = tf.nest.flatten(dtypes)
-        if len(flat) != len(self.names):
-            raise UserError(
-                f"{', '.join(self.names)} have {len(flat)} parts; expected parameters that are "
-                "tensors: take a joint within a joint apart"
-            )
         self.dtype = max(flat, key=lambda dtype: dtype.size)
         self._event_ranks, _ = _ranks_and_shapes(shapes, dtypes)
         self._free_ranks, self._free_shapes = _ranks_and_shapes(
@@ -215,7 +210,7 @@ def check_continuous(dtypes) -> None:
     Raises:
       UserError: the first of them, by name.
     """
-    for name, dtype in zip(_names(dtypes), tf.nest.flatten(dtypes), strict=False):
+    for name, dtype in zip(_names(dtypes), tf.nest.flatten(dtypes), strict=True):
         if not dtype.is_floating:
             raise UserError(
                 f"parameter '{name}' is of type {dtype.name}; expected real numbers: sum a "
@@ -224,14 +219,25 @@ def check_continuous(dtypes) -> None:
 
 
 def _names(structure) -> list[str]:
-    """The parameters' names: "x" for a lone tensor, "x0", "x1", ... for a plain sequence."""
+    """The parameters' names: "x" for a lone tensor, "x0", "x1", ... for a plain sequence.
+
+    Raises:
+      UserError: a parameter that is itself a structure.
+    """
     if hasattr(structure, "_fields"):
-        return list(structure._fields)
-    if isinstance(structure, Mapping):
-        return sorted(structure)  # as tf.nest orders them
-    if isinstance(structure, Sequence):
-        return [f"x{i}" for i in range(len(structure))]
-    return ["x"]
+        names = list(structure._fields)
+    elif isinstance(structure, Mapping):
+        names = sorted(structure)  # as tf.nest orders them
+    elif isinstance(structure, Sequence):
+        names = [f"x{i}" for i in range(len(structure))]
+    else:
+        names = ["x"]
+    if (parts := len(tf.nest.flatten(structure))) != len(names):
+        raise UserError(
+            f"{', '.join(names)} have {parts} parts; expected parameters that are tensors: take a "
+            "joint within a joint apart"
+        )
+    return names
 
 
 def _ranks_and_shapes(shapes, dtypes):

@@ -241,7 +241,7 @@ def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0)
     for mounted in (False, True)[: 1 + (os.geteuid() == 0)]:
         found = list(full_disks(folder, whole, PLACES, mounted))
         what = "disk full, a small tmpfs" if mounted else "disk full, by a quota"
-        yield what, len(PLACES), found, _counted(PLACES)
+        yield what, len(PLACES), found, _counted(list(PLACES))
 
     megabytes = memory.of_training(folder, steps)
     yield (
