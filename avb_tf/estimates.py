@@ -25,6 +25,10 @@ _STAGES = 10  # of an annealing, whose acceptance is reported
 _LARGEST = 2**21  # numbers of x for all chains of a chunk, which bounds the memory
 
 
+_importance_sampler = target.once_for_a_model(importance.ImportanceSampler)
+_annealed_sampler = target.once_for_a_model(ais.AnnealedSampler)
+
+
 class Estimate(NamedTuple):
     """Of one quantity, for each example."""
 
@@ -75,7 +79,7 @@ def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
       batch_size: of the chunks it is computed in.
       seed: of the noise.
     """
-    terms = tf.function(model.terms, reduce_retracing=True)
+    terms = _terms(model)
     means = []
     for i in chunks.tracked(range(0, len(x), batch_size), "batch of the bound"):
         chunk = tf.convert_to_tensor(x[i : i + batch_size])
@@ -106,7 +110,7 @@ def importance_weighted(
     model: AVB, x, repeats: int, directory: Path
 ) -> tuple[dict[str, Estimate], ImportanceWeights]:
     """Bounds with 1, 100 and 5000 importance samples, and the weights that they come from."""
-    sampler = importance.ImportanceSampler(model)
+    sampler = _importance_sampler(model)
 
     def compute(index, part):
         log_weights = sampler.log_weights(x[part], repeats * SAMPLES, seed=index)
@@ -144,7 +148,7 @@ def annealed(
       sizes: temperatures, chains and leapfrog_steps.
       directory: where finished chunks are kept.
     """
-    sampler = ais.AnnealedSampler(model, **sizes)
+    sampler = _annealed_sampler(model, **sizes)
 
     def compute(index, part):
         chains = sampler.forward(x[part], seed=index)
@@ -182,7 +186,7 @@ def bidirectional(
     It is the only check on AIS itself: log p(x) of the simulated x lies between the two, and on
     data like them AIS is at most the gap below the truth (Grosse et al., 2015).
     """
-    sampler = ais.AnnealedSampler(model, **sizes)
+    sampler = _annealed_sampler(model, **sizes)
 
     def compute(index, part):
         _, forward, reverse = sampler.bidirectional(part.stop - part.start, seed=index)
@@ -254,6 +258,11 @@ def inference_gap(model: AVB, x, log_likelihood, elbo, directory: Path) -> dict[
     if told == "nearest neighbours":
         values["elbo_nearest_neighbours"] = found.own
     return {name: Estimate(value, settings) for name, value in values.items()}
+
+
+@target.once_for_a_model
+def _terms(model):
+    return tf.function(model.terms, reduce_retracing=True)
 
 
 def _run(record, compute, model, x, settings, directory, name, size=None):

@@ -7,7 +7,7 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from avb_tf import AVB, likelihoods
-from avb_tf.encoders import GaussianEncoder
+from avb_tf.encoders import VARIANCE_FLOOR, GaussianEncoder
 
 SCALE = 0.6
 WEIGHT = np.array([[1.0, 0.4], [-0.3, 0.8], [0.5, 0.5]], np.float32)
@@ -42,3 +42,14 @@ def make(monkeypatch):
         np.zeros(3), WEIGHT @ WEIGHT.T + SCALE**2 * np.eye(3)
     )
     return model, evidence
+
+
+def set_posterior(model, width, weight=WEIGHT):
+    """Makes q(z|x) the exact posterior, its standard deviations `width` times as large."""
+    covariance = np.linalg.inv(np.eye(2) + weight.T @ weight / SCALE**2)
+    scale = width * np.linalg.cholesky(covariance)
+    model.encoder.set_weights([
+        weight / SCALE**2 @ covariance, np.zeros(2),
+        np.zeros((3, 2)), np.log(np.diag(scale) - VARIANCE_FLOOR**0.5),
+        np.zeros((3, 4)), np.tril(scale, -1).ravel(),
+    ])  # fmt: skip

@@ -5,22 +5,10 @@ import numpy as np
 import pytest
 
 from avb_tf import build, diagnostics
-from avb_tf.encoders import VARIANCE_FLOOR
 from avb_tf.likelihood_estimation import importance
-from tests.linear_gaussian import SCALE, WEIGHT
+from tests.linear_gaussian import set_posterior
 
 X = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
-COVARIANCE = np.linalg.inv(np.eye(2) + WEIGHT.T @ WEIGHT / SCALE**2)
-
-
-def set_posterior(model, width):
-    """Makes q(z|x) the exact posterior, its standard deviations `width` times as large."""
-    scale = width * np.linalg.cholesky(COVARIANCE)
-    model.encoder.set_weights([
-        WEIGHT / SCALE**2 @ COVARIANCE, np.zeros(2),
-        np.zeros((3, 2)), np.log(np.diag(scale) - VARIANCE_FLOOR**0.5),
-        np.zeros((3, 4)), np.tril(scale, -1).ravel(),
-    ])  # fmt: skip
 
 
 class Implicit(keras.Model):

@@ -129,6 +129,7 @@ class BestGaussian:
         return w_loc, w_scale
 
 
+@target.once_for_a_model
 def best_gaussians(model: AVB, steps: int = 300):
     """x [batch, *event], seed -> the best of diagonal and of full covariance, as `Gaussians`.
 
@@ -152,6 +153,7 @@ def best_gaussians(model: AVB, steps: int = 300):
     return run
 
 
+@target.once_for_a_model
 def bound_of_draws(model: AVB):
     """x [batch, *event], seed -> the bound of an implicit posterior without the adversary, [batch].
 

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf.errors import UserError
-from avb_tf.likelihood_estimation import chunks
+from avb_tf.likelihood_estimation import chunks, target
 from avb_tf.likelihood_estimation.entropy import entropy
 from avb_tf.likelihoods import pairwise_log_likelihood
 from avb_tf.model import AVB
@@ -71,12 +71,7 @@ def posterior_divergence(
       draws: of q for each x.
       seed: of the draws.
     """
-
-    @tf.function  # leaves out what of the posterior is not asked for
-    def draw(one, seed):
-        z = model.encode(one, draws, seed)[:, 0]
-        return z, _log_joint(model, one, z)[0]
-
+    draw = _draws_of_one(model, draws)
     divergences = []
     x = tf.convert_to_tensor(x)
     for i in chunks.tracked(range(len(x)), "posterior"):
@@ -84,6 +79,18 @@ def posterior_divergence(
         log_posterior = log_joint.numpy() - log_evidence[i]
         divergences.append(-entropy(z.numpy().astype(np.float64)) - np.mean(log_posterior))
     return np.array(divergences)
+
+
+@target.once_for_a_model
+def _draws_of_one(model, draws):
+    """x [1, *event], seed -> draws of q [draws, 2] and their log p(x, z) [draws]."""
+
+    @tf.function  # leaves out what of the posterior is not asked for
+    def draw(one, seed):
+        z = model.encode(one, draws, seed)[:, 0]
+        return z, _log_joint(model, one, z)[0]
+
+    return draw
 
 
 def _grid(cells: int, half_width: float):

@@ -1,4 +1,6 @@
-"""What the estimators share: a model's joint density, and a Gaussian near its posterior."""
+"""What the estimators share: a model's joint density, a Gaussian near its posterior, graphs."""
+
+import functools
 
 from tensorflow_probability import distributions as tfd
 
@@ -7,6 +9,10 @@ from avb_tf.model import AVB
 
 MOMENT_DRAWS = 1024  # for the moments of a posterior of which only draws are known
 WIDENING = 1.3  # of standard deviations: a Gaussian too narrow misses mass without a sign of it
+
+# TensorFlow never frees a graph that it has traced, 2 to 10 MB each here. What has graphs of a
+# model is made once for it, however often the model is evaluated.
+once_for_a_model = functools.lru_cache(maxsize=1)
 
 
 def log_joint(model: AVB, x, z):

@@ -1,0 +1,43 @@
+"""Estimates of one model again and again: with the weights of the moment, in the same graphs."""
+
+import numpy as np
+import scipy.stats
+
+from avb_tf import estimates
+from avb_tf.likelihood_estimation import quadrature
+from tests.linear_gaussian import SCALE, WEIGHT, LinearDecoder, set_posterior
+
+X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+SIZES = {"temperatures": 40, "chains": 32, "leapfrog_steps": 5}
+
+
+def evaluate(model, directory):
+    """The weights of importance sampling and of AIS, beside all else that has graphs."""
+    found, weighted = estimates.importance_weighted(model, X, 1, directory)
+    _, annealed = estimates.annealed(model, X, SIZES, directory)
+    log_likelihood = found["log_likelihood_iwae_5000"].values
+    elbo = estimates.bound(model, X)
+    estimates.bidirectional(model, 2, SIZES, directory)
+    estimates.inference_gap(model, X, log_likelihood, elbo, directory)
+    quadrature.posterior_divergence(model, X[:1], log_likelihood, draws=500)
+    return weighted.log_weights, annealed.log_weights
+
+
+def test_a_second_evaluation_sees_new_weights_and_traces_nothing(
+    linear_gaussian, tmp_path, monkeypatch
+):
+    model, _ = linear_gaussian
+    traced, call = [], LinearDecoder.call
+    monkeypatch.setattr(LinearDecoder, "call", lambda self, z: traced.append(z) or call(self, z))
+    for weight in (WEIGHT, 0.3 * WEIGHT):
+        traced.clear()
+        model.decoder.dense.set_weights([weight.T])
+        set_posterior(model, 1.1, weight)
+        covariance = weight @ weight.T + SCALE**2 * np.eye(3)
+        evidence = scipy.stats.multivariate_normal(np.zeros(3), covariance).logpdf(X)
+        for log_weights in evaluate(model, tmp_path):
+            ratios = np.exp(log_weights - evidence)  # of estimates to p(x): 1 in the mean
+            error = ratios.std(0) / np.sqrt(len(ratios))
+            assert (np.abs(ratios.mean(0) - 1.0) < 4.0 * error).all()
+    # Data are simulated from the model without a graph.
+    assert len(traced) == 1
