@@ -353,6 +353,8 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, file)
+    except OSError as error:  # of a full disk it does not say where
+        raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         # There may be others, of processes that were killed while they wrote.
         for left in file.parent.glob(f".{file.name}.*"):

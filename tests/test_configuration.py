@@ -1,5 +1,6 @@
 """The config: its checks, its file in the workdir, and what makes two runs the same."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -123,10 +124,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def full_disk(self, content):
         with self.open("wb") as stream:
             stream.write(content[:2])
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space.*a\.json"):
         configuration.write_atomically(file, "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
     monkeypatch.undo()

@@ -63,14 +63,28 @@ def pair(workdir, *flags, **job):
     return [Job(workdir, *flags, cluster=cluster, task=i, **job) for i in range(2)]
 
 
-def lost_workers(folder, count, chance):
+def lost_workers(folder, whole, count, chance):
     """One of two workers is killed, and the job started again; at last it comes to its end."""
-    whole, workdir = folder / "whole_pair", folder / "pair"
-    for job in pair(whole):
-        if (ended := job.finish())[0]:
-            yield f"undisturbed: exit status {ended}"
+    workdir = folder / "pair"
     for trial in range(count):
         yield from lost_worker(workdir, trial % 2, chance)
+    yield from _pair_completed(workdir, whole)
+
+
+def terminated_workers(folder, whole, count, chance):
+    """One of two workers is told to leave; both do, and what they saved is gone on from."""
+    workdir = folder / "terminated_pair"
+    for trial in range(count):
+        workers = pair(workdir)
+        if not jobs.disturb(workers[trial % 2], "step", signal.SIGTERM, chance):
+            yield "missed the step"
+        for status, error in [worker.finish() for worker in workers]:
+            if status != PREEMPTED:
+                yield f"exit status {status}: {error[-200:]}"
+    yield from _pair_completed(workdir, whole)
+
+
+def _pair_completed(workdir, whole):
     chief, other = pair(workdir)
     yield from _completed(chief, whole)
     if (status := other.finish()[0]) != 0:
@@ -157,7 +171,7 @@ def damaged(folder, whole, kinds, chance):
 # on it, and bytes that a file may have under a quota.
 PLACES = {
     "checkpoints": ((), 40_000, 40_000),
-    "logs": ((), 8_192, 8_192),
+    "logs": ((), 8_192, 64),
     "export": (("--mode=export",), 40_000, 40_000),
 }
 
@@ -173,12 +187,15 @@ def full_disks(folder, whole, places, mounted, **job):
         disk = workdir / place
         if mounted:
             _mount(disk, space)
-        before = _contents(workdir / checkpoints.DIRECTORY)
-        run = Job(workdir, *flags, **job)
+        # A quota would hold for a file of what is printed too.
+        run = Job(workdir, *flags, output=Path(os.devnull), **job)
         if not mounted:
+            if place == "logs" and not jobs.saved(run):  # they come before the next checkpoint
+                yield f"{place}: no checkpoint"
             resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (quota, quota))
+        before = _contents(workdir / checkpoints.DIRECTORY)
         status, error = run.finish()
-        lines = _told(error)
+        lines = [line.replace(str(folder), "") for line in _told(error)]
         if status != 2 or len(lines) != 1 or place not in lines[0] or "Traceback" in error:
             yield f"{place}: exit status {status}, {error[-300:]}"
         if _contents(workdir / checkpoints.DIRECTORY) != before:
@@ -230,9 +247,17 @@ def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0)
     found = list(disturbed(folder, whole, [(signal.SIGTERM, m) for m in moments], chance))
     yield "SIGTERM of one run", terms, found, _counted(moments)
 
-    found = list(lost_workers(folder, workers, chance))
-    victims = _counted(["other" if trial % 2 else "chief" for trial in range(workers)])
-    yield "SIGKILL of a worker of two", workers, found, victims
+    whole_pair = folder / "whole_pair"
+    for job in pair(whole_pair):
+        status, error = job.finish()
+        assert status == 0, error
+    for sent, harm, count in (
+        ("SIGKILL", lost_workers, workers),
+        ("SIGTERM", terminated_workers, 2),
+    ):
+        found = list(harm(folder, whole_pair, count, chance))
+        victims = _counted(["other" if trial % 2 else "chief" for trial in range(count)])
+        yield f"{sent} of a worker of two", count, found, victims
 
     kinds = list(itertools.islice(itertools.cycle(DAMAGES), damages))
     found = list(damaged(folder, whole, kinds, chance))

@@ -36,11 +36,12 @@ class Job:
       *flags: after those that make it small.
       method: of the digits' config.
       cluster: addresses of all workers, and `task`, the index of this one.
+      output: what is printed goes there, beside the workdir unless it is given.
     """
 
-    def __init__(self, workdir, *flags, method="avb_ac", cluster=(), task=0):
+    def __init__(self, workdir, *flags, method="avb_ac", cluster=(), task=0, output=None):
         self.workdir, self.first = workdir, checkpoints.newest_step(workdir)
-        self.output = workdir.with_name(f"{workdir.name}-{task}.txt")
+        self.output = output or workdir.with_name(f"{workdir.name}-{task}.txt")
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if cluster:
             task = {"type": "worker", "index": task}
@@ -70,6 +71,11 @@ class Job:
         """Waits for the end; returns the exit status and the errors."""
         errors = self.process.communicate(timeout=seconds)[1]
         return self.process.returncode, errors
+
+
+def saved(job):
+    """Waits for the first checkpoint of the job; whether there is one."""
+    return job.wait_for(lambda: checkpoints.newest_step(job.workdir) > max(job.first, 0))
 
 
 # What a job is doing: how that is seen from outside, and seconds for which it goes on.
