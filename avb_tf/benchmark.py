@@ -1,6 +1,8 @@
 """How fast a config trains here, beside this machine's measured peak and a step written plainly."""
 
+import functools
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -126,12 +128,19 @@ def _plain_t(adversary: Any, condition, z):
     return t + adversary.t_features(of_x)[:, 0] + adversary.t_z(of_z)[..., 0]
 
 
-def seconds_of(*functions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    """Median seconds of each, called in turn so that all meet the same machine."""
+def seconds_of(
+    *functions: Callable[[], object], repeats: int = REPEATS, at_most: float = math.inf
+) -> list[float]:
+    """Median seconds of each, called in turn so that all meet the same machine.
+
+    After `at_most` seconds no further turn begins.
+    """
     times = [[] for _ in functions]
     for function in functions:
         function()  # traced, and its memory touched
     for _ in range(repeats):
+        if sum(map(sum, times)) > at_most:
+            break
         for function, own in zip(functions, times, strict=True):
             began = time.perf_counter()
             function()
@@ -274,8 +283,10 @@ def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> d
 def _annealing(config: ml_collections.ConfigDict, event_shape) -> float:
     """Leapfrog steps of single chains in a second, the pilot's among them."""
     sampler = ais.AnnealedSampler(training.create(config, event_shape), 20, chains=16)
-    x = np.zeros([25, *event_shape], np.float32)
-    (seconds,) = seconds_of(lambda: sampler.forward(x), repeats=3)
+    # A convolutional decoder is slow, and busy with the chains of one example.
+    examples = 1 if config.model.network == "conv" else 25
+    x = np.zeros([examples, *event_shape], np.float32)
+    (seconds,) = seconds_of(lambda: sampler.forward(x), repeats=3, at_most=10.0)
     chains = len(x) * (sampler.chains + ais.PILOT_CHAINS)
     return chains * 20 * sampler.leapfrog_steps / seconds
 
@@ -306,7 +317,8 @@ def _serving(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]
             ((tensor_name, tensor),) = served.signatures[name].inputs.items()
             for rows in (1, 128):
                 request = {tensor_name: np.zeros([rows, *tensor.shape[1:]], np.float32)}
-                (seconds,) = seconds_of(lambda n=name, r=request: served.run(n, r), repeats=10)
+                served_once = functools.partial(served.run, name, request)
+                (seconds,) = seconds_of(served_once, repeats=10, at_most=10.0)
                 found[f"{name} of {rows} rows, requests per second"] = 1.0 / seconds
         served.close()
     return found

@@ -41,9 +41,9 @@ def measure(config: ml_collections.ConfigDict, strategy_name: str, environment) 
         tf.config.set_logical_device_configuration(
             cpu, [tf.config.LogicalDeviceConfiguration()] * 2
         )
+    strategy = replicas.strategy(strategy_name)  # before TensorFlow is used for anything
     images = np.random.default_rng(0).random((4 * config.batch_size, *EVENT)) < 0.2
     split = array_split(images.astype(np.float32))
-    strategy = replicas.strategy(strategy_name)
     with strategy.scope():
         model = training.create(config, EVENT)
     batches = strategy.distribute_datasets_from_function(

@@ -16,4 +16,6 @@ def get_config(networks="mlp"):
     )  # fmt: skip
     config.name = f"benchmark-{networks}"
     config.data.name = "mnist"
+    if networks == "conv":
+        config.monitor.examples, config.monitor.samples = 16, 64
     return config
