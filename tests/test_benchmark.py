@@ -90,10 +90,16 @@ def test_a_benchmark_is_written_and_compared(tmp_path, capsys, monkeypatch):
     assert found["step: % of the float32 matmul peak"] == pytest.approx(percent)
 
 
-def once(*functions, repeats=1):
+def once(*functions, **_):
     for function in functions:
         function()
     return [1.0 for _ in functions]
+
+
+def test_no_turn_begins_when_the_time_is_over():
+    calls = []
+    assert len(benchmark.seconds_of(lambda: calls.append(0), repeats=5, at_most=0.0)) == 1
+    assert len(calls) == 2  # the first of them traces
 
 
 @pytest.mark.parametrize("content", [None, "no json", '["a"]', '{"step": "fast"}'])
