@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
+from avb_tf import assembly
 from avb_tf.likelihood_estimation import ais
 
 # log p(x, z) = log Z + log N(z; MEAN, SD): three examples whose log p(x) is LOG_Z.
@@ -150,3 +151,10 @@ def test_bidirectional_bounds_of_simulated_data_hold_the_truth(linear_gaussian):
         gaps.append((upper - lower).mean())
     assert abs(gaps[1]) < 0.2 * gaps[0]
     assert abs(gaps[1]) < 0.1
+
+
+def test_one_example_of_a_convolutional_model_has_more_chains_than_the_pilot():
+    small = {"filters": (4, 8), "width": 8}
+    model = assembly.build("vae", (8, 8, 1), network="conv", **small)
+    sampler = ais.AnnealedSampler(model, temperatures=2, chains=ais.PILOT_CHAINS + 1)
+    assert sampler.forward(np.zeros([1, 8, 8, 1], np.float32)).log_weights.shape == (9, 1)

@@ -119,8 +119,9 @@ class Annealer:
         def evaluated(w):
             with tf.GradientTape() as tape:
                 tape.watch(w)
-                value = excess(w)
-            return _State(w, value, tape.gradient(value, w))
+                value = tf.ensure_shape(excess(w), w.shape[:-1])
+            # Loops keep shapes, and that of one example's batch is lost where it is broadcast.
+            return _State(w, value, tf.ensure_shape(tape.gradient(value, w), w.shape))
 
         temperatures = tf.shape(step_size)[0]
         reverse = betas[0] > betas[-1]
