@@ -97,10 +97,10 @@ def _figure(found) -> matplotlib.figure.Figure:
         values = np.array([p["value"] for p in points])
         for ax, quantity, unit in zip(column, ("seconds", "megabytes"), ("s", "MB"), strict=True):
             measured = np.array([p[quantity] for p in points])
-            ax.loglog(values, measured, "o-", label="measured")
+            ax.plot(values, measured, "o-", label="measured")
             # The best a + b * value: what is linear lies on it.
             a, b = np.polyfit(values, measured, 1)[::-1]
-            ax.loglog(values, a + b * values, "k--", lw=1, label="linear fit")
-            ax.set(xlabel=name, ylabel=unit)
+            ax.plot(values, a + b * values, "k--", lw=1, label="linear fit")
+            ax.set(xlabel=name, ylabel=unit, xlim=(0, None), ylim=(0, None))
         column[0].legend()
     return figure
