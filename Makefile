@@ -92,7 +92,7 @@ bench: setup
 bench-ais: setup
 	$(BIN)/python -m avb_tf.benchmark_ais
 
-# The same batch on one device and on two logical ones of this machine.
+# The same batch on one device of this machine, on two logical ones and by two workers.
 bench-replicas: setup
 	$(BIN)/python -m avb_tf.benchmark_replicas
 

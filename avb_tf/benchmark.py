@@ -283,7 +283,7 @@ def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> d
 def _annealing(config: ml_collections.ConfigDict, event_shape) -> float:
     """Leapfrog steps of single chains in a second, the pilot's among them."""
     sampler = ais.AnnealedSampler(training.create(config, event_shape), 20, chains=16)
-    # A convolutional decoder is slow, and busy with the chains of one example.
+    # By a convolutional decoder the chains of one example take half a minute.
     examples = 1 if config.model.network == "conv" else 25
     x = np.zeros([examples, *event_shape], np.float32)
     (seconds,) = seconds_of(lambda: sampler.forward(x), repeats=3, at_most=10.0)

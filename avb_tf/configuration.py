@@ -316,7 +316,8 @@ def save(config: ml_collections.ConfigDict, workdir: Path) -> None:
         write_atomically(workdir / FILE, json.dumps(resolve(config), indent=2) + "\n")
     except OSError as error:
         raise UserError(
-            f"cannot write to workdir {workdir}: {error.strerror}; choose another --workdir"
+            f"cannot write to workdir {workdir}: {error.strerror or error}; choose another "
+            "--workdir"
         ) from error
 
 
@@ -354,7 +355,7 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, file)
     except OSError as error:  # of a full disk it does not say where
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        raise OSError(f"cannot write {file} ({error.strerror or error})") from error
     finally:
         # There may be others, of processes that were killed while they wrote.
         for left in file.parent.glob(f".{file.name}.*"):

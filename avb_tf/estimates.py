@@ -25,8 +25,8 @@ _STAGES = 10  # of an annealing, whose acceptance is reported
 _LARGEST = 2**21  # numbers of x for all chains of a chunk, which bounds the memory
 
 
-_importance_sampler = target.once_for_a_model(importance.ImportanceSampler)
-_annealed_sampler = target.once_for_a_model(ais.AnnealedSampler)
+_importance_sampler = target.kept_for_the_last_model(importance.ImportanceSampler)
+_annealed_sampler = target.kept_for_the_last_model(ais.AnnealedSampler)
 
 
 class Estimate(NamedTuple):
@@ -260,7 +260,7 @@ def inference_gap(model: AVB, x, log_likelihood, elbo, directory: Path) -> dict[
     return {name: Estimate(value, settings) for name, value in values.items()}
 
 
-@target.once_for_a_model
+@target.kept_for_the_last_model
 def _terms(model):
     return tf.function(model.terms, reduce_retracing=True)
 

@@ -16,6 +16,6 @@ def get_config(networks="mlp"):
     )  # fmt: skip
     config.name = f"benchmark-{networks}"
     config.data.name = "mnist"
-    if networks == "conv":
+    if networks == "conv":  # or the monitor takes a minute of an epoch of twenty
         config.monitor.examples, config.monitor.samples = 16, 64
     return config

@@ -29,6 +29,6 @@ def get_config(variant="avb_ac_paper"):
     config.optimizer.beta_1 = 0.5
     config.optimizer.decay = "none"
     config.log_every = 1000
-    config.monitor.examples, config.monitor.samples = 16, 64
+    config.monitor.examples, config.monitor.samples = 16, 64  # whose decoder is slow
     config.checkpoint_every = config.figures_every = 10_000
     return config

@@ -98,7 +98,7 @@ def once(*functions, **_):
 
 def test_no_turn_begins_when_the_time_is_over():
     calls = []
-    assert len(benchmark.seconds_of(lambda: calls.append(0), repeats=5, at_most=0.0)) == 1
+    benchmark.seconds_of(lambda: calls.append(0), repeats=5, at_most=0.0)
     assert len(calls) == 2  # the first of them traces
 
 

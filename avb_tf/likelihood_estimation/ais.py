@@ -181,7 +181,7 @@ class AnnealedSampler:
     chains run anew.
 
     Args:
-      model: any; it must not change afterwards.
+      model: any; its weights may change afterwards, its parts may not.
       temperatures, chains, leapfrog_steps: sizes; the bounds tighten with the first two.
     """
 

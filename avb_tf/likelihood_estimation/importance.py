@@ -18,7 +18,7 @@ class ImportanceSampler:
     widened (`target.widened_gaussian`).
 
     Args:
-      model: any; it must not change afterwards.
+      model: any; its weights may change afterwards, its parts may not.
     """
 
     def __init__(self, model: AVB):

@@ -40,7 +40,7 @@ class BestGaussian:
     is the posterior. Starts are compared, and the best one's bound is told, by fresh draws.
 
     Args:
-      model: any; it must not change afterwards.
+      model: any; its weights may change afterwards, its parts may not.
       full: whether the covariance is full, or diagonal.
       steps: of Adam.
     """
@@ -129,7 +129,7 @@ class BestGaussian:
         return w_loc, w_scale
 
 
-@target.once_for_a_model
+@target.kept_for_the_last_model
 def best_gaussians(model: AVB, steps: int = 300):
     """x [batch, *event], seed -> the best of diagonal and of full covariance, as `Gaussians`.
 
@@ -153,7 +153,7 @@ def best_gaussians(model: AVB, steps: int = 300):
     return run
 
 
-@target.once_for_a_model
+@target.kept_for_the_last_model
 def bound_of_draws(model: AVB):
     """x [batch, *event], seed -> the bound of an implicit posterior without the adversary, [batch].
 

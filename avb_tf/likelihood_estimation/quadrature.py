@@ -81,7 +81,7 @@ def posterior_divergence(
     return np.array(divergences)
 
 
-@target.once_for_a_model
+@target.kept_for_the_last_model
 def _draws_of_one(model, draws):
     """x [1, *event], seed -> draws of q [draws, 2] and their log p(x, z) [draws]."""
 

@@ -11,8 +11,9 @@ MOMENT_DRAWS = 1024  # for the moments of a posterior of which only draws are kn
 WIDENING = 1.3  # of standard deviations: a Gaussian too narrow misses mass without a sign of it
 
 # TensorFlow never frees a graph that it has traced, 2 to 10 MB each here. What has graphs of a
-# model is made once for it, however often the model is evaluated.
-once_for_a_model = functools.lru_cache(maxsize=1)
+# model is kept for the last model and its sizes, which may be evaluated any number of times; two
+# in turn are traced anew each time.
+kept_for_the_last_model = functools.lru_cache(maxsize=1)
 
 
 def log_joint(model: AVB, x, z):

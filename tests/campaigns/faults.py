@@ -39,17 +39,22 @@ def disturbed(folder, whole, sent, chance, **job):
         run = Job(workdir, **job)
         if not jobs.disturb(run, moment, number, chance):
             yield f"missed the {moment}"
-        began = time.monotonic()
-        status, error = run.finish()
         if number == signal.SIGTERM:
-            if status != PREEMPTED:
-                yield f"exit status {status} in {moment}: {error[-200:]}"
-            if (seconds := time.monotonic() - began) > 30:
-                yield f"took {seconds:.0f} s in {moment}"
-            if checkpoints.newest_step(workdir) <= run.first:
-                yield f"nothing saved in {moment}"
+            yield from _terminated(run, f"in {moment}")
+        else:
+            run.finish()
     yield from _completed(Job(workdir, **job), whole)
     shutil.rmtree(workdir)
+
+
+def _terminated(job, where):
+    status, error = job.finish()
+    if status != PREEMPTED:
+        yield f"exit status {status} {where}: {error[-200:]}"
+    if (seconds := time.time() - job.told) > 30:
+        yield f"took {seconds:.0f} s {where}"
+    if not jobs.saved_when_told(job):
+        yield f"nothing saved {where}"
 
 
 def _completed(job, whole):
@@ -76,11 +81,12 @@ def terminated_workers(folder, whole, count, chance):
     workdir = folder / "terminated_pair"
     for trial in range(count):
         workers = pair(workdir)
-        if not jobs.disturb(workers[trial % 2], "step", signal.SIGTERM, chance):
+        told, other = workers[trial % 2], workers[1 - trial % 2]
+        if not jobs.disturb(told, "step", signal.SIGTERM, chance):
             yield "missed the step"
-        for status, error in [worker.finish() for worker in workers]:
-            if status != PREEMPTED:
-                yield f"exit status {status}: {error[-200:]}"
+        other.told = told.told
+        yield from _terminated(told, "of the one told")
+        yield from _terminated(other, "of the other")
     yield from _pair_completed(workdir, whole)
 
 
@@ -190,8 +196,10 @@ def full_disks(folder, whole, places, mounted, **job):
         # A quota would hold for a file of what is printed too.
         run = Job(workdir, *flags, output=Path(os.devnull), **job)
         if not mounted:
-            if place == "logs" and not jobs.saved(run):  # they come before the next checkpoint
-                yield f"{place}: no checkpoint"
+            # After a checkpoint it is the logs that are written next.
+            if place == "logs" and not run.wait_for(lambda run=run: jobs.has_saved(run)):
+                yield f"{place}: no checkpoint, {run.finish()[1][-300:]}"
+                continue
             resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (quota, quota))
         before = _contents(workdir / checkpoints.DIRECTORY)
         status, error = run.finish()

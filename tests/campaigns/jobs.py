@@ -42,6 +42,7 @@ class Job:
     def __init__(self, workdir, *flags, method="avb_ac", cluster=(), task=0, output=None):
         self.workdir, self.first = workdir, checkpoints.newest_step(workdir)
         self.output = output or workdir.with_name(f"{workdir.name}-{task}.txt")
+        self.told = 0.0  # when the signal was sent
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if cluster:
             task = {"type": "worker", "index": task}
@@ -50,9 +51,9 @@ class Job:
             sys.executable, str(ROOT / "main.py"), f"--config={ROOT}/configs/digits.py:{method}",
             f"--workdir={workdir}", *FLAGS, *flags,
         ]  # fmt: skip
-        with self.output.open("wb") as output:
+        with self.output.open("wb") as printed:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True
+                command, env=environment, stdout=printed, stderr=subprocess.PIPE, text=True
             )
 
     def printed(self, text):
@@ -73,15 +74,22 @@ class Job:
         return self.process.returncode, errors
 
 
-def saved(job):
-    """Waits for the first checkpoint of the job; whether there is one."""
-    return job.wait_for(lambda: checkpoints.newest_step(job.workdir) > max(job.first, 0))
+def has_saved(job):
+    """Whether there is a checkpoint of this process."""
+    return checkpoints.newest_step(job.workdir) > max(job.first, 0)
+
+
+def saved_when_told(job):
+    """Whether there is a checkpoint from after the signal."""
+    files = (job.workdir / checkpoints.DIRECTORY).glob("*.keras")
+    # The clock of files has steps of some milliseconds.
+    return any(file.stat().st_mtime > job.told - 0.01 for file in files)
 
 
 # What a job is doing: how that is seen from outside, and seconds for which it goes on.
 MOMENTS = {
     "compile": (lambda job: job.printed("Epoch "), 4.0),
-    "step": (lambda job: checkpoints.newest_step(job.workdir) > max(job.first, 0), 0.3),
+    "step": (has_saved, 0.3),
     "save": (lambda job: (job.workdir / checkpoints.DIRECTORY / "partial.keras").exists(), 0.05),
     "evaluation": (lambda job: _trained(job), 3.0),
 }
@@ -98,6 +106,7 @@ def disturb(job, moment, sent, chance):
         time.sleep(chance.uniform(0.0, seconds))
         if seen(job):  # a save may be over; then the next is waited for
             met = job.process.poll() is None and (moment == "evaluation") == _trained(job)
+            job.told = time.time()
             job.process.send_signal(sent)
             return met
     return False
