@@ -68,7 +68,7 @@ mnist: setup
 	@$(MAKE) --no-print-directory -j2 $(MNIST_RUNS:%=runs/paper/mnist/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/paper
 
-# Every model of configs/posteriors.py, three seeds each, the baselines by the first: an hour.
+# Every model of configs/posteriors.py, three seeds each, the baselines by the first: 45 minutes.
 POSTERIORS := eight_schools eight_schools_centred eight_schools_two_modes gauss_unknown_scale \
   rosenbrock torus banana funnel mixture logistic_regression gaussian_process autoregression \
   correlated_regression
@@ -96,7 +96,7 @@ bench-ais: setup
 bench-replicas: setup
 	$(BIN)/python -m avb_tf.benchmark_replicas
 
-# Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for an hour.
+# Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for half an hour.
 faults: setup
 	$(BIN)/python -m tests.campaigns.faults
 

@@ -24,7 +24,6 @@ _KEPT_WEIGHTS = 500  # importance weights of each example, for figures
 _STAGES = 10  # of an annealing, whose acceptance is reported
 _LARGEST = 2**21  # numbers of x for all chains of a chunk, which bounds the memory
 
-
 _importance_sampler = target.kept_for_the_last_model(importance.ImportanceSampler)
 _annealed_sampler = target.kept_for_the_last_model(ais.AnnealedSampler)
 
