@@ -79,7 +79,10 @@ def _decoder(s, event_shape) -> keras.Model:
 
 
 def _encoder(s) -> encoders.Encoder:
-    trunk, noise_dim = _trunk(s, s.width, s.depth), s.noise_dim or s.latent_dim
+    trunk = _trunk(s, s.width, 0 if s.residual_blocks else s.depth)
+    if s.residual_blocks:
+        trunk = networks.ResidualTrunk(trunk, s.width, s.residual_blocks)
+    noise_dim = s.noise_dim or s.latent_dim
     black_box = (trunk, s.latent_dim, noise_dim, s.width, s.depth)
     basis = (trunk, s.latent_dim, noise_dim, s.bases, s.basis_width)
     makers = {

@@ -54,6 +54,7 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
         "seed": 0,  # of splits that the source does not fix
         "image_size": 64,  # of `images`, after a centre crop
         "channels": 3,  # of `images`: 1 or 3
+        "pool": 1,  # side of the squares whose mean is a pixel, of images of any source
     }
     config.optimizer = {
         "learning_rate": 5e-4,  # of encoder and decoder
@@ -117,10 +118,10 @@ _RANGES = (
         lambda value: 0 < value < 2**31,
         (
             "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
-            "guard.patience", "data.image_size", "model.latent_dim",
+            "guard.patience", "data.image_size", "data.pool", "model.latent_dim",
             "model.width", "model.depth", "model.bases",
             "model.basis_width", "model.adversary_width", "model.adversary_depth",
-            "model.products", "model.flow_steps", "model.flow_width",
+            "model.products", "model.flow_width",
             "model.draws", "model.adversary_draws", "model.adversary_steps",
             "optimizer.learning_rate", "optimizer.adversary_learning_rate",
             "monitor.examples", "monitor.samples",
@@ -132,9 +133,10 @@ _RANGES = (
         "0 or more and below 2^31",
         lambda value: 0 <= value < 2**31,
         (
-            "figures_every", "model.noise_dim", "model.kl_annealing_steps", "model.seed",
-            "data.seed", "optimizer.adversary_warmup", "optimizer.clip_norm", "guard.rollbacks",
-            "eval.examples", "eval.posteriors", "export.version", "threads_per_op",
+            "figures_every", "model.residual_blocks", "model.noise_dim", "model.flow_steps",
+            "model.kl_annealing_steps", "model.seed", "data.seed", "optimizer.adversary_warmup",
+            "optimizer.clip_norm", "guard.rollbacks", "eval.examples", "eval.posteriors",
+            "export.version", "threads_per_op",
         ),
     ),
     (

@@ -16,6 +16,7 @@ SETTINGS: dict[str, Any] = {
     "depth": 2,
     "filters": (32, 64),  # of convolutions, from the image inwards
     "strides": (),  # of the convolutions; (): 2 each
+    "residual_blocks": 0,  # of the encoder's trunk, in place of its dense layers or after conv
     # gaussian, gaussian_full, autoregressive, auxiliary: of known density; black_box, injected,
     # noise_basis, joint_basis: implicit
     "encoder": "gaussian",
@@ -23,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "bases": 16,  # functions of the noise
     "basis_width": 128,
     "basis_activation": "tanh",  # of joint_basis: tanh for Gaussian tails, relu for sharp edges
-    "flow_steps": 4,  # of autoregressive
+    "flow_steps": 0,  # autoregressive steps that the encoder's draws go through
     "flow_width": 128,
     "contrast": "full",  # prior, diagonal, full
     "adversary": "none",  # none, residual, concatenating, factorised
@@ -60,7 +61,12 @@ METHODS: dict[str, dict[str, Any]] = {
     # What AVB is compared with. Where the density is known and the moments are not, the prior is
     # the contrast that costs nothing: T = log q(z|x) - log r(z|x) is exact, and r cancels.
     # Inverse autoregressive flow: Kingma et al. (2016).
-    "iaf": {"encoder": "autoregressive", "contrast": "prior", "adversary": "none"},
+    "iaf": {
+        "encoder": "autoregressive",
+        "flow_steps": 4,
+        "contrast": "prior",
+        "adversary": "none",
+    },
     # Auxiliary deep generative models: Maaløe et al. (2016).
     "auxvae": {"encoder": "auxiliary", "contrast": "prior", "adversary": "none"},
     # Adversarial autoencoder, Makhzani et al. (2016): `avb` whose adversary sees z alone, so that

@@ -112,6 +112,32 @@ class ConvTrunk(Restorable, keras.layers.Layer):
 
 
 @_register
+class ResidualTrunk(Restorable, keras.layers.Layer):
+    """Features of x by residual blocks (He et al., 2016) on another trunk's.
+
+    [batch, *event] -> [batch, width]. A block adds two dense layers of the normalised features and
+    changes nothing at first, so that depth costs no start. No activation stands between the first
+    layer and the last: what one block says of x reaches the end whatever its sign.
+    """
+
+    def __init__(self, trunk: keras.layers.Layer, width: int, blocks: int, **kwargs):
+        super().__init__(**kwargs)
+        dense = keras.layers.Dense
+        self.trunk = trunk
+        self.first = dense(width)
+        self.norms = [keras.layers.LayerNormalization() for _ in range(blocks)]
+        self.hidden = [dense(width, activation="relu") for _ in range(blocks)]
+        self.changes = [dense(width, kernel_initializer="zeros") for _ in range(blocks)]
+
+    def call(self, x):
+        """[batch, *event] -> [batch, width]."""
+        features = self.first(self.trunk(x))
+        for norm, hidden, change in zip(self.norms, self.hidden, self.changes, strict=True):
+            features += change(hidden(norm(features)))
+        return tf.nn.relu(features)
+
+
+@_register
 class DenseDecoder(Restorable, keras.Model):
     """Likelihood parameters of x by dense layers.
 

@@ -10,8 +10,9 @@ from avb_tf import configuration
 
 def get_config(method="avb_ac"):
     config = configuration.default(
-        method, latent_dim=8, width=300, bases=32, adversary_width=256, adversary_draws=4
-    )
+        method, latent_dim=8, width=300, residual_blocks=6, bases=32, adversary_width=256,
+        adversary_draws=4,
+    )  # fmt: skip
     config.name = f"mnist-{method}"
     config.data.name = "mnist"
     config.steps = 40_000
@@ -20,4 +21,5 @@ def get_config(method="avb_ac"):
     config.optimizer.adversary_learning_rate = 3e-3
     config.log_every = 1000
     config.checkpoint_every = config.figures_every = 5000
+    config.eval.ais.chains = 16
     return config

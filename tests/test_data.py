@@ -42,9 +42,9 @@ def no_default_folder(monkeypatch):
     monkeypatch.delenv("AVB_TF_DATA_DIR", raising=False)
 
 
-def load(name, path: str | Path = "", seed=0, image_size=8, channels=3):
-    settings = dict(name=name, path=str(path), seed=seed, image_size=image_size, channels=channels)
-    return data.load(ConfigDict(settings))
+def load(name, path: str | Path = "", seed=0, image_size=8, channels=3, pool=1):
+    sizes = dict(image_size=image_size, channels=channels, pool=pool)
+    return data.load(ConfigDict(dict(name=name, path=str(path), seed=seed) | sizes))
 
 
 def splits(source):
@@ -336,6 +336,17 @@ def all_bad(folder):
 X = RNG.random((20, 3))
 NAN = np.where(np.arange(60).reshape(20, 3) == 7, np.nan, X)
 
+
+def test_a_pooled_pixel_is_the_mean_of_a_square():
+    source, whole = load("digits", pool=4), load("digits")
+    assert source.event_shape == (2, 2, 1)
+    assert sizes(source) == sizes(whole)
+    for split, plain in zip(splits(source), splits(whole), strict=True):
+        squares = content(plain).reshape(-1, 2, 4, 2, 4).mean((2, 4))
+        np.testing.assert_allclose(content(split)[..., 0], squares, rtol=1e-5)
+        np.testing.assert_array_equal(split.labels, plain.labels)
+
+
 MISTAKES = {
     "name": ("mnits", lambda d: "", "'mnits'.*four_points, digits, mnist, npz, images"),
     "seed": ("npz", lambda d: npz(d, x_train=X), "seed is -1"),
@@ -421,9 +432,17 @@ MISTAKES = {
     "images too few": ("images", lambda d: write_images(d, 2), "2 example.* at least 3"),
     "channels": ("images", lambda d: write_images(d, 3), "channels 2"),
     "image size": ("images", lambda d: write_images(d, 3), "image_size is 0"),
+    "pool of images": ("digits", lambda d: "", r"pool is 3 and x has shape \(8, 8, 1\)"),
+    "pool of rows": ("four_points", lambda d: "", r"pool is 2 and x has shape \(4,\)"),
     "tfds": ("tfds:no_such_set", lambda d: d, "tfds:no_such_set"),
 }
-SETTINGS = {"seed": {"seed": -1}, "channels": {"channels": 2}, "image size": {"image_size": 0}}
+SETTINGS = {
+    "seed": {"seed": -1},
+    "channels": {"channels": 2},
+    "image size": {"image_size": 0},
+    "pool of images": {"pool": 3},
+    "pool of rows": {"pool": 2},
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

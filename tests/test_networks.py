@@ -17,6 +17,7 @@ from avb_tf.networks import (
     DenseTrunk,
     FactorisedAdversary,
     ResidualAdversary,
+    ResidualTrunk,
 )
 
 SAMPLES, BATCH, LATENT = 4, 3, 2
@@ -82,6 +83,22 @@ def test_the_dense_trunk_is_its_layers():
     first, second = randomise(trunk).stack.hidden
     expected = relu(dense(second, relu(dense(first, 2 * x.reshape(3, 4) - 1))))
     np.testing.assert_allclose(trunk(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_residual_blocks_begin_as_one_layer_and_add_layers_of_normalised_features():
+    x = np.random.default_rng(2).random((3, 2, 2), np.float32)
+    trunk = ResidualTrunk(DenseTrunk(6, 0), 6, 2)
+    trunk(x)
+    first = dense(trunk.first, 2 * x.reshape(3, 4) - 1)
+    np.testing.assert_allclose(trunk(x), relu(first), rtol=1e-5, atol=1e-6)
+    randomise(trunk)
+    features = dense(trunk.first, 2 * x.reshape(3, 4) - 1)
+    for norm, hidden, change in zip(trunk.norms, trunk.hidden, trunk.changes, strict=True):
+        centred = features - features.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + norm.epsilon)
+        normalised = norm.gamma.numpy() * scaled + norm.beta.numpy()
+        features = features + dense(change, relu(dense(hidden, normalised)))
+    np.testing.assert_allclose(trunk(x), relu(features), rtol=1e-4, atol=1e-5)
 
 
 DECODERS = [
@@ -250,6 +267,7 @@ RESTORABLE = {
     "DenseStack": (lambda: DenseStack(4, 2, "tanh"), [FLAT]),
     "DenseTrunk": (lambda: DenseTrunk(4, 2, "tanh"), [FLAT]),
     "ConvTrunk": (lambda: ConvTrunk([3, 4], 6, activation="tanh"), [IMAGE]),
+    "ResidualTrunk": (lambda: ResidualTrunk(DenseTrunk(4, 1, "tanh"), 4, 2), [FLAT]),
     "DenseDecoder": (lambda: DenseDecoder((3, 2), 2, 6, 2, "tanh"), [Z]),
     "ConvDecoder": (lambda: ConvDecoder((5, 4, 2), 1, [3, 4], [1, 2], "tanh"), [Z]),
     **{name: (lambda maker=maker: maker(), [CONDITION, Z]) for name, maker in ADVERSARIES.items()},
