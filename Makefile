@@ -63,7 +63,8 @@ seeds: setup
 
 # The paper's comparison on MNIST with eight latents: hours. What is finished is not done again, and
 # what was interrupted goes on. MNIST=mnist.npz names the data, which are downloaded otherwise.
-MNIST_RUNS := vae-0 avb_ac-0 vae-1 avb_ac-1 vae-2 avb_ac-2 iaf-0 auxvae-0 aae-0 avb-0 iaf-1 iaf-2
+MNIST_RUNS := avb_flow-0 vae-0 avb_flow-1 vae-1 vae-2 avb_flow-2 iaf-0 auxvae-0 aae-0 avb-0 avb_ac-0 \
+  iaf-1 iaf-2
 mnist: setup
 	@$(MAKE) --no-print-directory -j2 $(MNIST_RUNS:%=runs/paper/mnist/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/paper

@@ -19,7 +19,7 @@ _TRAINING = (
 
 
 # Encoders of whose moments nothing is known but what their draws tell.
-_MOMENTS_OF_DRAWS = ("black_box", "injected", "autoregressive", "auxiliary")
+_MOMENTS_OF_DRAWS = ("black_box", "injected", "auxiliary")
 
 
 def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
@@ -82,6 +82,13 @@ def _encoder(s) -> encoders.Encoder:
     trunk = _trunk(s, s.width, 0 if s.residual_blocks else s.depth)
     if s.residual_blocks:
         trunk = networks.ResidualTrunk(trunk, s.width, s.residual_blocks)
+    if s.flow_steps:
+        base = _base(s, keras.layers.Identity())  # of the trunk's features
+        return flows.FlowEncoder(trunk, base, s.flow_steps, s.flow_width)
+    return _base(s, trunk)
+
+
+def _base(s, trunk) -> encoders.Encoder:
     noise_dim = s.noise_dim or s.latent_dim
     black_box = (trunk, s.latent_dim, noise_dim, s.width, s.depth)
     basis = (trunk, s.latent_dim, noise_dim, s.bases, s.basis_width)
@@ -92,9 +99,6 @@ def _encoder(s) -> encoders.Encoder:
         "injected": lambda: encoders.BlackBoxEncoder(*black_box, inject_every_layer=True),
         "noise_basis": lambda: encoders.NoiseBasisEncoder(*basis),
         "joint_basis": lambda: encoders.JointBasisEncoder(*basis, s.basis_activation),
-        "autoregressive": lambda: flows.InverseAutoregressiveEncoder(
-            trunk, s.latent_dim, s.flow_steps, s.flow_width
-        ),
         "auxiliary": lambda: auxiliary.AuxiliaryEncoder(*black_box),
     }
     _check(s, "encoder", makers)

@@ -51,3 +51,14 @@ def divergence(r, p):
     then counts as 1, it is minus the entropy of r.
     """
     return -r.entropy() if p is None else tfd.kl_divergence(r, p)
+
+
+def carried_divergence(r, p, z, log_volume):
+    """E_q[log r(z|x) - log p(z)] in nats, [batch], for an r that went through q's flow.
+
+    r is the Gaussian before it, with q's moments there: log r(z|x) = log r(z_base|x) - log_volume,
+    the first in closed form as in `divergence`, the rest over the draws z [samples, batch, latent]
+    and log_volume = log |dz / dz_base| [samples, batch].
+    """
+    log_p = 0.0 if p is None else p.log_prob(z)
+    return -r.entropy() - tf.reduce_mean(log_p + log_volume, 0)

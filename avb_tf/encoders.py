@@ -36,6 +36,8 @@ class Posterior(NamedTuple):
     columns: tf.Tensor | None = None  # [batch, latent, bases], z = mean + columns @ noise features
     # [samples, batch], log q(z|x) where it is known, or one that stands for it (`auxiliary`)
     log_prob: tf.Tensor | None = None
+    base: "Posterior | None" = None  # before a flow's steps
+    log_volume: tf.Tensor | None = None  # [samples, batch], log |dz / dz_base| of these
 
 
 class Encoder(Restorable, keras.Model):
@@ -63,6 +65,11 @@ class Encoder(Restorable, keras.Model):
     def call(self, x, noise, training=False):
         """x [batch, *event], noise [samples, batch, noise_dim] -> Posterior."""
         return self.draw(self.parameters(x), noise, training)
+
+    @contextlib.contextmanager
+    def freezing(self):
+        """Within, graphs hold as numbers what depends on weights alone, found once for all."""
+        yield
 
 
 @_register
@@ -176,7 +183,7 @@ class BasisEncoder(Encoder):
 
     @contextlib.contextmanager
     def freezing(self):
-        """Within, graphs hold the moments outside training as numbers, found once for all."""
+        """So with the moments outside training."""
         self.frozen = self._fixed_moments()
         try:
             yield

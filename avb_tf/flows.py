@@ -1,13 +1,12 @@
-"""Inverse autoregressive flow (Kingma et al., 2016): any shape, and yet a known density."""
+"""Inverse autoregressive flow (Kingma et al., 2016): bends what an encoder draws, volume known."""
 
 import itertools
 
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow_probability import distributions as tfd
 
-from avb_tf.encoders import VARIANCE_FLOOR, Encoder, Posterior, moments_of_draws
+from avb_tf.encoders import Encoder, Posterior, moments_of_draws
 from avb_tf.networks import float32_dense
 
 _register = keras.saving.register_keras_serializable("avb_tf")
@@ -60,44 +59,63 @@ class MADE(keras.layers.Layer):
 
 
 @_register
-class InverseAutoregressiveEncoder(Encoder):
-    """A Gaussian, then gated autoregressive steps in alternating order (Section 4 there).
+class FlowEncoder(Encoder):
+    """Draws of another encoder, then gated autoregressive steps in alternating order.
 
     Each step takes z to g * z + (1 - g) * m with gates g and means m that an autoregressive network
-    reads from z and x, so that its Jacobian is triangular with g on the diagonal. The moments are
-    those of the draws, as in `encoders.BlackBoxEncoder`.
+    reads from z and x, so that its Jacobian is triangular with g on the diagonal (Section 4 there).
+    The moments are those of the draws, as in `encoders.BlackBoxEncoder`.
+
+    After a Gaussian the density is known: inverse autoregressive flow. After an implicit encoder it
+    is not; but log q - log r is the same before and after the steps, if r goes through them too,
+    and so an adaptive contrast may stay a Gaussian there and follow a q that no Gaussian does.
+
+    Args:
+      trunk: x -> features, which `base` reads in place of x.
+      base: the encoder whose draws are taken further.
+      steps: how many.
+      width: of the networks' hidden layers.
+      depth: number of these.
     """
 
     def __init__(
         self,
         trunk: keras.layers.Layer,
-        latent_dim: int,
+        base: Encoder,
         steps: int,
         width: int,
         depth: int = 2,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.latent_dim = self.noise_dim = latent_dim
-        self.sizes = [latent_dim, latent_dim, *[width] * steps]
-        self.trunk = trunk
-        self.from_features = float32_dense(sum(self.sizes))
-        self.steps = [MADE(latent_dim, 2, width, depth) for _ in range(steps)]
+        self.latent_dim, self.noise_dim = base.latent_dim, base.noise_dim
+        self.trunk, self.base = trunk, base
+        base.built = True  # for Keras, which expects a call of it as a whole
+        self.from_features = float32_dense(steps * width)
+        self.steps = [MADE(base.latent_dim, 2, width, depth) for _ in range(steps)]
 
     def parameters(self, x):
-        """Mean and log scale of the Gaussian, [batch, latent], and each step's [batch, width]."""
-        return tf.split(self.from_features(self.trunk(x)), self.sizes, -1)
+        """Those of the base, and each step's [batch, width]."""
+        features = self.trunk(x)
+        contexts = tf.split(self.from_features(features), len(self.steps), -1)
+        return self.base.parameters(features), contexts
 
     def draw(self, parameters, noise, training=False):
-        """The flow's draws, with their density and their own moments."""
-        mean, log_scale, *contexts = parameters
-        scale = tf.exp(log_scale) + VARIANCE_FLOOR**0.5
-        z = mean + scale * noise
-        log_prob = tfd.MultivariateNormalDiag(mean, scale).log_prob(z)
+        """The base's draws after all steps, with their own moments."""
+        of_base, contexts = parameters
+        base = self.base.draw(of_base, noise, training)
+        z, log_volume = base.z, tf.zeros(tf.shape(base.z)[:-1])
         for step, context in zip(self.steps, contexts, strict=True):
             m, logit = step(z, context)
             gate = tf.sigmoid(logit + OPEN)
             z = gate * z + (1.0 - gate) * m
-            log_prob -= tf.reduce_sum(tf.math.log_sigmoid(logit + OPEN), -1)
+            log_volume += tf.reduce_sum(tf.math.log_sigmoid(logit + OPEN), -1)
             z = tf.reverse(z, [-1])  # the next step reads them in the other order
-        return Posterior(z, *moments_of_draws(z), log_prob=log_prob)
+        log_prob = None if base.log_prob is None else base.log_prob - log_volume
+        return Posterior(
+            z, *moments_of_draws(z), log_prob=log_prob, base=base, log_volume=log_volume
+        )
+
+    def freezing(self):
+        """As the base's."""
+        return self.base.freezing()

@@ -17,8 +17,8 @@ SETTINGS: dict[str, Any] = {
     "filters": (32, 64),  # of convolutions, from the image inwards
     "strides": (),  # of the convolutions; (): 2 each
     "residual_blocks": 0,  # of the encoder's trunk, in place of its dense layers or after conv
-    # gaussian, gaussian_full, autoregressive, auxiliary: of known density; black_box, injected,
-    # noise_basis, joint_basis: implicit
+    # gaussian, gaussian_full, auxiliary: of known density; black_box, injected, noise_basis,
+    # joint_basis: implicit
     "encoder": "gaussian",
     "noise_dim": 0,  # per example, for noise_basis per basis, for auxiliary of a; 0: as latent_dim
     "bases": 16,  # functions of the noise
@@ -52,6 +52,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "adversary": "residual",
         "condition": "posterior",
     },
+    # The same before a flow, which takes the contrast along: a q and an r that bend with x.
+    "avb_flow": {
+        "encoder": "joint_basis",
+        "flow_steps": 4,
+        "contrast": "full",
+        "adversary": "residual",
+        "condition": "posterior",
+    },
     # Section 4 as published: independent noise bases, diagonal contrast, an adversary of x.
     "avb_ac_paper": {
         "encoder": "noise_basis",
@@ -62,7 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # the contrast that costs nothing: T = log q(z|x) - log r(z|x) is exact, and r cancels.
     # Inverse autoregressive flow: Kingma et al. (2016).
     "iaf": {
-        "encoder": "autoregressive",
+        "encoder": "gaussian",
         "flow_steps": 4,
         "contrast": "prior",
         "adversary": "none",

@@ -122,12 +122,13 @@ class AVB(Restorable, keras.Model):
                 "adversary to learn it. Pass an adversary, or use a GaussianEncoder."
             )
         if self.adversary is not None:
-            if self.condition == "posterior" and posterior.columns is None:
+            q, r = self._contrasted(posterior)
+            if self.condition == "posterior" and q.columns is None:
                 raise UserError(
                     f"condition 'posterior' needs an encoder that describes q(z|x), and "
                     f"{type(self.encoder).__name__} does not. Use condition 'x'."
                 )
-            self.adversary(self._condition(x, posterior, self.contrast(posterior)), posterior.z)
+            self.adversary(self._condition(x, q, r), q.z)
         for weight, average in self._averages():
             average.assign(weight)
         self.built = True
@@ -191,18 +192,29 @@ class AVB(Restorable, keras.Model):
 
         Both sides pass through the adversary in one product, its condition's branch once.
         """
-        r = self.contrast(posterior)
-        t, t_contrast = self._t(x, posterior, r, contrast_noise)
+        q, r = self._contrasted(posterior)
+        t, t_contrast = self._t(x, q, r, contrast_noise)
         outputs = decoder(posterior.z[:draws])
         reconstruction = log_likelihood(self.likelihood, outputs, x)
-        return objectives.Terms(reconstruction, contrasts.divergence(r, self.prior), t), t_contrast
+        if q is posterior:
+            contrast_kl = contrasts.divergence(r, self.prior)
+        else:
+            z, log_volume = posterior.z, posterior.log_volume
+            contrast_kl = contrasts.carried_divergence(r, self.prior, z, log_volume)
+        return objectives.Terms(reconstruction, contrast_kl, t), t_contrast
 
-    def _t(self, x, posterior: Posterior, r, contrast_noise=None):
-        """T at the posterior's z and, where r is N(0, I), at `contrast_noise`."""
+    def _contrasted(self, posterior: Posterior):
+        """q where the contrast is a Gaussian, before its flow unless that is p(z), and this r."""
+        adaptive = self.contrast is not contrasts.prior_contrast
+        q = posterior.base if adaptive and posterior.base is not None else posterior
+        return q, self.contrast(q)
+
+    def _t(self, x, q: Posterior, r, contrast_noise=None):
+        """T at the z of q and, where r is N(0, I), at `contrast_noise`."""
         if self.adversary is None:
-            return objectives.exact_t(posterior, r), None
-        features = self.adversary.features(self._condition(x, posterior, r))
-        z = contrasts.whiten(posterior.z, r)
+            return objectives.exact_t(q, r), None
+        features = self.adversary.features(self._condition(x, q, r))
+        z = contrasts.whiten(q.z, r)
         if contrast_noise is None:
             return self.adversary.logits(features, z), None
         return tf.split(self.adversary.logits(features, tf.concat([z, contrast_noise], 0)), 2)
@@ -287,9 +299,7 @@ class AVB(Restorable, keras.Model):
         variables = self.adversary.trainable_variables
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in variables])
-            loss = self._adversary_loss(
-                *self._t(x, posterior, self.contrast(posterior), contrast_noise)
-            )
+            loss = self._adversary_loss(*self._t(x, *self._contrasted(posterior), contrast_noise))
         gradients = tape.gradient(loss, variables)
         applied = self._all_finite(x, loss, *gradients)
         replicas.apply(self.adversary_optimizer, gradients, variables, applied)
@@ -419,7 +429,7 @@ class AVB(Restorable, keras.Model):
         """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary."""
         posterior = self.posterior(x, samples, seed)
         noise = tf.random.stateless_normal(tf.shape(posterior.z), [seed, 2])
-        return self._t(tf.convert_to_tensor(x), posterior, self.contrast(posterior), noise)
+        return self._t(tf.convert_to_tensor(x), *self._contrasted(posterior), noise)
 
     def decode(self, z):
         """E[x|z] for z [..., latent], [..., *event] in [0, 1]."""

@@ -6,7 +6,9 @@ import pytest
 import scipy.stats
 import tensorflow as tf
 
-from avb_tf.flows import MADE, InverseAutoregressiveEncoder
+import avb_tf
+from avb_tf.encoders import GaussianEncoder
+from avb_tf.flows import MADE, FlowEncoder
 from avb_tf.networks import DenseTrunk
 
 BATCH, LATENT = 4, 5
@@ -19,7 +21,8 @@ def randomise(layer):
 
 
 def make(steps=3, latent=LATENT):
-    encoder = InverseAutoregressiveEncoder(DenseTrunk(8, 1), latent, steps, width=16)
+    base = GaussianEncoder(keras.layers.Identity(), latent)
+    encoder = FlowEncoder(DenseTrunk(8, 1), base, steps, width=16)
     encoder(X, noise_for(encoder, 2))
     return encoder
 
@@ -69,8 +72,7 @@ def test_the_context_reaches_every_output():
 def test_at_first_the_flow_only_scales_a_gaussian():
     encoder = make(steps=2)
     noise = noise_for(encoder, 3)
-    mean, log_scale, *_ = encoder.parameters(X)
-    start = mean + (tf.exp(log_scale) + 1e-3) * noise
+    start = encoder.base(encoder.trunk(X), noise).z
     gate = 1 / (1 + np.exp(-2.0))
     np.testing.assert_allclose(encoder(X, noise).z, gate**2 * start, rtol=1e-4, atol=1e-5)
 
@@ -115,3 +117,55 @@ def test_every_draw_is_of_its_own_noise_and_x():
     z = np.asarray(whole.z, np.float64)
     np.testing.assert_allclose(whole.mean, z.mean(0), rtol=1e-4, atol=1e-4)
     assert keras.ops.shape(whole.scale_tril) == (BATCH, LATENT, LATENT)
+
+
+# An adaptive contrast goes through the steps with q.
+
+
+def flowed(encoder, contrast, **changes):
+    """A model whose steps all do something, the same at each call, and the noise of many draws."""
+    keras.utils.set_random_seed(0)
+    sizes = dict(latent_dim=LATENT, width=8, flow_steps=3, flow_width=16, ema_decay=0.0)
+    model = avb_tf.build("iaf", (6,), encoder=encoder, contrast=contrast, **sizes, **changes)
+    for i, weight in enumerate(model.weights):
+        if weight.trainable:
+            weight.assign_add(0.2 * tf.random.stateless_normal(weight.shape, [i, 7]))
+    shape = (20_000, BATCH, model.encoder.noise_dim)
+    return model, np.random.default_rng(1).standard_normal(shape, np.float32)
+
+
+@pytest.mark.parametrize("encoder", ["gaussian", "gaussian_full"])
+@pytest.mark.parametrize("contrast", ["diagonal", "full"])
+def test_the_bound_is_the_same_by_a_contrast_that_the_flow_carries(encoder, contrast):
+    models, (noise, _) = zip(*(flowed(encoder, name) for name in (contrast, "prior")), strict=True)
+    carried, by_prior = (
+        np.asarray(model.terms(tf.constant(X), noise).kl, np.float64) for model in models
+    )
+    assert (by_prior.mean(0) > 0.5).all()
+    error = by_prior.std(0) / len(noise) ** 0.5
+    np.testing.assert_array_less(np.abs(carried.mean(0) - by_prior.mean(0)), 5 * error)
+
+
+def test_the_divergence_of_a_carried_contrast_is_the_one_of_q_where_they_are_the_same():
+    model, noise = flowed("gaussian_full", "full")
+    terms = model.terms(tf.constant(X), noise)
+    np.testing.assert_allclose(terms.t, np.zeros_like(terms.t), atol=2e-3)
+    posterior = model.encoder(X, noise)
+    log_p = scipy.stats.norm.logpdf(np.asarray(posterior.z, np.float64)).sum(-1)
+    sampled = np.asarray(posterior.log_prob, np.float64) - log_p
+    error = sampled.std(0) / len(noise) ** 0.5
+    np.testing.assert_array_less(np.abs(sampled.mean(0) - terms.contrast_kl), 5 * error)
+
+
+def test_the_adversary_sees_q_and_its_contrast_before_the_steps():
+    sizes = dict(bases=4, basis_width=8, adversary_width=8)
+    settings = dict(adversary="residual", condition="posterior", **sizes)
+    (model, _), (other, _) = (flowed("joint_basis", "full", **settings) for _ in range(2))
+    for step in other.encoder.steps:
+        for weight in step.weights:
+            weight.assign(-weight)  # another flow
+    assert np.abs(model.encode(X, 6) - other.encode(X, 6)).max() > 0.1
+    expected = model.log_ratios(X, 6)
+    assert np.ptp(expected[0]) > 0.1
+    for found, ratio in zip(other.log_ratios(X, 6), expected, strict=True):
+        np.testing.assert_allclose(found, ratio, rtol=1e-5)

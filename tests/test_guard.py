@@ -203,7 +203,9 @@ def test_a_learning_rate_of_one_stops_with_the_reason(tmp_path):
     assert all(np.isfinite(v.numpy()).all() for v in left.weights)
 
 
-@pytest.mark.parametrize("method", ["vae", "avb", "avb_ac", "avb_ac_paper", "iaf", "auxvae", "aae"])
+@pytest.mark.parametrize(
+    "method", ["vae", "avb", "avb_ac", "avb_flow", "avb_ac_paper", "iaf", "auxvae", "aae"]
+)
 def test_the_step_of_every_method_compiles_for_xla(method):
     model = make(method)
     step = tf.function(

@@ -14,7 +14,7 @@ SMALL = {
     "latent_dim": 2, "width": 16, "bases": 4, "basis_width": 8, "adversary_width": 16,
     "products": 8, "adversary_draws": 4,
 }  # fmt: skip
-METHODS = ["vae", "avb", "avb_ac", "avb_ac_paper", "iaf", "auxvae", "aae"]
+METHODS = ["vae", "avb", "avb_ac", "avb_flow", "avb_ac_paper", "iaf", "auxvae", "aae"]
 
 
 def make(method="avb_ac", event_shape=(6,), compiled=True, **changes):

@@ -59,7 +59,7 @@ def test_its_bounds_are_those_of_a_linear_gaussian_model(monkeypatch, tmp_path):
     assert abs(gap + kl) < 0.02 + 5 / np.sqrt(64 * monitoring.ELBO_DRAWS)
 
 
-@pytest.mark.parametrize("method", ["vae", "avb_ac", "iaf"])
+@pytest.mark.parametrize("method", ["vae", "avb_ac", "avb_flow", "iaf"])
 def test_it_is_silent_where_the_two_bounds_agree(method, tmp_path, caplog):
     model = avb_tf.build(method, (6,), latent_dim=2, width=16, adversary_width=16)
     x = np.eye(6, dtype=np.float32)

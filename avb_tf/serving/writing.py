@@ -1,6 +1,5 @@
 """Signatures -> a version of a servable, `<directory>/<version>/`, for TensorFlow Serving."""
 
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from avb_tf.encoders import BasisEncoder
 from avb_tf.errors import UserError
 from avb_tf.serving import layout, signatures
 from avb_tf.serving.protos import PredictionLog, PredictRequest, to_tensor
@@ -49,7 +47,7 @@ def export(
     functions = signatures.of_model(model, importance_samples, max_batch)
     known = {"step": int(model.step.value), "importance_samples": importance_samples}
     encoder, weights = model.averaged_encoder, _weights(model)
-    with encoder.freezing() if isinstance(encoder, BasisEncoder) else contextlib.nullcontext():
+    with encoder.freezing():
         return write(directory, weights, functions, max_batch, **known, **settings)
 
 
