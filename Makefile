@@ -31,7 +31,7 @@ runs/%/results.json:
 	@$(RUN) --config=configs/$(config).py:$(word 3,$(parts)) --workdir=$(@D) \
 	  $(if $(filter posteriors,$(config)),--config.eval.reference=$(dir $(@D))references \
 	  --config.seed,--config.model.seed)=$(or $(word 4,$(parts)),0) \
-	  $(if $(filter mnist,$(config)),$(MNIST:%=--config.data.path=%)) \
+	  $(if $(filter mnist mnist_4x4,$(config)),$(MNIST:%=--config.data.path=%)) \
 	  --mode=train_and_evaluate >$(@D).log 2>&1 || { cat $(@D).log; exit 1; }
 	@echo; echo "$*"; grep '^|' $(@D).log
 
@@ -61,12 +61,12 @@ seeds: setup
 	@$(MAKE) --no-print-directory -j2 \
 	  $(foreach seed,0 1 2,$(COMPARED:%=runs/seeds/%-$(seed)/results.json))
 
-# The paper's comparison on MNIST with eight latents: hours. What is finished is not done again, and
+# The paper's comparison on MNIST with eight latents, and AVB on small images: hours. What is finished is not done again, and
 # what was interrupted goes on. MNIST=mnist.npz names the data, which are downloaded otherwise.
-MNIST_RUNS := avb_flow-0 vae-0 avb_flow-1 vae-1 vae-2 avb_flow-2 iaf-0 auxvae-0 aae-0 avb-0 avb_ac-0 \
-  iaf-1 iaf-2
+MNIST_RUNS := $(addprefix mnist/,avb_flow-0 vae-0 avb_flow-1 vae-1 iaf-0 avb-0 avb_flow-2 vae-2 \
+  auxvae-0 aae-0 avb_ac-0 iaf-1 iaf-2) $(foreach seed,0 1 2,mnist_4x4/avb_ac-$(seed) mnist_4x4/vae-$(seed))
 mnist: setup
-	@$(MAKE) --no-print-directory -j2 $(MNIST_RUNS:%=runs/paper/mnist/%/results.json)
+	@$(MAKE) --no-print-directory -j2 $(MNIST_RUNS:%=runs/paper/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/paper
 
 # Every model of configs/posteriors.py, three seeds each, the baselines by the first: 45 minutes.

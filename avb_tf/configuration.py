@@ -49,12 +49,11 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
     config.steps = 10_000
     config.batch_size = 128  # over all replicas
     config.data = {
-        "name": "digits",  # digits, four_points, mnist, npz, images, tfds:<name>
+        "name": "digits",  # digits, four_points, mnist, mnist_4x4, npz, images, tfds:<name>
         "path": "",  # file or folder; "" looks in $AVB_TF_DATA_DIR
         "seed": 0,  # of splits that the source does not fix
         "image_size": 64,  # of `images`, after a centre crop
         "channels": 3,  # of `images`: 1 or 3
-        "pool": 1,  # side of the squares whose mean is a pixel, of images of any source
     }
     config.optimizer = {
         "learning_rate": 5e-4,  # of encoder and decoder
@@ -118,7 +117,7 @@ _RANGES = (
         lambda value: 0 < value < 2**31,
         (
             "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
-            "guard.patience", "data.image_size", "data.pool", "model.latent_dim",
+            "guard.patience", "data.image_size", "model.latent_dim",
             "model.width", "model.depth", "model.bases",
             "model.basis_width", "model.adversary_width", "model.adversary_depth",
             "model.products", "model.flow_width",

@@ -15,7 +15,7 @@ def get_config(method="avb_ac"):
     )  # fmt: skip
     config.name = f"mnist-{method}"
     config.data.name = "mnist"
-    config.steps = 30_000
+    config.steps = 20_000
     config.threads_per_op = 1
     config.optimizer.learning_rate = 1e-3
     config.optimizer.adversary_learning_rate = 3e-3

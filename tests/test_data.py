@@ -42,9 +42,9 @@ def no_default_folder(monkeypatch):
     monkeypatch.delenv("AVB_TF_DATA_DIR", raising=False)
 
 
-def load(name, path: str | Path = "", seed=0, image_size=8, channels=3, pool=1):
-    sizes = dict(image_size=image_size, channels=channels, pool=pool)
-    return data.load(ConfigDict(dict(name=name, path=str(path), seed=seed) | sizes))
+def load(name, path: str | Path = "", seed=0, image_size=8, channels=3):
+    settings = dict(name=name, path=str(path), seed=seed, image_size=image_size, channels=channels)
+    return data.load(ConfigDict(settings))
 
 
 def splits(source):
@@ -337,18 +337,20 @@ X = RNG.random((20, 3))
 NAN = np.where(np.arange(60).reshape(20, 3) == 7, np.nan, X)
 
 
-def test_a_pooled_pixel_is_the_mean_of_a_square():
-    source, whole = load("digits", pool=4), load("digits")
-    assert source.event_shape == (2, 2, 1)
-    assert sizes(source) == sizes(whole)
-    for split, plain in zip(splits(source), splits(whole), strict=True):
-        squares = content(plain).reshape(-1, 2, 4, 2, 4).mean((2, 4))
-        np.testing.assert_allclose(content(split)[..., 0], squares, rtol=1e-5)
-        np.testing.assert_array_equal(split.labels, plain.labels)
+def test_mnist_of_4x4_is_white_where_a_quarter_is_ink():
+    whole, small = load("mnist", MNIST), load("mnist_4x4", MNIST)
+    assert small.event_shape == (4, 4, 1)
+    assert sizes(small) == sizes(whole)
+    np.testing.assert_array_equal(small.test.labels, whole.test.labels)
+    squares = content(whole.test)[..., 0].reshape(-1, 4, 7, 4, 7).mean((2, 4))
+    found = content(small.test)[..., 0]
+    clear = np.abs(squares - 0.25) > 1e-5
+    assert clear.mean() > 0.999
+    np.testing.assert_array_equal(found[clear], (squares > 0.25)[clear])
 
 
 MISTAKES = {
-    "name": ("mnits", lambda d: "", "'mnits'.*four_points, digits, mnist, npz, images"),
+    "name": ("mnits", lambda d: "", "'mnits'.*four_points, digits, mnist, mnist_4x4, npz, images"),
     "seed": ("npz", lambda d: npz(d, x_train=X), "seed is -1"),
     "npz path empty": ("npz", lambda d: "", "path is empty"),
     "npz missing": ("npz", lambda d: d / "a.npz", "a.npz cannot be read.*No such file"),
@@ -432,17 +434,9 @@ MISTAKES = {
     "images too few": ("images", lambda d: write_images(d, 2), "2 example.* at least 3"),
     "channels": ("images", lambda d: write_images(d, 3), "channels 2"),
     "image size": ("images", lambda d: write_images(d, 3), "image_size is 0"),
-    "pool of images": ("digits", lambda d: "", r"pool is 3 and x has shape \(8, 8, 1\)"),
-    "pool of rows": ("four_points", lambda d: "", r"pool is 2 and x has shape \(4,\)"),
     "tfds": ("tfds:no_such_set", lambda d: d, "tfds:no_such_set"),
 }
-SETTINGS = {
-    "seed": {"seed": -1},
-    "channels": {"channels": 2},
-    "image size": {"image_size": 0},
-    "pool of images": {"pool": 3},
-    "pool of rows": {"pool": 2},
-}
+SETTINGS = {"seed": {"seed": -1}, "channels": {"channels": 2}, "image size": {"image_size": 0}}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

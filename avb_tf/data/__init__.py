@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from avb_tf.data import digits, four_points, images, mnist, npz, tfds
-from avb_tf.data.source import Source, Split, pooled
+from avb_tf.data.source import Source, Split
 from avb_tf.errors import UserError
 
 __all__ = ["SOURCES", "Source", "Split", "load"]
@@ -13,6 +13,7 @@ SOURCES: dict[str, Callable[[Any], Source]] = {
     "four_points": lambda settings: four_points.load(),
     "digits": lambda settings: digits.load(),
     "mnist": lambda settings: mnist.load(settings.path),
+    "mnist_4x4": lambda settings: mnist.load_4x4(settings.path),
     "npz": lambda settings: npz.load(settings.path, settings.seed),
     "images": lambda settings: images.load(
         settings.path, settings.seed, settings.image_size, settings.channels
@@ -29,17 +30,14 @@ def load(settings: Any) -> Source:
     Args:
       settings: the ConfigDict `config.data`, with the fields `name`, a key of SOURCES; `path`, a
         file or a folder, where empty the folder named by AVB_TF_DATA_DIR; `seed` of the splits that
-        are cut here; `image_size` and `channels` (1 or 3) of a folder of images; `pool`, the side
-        of the squares whose mean is a pixel, of images of any source.
+        are cut here; `image_size` and `channels` (1 or 3) of a folder of images.
 
     Raises:
-      UserError: the name is unknown, or the data are missing, damaged or not what the source
-        takes; or such squares do not fill an example.
+      UserError: the name is unknown, or the data are missing, damaged or not what the source takes.
     """
     key = "tfds:<name>" if settings.name.startswith("tfds:") else settings.name
     if key not in SOURCES:
         raise UserError(
             f"config.data.name is '{settings.name}'; expected one of {', '.join(SOURCES)}"
         )
-    source = SOURCES[key](settings)
-    return source if settings.pool == 1 else pooled(source, settings.pool)
+    return SOURCES[key](settings)

@@ -75,28 +75,3 @@ def cut(size: int, held_out: int, seed: int, place: str) -> list[np.ndarray]:
     order = np.random.default_rng(seed).permutation(size)
     *tenths, rest = np.split(order, tenth * np.arange(1, held_out + 1))
     return [rest, *tenths]
-
-
-def pooled(source: Source, side: int) -> Source:
-    """`source` with the mean of each square of `side` by `side` pixels in place of the pixels.
-
-    Raises:
-      UserError: x is no image, or such squares do not fill it.
-    """
-    if len(source.event_shape) != 3 or any(length % side for length in source.event_shape[:2]):
-        raise UserError(
-            f"config.data.pool is {side} and x has shape {source.event_shape}; expected a divisor "
-            "of the height and width of images; 1 leaves x as it is"
-        )
-    height, width, channels = source.event_shape
-
-    def smaller(split: Split) -> Split:
-        return Split(
-            split.size, lambda i: tf.nn.avg_pool2d(split.read(i), side, side, "VALID"), split.labels
-        )
-
-    return Source(
-        f"{source.name}_pooled",
-        (height // side, width // side, channels),
-        *map(smaller, (source.train, source.validation, source.test)),
-    )

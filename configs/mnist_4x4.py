@@ -1,0 +1,23 @@
+"""MNIST in 4 x 4 binary pixels with two latents: real data where the posterior's shape matters.
+
+python main.py --config=configs/mnist_4x4.py:avb_ac --config.data.path=mnist.npz
+
+Without a path the file is looked for in $AVB_TF_DATA_DIR, then downloaded.
+"""
+
+from avb_tf import configuration
+
+
+def get_config(method="avb_ac"):
+    config = configuration.default(
+        method, latent_dim=2, draws=4, adversary_draws=4, adversary_steps=3
+    )
+    config.name = f"mnist_4x4-{method}"
+    config.data.name = "mnist_4x4"
+    config.steps = 8000
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.adversary_learning_rate = 3e-3
+    config.log_every = config.checkpoint_every = 1000
+    config.figures_every = 0
+    config.threads_per_op = 1
+    return config
