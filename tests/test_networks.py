@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from avb_tf import AVB, encoders
+from avb_tf import AVB, build, encoders, flows
 from avb_tf.networks import (
     ConcatenatingAdversary,
     ConvDecoder,
@@ -99,6 +99,17 @@ def test_residual_blocks_begin_as_one_layer_and_add_layers_of_normalised_feature
         normalised = norm.gamma.numpy() * scaled + norm.beta.numpy()
         features = features + dense(change, relu(dense(hidden, normalised)))
     np.testing.assert_allclose(trunk(x), relu(features), rtol=1e-4, atol=1e-5)
+
+
+def test_residual_blocks_stand_for_dense_layers_and_after_convolutions():
+    sizes = dict(width=6, depth=3, latent_dim=2, filters=(3, 4), residual_blocks=2)
+    for network, of_images in (("dense", DenseTrunk), ("conv", ConvTrunk)):
+        trunk = build("vae", (8, 8, 1), network=network, **sizes).encoder.trunk
+        assert isinstance(trunk, ResidualTrunk)
+        assert isinstance(trunk.trunk, of_images)
+        assert len(trunk.hidden) == 2
+        assert trunk(tf.zeros([3, 8, 8, 1])).shape == (3, 6)
+        assert network == "conv" or not trunk.trunk.weights
 
 
 DECODERS = [
@@ -289,6 +300,15 @@ RESTORABLE = {
     ),
     "JointBasisEncoder": (
         lambda: encoders.JointBasisEncoder(DenseTrunk(4, 1), 2, 6, bases=3, width=4),
+        [FLAT, NOISE],
+    ),
+    "FlowEncoder": (
+        lambda: flows.FlowEncoder(
+            DenseTrunk(4, 1, "tanh"),
+            encoders.JointBasisEncoder(keras.layers.Identity(), 2, 6, bases=3, width=4),
+            steps=2,
+            width=5,
+        ),
         [FLAT, NOISE],
     ),
     "AVB": (small_model, [FLAT]),
