@@ -43,10 +43,17 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
             "use network 'dense'"
         )
     needed = {"prior": 1, "diagonal": 2, "full": s.latent_dim + 1}[s.contrast]
-    if s.encoder in _MOMENTS_OF_DRAWS and max(s.draws, s.adversary_draws) < needed:
+    samples = s.draws if s.adversary == "none" else max(s.draws, s.adversary_draws)
+    if s.encoder in _MOMENTS_OF_DRAWS and samples < needed:
         raise UserError(
-            f"draws is {s.draws} and adversary_draws {s.adversary_draws}; expected one of at least "
-            f"{needed} for the moments of encoder '{s.encoder}' under contrast '{s.contrast}'"
+            f"draws is {s.draws} and adversary_draws {s.adversary_draws}, of which adversary "
+            f"'{s.adversary}' makes {samples}; expected at least {needed} for the moments of "
+            f"encoder '{s.encoder}' under contrast '{s.contrast}'"
+        )
+    if s.flow_steps and s.flow_width < s.latent_dim:
+        raise UserError(
+            f"flow_width is {s.flow_width}; expected at least the {s.latent_dim} of latent_dim, "
+            "or a step reads some of the latents nowhere"
         )
     return AVB(
         tuple(event_shape),

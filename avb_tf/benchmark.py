@@ -100,13 +100,14 @@ def reference_step(model: AVB, x) -> None:
     noise, z_contrast = model._noises(x, _TRAIN)
     with tf.GradientTape(persistent=True) as tape:
         posterior = model.encoder(x, noise, training=True)
-        r = model.contrast(posterior)
-        condition = model._condition(x, posterior, r)
-        t = _plain_t(adversary, condition, contrasts.whiten(posterior.z, r))
+        q, r = contrasts.compare(posterior, model.contrast)
+        condition = model._condition(x, q, r)
+        t = _plain_t(adversary, condition, contrasts.whiten(q.z, r))
         t_contrast = _plain_t(adversary, condition, z_contrast)
         outputs = model.decoder(posterior.z[: model.draws])
         reconstruction = tf.reduce_mean(log_likelihood(model.likelihood, outputs, x))
-        kl = tf.reduce_mean(contrasts.divergence(r, model.prior) + t)
+        after_flow = None if q is posterior else posterior
+        kl = tf.reduce_mean(contrasts.divergence(r, model.prior, after_flow) + t)
         loss = kl - reconstruction
         adversary_loss = tf.reduce_mean(objectives.adversary_loss(t, t_contrast))
     primal, dual = model.primal_variables, adversary.trainable_variables

@@ -1,9 +1,9 @@
 """What two replicas cost on one machine: the same whole batch on one device, two, and two workers.
 
-Run by `make bench-replicas`. The networks are those of configs/mnist.py, then the authors', whose
-gradients of 27 million weights have to be summed. Every figure is from processes of its own: how
-many threads an operation has is settled when TensorFlow starts, and on the CPU the collectives of
-two strategies in one process are taken for each other.
+Run by `make bench-replicas`. The networks are dense ones as wide as those of configs/mnist.py, then
+the authors', whose gradients of 27 million weights have to be summed. Every figure is from
+processes of its own: how many threads an operation has is settled when TensorFlow starts, and on
+the CPU the collectives of two strategies in one process are taken for each other.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from avb_tf.data.source import array_split
 
 EVENT = (28, 28, 1)
 NETWORKS = {
-    "configs/mnist.py:avb_ac": configuration.default(
+    "avb_ac, 300 wide": configuration.default(
         "avb_ac", width=300, bases=32, adversary_width=256
     ),
     "the authors', dense": configuration.default(

@@ -6,6 +6,8 @@ encoder's mean and covariance can change, and by E_q[grad T] = 0 (paper, Proposi
 coordinates the gradient of the bound stays right.
 """
 
+from typing import Any
+
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
@@ -43,22 +45,29 @@ def whiten(z, r):
     return tf.transpose(r.scale.solve(columns), [2, 0, 1])
 
 
-def divergence(r, p):
-    """E_q[log r(z|x) - log p(z)] in nats, [batch], without a draw.
+def compare(posterior: Posterior, choice):
+    """(q, r) where T compares the two, r by `choice` of `CONTRASTS`.
+
+    An adaptive r goes through q's flow with it, if q has one, so that T may be had before the flow:
+    there r is a Gaussian. The prior stands after it.
+    """
+    before = posterior.base is not None and choice is not prior_contrast
+    q = posterior.base if before else posterior
+    return q, choice(q)
+
+
+def divergence(r, p, after_flow: Posterior | None = None):
+    """E_q[log r(z|x) - log p(z)] in nats, [batch], without a draw where q has no flow.
 
     Both logs are quadratic in z and r has those of q's moments that its own quadratic form sees,
     so the expectation under q is the one under r: KL(r || p), in closed form. Without p, which
     then counts as 1, it is minus the entropy of r.
+
+    An r that goes through a flow is a Gaussian before it, so that the first log stays in closed
+    form but for the flow's volume; that and the second are means over the draws `after_flow`.
     """
+    if after_flow is not None:
+        log_p = 0.0 if p is None else p.log_prob(after_flow.z)
+        volume: Any = after_flow.log_volume
+        return -r.entropy() - tf.reduce_mean(log_p + volume, 0)
     return -r.entropy() if p is None else tfd.kl_divergence(r, p)
-
-
-def carried_divergence(r, p, z, log_volume):
-    """E_q[log r(z|x) - log p(z)] in nats, [batch], for an r that went through q's flow.
-
-    r is the Gaussian before it, with q's moments there: log r(z|x) = log r(z_base|x) - log_volume,
-    the first in closed form as in `divergence`, the rest over the draws z [samples, batch, latent]
-    and log_volume = log |dz / dz_base| [samples, batch].
-    """
-    log_p = 0.0 if p is None else p.log_prob(z)
-    return -r.entropy() - tf.reduce_mean(log_p + log_volume, 0)

@@ -183,7 +183,7 @@ class BasisEncoder(Encoder):
 
     @contextlib.contextmanager
     def freezing(self):
-        """So with the moments outside training."""
+        """Within, graphs hold the moments outside training as numbers."""
         self.frozen = self._fixed_moments()
         try:
             yield

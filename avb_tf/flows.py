@@ -1,4 +1,4 @@
-"""Inverse autoregressive flow (Kingma et al., 2016): bends what an encoder draws, volume known."""
+"""Inverse autoregressive flow (Kingma et al., 2016), after any encoder."""
 
 import itertools
 
@@ -117,5 +117,5 @@ class FlowEncoder(Encoder):
         )
 
     def freezing(self):
-        """As the base's."""
+        """Within, graphs hold as numbers what the base's do."""
         return self.base.freezing()

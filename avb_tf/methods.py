@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "basis_activation": "tanh",  # of joint_basis: tanh for Gaussian tails, relu for sharp edges
     "flow_steps": 0,  # autoregressive steps that the encoder's draws go through
     "flow_width": 128,
-    "contrast": "full",  # prior, diagonal, full
+    "contrast": "full",  # prior, diagonal, full; of these the last two go through the flow
     "adversary": "none",  # none, residual, concatenating, factorised
     "condition": "x",  # x, posterior, none: what the adversary reads beside z
     "adversary_width": 128,
@@ -66,8 +66,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "contrast": "diagonal",
         "adversary": "factorised",
     },
-    # What AVB is compared with. Where the density is known and the moments are not, the prior is
-    # the contrast that costs nothing: T = log q(z|x) - log r(z|x) is exact, and r cancels.
+    # What AVB is compared with. Where the density is known T = log q(z|x) - log r(z|x) is exact
+    # and r cancels: the prior is the contrast that needs no moments.
     # Inverse autoregressive flow: Kingma et al. (2016).
     "iaf": {
         "encoder": "gaussian",

@@ -37,7 +37,7 @@ class AVB(Restorable, keras.Model):
       decoder: z [..., latent] -> likelihood parameters [..., *event, parameters].
       adversary: (condition, z) -> T, or None where the encoder knows its density.
       likelihood: a name in `likelihoods.LIKELIHOODS`, or a `Likelihood`.
-      contrast: a name in `contrast.CONTRASTS`.
+      contrast: a name in `contrast.CONTRASTS`; an adaptive one goes through the encoder's flow.
       condition: what the adversary reads beside z: "x", "posterior" for the encoder's own
         description of q(z|x) (`objectives.description`), or "none".
       draws: z per x that are decoded in a primal step.
@@ -122,11 +122,12 @@ class AVB(Restorable, keras.Model):
                 "adversary to learn it. Pass an adversary, or use a GaussianEncoder."
             )
         if self.adversary is not None:
-            q, r = self._contrasted(posterior)
+            q, r = contrasts.compare(posterior, self.contrast)
             if self.condition == "posterior" and q.columns is None:
                 raise UserError(
-                    f"condition 'posterior' needs an encoder that describes q(z|x), and "
-                    f"{type(self.encoder).__name__} does not. Use condition 'x'."
+                    f"condition 'posterior' needs an encoder that describes q(z|x), with a flow an "
+                    f"adaptive contrast too; {type(self.encoder).__name__} gives no description "
+                    "here. Use condition 'x'."
                 )
             self.adversary(self._condition(x, q, r), q.z)
         for weight, average in self._averages():
@@ -192,22 +193,13 @@ class AVB(Restorable, keras.Model):
 
         Both sides pass through the adversary in one product, its condition's branch once.
         """
-        q, r = self._contrasted(posterior)
+        q, r = contrasts.compare(posterior, self.contrast)
         t, t_contrast = self._t(x, q, r, contrast_noise)
         outputs = decoder(posterior.z[:draws])
         reconstruction = log_likelihood(self.likelihood, outputs, x)
-        if q is posterior:
-            contrast_kl = contrasts.divergence(r, self.prior)
-        else:
-            z, log_volume = posterior.z, posterior.log_volume
-            contrast_kl = contrasts.carried_divergence(r, self.prior, z, log_volume)
+        after_flow = None if q is posterior else posterior
+        contrast_kl = contrasts.divergence(r, self.prior, after_flow)
         return objectives.Terms(reconstruction, contrast_kl, t), t_contrast
-
-    def _contrasted(self, posterior: Posterior):
-        """q where the contrast is a Gaussian, before its flow unless that is p(z), and this r."""
-        adaptive = self.contrast is not contrasts.prior_contrast
-        q = posterior.base if adaptive and posterior.base is not None else posterior
-        return q, self.contrast(q)
 
     def _t(self, x, q: Posterior, r, contrast_noise=None):
         """T at the z of q and, where r is N(0, I), at `contrast_noise`."""
@@ -299,7 +291,8 @@ class AVB(Restorable, keras.Model):
         variables = self.adversary.trainable_variables
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in variables])
-            loss = self._adversary_loss(*self._t(x, *self._contrasted(posterior), contrast_noise))
+            q, r = contrasts.compare(posterior, self.contrast)
+            loss = self._adversary_loss(*self._t(x, q, r, contrast_noise))
         gradients = tape.gradient(loss, variables)
         applied = self._all_finite(x, loss, *gradients)
         replicas.apply(self.adversary_optimizer, gradients, variables, applied)
@@ -429,7 +422,8 @@ class AVB(Restorable, keras.Model):
         """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary."""
         posterior = self.posterior(x, samples, seed)
         noise = tf.random.stateless_normal(tf.shape(posterior.z), [seed, 2])
-        return self._t(tf.convert_to_tensor(x), *self._contrasted(posterior), noise)
+        q, r = contrasts.compare(posterior, self.contrast)
+        return self._t(tf.convert_to_tensor(x), q, r, noise)
 
     def decode(self, z):
         """E[x|z] for z [..., latent], [..., *event] in [0, 1]."""

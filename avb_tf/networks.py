@@ -113,11 +113,11 @@ class ConvTrunk(Restorable, keras.layers.Layer):
 
 @_register
 class ResidualTrunk(Restorable, keras.layers.Layer):
-    """Features of x by residual blocks (He et al., 2016) on another trunk's.
+    """Features of x by residual blocks (He et al., 2016) on a linear layer of another trunk's.
 
-    [batch, *event] -> [batch, width]. A block adds two dense layers of the normalised features and
-    changes nothing at first, so that depth costs no start. No activation stands between the first
-    layer and the last: what one block says of x reaches the end whatever its sign.
+    [batch, *event] -> [batch, width]. A block adds two dense layers of the features, normalised
+    over the layer, and changes nothing at first. Beside the blocks stands no activation but a last
+    relu.
     """
 
     def __init__(self, trunk: keras.layers.Layer, width: int, blocks: int, **kwargs):

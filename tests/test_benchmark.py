@@ -11,11 +11,11 @@ from avb_tf.errors import UserError
 
 SMALL = {
     "latent_dim": 2, "width": 8, "depth": 1, "bases": 3, "basis_width": 4, "adversary_width": 8,
-    "adversary_depth": 1, "products": 8, "draws": 2, "adversary_draws": 2,
+    "adversary_depth": 1, "products": 8, "draws": 2, "adversary_draws": 2, "flow_width": 8,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["avb", "avb_ac", "avb_ac_paper"])
+@pytest.mark.parametrize("method", ["avb", "avb_ac", "avb_flow", "avb_ac_paper"])
 def test_the_plainly_written_step_is_the_same_step(method):
     x = (np.random.default_rng(0).random((16, 6)) < 0.5).astype(np.float32)
     weights = []

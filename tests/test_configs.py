@@ -1,11 +1,11 @@
-"""The configs for an accelerator: a few steps of each, with networks of their kind but narrow."""
+"""Configs are valid; of those for an accelerator a few steps, with networks made narrow."""
 
 import keras
 import numpy as np
 import pytest
 
 from avb_tf import checkpoints, configuration, methods, training
-from configs import celeba, mnist_conv
+from configs import celeba, mnist, mnist_4x4, mnist_conv
 
 NARROW = {"filters": (4, 8, 8, 8), "width": 16, "adversary_width": 16, "bases": 4, "basis_width": 8}
 
@@ -16,7 +16,7 @@ def shorten(config, steps=2):
     return config
 
 
-@pytest.mark.parametrize("module", [celeba, mnist_conv])
+@pytest.mark.parametrize("module", [celeba, mnist, mnist_4x4, mnist_conv])
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_has_a_valid_config(module, method):
     config = module.get_config(method)

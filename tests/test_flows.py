@@ -1,4 +1,4 @@
-"""The inverse autoregressive flow: its masks and its density, by Jacobians."""
+"""Flows: their masks and their density, by Jacobians, and the contrast that goes with them."""
 
 import keras
 import numpy as np
@@ -169,3 +169,11 @@ def test_the_adversary_sees_q_and_its_contrast_before_the_steps():
     assert np.ptp(expected[0]) > 0.1
     for found, ratio in zip(other.log_ratios(X, 6), expected, strict=True):
         np.testing.assert_allclose(found, ratio, rtol=1e-5)
+
+
+def test_moments_freeze_with_those_of_the_base():
+    model, _ = flowed("joint_basis", "full", adversary="residual")
+    assert model.encoder.base.frozen is None
+    with model.encoder.freezing():
+        assert model.encoder.base.frozen is not None
+    assert model.encoder.base.frozen is None

@@ -64,7 +64,7 @@ def test_a_posterior_half_too_narrow_is_flagged_and_a_wide_one_is_not(linear_gau
     assert (wide < diagnostics.PARETO_K_LIMIT).all()
 
 
-@pytest.mark.parametrize("method", ["vae", "avb", "avb_ac", "avb_ac_paper"])
+@pytest.mark.parametrize("method", ["vae", "avb", "avb_ac", "avb_flow", "avb_ac_paper", "iaf"])
 def test_every_method_has_weights_that_its_seed_fixes(method):
     model = build(method, (5,), latent_dim=3, width=8, adversary_width=8, bases=4, basis_width=4)
     x = np.round(np.random.default_rng(0).random((4, 5))).astype(np.float32)

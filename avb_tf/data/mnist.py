@@ -59,7 +59,8 @@ def load(path: str) -> Source:
 def load_4x4(path: str) -> Source:
     """MNIST in 4 x 4 binary pixels, event [4, 4, 1]: 1 where the mean of 7 x 7 is above a quarter.
 
-    Few enough patterns for a model to give each a region of z of its own, whatever its shape.
+    The training images have 715 patterns, the 16 commonest of them two thirds of the images, with
+    an entropy of 4.06 nats: a model can give the common ones regions of z of their own.
 
     Args:
       path: as of `load`, with its errors.
