@@ -116,10 +116,10 @@ FIELDS = {
     f"{AVB} --config.model.adversary=none": "BlackBoxEncoder",
     f"{POINTS} --config.model.network=conv": "(4,)",
     f"{DIGITS} --config.model.flow_steps=2 --config.model.flow_width=1": "flow_width is 1",
-    "configs/digits.py:auxvae --config.model.contrast=full --config.model.latent_dim=4": (
+    "--config=configs/digits.py:auxvae --config.model.contrast=full --config.model.latent_dim=4": (
         "adversary 'none' makes 4"
     ),
-    "configs/digits.py:avb_flow --config.model.contrast=prior": "FlowEncoder",
+    "--config=configs/digits.py:avb_flow --config.model.contrast=prior": "FlowEncoder",
     f"{DIGITS} --config.optimizer.learning_rate=0": "learning_rate is 0.0",
     f"{DIGITS} --config.guard.patience=0": "config.guard.patience is 0",
     f"{DIGITS} --config.guard.factor=1": "config.guard.factor is 1",
