@@ -61,8 +61,9 @@ seeds: setup
 	@$(MAKE) --no-print-directory -j2 \
 	  $(foreach seed,0 1 2,$(COMPARED:%=runs/seeds/%-$(seed)/results.json))
 
-# The paper's comparison on MNIST with eight latents, and AVB on small images: hours. What is finished is not done again, and
-# what was interrupted goes on. MNIST=mnist.npz names the data, which are downloaded otherwise.
+# The paper's comparison on MNIST with eight latents, and a Gaussian beside AVB on its images in 4 x 4
+# pixels: two hours. What is finished is not done again, and what was interrupted goes on.
+# MNIST=mnist.npz names the data, which are downloaded otherwise.
 MNIST_RUNS := $(addprefix mnist/,avb_flow-0 vae-0 avb_flow-1 vae-1 iaf-0 avb-0 avb_flow-2 vae-2 \
   auxvae-0 aae-0 avb_ac-0 iaf-1 iaf-2) $(foreach seed,0 1 2,mnist_4x4/avb_ac-$(seed) mnist_4x4/vae-$(seed))
 mnist: setup

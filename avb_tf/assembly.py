@@ -46,8 +46,8 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
     samples = s.draws if s.adversary == "none" else max(s.draws, s.adversary_draws)
     if s.encoder in _MOMENTS_OF_DRAWS and samples < needed:
         raise UserError(
-            f"draws is {s.draws} and adversary_draws {s.adversary_draws}, of which adversary "
-            f"'{s.adversary}' makes {samples}; expected at least {needed} for the moments of "
+            f"draws is {s.draws} and adversary_draws {s.adversary_draws}, with adversary "
+            f"'{s.adversary}' {samples} an example; expected at least {needed} for the moments of "
             f"encoder '{s.encoder}' under contrast '{s.contrast}'"
         )
     if s.flow_steps and s.flow_width < s.latent_dim:
