@@ -1,5 +1,6 @@
 """The finished runs below a directory, in one table and one figure."""
 
+import collections
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,12 +184,16 @@ def _paired(group: list[Run], baseline: list[Run], name: str) -> dict[str, Any] 
     }
 
 
-def _example_values(run: Run, name: str) -> dict[int, float] | None:
-    """{example: value}, or None where they are not kept."""
+def _example_values(run: Run, name: str) -> dict[tuple[int, int], float] | None:
+    """{(example, how often it came before): value}, or None where they are not kept."""
     if name not in run.values or "example" not in run.values:
         return None
-    values = run.values[name]
-    return dict(zip(run.values["example"][: len(values)].tolist(), values.tolist(), strict=True))
+    values = run.values[name].tolist()
+    before, found = collections.Counter(), {}
+    for example, value in zip(run.values["example"][: len(values)].tolist(), values, strict=True):
+        found[example, before[example]] = value
+        before[example] += 1
+    return found
 
 
 def _data(run: Run) -> tuple:

@@ -52,5 +52,5 @@ def draw(curves: Mapping[str, np.ndarray], methods: Mapping[str, str]) -> Figure
     for axes in (whole, close):
         axes.set_xlabel("primal steps")
         axes.set_ylabel("nats per held-out example")
-    whole.legend(loc="lower right", frameon=False)
+    whole.legend(loc="center right", frameon=False)
     return figure

@@ -79,6 +79,13 @@ def test_only_common_examples_are_paired(tmp_path):
     assert {row["method"]: row for row in compared(tmp_path)}["iaf"]["above_vae"] is None
 
 
+def test_examples_that_are_alike_are_paired_each(tmp_path):
+    x = X[np.repeat(np.arange(10), 4)]
+    make(tmp_path / "a", x=x)
+    make(tmp_path / "b", "avb", x=x, shift=1.0)
+    assert {row["method"]: row for row in compared(tmp_path)}["avb"]["above_vae"]["count"] == 40
+
+
 def test_another_configuration_is_another_row(tmp_path):
     make(tmp_path / "a")
     make(tmp_path / "b", family="wider")
