@@ -15,7 +15,7 @@ from tests import linear_gaussian as linear_gaussian_model
 
 SMALL = {
     "latent_dim": 3, "width": 8, "depth": 1, "bases": 4, "basis_width": 8, "adversary_width": 8,
-    "products": 8, "draws": 4, "adversary_draws": 4, "flow_width": 8, "flow_steps": 2,
+    "products": 8, "draws": 4, "adversary_draws": 4, "flow_width": 8,
 }  # fmt: skip
 
 
