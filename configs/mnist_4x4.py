@@ -3,7 +3,8 @@
 python main.py --config=configs/mnist_4x4.py:avb_ac --config.data.path=mnist.npz
 
 Without a path the file is looked for in $AVB_TF_DATA_DIR, then downloaded. Expect, in 3 minutes of
-one core, a log p(x) by quadrature of -4.138 nats with avb_ac and -4.147 with vae (one seed, `make mnist`).
+one core, a log p(x) by quadrature of -4.138 nats with avb_ac and -4.147 with vae (one seed; `make
+mnist` runs three).
 """
 
 from avb_tf import configuration
