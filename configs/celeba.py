@@ -12,7 +12,7 @@ from avb_tf import configuration
 def get_config(method="avb_ac"):
     config = configuration.default(
         method, latent_dim=64, likelihood="normal", network="conv", filters=(64, 128, 256, 512),
-        width=512, bases=64, adversary_width=512, adversary_draws=4,
+        strides=(2, 2, 2, 2), width=512, bases=64, adversary_width=512, adversary_draws=4,
     )  # fmt: skip
     if method == "avb":
         config.model.noise_dim = 128

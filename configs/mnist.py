@@ -11,10 +11,10 @@ from avb_tf import configuration
 
 
 def get_config(method="avb_flow"):
-    config = configuration.default(
-        method, latent_dim=8, width=300, residual_blocks=6, bases=32, adversary_width=256,
-        adversary_draws=4,
-    )  # fmt: skip
+    sizes = {}
+    if method != "avb_ac_paper":  # that is the authors' dense networks
+        sizes = dict(width=300, residual_blocks=6, bases=32, adversary_width=256, adversary_draws=4)
+    config = configuration.default(method, latent_dim=8, **sizes)
     config.name = f"mnist-{method}"
     config.data.name = "mnist"
     config.steps = 20_000

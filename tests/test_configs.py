@@ -7,7 +7,9 @@ import pytest
 from avb_tf import checkpoints, configuration, methods, training
 from configs import celeba, mnist, mnist_4x4, mnist_conv
 
-NARROW = {"filters": (4, 8, 8, 8), "width": 16, "adversary_width": 16, "bases": 4, "basis_width": 8}
+NARROW = {
+    "filters": (4, 8, 8, 8), "width": 16, "adversary_width": 16, "bases": 4, "basis_width": 8,
+}  # fmt: skip
 
 
 def shorten(config, steps=2):

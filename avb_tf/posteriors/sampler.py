@@ -20,7 +20,7 @@ class NormalEncoder(Encoder):
         super().__init__(**kwargs)
         self.latent_dim = self.noise_dim = latent_dim
 
-    def parameters(self, x):
+    def parameters(self, x, training=False):
         """The same for every x."""
         zeros = tf.zeros([tf.shape(x)[0], self.latent_dim])
         return zeros, tf.linalg.diag(tf.ones_like(zeros))
@@ -51,7 +51,7 @@ class GatedEncoder(Encoder):
         self.stacks = [DenseStack(width, 2, "tanh") for _ in count]
         self.gates = [dense(2 * latent_dim, kernel_initializer="zeros") for _ in count]
 
-    def parameters(self, x):
+    def parameters(self, x, training=False):
         """Nothing: x is fixed."""
         return ()
 
