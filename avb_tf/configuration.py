@@ -14,7 +14,12 @@ from avb_tf.posteriors import settings
 
 FILE = "config.json"
 # Fields that may differ between training and a later command: data may move, and so may the run.
-LATER = ("eval", "export", "profile_steps", "data.path", "strategy", "threads_per_op")
+LATER = (
+    "eval", "export", "profile_steps", "data.path", "strategy", "threads_per_op", "tf32",
+    "resident_megabytes",
+)  # fmt: skip
+# Fields that the files of earlier versions lack, which had these values.
+_SINCE = {"tf32": True, "resident_megabytes": 4096}
 # What -1 in config.eval stands for. `paper` is the authors' protocol (320 examples, 8 chains, 2000
 # temperatures, 30 leapfrog steps) on more examples with more chains: for an accelerator.
 BUDGETS = {
@@ -72,6 +77,8 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
     }
     config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
     config.threads_per_op = 0  # of the CPU; 0: all cores. Small layers are faster with 1
+    config.tf32 = True  # whether a GPU may take float32 products with 10 bits of mantissa
+    config.resident_megabytes = 4096  # of training data, up to which they stay on the device
     # float32, mixed_bfloat16, mixed_float16: of the large products while training. Weights and
     # bounds are float32, and so is all that is done with a trained model.
     config.precision = "float32"
@@ -135,7 +142,7 @@ _RANGES = (
             "figures_every", "model.residual_blocks", "model.noise_dim", "model.flow_steps",
             "model.kl_annealing_steps", "model.seed", "data.seed", "optimizer.adversary_warmup",
             "optimizer.clip_norm", "guard.rollbacks", "eval.examples", "eval.posteriors",
-            "export.version", "threads_per_op",
+            "export.version", "threads_per_op", "resident_megabytes",
         ),
     ),
     (
@@ -331,6 +338,8 @@ def read(workdir: Path) -> dict:
     file = workdir / FILE
     try:
         config = json.loads(file.read_text())
+        if isinstance(config, dict) and config.get("method") in methods.METHODS:
+            config = _SINCE | config
         _check_fields(config, _template(config).to_dict())
     except FileNotFoundError as error:
         raise UserError(
