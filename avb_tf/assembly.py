@@ -26,9 +26,9 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
     """A model by name, ready for `compile` and `fit`.
 
     Args:
-      method: a name in `methods.METHODS`.
+      method: a name in `settings.methods.METHODS`.
       event_shape: shape of one example: (features,) or (height, width, channels).
-      **changes: to the settings in `methods.SETTINGS`, which says what each means.
+      **changes: to the settings in `settings.methods.SETTINGS`, which says what each means.
     Raises:
       UserError: a name that does not exist, or parts that do not fit each other.
     """

@@ -10,15 +10,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from avb_tf import auxiliary, flows, objectives, optimizers, replicas, schedules
 from avb_tf import contrast as contrasts
-from avb_tf import objectives, optimizers, replicas, schedules
 from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS, Likelihood, log_likelihood
 from avb_tf.networks import Adversary, Restorable
 
-# Saved models may hold an optimizer and a schedule of ours: whoever loads one has them registered.
-__all__ = ["AVB", "schedules"]
+# Saved models may hold any of our parts and schedules: whoever loads one has them registered.
+__all__ = ["AVB", "auxiliary", "flows", "schedules"]
 
 # Streams of randomness within a step. Noises come in pairs; further dual steps go on from _TRAIN.
 _BINARISE, _TEST, _, _TRAIN = range(4)
@@ -86,7 +86,7 @@ class AVB(Restorable, keras.Model):
         self.kl_annealing_steps = kl_annealing_steps
         self.ema_decay = ema_decay
         self.skip_non_finite = skip_non_finite
-        self.patience = 2**31 - 1  # skipped steps in a row that end training (`callbacks.Guard`)
+        self.patience = 2**31 - 1  # skipped steps in a row that end training (`callbacks.guard`)
         self.seed = seed
         self.prior = contrasts.prior(encoder.latent_dim) if prior else None
         self.encoder, self.decoder, self.adversary = encoder, decoder, adversary

@@ -29,8 +29,8 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
     """Every field there is.
 
     Args:
-      method: a name in `methods.METHODS`.
-      **model: changes to the method's settings (`methods.SETTINGS`).
+      method: a name in `settings.methods.METHODS`.
+      **model: changes to the method's settings (`settings.methods.SETTINGS`).
     Raises:
       UserError: an unknown method or setting.
     """
