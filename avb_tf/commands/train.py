@@ -43,6 +43,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
 
 def _train(config, workdir, strategy) -> AVB:
     chief = replicas.is_chief()
+    assembly.checked(config.method, **config.model)  # before data that may take long to load
     source = data.load(config.data)
     with strategy.scope():
         model = create(config, source.event_shape)
