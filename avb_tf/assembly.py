@@ -18,38 +18,6 @@ _TRAINING = (
 )  # fmt: skip
 
 
-def _black_box(s, trunk):
-    return trunk, s.latent_dim, s.noise_dim or s.latent_dim, s.width, s.depth
-
-
-def _basis(s, trunk):
-    return trunk, s.latent_dim, s.noise_dim or s.latent_dim, s.bases, s.basis_width
-
-
-def _hidden(s, trunk):
-    return trunk, s.adversary_width, s.adversary_depth
-
-
-# Name -> (settings, trunk) -> the part.
-_ENCODERS = {
-    "gaussian": lambda s, trunk: encoders.GaussianEncoder(trunk, s.latent_dim),
-    "gaussian_full": lambda s, trunk: encoders.GaussianEncoder(trunk, s.latent_dim, True),
-    "black_box": lambda s, trunk: encoders.BlackBoxEncoder(*_black_box(s, trunk)),
-    "injected": lambda s, trunk: encoders.BlackBoxEncoder(
-        *_black_box(s, trunk), inject_every_layer=True
-    ),
-    "noise_basis": lambda s, trunk: encoders.NoiseBasisEncoder(*_basis(s, trunk)),
-    "joint_basis": lambda s, trunk: encoders.JointBasisEncoder(
-        *_basis(s, trunk), s.basis_activation
-    ),
-    "auxiliary": lambda s, trunk: auxiliary.AuxiliaryEncoder(*_black_box(s, trunk)),
-}
-_ADVERSARIES = {
-    "none": lambda s, trunk: None,
-    "residual": lambda s, trunk: networks.ResidualAdversary(*_hidden(s, trunk)),
-    "concatenating": lambda s, trunk: networks.ConcatenatingAdversary(*_hidden(s, trunk)),
-    "factorised": lambda s, trunk: networks.FactorisedAdversary(*_hidden(s, trunk), s.products),
-}
 # Encoders of whose moments nothing is known but what their draws tell.
 _MOMENTS_OF_DRAWS = ("black_box", "injected", "auxiliary")
 
@@ -93,8 +61,6 @@ def checked(method: str, **changes: Any) -> SimpleNamespace:
     _check(s, "contrast", CONTRASTS)
     _check(s, "condition", ("x", "posterior", "none"))
     _check(s, "network", ("dense", "conv"))
-    _check(s, "encoder", _ENCODERS)
-    _check(s, "adversary", _ADVERSARIES)
     needed = {"prior": 1, "diagonal": 2, "full": s.latent_dim + 1}[s.contrast]
     samples = s.draws if s.adversary == "none" else max(s.draws, s.adversary_draws)
     if s.encoder in _MOMENTS_OF_DRAWS and samples < needed:
@@ -140,14 +106,35 @@ def _encoder(s) -> encoders.Encoder:
 
 
 def _base(s, trunk) -> encoders.Encoder:
-    return _ENCODERS[s.encoder](s, trunk)
+    noise_dim = s.noise_dim or s.latent_dim
+    black_box = (trunk, s.latent_dim, noise_dim, s.width, s.depth)
+    basis = (trunk, s.latent_dim, noise_dim, s.bases, s.basis_width)
+    makers = {
+        "gaussian": lambda: encoders.GaussianEncoder(trunk, s.latent_dim),
+        "gaussian_full": lambda: encoders.GaussianEncoder(trunk, s.latent_dim, True),
+        "black_box": lambda: encoders.BlackBoxEncoder(*black_box),
+        "injected": lambda: encoders.BlackBoxEncoder(*black_box, inject_every_layer=True),
+        "noise_basis": lambda: encoders.NoiseBasisEncoder(*basis),
+        "joint_basis": lambda: encoders.JointBasisEncoder(*basis, s.basis_activation),
+        "auxiliary": lambda: auxiliary.AuxiliaryEncoder(*black_box),
+    }
+    _check(s, "encoder", makers)
+    return makers[s.encoder]()
 
 
 def _adversary(s) -> networks.Adversary | None:
+    width, depth = s.adversary_width, s.adversary_depth
     if s.condition != "x":
-        trunk = networks.DenseStack(s.adversary_width, 1)
+        trunk = networks.DenseStack(width, 1)
     elif s.adversary == "factorised":  # dense also where encoder and decoder are convolutional
-        trunk = networks.DenseTrunk(s.adversary_width, s.adversary_depth)
+        trunk = networks.DenseTrunk(width, depth)
     else:
-        trunk = _trunk(s, s.adversary_width, s.adversary_depth)
-    return _ADVERSARIES[s.adversary](s, trunk)
+        trunk = _trunk(s, width, depth)
+    makers = {
+        "none": lambda: None,
+        "residual": lambda: networks.ResidualAdversary(trunk, width, depth),
+        "concatenating": lambda: networks.ConcatenatingAdversary(trunk, width, depth),
+        "factorised": lambda: networks.FactorisedAdversary(trunk, width, depth, s.products),
+    }
+    _check(s, "adversary", makers)
+    return makers[s.adversary]()

@@ -115,8 +115,8 @@ FIELDS = {
     f"{DIGITS} --config.model.network=transformer": "'transformer'",
     # Before the data, which may take long.
     f"{NO_DATA} --config.model.likelihood=cauchy": "'cauchy'",
-    f"{NO_DATA} --config.model.encoder=cauchy": "'cauchy'",
-    f"{NO_DATA} --config.model.adversary=cauchy": "'cauchy'",
+    f"{NO_DATA} --config.model.contrast=cauchy": "'cauchy'",
+    f"{NO_DATA} --config.model.network=transformer": "'transformer'",
     f"{AVB} --config.model.condition=posterior": "BlackBoxEncoder",
     f"{AVB} --config.model.adversary=none": "BlackBoxEncoder",
     f"{POINTS} --config.model.network=conv": "(4,)",
