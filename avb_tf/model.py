@@ -12,8 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import auxiliary, flows, objectives, optimizers, replicas, schedules
 from avb_tf import contrast as contrasts
-from avb_tf import objectives, optimizers, replicas, schedules
 from avb_tf.data import pipeline, resident
 from avb_tf.data.source import Split, array_split
 from avb_tf.encoders import Encoder, Posterior
@@ -21,8 +21,8 @@ from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS, Likelihood, log_likelihood
 from avb_tf.networks import Adversary, Restorable
 
-# Saved models may hold an optimizer and a schedule of ours: whoever loads one has them registered.
-__all__ = ["AVB", "schedules"]
+# Saved models may hold any of our parts and schedules: whoever loads one has them registered.
+__all__ = ["AVB", "auxiliary", "flows", "schedules"]
 
 # Streams of randomness within a step. Noises come in pairs; further dual steps go on from _TRAIN.
 _BINARISE, _TEST, _, _TRAIN = range(4)
@@ -90,7 +90,7 @@ class AVB(Restorable, keras.Model):
         self.kl_annealing_steps = kl_annealing_steps
         self.ema_decay = ema_decay
         self.skip_non_finite = skip_non_finite
-        self.patience = 2**31 - 1  # skipped steps in a row that end training (`callbacks.Guard`)
+        self.patience = 2**31 - 1  # skipped steps in a row that end training (`callbacks.guard`)
         self.seed = seed
         self.prior = contrasts.prior(encoder.latent_dim) if prior else None
         self.encoder, self.decoder, self.adversary = encoder, decoder, adversary
@@ -137,7 +137,7 @@ class AVB(Restorable, keras.Model):
                     f"adaptive contrast too; {type(self.encoder).__name__} gives no description "
                     "here. Use condition 'x'."
                 )
-            self.adversary(self._condition(x, q, r), q.z)
+            self.adversary(self.condition_of(x, q, r), q.z)
         for weight, average in self._averages():
             average.assign(weight)
         self.built = True
@@ -213,7 +213,7 @@ class AVB(Restorable, keras.Model):
         """T at the z of q and, where r is N(0, I), at `contrast_noise`."""
         if self.adversary is None:
             return objectives.exact_t(q, r), None
-        features = self.adversary.features(self._condition(x, q, r))
+        features = self.adversary.features(self.condition_of(x, q, r))
         z = contrasts.whiten(q.z, r)
         if contrast_noise is None:
             return self.adversary.logits(features, z), None
@@ -224,7 +224,8 @@ class AVB(Restorable, keras.Model):
             return self.encoder, self.decoder
         return self.averaged_encoder, self.averaged_decoder
 
-    def _condition(self, x, posterior: Posterior, r):
+    def condition_of(self, x, posterior: Posterior, r):
+        """What the adversary reads beside z."""
         if self.condition == "none":
             return tf.zeros([tf.shape(x)[0], 1])  # the same for all
         return objectives.description(posterior, r) if self.condition == "posterior" else x
@@ -235,7 +236,7 @@ class AVB(Restorable, keras.Model):
         seed = replicas.stream_seed(self.seed, self.step.value, stream)
         return replicas.rows(tf.random.stateless_normal, shape, seed, axis=1)
 
-    def _noises(self, x, stream):
+    def noises(self, x, stream):
         """The encoder's noise, and the whitened draws of the contrast."""
         return (
             self._noise(x, stream, self.encoder.noise_dim),
@@ -267,8 +268,8 @@ class AVB(Restorable, keras.Model):
             parameters = self.encoder.parameters(x)
             with tape.stop_recording():
                 for i in range(1, self.adversary_steps if dual else 1):
-                    self._dual_step(x, parameters, _TRAIN + 2 * i)
-            noise, contrast_noise = self._noises(x, _TRAIN)
+                    self.dual_step(x, parameters, _TRAIN + 2 * i)
+            noise, contrast_noise = self.noises(x, _TRAIN)
             posterior = self.encoder.draw(parameters, noise, training=True)
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
             kl = self._kl_weight() * tf.reduce_mean(terms.kl)
@@ -283,7 +284,7 @@ class AVB(Restorable, keras.Model):
         if dual:
             self._apply(self.adversary_optimizer, dual_gradients, dual, applied)
         self._apply(self.optimizer, gradients, self.primal_variables, applied)
-        replicas.update(self._average, applied)
+        replicas.update(self.average, applied)
         self.step.assign_add(1)
         skipped = tf.cast(~applied, tf.int64)
         self.skipped.assign_add(skipped)
@@ -294,8 +295,9 @@ class AVB(Restorable, keras.Model):
         self._record(terms, t_contrast, applied)
         return self.get_metrics_result()
 
-    def _dual_step(self, x, parameters, stream):
-        noise, contrast_noise = self._noises(x, stream)
+    def dual_step(self, x, parameters, stream):
+        """One step of the adversary, for the encoder's `parameters` of x."""
+        noise, contrast_noise = self.noises(x, stream)
         posterior = self.encoder.draw(parameters, noise, training=True)
         variables = self.adversary.trainable_variables
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -332,7 +334,8 @@ class AVB(Restorable, keras.Model):
         loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
-    def _average(self, strategy, applied):
+    def average(self, strategy, applied):
+        """Moves the averaged weights towards the trained ones, unless the step was skipped."""
         # A short memory at first, or the average would keep the initial weights for long.
         step = tf.cast(self.step.value, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
@@ -369,7 +372,7 @@ class AVB(Restorable, keras.Model):
     def test_step(self, data):
         """The bound, its terms and the adversary's state, by the averaged networks."""
         x = self._inputs(data)
-        noise, contrast_noise = self._noises(x, _TEST)
+        noise, contrast_noise = self.noises(x, _TEST)
         posterior = self.averaged_encoder(x, noise)
         self._record(
             *self._terms(x, posterior, self.averaged_decoder, self.samples, contrast_noise)
