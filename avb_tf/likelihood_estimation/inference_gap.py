@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
-from avb_tf.likelihood_estimation import entropy, target
+from avb_tf.likelihood_estimation import entropy, joint
 from avb_tf.model import AVB
 
 PAIRS = 8  # of antithetic draws for each start of each x in a step
@@ -92,7 +92,7 @@ class BestGaussian:
     def _log_joint(self, x, z):
         """log p(x, z), [draws, starts, batch, latent] -> [draws, starts, batch]."""
         flat = tf.reshape(z, tf.concat([[-1], tf.shape(z)[2:]], 0))
-        return tf.reshape(target.log_joint(self.model, x, flat), tf.shape(z)[:-1])
+        return tf.reshape(joint.log_joint(self.model, x, flat), tf.shape(z)[:-1])
 
     def _optimise(self, x, loc, scale_tril, seed):
         """Adam on the mean and the Cholesky factor, in coordinates that whiten each start."""
@@ -136,7 +136,7 @@ class BestGaussian:
         return w_loc, w_scale
 
 
-@target.kept_for_the_last_model
+@joint.kept_for_the_last_model
 def best_gaussians(model: AVB, steps: int = 300):
     """x [batch, *event], seed -> the best of diagonal and of full covariance, as `Gaussians`.
 
@@ -144,7 +144,7 @@ def best_gaussians(model: AVB, steps: int = 300):
     posterior of several modes. The full one also starts from the diagonal one.
     """
     diagonal, full = BestGaussian(model, False, steps), BestGaussian(model, True, steps)
-    moments = tf.function(lambda x: model.posterior(x, target.MOMENT_DRAWS), reduce_retracing=True)
+    moments = tf.function(lambda x: model.posterior(x, joint.MOMENT_DRAWS), reduce_retracing=True)
 
     def run(x, seed: int = 0) -> tuple[Gaussians, Gaussians]:
         posterior = moments(tf.convert_to_tensor(x))
@@ -167,7 +167,7 @@ def components(latents: int, examples: int) -> int:
     return int(np.clip(PLANAR_COMPONENTS // examples, COMPONENTS, _MOST))
 
 
-@target.kept_for_the_last_model
+@joint.kept_for_the_last_model
 def smoothed_bounds(model: AVB):
     """x [batch, *event], components, seed -> bounds on the ELBO of q with a little noise added.
 
@@ -184,7 +184,7 @@ def smoothed_bounds(model: AVB):
 
     @tf.function(reduce_retracing=True)
     def log_joint(x, z):
-        return target.log_joint(model, x, z[:, tf.newaxis])[:, 0]
+        return joint.log_joint(model, x, z[:, tf.newaxis])[:, 0]
 
     def draws(x, count, seed):
         """[count, latent]; calls of one size, so that one graph serves all counts."""

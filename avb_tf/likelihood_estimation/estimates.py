@@ -1,0 +1,359 @@
+"""Estimates of log p(x) and of bounds on it: their names, values and settings."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from avb_tf import diagnostics
+from avb_tf.likelihood_estimation import ais, chunks, entropy, importance, joint, quadrature
+from avb_tf.likelihood_estimation.inference_gap import (
+    DRAWS_PER_STEP,
+    POINTS,
+    best_gaussians,
+    components,
+    smoothed_bounds,
+)
+from avb_tf.model import AVB
+
+DRAWS = 64  # z for each x in the bound
+SAMPLES = 5000  # importance samples of the tightest bound
+CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2500, SAMPLES)  # each divides SAMPLES
+REPORTED = (1, 100, SAMPLES)
+_KEPT_WEIGHTS = 500  # importance weights of each example, for figures
+_STAGES = 10  # parts of an annealing whose acceptance is reported
+_LARGEST = 2**21  # numbers of x for all chains of a chunk, to bound the memory
+
+_importance_sampler = joint.kept_for_the_last_model(importance.ImportanceSampler)
+_annealed_sampler = joint.kept_for_the_last_model(ais.AnnealedSampler)
+
+
+class Estimate(NamedTuple):
+    """Values of one quantity, one for each example."""
+
+    values: np.ndarray  # [examples], in nats
+    settings: dict[str, Any]
+    repeats: np.ndarray | None = None  # [repeats, examples], from independent draws
+    simulated: bool = False  # whether the examples were drawn from the model
+
+
+class ImportanceWeights(NamedTuple):
+    """Results of importance sampling; the last axis is over examples."""
+
+    bounds: np.ndarray  # [len(CURVE), repeats, examples]
+    effective_sample_size: np.ndarray  # [examples], over all draws
+    pareto_k: np.ndarray  # [examples]
+    log_weights: np.ndarray  # [_KEPT_WEIGHTS, examples]
+
+
+class AnnealedWeights(NamedTuple):
+    """Results of AIS; the last axis is over examples."""
+
+    log_weights: np.ndarray  # [chains, examples]
+    acceptance: np.ndarray  # [temperatures, examples]
+    step_size: np.ndarray  # [temperatures, examples]
+
+
+class BidirectionalWeights(NamedTuple):
+    """Results of AIS from both sides; the last axis is over examples."""
+
+    forward: np.ndarray  # [chains, examples]
+    reverse: np.ndarray  # [chains, examples]
+
+
+class BestBounds(NamedTuple):
+    """Bounds on log p(x) of Gaussians optimised for each x, [examples] each."""
+
+    diagonal: np.ndarray
+    full: np.ndarray
+
+
+class OwnBounds(NamedTuple):
+    """The ELBO of a model's posterior in nats, as an interval or as a value.
+
+    Both ends are equal where the density is known.
+    """
+
+    lower: np.ndarray  # [repeats, examples]
+    upper: np.ndarray  # [repeats, examples]
+    settings: dict[str, Any]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the interval is a single value."""
+        return self.lower is self.upper
+
+    def first(self, count: int) -> "OwnBounds":
+        """The bounds of the first `count` examples."""
+        lower = self.lower[:, :count]
+        upper = lower if self.exact else self.upper[:, :count]
+        return OwnBounds(lower, upper, self.settings)
+
+    def below(self, name: str, values) -> dict[str, Estimate]:
+        """`values` [examples] less the ELBO: one estimate, or `<name>_lower` and `<name>_upper`."""
+        ends = {name: self.lower} if self.exact else {
+            f"{name}_lower": self.upper, f"{name}_upper": self.lower,
+        }  # fmt: skip
+        return {
+            end: Estimate(values - elbo.mean(0), self.settings, values - elbo)
+            for end, elbo in ends.items()
+        }
+
+
+def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
+    """The bound on log p(x) in nats, [count], with the model's own T, over `DRAWS` z for each x.
+
+    Args:
+      model: any.
+      x: [count, *event].
+      batch_size: examples computed at a time.
+      seed: of the noise.
+    """
+    terms = _terms(model)
+    means = []
+    for i in chunks.tracked(range(0, len(x), batch_size), "batch of the bound"):
+        chunk = tf.convert_to_tensor(x[i : i + batch_size])
+        noise = tf.random.stateless_normal(
+            [DRAWS, len(chunk), model.encoder.noise_dim], [seed, i // batch_size]
+        )
+        means.append(tf.reduce_mean(terms(chunk, noise).elbo, 0))
+    return np.concatenate(means)
+
+
+def exact(model: AVB, x, grid: int) -> dict[str, Estimate]:
+    """log p(x) by quadrature, which two latents allow."""
+    parts = chunks.tracked(np.array_split(x, -(-len(x) // 500)), "batch of quadrature")
+    pairs = [
+        [quadrature.log_likelihood(model, part, n) for n in (grid, grid // 2)] for part in parts
+    ]
+    log_likelihood, coarse = np.concatenate(pairs, 1)
+    change = float(np.abs(log_likelihood - coarse).max())
+    settings = {"grid": grid, "largest_change_from_half_the_grid": change}
+    return {"log_likelihood_quadrature": Estimate(log_likelihood, settings)}
+
+
+def own_bounds(model: AVB, x, elbo, directory: Path) -> OwnBounds:
+    """The ELBO of the model's posterior without the adversary.
+
+    Where the density is known it is `elbo`. Elsewhere it is an interval for q with a little noise
+    added (`inference_gap.smoothed_bounds`): the smoothed q is a posterior like any other, so the
+    lower end is a lower bound on log p(x) too.
+
+    Args:
+      model: any.
+      x: [count, *event].
+      elbo: [count], the model's own bound.
+      directory: for finished chunks.
+    """
+    if model.adversary is None:
+        each = elbo[np.newaxis]
+        return OwnBounds(each, each, {"bound": "elbo"})
+    latents = model.encoder.latent_dim
+    count = components(latents, len(x))
+    bounds = smoothed_bounds(model)
+    settings = {"components": count, "points": POINTS}
+    interval, seconds = _run(
+        entropy.Bounds, lambda i, part: bounds(x[part], count, i), model, x, settings, directory,
+        "smoothed", min(chunks.EXAMPLES, 5),
+    )  # fmt: skip
+    settings |= {
+        "bound": "smoothed",
+        "noise_scale": round(entropy.noise_scale(count, latents), 4),
+        "seconds": round(seconds, 2),
+    }
+    return OwnBounds(*interval, settings)
+
+
+def smoothed_elbo(own: OwnBounds) -> dict[str, Estimate]:
+    """The interval itself, where it is one."""
+    if own.exact:
+        return {}
+    return {
+        "elbo_smoothed_lower": Estimate(own.lower.mean(0), own.settings, own.lower),
+        "elbo_smoothed_upper": Estimate(own.upper.mean(0), own.settings, own.upper),
+    }
+
+
+def posterior_divergence(own: OwnBounds, log_likelihood) -> dict[str, Estimate]:
+    """KL(q(z|x) || p(z|x)) in nats: exact log p(x) [count] less the ELBO of the posterior."""
+    return own.below("kl_q_exact_posterior", log_likelihood)
+
+
+def importance_weighted(
+    model: AVB, x, repeats: int, directory: Path
+) -> tuple[dict[str, Estimate], ImportanceWeights]:
+    """Bounds with 1, 100 and 5000 importance samples, and their weights."""
+    sampler = _importance_sampler(model)
+
+    def compute(index, part):
+        log_weights = sampler.log_weights(x[part], repeats * SAMPLES, seed=index)
+        groups = np.split(log_weights, repeats)
+        return ImportanceWeights(
+            np.stack([[importance.bounds(group, k) for group in groups] for k in CURVE]),
+            diagnostics.effective_sample_size(log_weights),
+            diagnostics.pareto_k(log_weights),
+            log_weights[:_KEPT_WEIGHTS],
+        )
+
+    settings = {"repeats": repeats, "draws": SAMPLES, "proposal": sampler.proposal}
+    weights, seconds = _run(ImportanceWeights, compute, model, x, settings, directory, "importance")
+    shared = {
+        "proposal": sampler.proposal,
+        **_trust(weights.effective_sample_size, weights.pareto_k),
+        "seconds": round(seconds, 2),  # for all these bounds together
+    }
+    estimates = {}
+    for samples in REPORTED:
+        values = weights.bounds[CURVE.index(samples)]
+        settings = {"samples": samples, **shared}
+        estimates[f"log_likelihood_iwae_{samples}"] = Estimate(values.mean(0), settings, values)
+    return estimates, weights
+
+
+def annealed(
+    model: AVB, x, sizes: dict[str, int], directory: Path
+) -> tuple[dict[str, Estimate], AnnealedWeights]:
+    """The lower bound by AIS, and its weights.
+
+    Args:
+      model: any.
+      x: [count, *event].
+      sizes: temperatures, chains and leapfrog_steps.
+      directory: for finished chunks.
+    """
+    sampler = _annealed_sampler(model, **sizes)
+
+    def compute(index, part):
+        chains = sampler.forward(x[part], seed=index)
+        return AnnealedWeights(chains.log_weights, chains.acceptance, chains.step_size)
+
+    weights, seconds = _run(
+        AnnealedWeights,
+        compute,
+        model,
+        x,
+        sizes,
+        directory,
+        "ais",
+        _examples(model, sizes["chains"]),
+    )
+    ess = diagnostics.effective_sample_size(weights.log_weights)
+    stages = np.array_split(weights.acceptance.mean(-1), min(_STAGES, sizes["temperatures"]))
+    settings = {
+        **sizes,
+        "start": f"Gaussian of q's moments, {joint.WIDENING} times as wide",
+        "acceptance_by_temperature": [round(float(stage.mean()), 3) for stage in stages],
+        **_trust(ess, diagnostics.pareto_k(weights.log_weights)),
+        "seconds": round(seconds, 2),
+    }
+    values = ais.lower_bound(weights.log_weights)
+    estimate = Estimate(values, settings, _groups(ais.lower_bound, weights.log_weights))
+    return {"log_likelihood_ais": estimate}, weights
+
+
+def bidirectional(
+    model: AVB, count: int, sizes: dict[str, int], directory: Path
+) -> dict[str, Estimate]:
+    """AIS from below and from above for `count` examples simulated from the model, and the gap.
+
+    log p(x) of the simulated x lies between the two, so on data like them AIS is at most the gap
+    below the truth (Grosse et al., 2015). The values are not comparable with those of test data.
+    """
+    sampler = _annealed_sampler(model, **sizes)
+
+    def compute(index, part):
+        _, forward, reverse = sampler.bidirectional(part.stop - part.start, seed=index)
+        return BidirectionalWeights(forward, reverse)
+
+    settings = {**sizes, "simulated": count}
+    weights, seconds = _run(
+        BidirectionalWeights, compute, model, np.zeros(count), settings, directory,
+        "bidirectional", _examples(model, sizes["chains"]),
+    )  # fmt: skip
+    bounds = [
+        (bound(log_weights), _groups(bound, log_weights))
+        for bound, log_weights in (
+            (ais.lower_bound, weights.forward),
+            (ais.upper_bound, weights.reverse),
+        )
+    ]
+    (lower, lowers), (upper, uppers) = bounds
+    settings = {**sizes, "seconds": round(seconds, 2)}
+    return {
+        "log_likelihood_simulated_bdmc_lower": Estimate(lower, settings, lowers, simulated=True),
+        "log_likelihood_simulated_bdmc_upper": Estimate(upper, settings, uppers, simulated=True),
+        "bdmc_gap": Estimate(upper - lower, settings, uppers - lowers, simulated=True),
+    }
+
+
+def inference_gap(
+    model: AVB, x, log_likelihood, own: OwnBounds, directory: Path
+) -> dict[str, Estimate]:
+    """log p(x) minus the ELBO, split into amortisation and shape.
+
+    gap_inference = gap_amortisation + gap_shape. No Gaussian of full covariance closes gap_shape,
+    even if it is optimised for the one x. gap_amortisation is what the best Gaussian gains on q; it
+    is negative where q is better than any Gaussian. `gap_amortisation_diagonal` is what the best
+    diagonal Gaussian gains: the amortisation gap of a diagonal q.
+
+    Where `own` is an interval, the gaps that contain it are intervals too: `gap_inference_lower`
+    and `gap_inference_upper`. They are those of the smoothed posterior.
+
+    Args:
+      model: any.
+      x: [count, *event].
+      log_likelihood: [count], the best estimate of log p(x). If it is a lower bound, so are the
+        lower ends and `gap_shape`.
+      own: the ELBO of the model's posterior, of the same examples.
+      directory: for finished chunks.
+    Source: Cremer, Li and Duvenaud (2018).
+    """
+    best = best_gaussians(model)
+
+    def compute(index, part):
+        diagonal, full = best(x[part], index)
+        return BestBounds(diagonal.bound, full.bound)
+
+    gaussians, seconds = _run(
+        BestBounds, compute, model, x, {}, directory, "gap", _examples(model, DRAWS_PER_STEP)
+    )
+    shape = Estimate(log_likelihood - gaussians.full, {"seconds": round(seconds, 2)})
+    return {
+        **own.below("gap_inference", log_likelihood),
+        **own.below("gap_amortisation", gaussians.full),
+        **own.below("gap_amortisation_diagonal", gaussians.diagonal),
+        "gap_shape": shape,
+    }
+
+
+@joint.kept_for_the_last_model
+def _terms(model):
+    return tf.function(model.terms, reduce_retracing=True)
+
+
+def _run(record, compute, model, x, settings, directory, name, size=None):
+    size = size or chunks.EXAMPLES
+    key = f"{name}-{chunks.fingerprint(model, x, {**settings, 'chunk': size})}"
+    return chunks.run(record, compute, len(x), directory / key, f"chunk of {name}", size)
+
+
+def _examples(model, rows: int) -> int:
+    """Examples in a chunk with `rows` z for each, as the memory allows."""
+    return max(1, min(ais.ROWS // rows, _LARGEST // (rows * int(np.prod(model.event_shape)))))
+
+
+def _groups(bound, log_weights, groups: int = 4) -> np.ndarray:
+    """`bound` by each of up to four groups of chains, [groups, examples]."""
+    return np.stack([bound(g) for g in np.array_split(log_weights, min(groups, len(log_weights)))])
+
+
+def _trust(effective_sample_size, pareto_k) -> dict[str, float | None]:
+    known = np.isfinite(pareto_k).any()
+    return {
+        "effective_sample_size": round(float(effective_sample_size.mean()), 2),
+        "pareto_k": round(float(np.median(pareto_k)), 3) if known else None,
+        "pareto_k_above_0.7": (
+            float(np.mean(pareto_k > diagnostics.PARETO_K_LIMIT)) if known else None
+        ),
+    }
