@@ -61,10 +61,10 @@ def checked(method: str, **changes: Any) -> SimpleNamespace:
     _check(s, "contrast", CONTRASTS)
     _check(s, "condition", ("x", "posterior", "none"))
     _check(s, "network", ("dense", "conv"))
-    if s.as_published and s.residual_blocks:
+    if _as_published(s) and s.residual_blocks:
         raise UserError(
-            f"residual_blocks is {s.residual_blocks} with as_published; expected 0, as the "
-            "authors' networks have none; set one of the two"
+            f"residual_blocks is {s.residual_blocks} with encoder 'noise_basis'; expected 0, as "
+            "the authors' networks have none"
         )
     needed = {"prior": 1, "diagonal": 2, "full": s.latent_dim + 1}[s.contrast]
     samples = s.draws if s.adversary == "none" else max(s.draws, s.adversary_draws)
@@ -87,8 +87,13 @@ def _check(s, name, known):
         raise UserError(f"{name} is '{getattr(s, name)}'; expected one of {', '.join(known)}")
 
 
+def _as_published(s) -> bool:
+    """Whether encoder and decoder are those of the authors' code."""
+    return s.encoder == "noise_basis"
+
+
 def _activation(s) -> str:
-    if not s.as_published:
+    if not _as_published(s):
         return "relu"
     return "elu" if s.network == "conv" else "softplus"
 
@@ -100,9 +105,9 @@ def _trunk(s, width, depth) -> keras.layers.Layer:
 
 
 def _encoder_trunk(s) -> keras.layers.Layer:
-    if s.as_published and s.network == "conv":  # no dense layer after the convolutions
+    if _as_published(s) and s.network == "conv":  # no dense layer after the convolutions
         return networks.ConvTrunk(s.filters, 0, s.strides, _activation(s), batch_norm=True)
-    if s.as_published:
+    if _as_published(s):
         return networks.DenseTrunk(s.width, s.depth, _activation(s))
     if not s.residual_blocks:
         return _trunk(s, s.width, s.depth)

@@ -4,7 +4,7 @@ import numpy as np
 import scipy.stats
 
 from avb_tf.encoders import GaussianEncoder
-from avb_tf.likelihood_estimation import estimates, inference_gap, quadrature
+from avb_tf.likelihood_estimation import estimates, inference_gap
 from tests.linear_gaussian import SCALE, WEIGHT, LinearDecoder, set_posterior
 
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
@@ -18,10 +18,10 @@ def evaluate(model, directory):
     _, annealed = estimates.annealed(model, X, SIZES, directory)
     log_likelihood = found["log_likelihood_iwae_5000"].values
     elbo = estimates.bound(model, X)
-    inference_gap.bound_of_draws(model)(X[:1])
+    inference_gap.smoothed_bounds(model)(X[:1], 500)
     estimates.bidirectional(model, 2, SIZES, directory)
-    estimates.inference_gap(model, X, log_likelihood, elbo, directory)
-    quadrature.posterior_divergence(model, X[:1], log_likelihood, draws=500)
+    own = estimates.own_bounds(model, X, elbo, directory)
+    estimates.inference_gap(model, X, log_likelihood, own, directory)
     return elbo, weighted.log_weights, annealed.log_weights
 
 
@@ -47,3 +47,25 @@ def test_a_second_evaluation_sees_new_weights_and_traces_nothing(
             assert (np.abs(ratios.mean(0) - 1.0) < 4.0 * error).all()
     # Data are simulated from the model without a graph.
     assert traced == ["decode"]
+
+
+def test_an_interval_of_the_elbo_makes_intervals_of_the_gaps():
+    lower, upper = np.array([[1.0, 2.0], [1.2, 2.2]]), np.array([[1.5, 2.5], [1.7, 2.7]])
+    own = estimates.OwnBounds(lower, upper, {"bound": "smoothed"})
+    gaps = own.below("gap", np.array([2.0, 3.0]))
+    assert gaps.keys() == {"gap_lower", "gap_upper"}
+    np.testing.assert_allclose(gaps["gap_lower"].values, [0.4, 0.4])
+    np.testing.assert_allclose(gaps["gap_upper"].values, [0.9, 0.9])
+    np.testing.assert_allclose(gaps["gap_upper"].repeats, [[1.0, 1.0], [0.8, 0.8]])
+    assert own.first(1).lower.shape == (2, 1)
+
+
+def test_a_known_elbo_makes_values_of_the_gaps(linear_gaussian, tmp_path):
+    model, _ = linear_gaussian
+    own = estimates.own_bounds(model, X, np.arange(4.0), tmp_path)
+    assert own.exact
+    assert own.first(2).exact
+    (gap,) = estimates.posterior_divergence(own, np.full(4, 5.0)).items()
+    assert gap[0] == "kl_q_exact_posterior"
+    np.testing.assert_allclose(gap[1].values, [5.0, 4.0, 3.0, 2.0])
+    assert estimates.smoothed_elbo(own) == {}

@@ -17,9 +17,8 @@ SETTINGS: dict[str, Any] = {
     "filters": (32, 64),  # of convolutions, from the image inwards
     "strides": (),  # of the convolutions; (): 2 each
     "residual_blocks": 0,  # in the encoder's trunk, in place of its dense layers or after conv
-    "as_published": False,  # the authors' activations and batch normalisation
-    # gaussian, gaussian_full, auxiliary: known density; black_box, injected, noise_basis,
-    # joint_basis: implicit
+    # gaussian, gaussian_full, auxiliary: known density; black_box, injected, joint_basis: implicit;
+    # noise_basis: implicit, the authors' encoder, with their trunk and decoder
     "encoder": "gaussian",
     "noise_dim": 0,  # per example; noise_basis: per basis; auxiliary: of a; 0: latent_dim
     "bases": 16,  # functions of the noise
@@ -68,7 +67,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "encoder": "noise_basis",
         "contrast": "diagonal",
         "adversary": "factorised",
-        "as_published": True,
         "width": 300,
         "filters": (64, 128, 256, 512),
         "strides": (1, 1, 2, 2),
