@@ -49,6 +49,8 @@ class AuxiliaryEncoder(Encoder):
     Source: Maaløe et al. (2016).
     """
 
+    moments_from_draws = True
+
     def __init__(
         self,
         trunk: keras.layers.Layer,

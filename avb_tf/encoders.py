@@ -52,6 +52,7 @@ class Encoder(Restorable, keras.Model):
 
     latent_dim: int
     noise_dim: int
+    moments_from_draws = False  # whether `mean` and `scale_tril` are estimated from the draws
 
     def __init__(self, **kwargs):
         super().__init__(dtype="float32", **kwargs)
@@ -136,6 +137,8 @@ class BlackBoxEncoder(Encoder):
       depth: number of hidden layers.
       inject_every_layer: whether the noise enters every hidden layer, or the first alone.
     """
+
+    moments_from_draws = True
 
     def __init__(
         self,
@@ -385,14 +388,19 @@ class _SideBySide(keras.initializers.Initializer):
 
 
 @functools.cache
-def fixed_noise(noise_dim: int) -> np.ndarray:
-    """The same standard normal points at every call, [samples, 1, noise_dim].
+def sobol_normal(count: int, dim: int) -> np.ndarray:
+    """Standard normal points, the same at every call, [count, dim].
 
     They serve moments outside training, where moments over the batch would depend on the other x in
-    it. A Sobol sequence gives them more precisely than as many random draws.
+    it. A Sobol sequence gives moments more precisely than as many random draws.
     """
-    sobol = scipy.stats.qmc.MultivariateNormalQMC(np.zeros(noise_dim), rng=0)
-    return sobol.random(MOMENT_POINTS)[:, np.newaxis].astype(np.float32)
+    points = scipy.stats.qmc.MultivariateNormalQMC(np.zeros(dim), rng=0)
+    return points.random(count).astype(np.float32)
+
+
+def fixed_noise(noise_dim: int) -> np.ndarray:
+    """[MOMENT_POINTS, 1, noise_dim]."""
+    return sobol_normal(MOMENT_POINTS, noise_dim)[:, np.newaxis]
 
 
 def _moments(draws):

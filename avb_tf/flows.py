@@ -90,6 +90,8 @@ class FlowEncoder(Encoder):
     Source: Kingma et al. (2016), Section 4.
     """
 
+    moments_from_draws = True
+
     def __init__(
         self,
         trunk: keras.layers.Layer,

@@ -33,6 +33,7 @@ ORDER = [
     "avb_tf.flows",
     "avb_tf.auxiliary",
     "avb_tf.contrast",
+    "avb_tf.proposal",
     "avb_tf.likelihoods",
     "avb_tf.objectives",
     "avb_tf.optimizers",

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
+from avb_tf import proposal
 from avb_tf.likelihood_estimation import joint
 from avb_tf.model import AVB
 
@@ -176,7 +177,7 @@ def _transition(evaluated, state: _State, beta, size, leapfrog_steps: int, key):
 class AnnealedSampler:
     """AIS of a model: bounds on log p(x) from below and, for simulated x, from above.
 
-    The start is a Gaussian with the moments of q(z|x), widened (`joint.widened_gaussian`). A
+    The start is a Gaussian with the moments of q(z|x), widened (`proposal.widened_gaussian`). A
     pilot run of a few chains adapts the step sizes of each example; they are then fixed and all
     chains run anew.
 
@@ -221,7 +222,7 @@ class AnnealedSampler:
         return found, start
 
     def _moments(self, x):
-        start = joint.widened_gaussian(self.model, x)
+        start = proposal.widened_gaussian(self.model.averaged_encoder, x)
         return start.loc, start.scale.to_dense()
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import diagnostics
+from avb_tf import diagnostics, proposal
 from avb_tf.likelihood_estimation import ais, chunks, entropy, importance, joint, quadrature
 from avb_tf.likelihood_estimation.inference_gap import (
     DRAWS_PER_STEP,
@@ -162,7 +162,7 @@ def own_bounds(model: AVB, x, elbo, directory: Path) -> OwnBounds:
         "noise_scale": round(entropy.noise_scale(count, latents), 4),
         "seconds": round(seconds, 2),
     }
-    return OwnBounds(*interval, settings)
+    return OwnBounds(interval.lower, interval.upper, settings)
 
 
 def smoothed_elbo(own: OwnBounds) -> dict[str, Estimate]:
@@ -242,7 +242,7 @@ def annealed(
     stages = np.array_split(weights.acceptance.mean(-1), min(_STAGES, sizes["temperatures"]))
     settings = {
         **sizes,
-        "start": f"Gaussian of q's moments, {joint.WIDENING} times as wide",
+        "start": proposal.DESCRIPTION,
         "acceptance_by_temperature": [round(float(stage.mean()), 3) for stage in stages],
         **_trust(ess, diagnostics.pareto_k(weights.log_weights)),
         "seconds": round(seconds, 2),

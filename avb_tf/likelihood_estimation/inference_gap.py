@@ -12,6 +12,7 @@ import numpy as np
 import scipy.linalg
 import tensorflow as tf
 
+from avb_tf import proposal
 from avb_tf.likelihood_estimation import entropy, joint
 from avb_tf.model import AVB
 
@@ -141,16 +142,19 @@ def best_gaussians(model: AVB, steps: int = 300):
     """x [batch, *event], seed -> the best of diagonal and of full covariance, as `Gaussians`.
 
     Starts: q's moments; its mean at half the width; two draws of q at half the width, for a
-    posterior of several modes. The full one also starts from the diagonal one.
+    posterior with several modes. The full Gaussian also starts from the best diagonal one.
     """
     diagonal, full = BestGaussian(model, False, steps), BestGaussian(model, True, steps)
-    moments = tf.function(lambda x: model.posterior(x, joint.MOMENT_DRAWS), reduce_retracing=True)
+
+    @tf.function(reduce_retracing=True)
+    def moments(x):
+        return *proposal.moments(model.averaged_encoder, x), model.encode(x, 2)
 
     def run(x, seed: int = 0) -> tuple[Gaussians, Gaussians]:
-        posterior = moments(tf.convert_to_tensor(x))
-        loc = tf.stack([posterior.mean, posterior.mean, posterior.z[0], posterior.z[1]])
+        mean, scale_tril, z = moments(tf.convert_to_tensor(x))
+        loc = tf.stack([mean, mean, z[0], z[1]])
         halves = tf.reshape([1.0, 0.5, 0.5, 0.5], [4, 1, 1, 1])
-        scale = halves * posterior.scale_tril
+        scale = halves * scale_tril
         deviations = tf.linalg.diag(tf.norm(scale, axis=-1))
         narrow = diagonal(x, loc, deviations, seed)
         loc = tf.concat([loc, narrow.loc[np.newaxis]], 0)
