@@ -18,7 +18,7 @@ def evaluate(model, directory):
     _, annealed = estimates.annealed(model, X, SIZES, directory)
     log_likelihood = found["log_likelihood_iwae_5000"].values
     elbo = estimates.bound(model, X)
-    inference_gap.smoothed_bounds(model)(X[:1], 500)
+    inference_gap.smoothed_bounds(model)(X[:1], 500, 10)
     estimates.bidirectional(model, 2, SIZES, directory)
     own = estimates.own_bounds(model, X, elbo, directory)
     estimates.inference_gap(model, X, log_likelihood, own, directory)

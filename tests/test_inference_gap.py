@@ -95,7 +95,7 @@ def test_the_interval_contains_the_elbo_of_a_gaussian(linear_gaussian, width):
     model.averaged_encoder = Hidden(*model.encoder._arguments.values())
     model.averaged_encoder(X, np.zeros((1, 6, 2), np.float32))
     model.averaged_encoder.set_weights(model.encoder.get_weights())
-    interval = inference_gap.smoothed_bounds(model)(X, 20_000)
+    interval = inference_gap.smoothed_bounds(model)(X, 20_000, 250)
     assert interval.lower.shape == interval.upper.shape == (inference_gap.REPEATS, len(X))
     truth = (evidence.logpdf(X) - kl).mean()
     for end, sign in ((interval.lower, -1.0), (interval.upper, 1.0)):
@@ -118,7 +118,7 @@ def test_the_posterior_of_a_wedge_has_no_bound_above_its_log_likelihood():
         return (disc + tf.matmul(x, directions))[:, tf.newaxis]
 
     model.encode = encode
-    interval = inference_gap.smoothed_bounds(model)(x, 100_000)
+    interval = inference_gap.smoothed_bounds(model)(x, 100_000, 250)
     assert (interval.lower.mean(0) < log_likelihood).all()
     # Independently: E[log p(x, z)] over the disc, and its entropy, log pi.
     z = encode(tf.constant(x[:1]), 200_000, 5)
@@ -128,6 +128,6 @@ def test_the_posterior_of_a_wedge_has_no_bound_above_its_log_likelihood():
 
 
 def test_components_are_shared_by_the_examples_of_the_plane():
-    assert inference_gap.components(8, 4) == inference_gap.COMPONENTS
-    few, many = (inference_gap.components(2, n) for n in (4, 1000))
+    assert inference_gap.smoothing_sizes(8, 4)["components"] == inference_gap.COMPONENTS
+    few, many = (inference_gap.smoothing_sizes(2, n)["components"] for n in (4, 1000))
     assert few > many >= inference_gap.COMPONENTS

@@ -10,10 +10,9 @@ from avb_tf import diagnostics, proposal
 from avb_tf.likelihood_estimation import ais, chunks, entropy, importance, joint, quadrature
 from avb_tf.likelihood_estimation.inference_gap import (
     DRAWS_PER_STEP,
-    POINTS,
     best_gaussians,
-    components,
     smoothed_bounds,
+    smoothing_sizes,
 )
 from avb_tf.model import AVB
 
@@ -22,6 +21,7 @@ SAMPLES = 5000  # importance samples of the tightest bound
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2500, SAMPLES)  # each divides SAMPLES
 REPORTED = (1, 100, SAMPLES)
 _KEPT_WEIGHTS = 500  # importance weights of each example, for figures
+_EXAMPLES_SMOOTHED = 5  # in a chunk
 _STAGES = 10  # parts of an annealing whose acceptance is reported
 _LARGEST = 2**21  # numbers of x for all chains of a chunk, to bound the memory
 
@@ -150,16 +150,18 @@ def own_bounds(model: AVB, x, elbo, directory: Path) -> OwnBounds:
         each = elbo[np.newaxis]
         return OwnBounds(each, each, {"bound": "elbo"})
     latents = model.encoder.latent_dim
-    count = components(latents, len(x))
-    bounds = smoothed_bounds(model)
-    settings = {"components": count, "points": POINTS}
+    draws, bounds = smoothing_sizes(latents, len(x)), smoothed_bounds(model)
+
+    def compute(index, part):
+        return bounds(x[part], **draws, seed=index)
+
     interval, seconds = _run(
-        entropy.Bounds, lambda i, part: bounds(x[part], count, i), model, x, settings, directory,
-        "smoothed", min(chunks.EXAMPLES, 5),
-    )  # fmt: skip
-    settings |= {
+        entropy.Bounds, compute, model, x, draws, directory, "smoothed", _EXAMPLES_SMOOTHED
+    )
+    settings = {
+        **draws,
         "bound": "smoothed",
-        "noise_scale": round(entropy.noise_scale(count, latents), 4),
+        "noise_scale": round(entropy.noise_scale(draws["components"], latents), 4),
         "seconds": round(seconds, 2),
     }
     return OwnBounds(interval.lower, interval.upper, settings)

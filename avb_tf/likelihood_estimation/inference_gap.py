@@ -20,10 +20,9 @@ PAIRS = 8  # of antithetic draws for each start of each x in a step
 DRAWS_PER_STEP = 5 * 2 * PAIRS  # of each x, from all starts
 FRESH_DRAWS = 2000  # for the reported bound
 REPEATS = 4  # independent intervals for each x
-POINTS = 250  # z of each, at which the density is bounded
-COMPONENTS = 20_000  # draws of q whose mixture is the density, for each x
-PLANAR_COMPONENTS = 2_000_000  # the same with two latents, shared by all x
-_MOST = 1_000_000  # of these for one x
+COMPONENTS = 20_000  # draws of q whose mixture is the density, for each x and repeat
+PLANAR_COMPONENTS = 4_000_000  # the same with two latents, shared by all x
+POINTS = 30_000  # z at which the density is bounded, for each repeat, shared by all x
 _MOMENT_DRAWS = 4096  # of q, for the coordinates in which the noise is added
 _DRAWS_PER_CALL = 10_000
 _RATE = 0.05  # of Adam, in coordinates that whiten the start; falls to 0 as a cosine
@@ -164,16 +163,20 @@ def best_gaussians(model: AVB, steps: int = 300):
     return run
 
 
-def components(latents: int, examples: int) -> int:
-    """Draws of q whose mixture bounds its density, for each of `examples` x."""
-    if latents > 2:
-        return COMPONENTS
-    return int(np.clip(PLANAR_COMPONENTS // examples, COMPONENTS, _MOST))
+def smoothing_sizes(latents: int, examples: int) -> dict[str, int]:
+    """Draws for each of `examples` x in a repeat: of the mixture, and points to evaluate it at.
+
+    With two latents few examples get more components, as sharp edges need little noise.
+    """
+    components = COMPONENTS
+    if latents <= 2:
+        components = int(np.clip(PLANAR_COMPONENTS // examples, COMPONENTS, 1_000_000))
+    return {"components": components, "points": int(np.clip(POINTS // examples, 100, 250))}
 
 
 @joint.kept_for_the_last_model
 def smoothed_bounds(model: AVB):
-    """x [batch, *event], components, seed -> bounds on the ELBO of q with a little noise added.
+    """x [batch, *event], sizes, seed -> bounds on the ELBO of q with a little noise added.
 
     The function returns `entropy.Bounds` of [REPEATS, batch] in nats. In coordinates that whiten q
     the noise has the scale `entropy.noise_scale`, and keeps mean and covariance. The smoothed
@@ -197,27 +200,30 @@ def smoothed_bounds(model: AVB):
         parts = [draw(x, tf.constant(size), tf.constant(seed + i)).numpy() for i in range(calls)]
         return np.concatenate(parts)[:count].astype(np.float64)
 
-    def interval(x, count, seed):
+    def interval(x, components, points, seed):
         """One repeat for x [1, *event]."""
         z = draws(x, _MOMENT_DRAWS, seed)
         mean, covariance = z.mean(0), np.cov(z.T).reshape(z.shape[1], -1)
         floor = 1e-9 * np.trace(covariance) + 1e-12
         scale_tril = np.linalg.cholesky(covariance + floor * np.eye(z.shape[1]))
-        z = draws(x, POINTS + count, seed + 1)
+        z = draws(x, points + components, seed + 1)
         w = scipy.linalg.solve_triangular(scale_tril, (z - mean).T, lower=True).T
-        noise = np.random.default_rng(seed).standard_normal((POINTS, z.shape[1]))
-        s = entropy.noise_scale(count, z.shape[1])
-        v = entropy.smoothed(w[:POINTS], noise, s)
+        own, others = w[:points], w[points:]
+        noise = np.random.default_rng(seed).standard_normal(own.shape)
+        s = entropy.noise_scale(components, z.shape[1])
+        v = entropy.smoothed(own, noise, s)
         log_p = log_joint(x, tf.constant(mean + v @ scale_tril.T, tf.float32)).numpy()
-        log_q = entropy.log_density_bounds(w[:POINTS], w[POINTS:], noise, s)
+        log_q = entropy.log_density_bounds(own, others, noise, s)
         elbo = np.mean(log_p, dtype=np.float64) + np.log(np.diag(scale_tril)).sum()
         return elbo - log_q.upper.mean(), elbo - log_q.lower.mean()
 
-    def run(x, count: int, seed: int = 0) -> entropy.Bounds:
+    def run(x, components: int, points: int, seed: int = 0) -> entropy.Bounds:
         lower_upper = np.empty((2, REPEATS, len(x)))
         for i, repeat in np.ndindex(len(x), REPEATS):
             key = 10_000 * (REPEATS * (len(x) * seed + i) + repeat)
-            lower_upper[:, repeat, i] = interval(tf.convert_to_tensor(x[i : i + 1]), count, key)
+            lower_upper[:, repeat, i] = interval(
+                tf.convert_to_tensor(x[i : i + 1]), components, points, key
+            )
         return entropy.Bounds(*lower_upper)
 
     return run
