@@ -8,13 +8,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 from avb_tf.errors import UserError
+from avb_tf.version import __version__
 
 if TYPE_CHECKING:
     from avb_tf.assembly import build
     from avb_tf.model import AVB
     from avb_tf.posteriors.fit import fit_posterior, load_posterior
 
-__all__ = ["AVB", "UserError", "build", "fit_posterior", "load_posterior"]
+__all__ = ["AVB", "UserError", "__version__", "build", "fit_posterior", "load_posterior"]
 
 _HOME = {
     "AVB": "avb_tf.model",
@@ -28,3 +29,7 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'avb_tf' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "avb_tf"
 ORDER = [
+    "avb_tf.version",
     "avb_tf.errors",
     "avb_tf.diagnostics",
     "avb_tf.data.source",
@@ -84,6 +85,7 @@ ORDER = [
     "avb_tf.comparison",
     "avb_tf.scaling",
     "avb_tf.command_line",
+    "avb_tf.__main__",
 ]
 
 
