@@ -10,8 +10,8 @@ from avb_tf import auxiliary, encoders, flows, networks
 from avb_tf.contrast import CONTRASTS
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS
-from avb_tf.methods import settings
 from avb_tf.model import AVB
+from avb_tf.settings.methods import settings
 
 _TRAINING = (
     "draws", "adversary_draws", "adversary_steps", "kl_annealing_steps", "ema_decay", "seed",

@@ -129,7 +129,7 @@ class AVB(Restorable, keras.Model):
                     f"adaptive contrast too; {type(self.encoder).__name__} gives no description "
                     "here. Use condition 'x'."
                 )
-            self.adversary(self._condition(x, q, r), q.z)
+            self.adversary(self.condition_of(x, q, r), q.z)
         for weight, average in self._averages():
             average.assign(weight)
         self.built = True
@@ -205,7 +205,7 @@ class AVB(Restorable, keras.Model):
         """T at the z of q and, where r is N(0, I), at `contrast_noise`."""
         if self.adversary is None:
             return objectives.exact_t(q, r), None
-        features = self.adversary.features(self._condition(x, q, r))
+        features = self.adversary.features(self.condition_of(x, q, r))
         z = contrasts.whiten(q.z, r)
         if contrast_noise is None:
             return self.adversary.logits(features, z), None
@@ -216,7 +216,8 @@ class AVB(Restorable, keras.Model):
             return self.encoder, self.decoder
         return self.averaged_encoder, self.averaged_decoder
 
-    def _condition(self, x, posterior: Posterior, r):
+    def condition_of(self, x, posterior: Posterior, r):
+        """What the adversary reads beside z."""
         if self.condition == "none":
             return tf.zeros([tf.shape(x)[0], 1])  # the same for all
         return objectives.description(posterior, r) if self.condition == "posterior" else x
@@ -227,7 +228,7 @@ class AVB(Restorable, keras.Model):
         seed = replicas.stream_seed(self.seed, self.step.value, stream)
         return replicas.rows(tf.random.stateless_normal, shape, seed, axis=1)
 
-    def _noises(self, x, stream):
+    def noises(self, x, stream):
         """The encoder's noise, and the whitened draws of the contrast."""
         return (
             self._noise(x, stream, self.encoder.noise_dim),
@@ -259,8 +260,8 @@ class AVB(Restorable, keras.Model):
             parameters = self.encoder.parameters(x)
             with tape.stop_recording():
                 for i in range(1, self.adversary_steps if dual else 1):
-                    self._dual_step(x, parameters, _TRAIN + 2 * i)
-            noise, contrast_noise = self._noises(x, _TRAIN)
+                    self.dual_step(x, parameters, _TRAIN + 2 * i)
+            noise, contrast_noise = self.noises(x, _TRAIN)
             posterior = self.encoder.draw(parameters, noise, training=True)
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
             kl = self._kl_weight() * tf.reduce_mean(terms.kl)
@@ -275,7 +276,7 @@ class AVB(Restorable, keras.Model):
         if dual:
             replicas.apply(self.adversary_optimizer, dual_gradients, dual, applied)
         replicas.apply(self.optimizer, gradients, self.primal_variables, applied)
-        replicas.update(self._average, applied)
+        replicas.update(self.average, applied)
         self.step.assign_add(1)
         self.skipped.assign_add(tf.where(applied, 0, 1))
         # As many as the guard's patience stay, or it would not see those that a call leaves behind.
@@ -285,8 +286,9 @@ class AVB(Restorable, keras.Model):
         self._record(terms, t_contrast, applied)
         return self.get_metrics_result()
 
-    def _dual_step(self, x, parameters, stream):
-        noise, contrast_noise = self._noises(x, stream)
+    def dual_step(self, x, parameters, stream):
+        """One step of the adversary, for the encoder's `parameters` of x."""
+        noise, contrast_noise = self.noises(x, stream)
         posterior = self.encoder.draw(parameters, noise, training=True)
         variables = self.adversary.trainable_variables
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -308,7 +310,8 @@ class AVB(Restorable, keras.Model):
         loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
-    def _average(self, strategy, applied):
+    def average(self, strategy, applied):
+        """Moves the averaged weights towards the trained ones, unless the step was skipped."""
         # A short memory at first, or the average would keep the initial weights for long.
         step = tf.cast(self.step.value, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
@@ -345,7 +348,7 @@ class AVB(Restorable, keras.Model):
     def test_step(self, data):
         """The bound, its terms and the adversary's state, by the averaged networks."""
         x = self._inputs(data)
-        noise, contrast_noise = self._noises(x, _TEST)
+        noise, contrast_noise = self.noises(x, _TEST)
         posterior = self.averaged_encoder(x, noise)
         self._record(
             *self._terms(x, posterior, self.averaged_decoder, self.samples, contrast_noise)

@@ -1,4 +1,4 @@
-"""The model card beside a checkpoint or an export: what the model is, how good it is, how to use it."""
+"""The model card beside a checkpoint or an export: what the model is, how good, how to use it."""
 
 import importlib.metadata
 import json
@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+from avb_tf import tables
 from avb_tf.version import __version__
 
 FILE = "README.md"  # where model hubs look for it
@@ -69,5 +70,5 @@ def _metrics(results) -> str:
 
 
 def _table(header, rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    columns = zip(header, *rows, strict=True)
+    return tables.aligned([[str(cell) for cell in column] for column in columns])

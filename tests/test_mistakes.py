@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from avb_tf import command_line, configuration
-from avb_tf.posteriors import settings
+from avb_tf.settings import posterior
 from tests.commands import content, run, trained
 
 DIGITS = "--config=configs/digits.py:vae --workdir=new"
@@ -263,9 +263,9 @@ def _bad_configs(root):
     config = (root / "run/config.json").read_text()
     without_width = json.loads(config)
     del without_width["model"]["width"]
-    posterior = settings.config("configs/posteriors.py:banana")
-    posterior.name = "banana"
-    posterior = json.dumps(configuration.resolve(posterior), indent=2) + "\n"
+    fit = posterior.config("configs/posteriors.py:banana")
+    fit.name = "banana"
+    fit = json.dumps(configuration.resolve(fit), indent=2) + "\n"
     for name, text in {
         "untrained": config,
         "damaged": config,
@@ -274,8 +274,8 @@ def _bad_configs(root):
         "missing": json.dumps(without_width),
         "text": config.replace('"steps": 20', '"steps": "many"'),
         "bytes": b"\xff\xfe",
-        "unfitted": posterior,
-        "half_fitted": posterior,
+        "unfitted": fit,
+        "half_fitted": fit,
         "checkpoints_file": config,
         "checkpoint_folder": config,
         "other_model": config,

@@ -26,7 +26,7 @@ from avb_tf.networks import DenseStack, ResidualAdversary
 from avb_tf.posteriors import models, start, target
 from avb_tf.posteriors.result import META, MODEL, WEIGHTS, PosteriorFit
 from avb_tf.posteriors.sampler import Chart, GatedEncoder, NormalEncoder, Plain, log_normal
-from avb_tf.posteriors.settings import STEPS, resolved
+from avb_tf.settings.posterior import STEPS, resolved
 
 CHUNK = 25  # steps between looks at the clock
 FAR = 10.0  # nats, see `divergence`

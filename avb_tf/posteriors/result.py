@@ -10,10 +10,11 @@ import tensorflow as tf
 
 from avb_tf import contrast, objectives
 from avb_tf import diagnostics as weighing
-from avb_tf.configuration import write_atomically
 from avb_tf.errors import UserError
+from avb_tf.figures.pairs import pairs
+from avb_tf.files import write_atomically
 from avb_tf.model import AVB
-from avb_tf.posteriors import hmc, plots
+from avb_tf.posteriors import hmc
 from avb_tf.posteriors.sampler import Chart
 from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import Structure, Target
@@ -248,7 +249,7 @@ class PosteriorFit:
 
     def plot(self, draws: int = 2000, seed: int = 0):
         """Every pair of the last six coordinates at most, unconstrained: a matplotlib figure."""
-        return plots.pairs({"fit": self.unconstrained(draws, seed)}, self.target.coordinates())
+        return pairs({"fit": self.unconstrained(draws, seed)}, self.target.coordinates())
 
     def save(self, path) -> None:
         """Writes the fit, for `avb_tf.load_posterior`: a directory, nothing in it pickled.
