@@ -12,16 +12,24 @@ from avb_tf.version import __version__
 
 if TYPE_CHECKING:
     from avb_tf.assembly import build
+    from avb_tf.checkpoints import load_model
+    from avb_tf.hub import from_hub, push_to_hub
     from avb_tf.model import AVB
     from avb_tf.posteriors.fit import fit_posterior, load_posterior
 
-__all__ = ["AVB", "UserError", "__version__", "build", "fit_posterior", "load_posterior"]
+__all__ = [
+    "AVB", "UserError", "__version__", "build", "fit_posterior", "from_hub", "load_model",
+    "load_posterior", "push_to_hub",
+]  # fmt: skip
 
 _HOME = {
     "AVB": "avb_tf.model",
     "build": "avb_tf.assembly",
     "fit_posterior": "avb_tf.posteriors.fit",
+    "from_hub": "avb_tf.hub",
+    "load_model": "avb_tf.checkpoints",
     "load_posterior": "avb_tf.posteriors.fit",
+    "push_to_hub": "avb_tf.hub",
 }
 
 

@@ -18,6 +18,23 @@ def packages() -> dict[str, str]:
     return {"avb_tf": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
+def facts(model, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The first table of an `AVB`'s card; method, data and likelihood are the config's."""
+    kind = {}
+    if config:
+        kind = {
+            "method": config["method"],
+            "training data": config["data"]["name"],
+            "likelihood": config["model"]["likelihood"],
+        }
+    return kind | {
+        "x": f"[batch, {', '.join(map(str, model.event_shape))}] in [0, 1]",
+        "latent dimensions": model.encoder.latent_dim,
+        "adversary": "none: the posterior's density is known" if model.adversary is None else "yes",
+        "training steps": int(model.step.numpy()),
+    }
+
+
 def text(
     name: str,
     facts: Mapping[str, Any],
