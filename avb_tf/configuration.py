@@ -14,7 +14,10 @@ from avb_tf.settings import posterior, run
 
 FILE = "config.json"
 # Fields that may differ between training and a later command: data may move, and so may the run.
-LATER = ("eval", "export", "profile_steps", "data.path", "strategy", "threads_per_op")
+LATER = (
+    "eval", "export", "profile_steps", "data.path", "strategy", "threads_per_op", "tf32",
+    "resident_megabytes",
+)  # fmt: skip
 default = run.default  # config files start from it
 
 
@@ -121,6 +124,8 @@ def read(workdir: Path) -> dict:
     file = workdir / FILE
     try:
         config = json.loads(file.read_text())
+        if isinstance(config, dict):
+            config = kind(config).SINCE | config
         _check_fields(config, kind(config).template().to_dict())
     except FileNotFoundError as error:
         raise UserError(

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -36,6 +38,16 @@ def test_a_model_gives_the_same_and_trains_on(release, name):
     assert_close(artefacts.values(model, x), then, 1e-5)
     artefacts.trained(model, x, 2)  # which asks for the state of both optimizers
     assert_close(artefacts.values(model, x), later, 1e-4)
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
+def test_a_fresh_process_loads_them(release):
+    """That has imported nothing but `AVB`, without which Keras knows none of its classes."""
+    code = "import sys, keras; from avb_tf import AVB\n"
+    code += "for path in sys.argv[1:]: assert isinstance(keras.models.load_model(path), AVB)"
+    files = map(str, release.glob("*.keras"))
+    process = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)

@@ -28,6 +28,7 @@ ORDER = [
     "avb_tf.data.tfds",
     "avb_tf.data",
     "avb_tf.data.pipeline",
+    "avb_tf.data.resident",
     "avb_tf.replicas",
     "avb_tf.networks",
     "avb_tf.encoders",

@@ -15,6 +15,7 @@ from tests.commands import content, run, trained
 DIGITS = "--config=configs/digits.py:vae --workdir=new"
 AVB = "--config=configs/digits.py:avb --workdir=new"
 POINTS = "--config=configs/four_points.py:vae --workdir=new"
+NO_DATA = f"{DIGITS} --config.data.name=npz --config.data.path=no.npz"
 POSTERIOR = "--workdir=new --config=configs/posteriors.py"
 TWO = '{"cluster":{"worker":["a:1","b:1"]}'
 FIRST = TWO + ',"task":{"type":"worker","index":0}}'
@@ -112,6 +113,10 @@ FIELDS = {
     f"{DIGITS} --config.model.adversary=cauchy": "'cauchy'",
     f"{DIGITS} --config.model.condition=z": "'z'",
     f"{DIGITS} --config.model.network=transformer": "'transformer'",
+    # Before the data, which may take long.
+    f"{NO_DATA} --config.model.likelihood=cauchy": "'cauchy'",
+    f"{NO_DATA} --config.model.contrast=cauchy": "'cauchy'",
+    f"{NO_DATA} --config.model.network=transformer": "'transformer'",
     f"{AVB} --config.model.condition=posterior": "BlackBoxEncoder",
     f"{AVB} --config.model.adversary=none": "BlackBoxEncoder",
     f"{POINTS} --config.model.network=conv": "(4,)",

@@ -19,6 +19,7 @@ from avb_tf.schedules import DelayedCosine
 
 FIGURE_EXAMPLES = 500  # held-out examples in the figures and in the validation curves
 CALL_SECONDS = 1.0  # that one call of the training graph may take
+FIRST_STEPS = 10  # in a call of a compiled loop, until the seconds of a step are known
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
@@ -43,6 +44,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
 
 def _train(config, workdir, strategy) -> AVB:
     chief = replicas.is_chief()
+    assembly.checked(config.method, **config.model)  # before data that may take long to load
     source = data.load(config.data)
     with strategy.scope():
         model = create(config, source.event_shape)
@@ -143,14 +145,17 @@ class Run:
     def to_the_end(self):
         """Trains from the model's step on.
 
-        First to the end of an epoch, a step at a time; then with as many steps in a call of the
-        graph as take no longer than `CALL_SECONDS`, for a signal waits for the end of a call.
+        First to the end of an epoch with few steps in a call of the graph; then with as many as
+        take no longer than `CALL_SECONDS`, for a signal waits for the end of a call.
         """
         stopwatch = guard.Stopwatch()
-        self._fit(1, self.epoch - self._step % self.epoch, self._step // self.epoch + 1, stopwatch)
+        left = self.epoch - self._step % self.epoch
+        # On a GPU a call costs as much as many steps.
+        first = math.gcd(left, FIRST_STEPS) if self.model.loop_is_compiled else 1
+        self._fit(first, left, self._step // self.epoch + 1, stopwatch)
         if self._step < self.config.steps:
             workers = replicas.sum_over_workers(self.strategy, 1)
-            microseconds = int(1e6 * stopwatch.seconds)
+            microseconds = int(1e6 * stopwatch.seconds / first)
             seconds = replicas.sum_over_workers(self.strategy, microseconds) / workers / 1e6
             count = _steps_per_execution(self.config, seconds)
             self._fit(count, self.epoch, math.ceil(self.config.steps / self.epoch))
@@ -162,22 +167,15 @@ class Run:
     def _fit(self, steps_per_execution, steps_per_epoch, epochs, *more):
         self.model.steps_per_execution = steps_per_execution
         self.model.fit(
-            self.strategy.distribute_datasets_from_function(self._batches),
+            self.source.train,
+            batch_size=self.config.batch_size,
             epochs=epochs,
             initial_epoch=self._step // self.epoch,
             steps_per_epoch=steps_per_epoch,
-            shuffle=False,  # the batches are shuffled already
             validation_data=self.validation,
             callbacks=[*self.callbacks, *more],
             verbose=self.verbose,
         )
-
-    def _batches(self, context):
-        config = self.config
-        return pipeline.training_batches(
-            self.source.train, config.batch_size, config.model.seed, self._step, config.steps,
-            context,
-        )  # fmt: skip
 
 
 def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> AVB:
@@ -190,6 +188,7 @@ def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> A
     with _computing_in(config.precision):
         model = assembly.build(config.method, event_shape, **config.model)
     model.skip_non_finite, model.patience = config.guard.enabled, config.guard.patience
+    model.resident_megabytes = config.resident_megabytes
     o = config.optimizer
     decays = o.decay == "cosine"
     lowered = {"factor": config.guard.factor, "rollbacks": model.rollbacks}

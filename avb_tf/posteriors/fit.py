@@ -67,7 +67,7 @@ def fit_posterior(
         training sees; `model` is then a function from rows of them to the joint pinned on these.
         The start and the verdict see all.
       verbose: shows a progress bar.
-      **settings: changes to `settings.SETTINGS`, none of which should need one.
+      **settings: changes to `settings.posterior.SETTINGS`, none of which should need one.
     Raises:
       UserError: a model that cannot be fitted, and what to do about it.
     """

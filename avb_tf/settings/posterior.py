@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "ema_decay": 0.995,
     "clip_norm": 100.0,
 }
+SINCE: dict[str, Any] = {}  # fields that the files of earlier versions lack
 STEPS = 3000  # where neither steps nor seconds are given
 
 

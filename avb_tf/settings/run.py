@@ -29,8 +29,8 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
     """Every field there is.
 
     Args:
-      method: a name in `methods.METHODS`.
-      **model: changes to the method's settings (`methods.SETTINGS`).
+      method: a name in `settings.methods.METHODS`.
+      **model: changes to the method's settings (`settings.methods.SETTINGS`).
     Raises:
       UserError: an unknown method or setting.
     """
@@ -64,6 +64,8 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
     }
     config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
     config.threads_per_op = 0  # of the CPU; 0: all cores. Small layers are faster with 1
+    config.tf32 = True  # a GPU may compute float32 products with 10 bits of mantissa (TF32)
+    config.resident_megabytes = 4096  # training data up to this size are kept on the device
     # float32, mixed_bfloat16, mixed_float16: of the large products while training. Weights and
     # bounds are float32, and so is all that is done with a trained model.
     config.precision = "float32"
@@ -102,6 +104,8 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
     return config
 
 
+# Fields that the files of earlier versions lack, with the values that these had.
+SINCE = {"tf32": True, "resident_megabytes": 4096}
 # What is expected, the test for it, and the fields. The limit is that of int32, and excludes inf.
 _RANGES = (
     (
@@ -127,7 +131,7 @@ _RANGES = (
             "figures_every", "model.residual_blocks", "model.noise_dim", "model.flow_steps",
             "model.kl_annealing_steps", "model.seed", "data.seed", "optimizer.adversary_warmup",
             "optimizer.clip_norm", "guard.rollbacks", "eval.examples", "eval.posteriors",
-            "export.version", "threads_per_op",
+            "export.version", "threads_per_op", "resident_megabytes",
         ),
     ),
     (
