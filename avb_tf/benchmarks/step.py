@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf import contrast as contrasts
-from avb_tf import data, files, objectives, replicas
+from avb_tf import data, files, objectives
 from avb_tf.callbacks import tensorboard, writing
 from avb_tf.commands import train
 from avb_tf.data import pipeline
