@@ -1,16 +1,18 @@
-# Everything sets up what it needs: a machine with Python 3.11 and make is enough.
-PYTHON ?= python3.11
-BIN := .venv/bin
+# Everything sets up what it needs: a machine with Python 3.11, 3.12 or 3.13 and make is enough.
+# The newest of them that runs here is taken. PYTHON=python3.12 names another, which gets an
+# environment of its own.
+VENV := .venv$(addprefix -,$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
 RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: posteriors setup demo test test-browser load board lint seeds mnist faults bench bench-ais bench-replicas clean
 
-setup: .venv/installed
+setup: $(VENV)/installed
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: pyproject.toml constraints.txt
+	python=$$(.ci/python $(PYTHON)) && $$python -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
@@ -55,7 +57,7 @@ board: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The README's table, three seeds each.
 seeds: setup
@@ -104,4 +106,4 @@ faults: setup
 	$(BIN)/python -m tests.campaigns.faults
 
 clean:
-	rm -rf runs .venv
+	rm -rf runs .venv .venv-*

@@ -11,15 +11,24 @@ import keras
 import numpy as np
 from absl import logging
 
+from avb_tf import configuration, files, model_card, results
 from avb_tf.errors import DivergenceError, UserError
 from avb_tf.model import AVB
 
 DIRECTORY = "checkpoints"
-_MEMBERS = {"config.json", "model.weights.h5"}  # of the archive
+_MEMBERS = {"config.json", "model.weights.h5"}  # of the archive, or of a folder of its parts
+_USAGE = """\
+import avb_tf
+
+model = avb_tf.load_model("{name}")
+z = model.encode(x, samples=100)  # draws from q(z|x), [100, batch, latent]
+x_new = model.sample(64)"""
 
 
 def save(model: AVB, workdir: Path, keep: int) -> Path:
     """Writes the model at its step, whole or not at all, and keeps the newest `keep`.
+
+    Beside them lies a model card.
 
     Raises:
       DivergenceError: a weight is no number; nothing is written.
@@ -39,6 +48,7 @@ def save(model: AVB, workdir: Path, keep: int) -> Path:
         with open(temporary, "rb") as written:
             os.fsync(written)  # a name may reach the disk before what it names
         os.replace(temporary, path)
+        write_card(model, workdir)
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror or error})") from error
     finally:
@@ -46,6 +56,28 @@ def save(model: AVB, workdir: Path, keep: int) -> Path:
     for old in _paths(workdir)[keep:]:
         old.unlink()
     return path
+
+
+def write_card(model: AVB, workdir: Path) -> None:
+    """Writes the model card of the workdir's checkpoints, with its config and its results."""
+    text = card(model, workdir, path_of(workdir, int(model.step.numpy())).name)
+    files.write_atomically(workdir / DIRECTORY / model_card.FILE, text)
+
+
+def card(model: AVB, workdir: Path, name: str) -> str:
+    """A model card, with the config and the results of `workdir` where it has them.
+
+    Args:
+      name: what the card tells readers to load.
+    """
+    config = configuration.read(workdir) if (workdir / configuration.FILE).exists() else None
+    return model_card.text(
+        workdir.absolute().name,
+        model_card.facts(model, config),
+        _USAGE.format(name=name),
+        config,
+        results.read(workdir / results.FILE),
+    )
 
 
 def newest_step(workdir: Path) -> int:
@@ -92,6 +124,30 @@ def load(workdir: Path) -> AVB:
     path = latest(workdir)
     if path is None:
         raise UserError(f"{workdir} has no checkpoint; train the model first")
+    return _loaded(path)
+
+
+def load_model(path: str | Path) -> AVB:
+    """A trained model, ready to use and to train on.
+
+        model = avb_tf.load_model("runs/digits-avb_ac")  # of its newest checkpoint
+        model = avb_tf.load_model("model.keras")
+        z = model.encode(x, samples=100)  # x [batch, *event] in [0, 1] -> [100, batch, latent]
+
+    Args:
+      path: a `.keras` file, the workdir of a run, or a folder written by
+        `model.save(folder, zipped=False)`. Loading runs no code that the file brings.
+    Returns:
+      The model with both optimizers in the state in which they were saved.
+    Raises:
+      UserError: there is no model, or it is damaged or not of this program.
+    """
+    path = Path(path)
+    unpacked = path.is_dir() and _MEMBERS.issubset(file.name for file in path.iterdir())
+    return load(path) if path.is_dir() and not unpacked else _loaded(path)
+
+
+def _loaded(path: Path) -> AVB:
     with _explained(path):
         model = keras.models.load_model(path, safe_mode=True)  # runs nothing that the file brings
         if not isinstance(model, AVB):

@@ -15,6 +15,7 @@ from ml_collections.config_flags import config_flags
 from avb_tf import configuration
 from avb_tf.errors import UserError, WorkerLostError
 from avb_tf.settings import posterior
+from avb_tf.version import __version__
 
 USAGE = """Adversarial Variational Bayes.
 
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     values = _define_flags()
     if {"--help", "-h", "-help"} & set(argv[1:]):
         print(USAGE + values.get_help())
+        return
+    if "--version" in argv[1:]:
+        print(f"avb-tf {__version__}")
         return
     try:
         config, workdir = _parse(values, argv)
@@ -120,6 +124,7 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "baseline", None, "A benchmark.json to compare with, for benchmark.", flag_values=values
     )
+    flags.DEFINE_bool("version", False, "Print the version and leave.", flag_values=values)
     flags.DEFINE_bool("debug", False, "Show the traceback of a mistake.", flag_values=values)
     return values
 

@@ -5,9 +5,13 @@ os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # tests run two at a time, and their
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests import linear_gaussian as linear_gaussian_model
+
+# Read here, since tests of the data remove the variable from their environment.
+DATA_FOLDERS = (os.environ.get("AVB_TF_DATA_DIR"), Path(__file__).parents[2] / "shared/data")
 
 
 @pytest.fixture
@@ -20,3 +24,35 @@ def linear_gaussian(monkeypatch):
 def artefacts():
     """Where screenshots are kept."""
     return Path(os.environ.get("AVB_TF_ARTEFACTS", "runs/artefacts")).absolute()
+
+
+@pytest.fixture(scope="session")
+def small_mnist(tmp_path_factory):
+    """A file in MNIST's format: 1,500 and 297 handwritten digits of scikit-learn, enlarged."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = np.kron(pixels.reshape(-1, 8, 8) * 255 / 16, np.ones((1, 3, 3)))
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2))).astype(np.uint8)
+    path = tmp_path_factory.mktemp("mnist") / "mnist.npz"
+    parts = {"train": slice(1500), "test": slice(1500, None)}
+    x = {f"x_{name}": images[part] for name, part in parts.items()}
+    y = {f"y_{name}": labels[part].astype(np.uint8) for name, part in parts.items()}
+    np.savez(path, **x, **y)
+    return path
+
+
+@pytest.fixture(scope="session")
+def full_mnist():
+    """The full MNIST, where this machine has it."""
+    files = [Path(folder) / "mnist.npz" for folder in DATA_FOLDERS if folder]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        pytest.skip("no mnist.npz in $AVB_TF_DATA_DIR or ../shared/data")
+    return path
+
+
+@pytest.fixture(params=["small", "full"])
+def mnist_path(request):
+    """Each of the two, by itself."""
+    return request.getfixturevalue(f"{request.param}_mnist")

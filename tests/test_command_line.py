@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import avb_tf
 from avb_tf import command_line
 from avb_tf.command_line import main
 from avb_tf.errors import UserError
@@ -54,10 +55,28 @@ def test_help_needs_no_tensorflow():
         assert word in shown.stdout
 
 
-def test_main_py_and_the_console_script_are_one_function():
+def test_every_way_in_is_one_function():
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="avb-tf")
     assert script.load() is main
     assert runpy.run_path(str(REPOSITORY / "main.py"))["main"] is main
+    assert runpy.run_module("avb_tf")["main"] is main
+
+
+@pytest.mark.parametrize("command", ["--version", "--mode=train --version"])
+def test_the_version_is_that_of_the_package(command, capsys):
+    run(command)
+    assert capsys.readouterr().out == f"avb-tf {avb_tf.__version__}\n"
+    assert importlib.metadata.version("avb_tf") == avb_tf.__version__
+
+
+def test_the_package_lists_its_public_names_without_tensorflow():
+    code = (
+        "import sys, avb_tf\n"
+        "assert set(avb_tf.__all__) <= set(dir(avb_tf))\n"
+        "assert not {'tensorflow', 'keras'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(getattr(avb_tf, name) for name in avb_tf.__all__)
 
 
 # What the flags lead to: the config and the workdir that a mode is called with.

@@ -19,7 +19,6 @@ from avb_tf import data
 from avb_tf.data.source import array_split
 from avb_tf.errors import UserError
 
-MNIST = Path(__file__).parents[2] / "shared/data/mnist.npz"
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (30, 28, 28), dtype=np.uint8)
 LABELS = (np.arange(30) % 10).astype(np.uint8)
@@ -135,14 +134,19 @@ def test_digits_are_split_in_one_fixed_way():
     assert (distances.argmin(0) == source.test.labels).mean() > 0.8
 
 
-def test_full_mnist_keeps_the_last_5000_for_validation():
-    source = load("mnist", MNIST)
+def test_mnist_keeps_the_last_twelfth_for_validation(mnist_path):
+    source = load("mnist", mnist_path)
+    with np.load(mnist_path) as file:
+        train, test, labels = len(file["x_train"]), len(file["x_test"]), file["y_train"]
+        last_image = file["x_train"][-1] / 255
     assert source.event_shape == (28, 28, 1)
-    assert sizes(source) == (55_000, 5_000, 10_000)
-    with np.load(MNIST) as file:
-        np.testing.assert_array_equal(source.validation.labels, file["y_train"][-5000:])
-        last = content(source.validation)[-1, ..., 0]
-        np.testing.assert_allclose(last, file["x_train"][-1] / 255, rtol=1e-6)
+    assert sizes(source) == (train - train // 12, train // 12, test)
+    np.testing.assert_array_equal(source.validation.labels, labels[-(train // 12) :])
+    np.testing.assert_allclose(content(source.validation)[-1, ..., 0], last_image, rtol=1e-6)
+
+
+def test_the_full_mnist_has_5000_validation_images(full_mnist):
+    assert sizes(load("mnist", full_mnist)) == (55_000, 5_000, 10_000)
 
 
 def test_mnist_from_idx_files_equals_mnist_from_npz(tmp_path):
@@ -337,8 +341,8 @@ X = RNG.random((20, 3))
 NAN = np.where(np.arange(60).reshape(20, 3) == 7, np.nan, X)
 
 
-def test_mnist_of_4x4_is_white_where_a_quarter_is_ink():
-    whole, small = load("mnist", MNIST), load("mnist_4x4", MNIST)
+def test_mnist_of_4x4_is_white_where_a_quarter_is_ink(mnist_path):
+    whole, small = load("mnist", mnist_path), load("mnist_4x4", mnist_path)
     assert small.event_shape == (4, 4, 1)
     assert sizes(small) == sizes(whole)
     np.testing.assert_array_equal(small.test.labels, whole.test.labels)

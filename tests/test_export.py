@@ -246,7 +246,7 @@ def test_files_of_a_version(exported):
     ]  # fmt: skip
     extra = directory / "1" / "assets.extra"
     assert sorted(p.name for p in extra.iterdir()) == [
-        "metadata.json", "tf_serving_warmup_requests",
+        "README.md", "metadata.json", "tf_serving_warmup_requests",
     ]  # fmt: skip
     known = json.loads((extra / "metadata.json").read_text())
     assert known["name"] == "avb_ac"

@@ -7,9 +7,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "avb_tf"
 ORDER = [
+    "avb_tf.version",
     "avb_tf.errors",
     "avb_tf.files",
     "avb_tf.tables",
+    "avb_tf.model_card",
     "avb_tf.diagnostics",
     "avb_tf.settings",
     "avb_tf.settings.methods",
@@ -38,6 +40,7 @@ ORDER = [
     "avb_tf.objectives",
     "avb_tf.optimizers",
     "avb_tf.schedules",
+    "avb_tf.loops",
     "avb_tf.serving",
     "avb_tf.serving.layout",
     "avb_tf.serving.protos",
@@ -60,6 +63,9 @@ ORDER = [
     "avb_tf.posteriors.sampler",
     "avb_tf.posteriors.result",
     "avb_tf.posteriors.fit",
+    "avb_tf.results",
+    "avb_tf.checkpoints",
+    "avb_tf.hub",
     "avb_tf",
     "avb_tf.likelihood_estimation",
     "avb_tf.likelihood_estimation.chunks",
@@ -70,8 +76,6 @@ ORDER = [
     "avb_tf.likelihood_estimation.inference_gap",
     "avb_tf.likelihood_estimation.quadrature",
     "avb_tf.likelihood_estimation.estimates",
-    "avb_tf.checkpoints",
-    "avb_tf.results",
     "avb_tf.figures.model",
     "avb_tf.callbacks",
     "avb_tf.callbacks.guard",
@@ -96,6 +100,7 @@ ORDER = [
     "avb_tf.benchmarks.replicas",
     "avb_tf.benchmarks.scaling",
     "avb_tf.command_line",
+    "avb_tf.__main__",
 ]
 
 

@@ -1,7 +1,5 @@
 """The monitor: its bounds on a model with a closed form, and when it warns."""
 
-from pathlib import Path
-
 import linear_gaussian
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from avb_tf.callbacks.monitor import ELBO_DRAWS, Monitor
 from avb_tf.commands import evaluate, train
 from configs import mnist
 
-MNIST = Path(__file__).parents[2] / "shared/data/mnist.npz"
 WARM = {"adversary_loss": 1.3, "adversary_accuracy": 0.55}
 SATURATED = {"adversary_loss": 0.1, "adversary_accuracy": 0.99}
 
@@ -98,11 +95,10 @@ def test_it_warns_where_the_elbo_is_too_high(tmp_path, caplog):
     assert len(messages(caplog)) == 1
 
 
-def test_prior_contrast_on_mnist_is_found_out(tmp_path, caplog):
+def test_prior_contrast_on_mnist_is_found_out(small_mnist, tmp_path, caplog):
     """The paper's Algorithm 1 on MNIST reports a bound far above what the model can have."""
-    assert MNIST.exists(), f"{MNIST} is part of every checkout's surroundings"
     config = mnist.get_config("avb")
-    config.data.path, config.steps = str(MNIST), 600
+    config.data.path, config.steps = str(small_mnist), 600
     config.log_every = config.checkpoint_every = 300
     config.figures_every = 0
     config.eval.update(examples=20, subset=20, repeats=1, simulated=0, gap=0)

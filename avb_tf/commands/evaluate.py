@@ -69,6 +69,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
             "estimates": summaries,
         },
     )
+    checkpoints.write_card(model, workdir)
     means = {f"{config.eval.split}/{name}": e["mean"] for name, e in summaries.items()}
     with writing.logged():
         tensorboard.write_metrics(workdir, int(model.step.value), means)

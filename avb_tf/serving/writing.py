@@ -1,6 +1,5 @@
 """Signatures -> a version of a servable, `<directory>/<version>/`, for TensorFlow Serving."""
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -12,14 +11,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import files
+from avb_tf import files, model_card
 from avb_tf.errors import UserError
 from avb_tf.serving import layout, signatures
 from avb_tf.serving.protos import PredictionLog, PredictRequest, to_tensor
 
 _WARMUP_BATCHES = (1, 8)
 _BATCH = 64  # rows that a server should merge at most
-_PACKAGES = ("avb_tf", "tensorflow", "keras", "tensorflow-probability", "numpy")
+_USAGE = """\
+import tensorflow as tf
+
+signatures = tf.saved_model.load("{version}").signatures  # or TensorFlow Serving
+signatures["{signature}"]({argument}={argument})  # a dict of tensors"""
 
 _MODELS = """\
 # tensorflow_model_server --model_config_file=/models/{name}/models.config
@@ -47,16 +50,18 @@ def export(
     """Writes an `AVB`; see `signatures.of_model` for its signatures and `write` for the rest."""
     functions = signatures.of_model(model, importance_samples, max_batch)
     known = {"step": int(model.step.value), "importance_samples": importance_samples}
+    facts = model_card.facts(model, settings.get("config"))
     encoder, weights = model.averaged_encoder, _weights(model)
     with encoder.freezing():
-        return write(directory, weights, functions, max_batch, **known, **settings)
+        return write(directory, weights, functions, max_batch, facts, **known, **settings)
 
 
 def export_posterior(fit, directory: Path, max_batch: int = 1024, **settings) -> Path:
     """Writes a `PosteriorFit`; see `signatures.of_posterior` and, for the rest, `write`."""
     functions = signatures.of_posterior(fit, max_batch)
     known = {"steps": fit.steps, "diagnostics": vars(fit.diagnostics())}
-    return write(directory, _weights(fit.model), functions, max_batch, **known, **settings)
+    facts = {"training steps": fit.steps, "verdict": fit.diagnostics()}
+    return write(directory, _weights(fit.model), functions, max_batch, facts, **known, **settings)
 
 
 def _weights(model) -> list[tf.Variable]:
@@ -69,6 +74,7 @@ def write(
     weights: Sequence[tf.Variable],
     functions: Mapping[str, Callable],
     max_batch: int,
+    facts: Mapping[str, Any],
     version: int = 0,
     name: str = "avb",
     **metadata: Any,
@@ -80,6 +86,7 @@ def write(
       weights: all variables that the signatures read.
       functions: the signatures by name, as `signatures.signature` makes them.
       max_batch: rows that a request may have.
+      facts: the first table of the model card.
       version: 0 for one more than the newest.
       name: of the servable.
       **metadata: JSON values to keep with the model.
@@ -99,6 +106,7 @@ def write(
         directory.mkdir(parents=True, exist_ok=True)
         _save(partial, weights, functions)
         _describe(partial / layout.EXTRA, functions, max_batch, name, metadata)
+        _write_card(partial / layout.EXTRA, version, functions, name, facts, metadata)
         files.write_atomically(directory / layout.MODELS, _MODELS.format(name=name))
         batch = min(_BATCH, max_batch)
         files.write_atomically(
@@ -142,10 +150,18 @@ def _describe(extra: Path, functions, max_batch, name, metadata):
         "name": name,
         "max_batch": max_batch,
         "git_revision": _git_revision(),
-        "packages": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "packages": model_card.packages(),
         **metadata,
     }
     (extra / layout.METADATA).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _write_card(extra: Path, version, functions, name, facts, metadata):
+    signature = "encode" if "encode" in functions else "sample_seeded"
+    (argument,) = (spec.name for spec in functions[signature].input_signature)
+    usage = _USAGE.format(version=version, signature=signature, argument=argument)
+    known = {key: metadata.get(key) for key in ("config", "results")}
+    (extra / model_card.FILE).write_text(model_card.text(name, facts, usage, **known))
 
 
 def _request(name: str, signature: str, specs, rows: int):
