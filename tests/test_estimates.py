@@ -60,6 +60,39 @@ def test_an_interval_of_the_elbo_makes_intervals_of_the_gaps():
     assert own.first(1).lower.shape == (2, 1)
 
 
+def test_the_aggregate_of_exact_posteriors_is_the_prior(linear_gaussian):
+    model, evidence = linear_gaussian
+    set_posterior(model, 1.0)
+    x = evidence.rvs(4000, random_state=0).astype(np.float32)
+    found = estimates.latent_space(model, x)
+    low, high = (found[f"kl_aggregate_posterior_{end}"] for end in ("lower", "upper"))
+    error = 4.0 * low.repeats.mean(1).std(ddof=1) / 2.0
+    assert low.values.mean() - error - 0.01 < 0.0 < high.values.mean() + error
+    assert high.values.mean() - low.values.mean() < 0.1
+    # -E log N(x; W z, SCALE) over z of the posterior of covariance C: its trace is tr(W C W^T).
+    covariance = np.linalg.inv(np.eye(2) + WEIGHT.T @ WEIGHT / SCALE**2)
+    residual = x - x @ WEIGHT @ covariance @ WEIGHT.T / SCALE**2
+    squares = (residual**2).sum(1) + np.trace(WEIGHT @ covariance @ WEIGHT.T)
+    exact = 0.5 * squares / SCALE**2 + 3 * np.log(SCALE * np.sqrt(2.0 * np.pi))
+    error = found["reconstruction_error"].values - exact
+    assert abs(error.mean()) < 4.0 * error.std() / np.sqrt(len(x))
+
+
+def test_the_aggregate_of_posteriors_that_ignore_x_has_their_divergence(linear_gaussian):
+    """q(z|x) = N(0, diag(0.5, 0.8)^2) for all x: KL in closed form."""
+    model, evidence = linear_gaussian
+    scales = np.array([0.5, 0.8])
+    weights = [np.zeros_like(w) for w in model.encoder.get_weights()]
+    weights[3] = np.log(scales)
+    model.encoder.set_weights(weights)
+    x = evidence.rvs(50, random_state=0).astype(np.float32)
+    found = estimates.latent_space(model, x)
+    exact = np.sum(0.5 * (scales**2 - 1.0) - np.log(scales))
+    low, high = (found[f"kl_aggregate_posterior_{end}"] for end in ("lower", "upper"))
+    error = 4.0 * low.repeats.mean(1).std(ddof=1) / 2.0 + 0.01
+    assert low.values.mean() - error < exact < high.values.mean() + error
+
+
 def test_a_known_elbo_makes_values_of_the_gaps(linear_gaussian, tmp_path):
     model, _ = linear_gaussian
     own = estimates.own_bounds(model, X, np.arange(4.0), tmp_path)

@@ -50,7 +50,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if model.likelihood.bits_per_dim:
         summaries |= _bits_per_dim(summaries, int(np.prod(model.event_shape)))
     warnings = _warnings(summaries)
-    values = {name: e.values for name, e in found.items() if not e.simulated}
+    values = {name: e.values for name, e in found.items() if e.of_examples}
     results.save_values(workdir, x, values)
     plain = configuration.resolve(config)
     results.save(
@@ -86,6 +86,7 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
     elbo = estimates.bound(model, x)
     name = "elbo" if model.adversary is None else "elbo_adversary"
     found = {name: Estimate(elbo, {"draws": estimates.DRAWS})}
+    found |= estimates.latent_space(model, x)
     planar = model.encoder.latent_dim == 2
     if planar:
         found |= estimates.exact(model, x, settings.grid)

@@ -1,16 +1,16 @@
 """Annealed importance sampling (Neal, 2001): log p(x) of any model, without the adversary.
 
-Forward chains from a tractable start bound log p(x) from below. Reverse chains from an exact draw of
-p(z|x) bound it from above; only data simulated from the model have such a draw (bidirectional Monte
-Carlo: Grosse, Ghahramani and Adams, 2015). All chains of all examples run in one call of a graph.
+Forward chains from a tractable start bound log p(x) from below. Reverse chains from an exact draw
+of p(z|x) bound it from above; only data simulated from the model have such a draw (bidirectional
+Monte Carlo: Grosse, Ghahramani and Adams, 2015). All chains of all examples run in one call.
 
 The transitions are our own Hamiltonian Monte Carlo. Along the path
 
     log start(z) + beta * excess(z),   excess(z) = log p(x, z) - log start(z)
 
-neither the excess nor its gradient depends on beta. Both stay valid when the temperature changes, so
-a leapfrog step costs one evaluation. TFP's kernel caches the density at one beta: keeping the cache
-biases the chain, and renewing it costs one more evaluation per temperature.
+neither the excess nor its gradient depends on beta. Both stay valid when the temperature changes,
+so a leapfrog step costs one evaluation. TFP's kernel caches the density at one beta: keeping the
+cache biases the chain, and renewing it costs one more evaluation per temperature.
 """
 
 from collections.abc import Callable

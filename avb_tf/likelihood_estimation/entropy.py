@@ -19,6 +19,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 import scipy.spatial
 from scipy.special import logsumexp
 
@@ -65,6 +66,30 @@ def log_density_bounds(own, others, noise, scale: float) -> Bounds:
     count = len(others)
     with_own = np.logaddexp(np.logaddexp(log_sum, log_rest), log_own)
     return Bounds(log_sum - math.log(count) + constant, with_own - math.log(count + 1) + constant)
+
+
+def at_smoothed_points(pilot, own, others, noise) -> tuple[np.ndarray, Bounds]:
+    """Points of the smoothed distribution and bounds on its log density there, in any coordinates.
+
+    The noise is added in coordinates that whiten the pilot draws, with the scale `noise_scale`.
+
+    Args:
+      pilot: draws for the moments, independent of the others, [count, n].
+      own, others, noise: as in `log_density_bounds`.
+    Returns:
+      (points [draws, n], `Bounds` of [draws] in nats).
+    """
+    mean, covariance = pilot.mean(0), np.atleast_2d(np.cov(pilot.T))
+    floor = 1e-9 * np.trace(covariance) + 1e-12
+    scale_tril = np.linalg.cholesky(covariance + floor * np.eye(len(covariance)))
+    own, others = (
+        scipy.linalg.solve_triangular(scale_tril, (z - mean).T, lower=True).T for z in (own, others)
+    )
+    scale = noise_scale(len(others), own.shape[1])
+    bounds = log_density_bounds(own, others, noise, scale)
+    log_volume = np.log(np.diag(scale_tril)).sum()
+    points = mean + smoothed(own, noise, scale) @ scale_tril.T
+    return points, Bounds(bounds.lower - log_volume, bounds.upper - log_volume)
 
 
 def _log_sums(points, centres):

@@ -9,6 +9,7 @@ import tensorflow as tf
 from avb_tf import diagnostics, proposal
 from avb_tf.likelihood_estimation import ais, chunks, entropy, importance, joint, quadrature
 from avb_tf.likelihood_estimation.inference_gap import (
+    COMPONENTS,
     DRAWS_PER_STEP,
     best_gaussians,
     smoothed_bounds,
@@ -22,6 +23,8 @@ CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2500, SAMPLES)  # each divide
 REPORTED = (1, 100, SAMPLES)
 _KEPT_WEIGHTS = 500  # importance weights of each example, for figures
 _EXAMPLES_SMOOTHED = 5  # in a chunk
+_AGGREGATE_REPEATS, _AGGREGATE_POINTS = 4, 500  # of q(z)
+_AGGREGATE_BATCH = 500  # x at a time
 _STAGES = 10  # parts of an annealing whose acceptance is reported
 _LARGEST = 2**21  # numbers of x for all chains of a chunk, to bound the memory
 
@@ -35,7 +38,7 @@ class Estimate(NamedTuple):
     values: np.ndarray  # [examples], in nats
     settings: dict[str, Any]
     repeats: np.ndarray | None = None  # [repeats, examples], from independent draws
-    simulated: bool = False  # whether the examples were drawn from the model
+    of_examples: bool = True  # whether the values belong to the examples of the split
 
 
 class ImportanceWeights(NamedTuple):
@@ -131,6 +134,57 @@ def exact(model: AVB, x, grid: int) -> dict[str, Estimate]:
     change = float(np.abs(log_likelihood - coarse).max())
     settings = {"grid": grid, "largest_change_from_half_the_grid": change}
     return {"log_likelihood_quadrature": Estimate(log_likelihood, settings)}
+
+
+def latent_space(model: AVB, x, batch_size: int = 100, seed: int = 0) -> dict[str, Estimate]:
+    """Reconstruction error and KL(q(z) || p(z)) in nats, as in Table 1 of the paper.
+
+    The reconstruction error is -E_q[log p(x|z)]. q(z) is the average of q(z|x) over the given x; it
+    has no density, so the KL is an interval for q(z) with a little noise (`entropy`).
+
+    Args:
+      model: any.
+      x: [count, *event].
+      batch_size: examples computed at a time.
+      seed: of the draws.
+    """
+    terms, encode = _terms(model), tf.function(model.encode, reduce_retracing=True)
+    errors = []
+    for i in range(0, len(x), batch_size):
+        chunk = tf.convert_to_tensor(x[i : i + batch_size])
+        shape = [DRAWS, len(chunk), model.encoder.noise_dim]
+        noise = tf.random.stateless_normal(shape, [seed, i // batch_size])
+        errors.append(-tf.reduce_mean(terms(chunk, noise).log_likelihood, 0))
+    generator, latents = np.random.default_rng(seed), model.encoder.latent_dim
+
+    def draws(count):
+        """z of x drawn with replacement, [count, latent]."""
+        parts = []
+        for _ in range(0, count, _AGGREGATE_BATCH):
+            rows = generator.integers(len(x), size=_AGGREGATE_BATCH)
+            key = tf.constant(generator.integers(2**31 - 1), tf.int32)
+            parts.append(encode(tf.constant(x[rows]), 1, key)[0])
+        return np.concatenate(parts)[:count].astype(np.float64)
+
+    lower, upper = np.empty((2, _AGGREGATE_REPEATS, _AGGREGATE_POINTS))
+    for repeat in range(_AGGREGATE_REPEATS):
+        pilot, own, others = map(draws, (4000, _AGGREGATE_POINTS, COMPONENTS))
+        noise = generator.standard_normal(own.shape)
+        points, log_q = entropy.at_smoothed_points(pilot, own, others, noise)
+        log_prior = model.prior.log_prob(tf.constant(points, tf.float32)).numpy()
+        lower[repeat], upper[repeat] = log_q.lower - log_prior, log_q.upper - log_prior
+    settings = {
+        "components": COMPONENTS,
+        "noise_scale": round(entropy.noise_scale(COMPONENTS, latents), 4),
+    }
+    ends = {"lower": lower, "upper": upper}
+    return {
+        "reconstruction_error": Estimate(np.concatenate(errors), {"draws": DRAWS}),
+        **{
+            f"kl_aggregate_posterior_{name}": Estimate(end.ravel(), settings, end, False)
+            for name, end in ends.items()
+        },
+    }
 
 
 def own_bounds(model: AVB, x, elbo, directory: Path) -> OwnBounds:
@@ -283,9 +337,9 @@ def bidirectional(
     (lower, lowers), (upper, uppers) = bounds
     settings = {**sizes, "seconds": round(seconds, 2)}
     return {
-        "log_likelihood_simulated_bdmc_lower": Estimate(lower, settings, lowers, simulated=True),
-        "log_likelihood_simulated_bdmc_upper": Estimate(upper, settings, uppers, simulated=True),
-        "bdmc_gap": Estimate(upper - lower, settings, uppers - lowers, simulated=True),
+        "log_likelihood_simulated_bdmc_lower": Estimate(lower, settings, lowers, of_examples=False),
+        "log_likelihood_simulated_bdmc_upper": Estimate(upper, settings, uppers, of_examples=False),
+        "bdmc_gap": Estimate(upper - lower, settings, uppers - lowers, of_examples=False),
     }
 
 

@@ -9,7 +9,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 import tensorflow as tf
 
 from avb_tf import proposal
@@ -202,20 +201,11 @@ def smoothed_bounds(model: AVB):
 
     def interval(x, components, points, seed):
         """One repeat for x [1, *event]."""
-        z = draws(x, _MOMENT_DRAWS, seed)
-        mean, covariance = z.mean(0), np.cov(z.T).reshape(z.shape[1], -1)
-        floor = 1e-9 * np.trace(covariance) + 1e-12
-        scale_tril = np.linalg.cholesky(covariance + floor * np.eye(z.shape[1]))
-        z = draws(x, points + components, seed + 1)
-        w = scipy.linalg.solve_triangular(scale_tril, (z - mean).T, lower=True).T
-        own, others = w[:points], w[points:]
-        noise = np.random.default_rng(seed).standard_normal(own.shape)
-        s = entropy.noise_scale(components, z.shape[1])
-        v = entropy.smoothed(own, noise, s)
-        log_p = log_joint(x, tf.constant(mean + v @ scale_tril.T, tf.float32)).numpy()
-        log_q = entropy.log_density_bounds(own, others, noise, s)
-        elbo = np.mean(log_p, dtype=np.float64) + np.log(np.diag(scale_tril)).sum()
-        return elbo - log_q.upper.mean(), elbo - log_q.lower.mean()
+        pilot, z = draws(x, _MOMENT_DRAWS, seed), draws(x, points + components, seed + 1)
+        noise = np.random.default_rng(seed).standard_normal((points, z.shape[1]))
+        v, log_q = entropy.at_smoothed_points(pilot, z[:points], z[points:], noise)
+        log_p = log_joint(x, tf.constant(v, tf.float32)).numpy().astype(np.float64)
+        return np.mean(log_p - log_q.upper), np.mean(log_p - log_q.lower)
 
     def run(x, components: int, points: int, seed: int = 0) -> entropy.Bounds:
         lower_upper = np.empty((2, REPEATS, len(x)))
