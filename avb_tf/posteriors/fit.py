@@ -222,11 +222,11 @@ def density_of(goal: target.Target, found: start.Start, log_density) -> Callable
 
     @tf.custom_gradient
     def standardised(z):
-        with tf.GradientTape() as tape:
-            tape.watch(z)
+        def of_z(z):
             u = mean + tf.linalg.matvec(factor, tf.cast(z, goal.dtype))
-            density = tf.cast(log_density(u), tf.float32) + volume
-        slope = tape.gradient(density, z)
+            return tf.cast(log_density(u), tf.float32) + volume
+
+        density, slope = target.value_and_gradient(of_z, z)
         finite = tf.math.is_finite(density) & tf.reduce_all(tf.math.is_finite(slope), -1)
         slope = tf.where(finite[:, tf.newaxis], slope, -z)
         density = tf.where(finite, density, NOWHERE)

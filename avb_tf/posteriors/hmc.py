@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from avb_tf.posteriors.target import value_and_gradient
+
 Scores = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -27,10 +29,7 @@ def scores(log_density, dtype) -> Scores:
 
     @tf.function(autograph=False, reduce_retracing=True)
     def function(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            density = log_density(x)
-        return density, tape.gradient(density, x)
+        return value_and_gradient(log_density, x)
 
     def evaluate(x):
         density, gradient = function(tf.constant(x, dtype))
