@@ -122,7 +122,10 @@ def pin(joint, observed):
     try:
         return joint.experimental_pin(**observed)
     except Exception as error:  # whatever TFP or a user's joint raises
-        raise UserError(f"the joint cannot be conditioned: {first_line(error)}") from error
+        raise UserError(
+            f"the joint cannot be conditioned ({type(error).__name__}: {first_line(error)}); expected "
+            "values that fit it: check the joint by itself, such as by `joint.sample()`"
+        ) from error
 
 
 def _check_observed(joint, observed):

@@ -1,54 +1,122 @@
-"""Where a fit starts: mean and covariance of the posterior, roughly.
+"""Where a fit starts: rough draws of the posterior, and coordinates in which it is standard.
 
-A fit learns shape; location, scale and correlation it is given. They come from two quick stages
-that need no tuning since neither depends on the units of the parameters: several Gaussians are
-matched to the density's scores (batch and match), which takes them to where the mass is, and short
-chains of Hamiltonian Monte Carlo from all of them together, weighed so that each mode counts by its
-mass, spread over what a Gaussian misses.
+A fit learns shape; location, scale, correlation, modes and tails it is given. They come from stages
+that need no tuning, since none depends on the units of the parameters:
+
+ 1. Newton's method from many points, and Gaussians matched to the density's scores (`search`,
+    `matching`);
+ 2. draws of all Gaussians, weighed so that each mode counts by its mass;
+ 3. heavy tails are made Gaussian, coordinate by coordinate (`tails`), and an improper posterior is
+    refused;
+ 4. short chains of Hamiltonian Monte Carlo, which jump between modes (`hmc`, `mixture`);
+ 5. a wide look for modes that no gradient points to; with what it sees, 2 to 4 are done again;
+ 6. the evidence, by a bridge from the mixture to the chains (`evidence`).
 """
 
+import time
 from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from avb_tf import diagnostics
 from avb_tf.errors import UserError
-from avb_tf.posteriors import hmc
+from avb_tf.posteriors import evidence, hmc, matching, mixture, search
+from avb_tf.posteriors import tails as tailing
+from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.mixture import Mixture
+from avb_tf.posteriors.tails import Tails
 from avb_tf.posteriors.target import Target
 
-STARTS = 8  # Gaussians, so that one mode is not taken for all
-MATCHES = 100  # updates of each
+MATCHES = 8  # Gaussians from around 0, beside those from the modes
 CHAINS = 256
-LARGEST = 200  # dimensions
+LARGEST = 200  # dimensions of a covariance in full
 ROUNDS = 5  # of the chains, with the covariance of all taken anew after each
 TRANSITIONS = 16  # in a round
 LEAPFROGS = 6  # in a transition
-KEPT = 4  # states of each chain, from the last round
-# A variance that is so many times as large after a round as before it, in most rounds, grows
-# without an end. Of the proper posteriors tried none had more than 4 times after the first round,
-# Cauchy's and Neal's among them; improper ones had 20 and more.
-GROWTH = 10.0
+KEPT = 16  # states of each chain, of the exact round at the end
+THINNED = 2  # transitions from one kept state to the next
+LOOK_SHARE = 0.4  # of the start's seconds, spent on the wide look
+LOOK_POINTS = 2**20  # of the wide look, where no seconds are given
 _RUNS_AWAY = (
     "the fit runs away: the log density does not fall as parameters grow; expected a proper "
     "posterior: look for a parameter without a prior"
 )
-_FAR = 1e12  # standard deviations beyond which a density is not taken for a proper one
+_NOT_FINITE = (
+    "the log density is not finite wherever the fit started; expected a finite number near 0 in "
+    "unconstrained space: check the model at a plausible value of its parameters"
+)
 
 
 class Start(NamedTuple):
-    """u = mean + scale_tril @ z standardises the posterior."""
+    """Coordinates in which a posterior is standard, and chains that have been in its modes.
+
+        u, volume = start.place(z)  # parameters before the constraint, and log |du / dz|
+
+    u = tails(mean + scale_tril @ z) has z of mean 0 and covariance I.
+    """
 
     mean: np.ndarray  # [dim]
     scale_tril: np.ndarray  # [dim, dim]
-    z: np.ndarray  # [states, dim], the chains' last few states, standardised
+    z: np.ndarray  # [chains * kept, dim], the chains' states standardised, chain after chain
+    tails: Tails
+    chains: int
+    log_evidence: Estimate = evidence.UNKNOWN
+    points: int = 0  # that were looked at for further modes
+
+    def place(self, z, dtype):
+        """u and log |du / dz| in nats for z [n, dim], by TensorFlow in `dtype`.
+
+        In the model's precision: far from 0 float32 has few digits left.
+        """
+        mean, factor = (tf.constant(v, dtype) for v in (self.mean, self.scale_tril))
+        v = mean + tf.linalg.matvec(factor, tf.cast(z, dtype))
+        u, volume = self.tails.forward(v)
+        return u, volume + float(np.log(np.abs(np.diag(self.scale_tril))).sum())
+
+    def save(self, path) -> None:
+        """Writes a `.npz` file, for `load`; nothing in it is pickled."""
+        np.savez(
+            path,
+            mean=self.mean,
+            scale_tril=self.scale_tril,
+            z=self.z.astype(np.float32),
+            tails=np.vstack([self.tails.location, self.tails.scale, self.tails.weight]),
+            numbers=[self.chains, *self.log_evidence, self.points],
+        )
 
 
-def find(target: Target, seed: int = 0) -> Start:
-    """Rough moments of the posterior.
+def load(path) -> Start:
+    """A start as `Start.save` wrote it."""
+    with np.load(path, allow_pickle=False) as file:
+        location, scale, *weight = file["tails"]
+        chains, value, error, points = file["numbers"].tolist()
+        return Start(
+            file["mean"],
+            file["scale_tril"],
+            file["z"].astype(np.float64),
+            Tails(location, scale, np.stack(weight)),
+            int(chains),
+            Estimate(value, error),
+            int(points),
+        )
+
+
+class Sampled(NamedTuple):
+    """States of chains after an exact round, and what their density is like."""
+
+    states: np.ndarray  # [chains, kept, dim]
+    mixture: Mixture
+    log_evidence: Estimate
+    log_normaliser: float  # the evidence, roughly, where that is unknown
+
+
+def find(target: Target, seed: int = 0, seconds: float | None = None) -> Start:
+    """Rough draws of the posterior, in `seconds` if they are given.
 
     Raises:
-      UserError: a density that is finite nowhere near, or that has no maximum to be found, or of
-        more than `LARGEST` dimensions.
+      UserError: a density that is finite nowhere near, or does not fall as parameters grow, or is
+        of more than `LARGEST` dimensions.
     """
     if target.dim > LARGEST:
         raise UserError(
@@ -56,115 +124,232 @@ def find(target: Target, seed: int = 0) -> Start:
             f"{CHAINS} chains can tell a covariance: integrate some parameters out"
         )
     rng = np.random.default_rng(seed)
+    began = time.monotonic()
+
+    def by(share):
+        return began + share * seconds if seconds else np.inf
+
     scores = hmc.scores(target.log_density, target.dtype)
-    found = [
-        _match(scores, 3.0 * rng.normal(size=target.dim) * (i > 0), rng) for i in range(STARTS)
-    ]
-    gaussians = list(filter(None, found))
-    draws = _weighed(scores, gaussians, rng) if gaussians else []
-    if not len(draws):
-        raise UserError(
-            "the log density is not finite wherever the fit started; expected a finite number "
-            "near 0 in unconstrained space: check the model at a plausible value of its parameters"
-        )
-    draws = _move(scores, draws, rng)
-    mean, scale_tril = draws.mean(0), np.linalg.qr(hmc.root(np.cov(draws.T)))[1].T
-    return Start(mean, scale_tril, np.linalg.solve(scale_tril, (draws - mean).T).T)
-
-
-def _match(scores, mean, rng):
-    """A Gaussian whose score is close to the density's: (mean, root of its covariance), or None.
-
-    Batch and match (Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei and Saul, 2024), whose
-    updates are in closed form and affine invariant. Where the density is finite at too few of the
-    draws the Gaussian shrinks towards its mean first.
-    """
-    dim = len(mean)
-    count = max(128, 4 * dim)
-    covariance = np.eye(dim)
-    matched = False
-    for step in range(MATCHES):
-        u = mean + rng.normal(size=[count, dim]) @ hmc.root(covariance)
-        density, score = scores(u)
-        finite = np.isfinite(density) & np.isfinite(score).all(1)
-        if finite.mean() < 0.5:
-            covariance = covariance / 4.0
-            continue
-        u, score = u[finite], score[finite]
-        rate = count * dim / (1.0 + step)  # of the proximal step; it falls as the steps go
-        shrink = rate / (1.0 + rate)
-        u_mean, score_mean = u.mean(0), score.mean(0)
-        pull = rate * _covariance(score) + shrink * np.outer(score_mean, score_mean)
-        spread = covariance + rate * _covariance(u)
-        spread += shrink * np.outer(mean - u_mean, mean - u_mean)
-        covariance = _solve(spread, pull)
-        mean = (mean + rate * (covariance @ score_mean + u_mean)) / (1.0 + rate)
-        if not np.abs(covariance).max() < _FAR**2:
-            raise UserError(_RUNS_AWAY)
-        matched = True
-    return (mean, hmc.root(covariance)) if matched else None
-
-
-def _covariance(x):
-    return np.atleast_2d(np.cov(x.T, bias=True))
-
-
-def _solve(spread, pull):
-    """The positive definite S with S pull S + S = spread."""
-    root = hmc.root(spread)
-    inner = root @ pull @ root
-    values, vectors = np.linalg.eigh(0.5 * (inner + inner.T))
-    middle = (vectors * (2.0 / (1.0 + np.sqrt(1.0 + 4.0 * np.maximum(values, 0.0))))) @ vectors.T
-    solution = root @ middle @ root
-    return 0.5 * (solution + solution.T)
-
-
-def _weighed(scores, gaussians, rng):
-    """Draws [CHAINS, dim] from several Gaussians, resampled in proportion to the posterior.
-
-    A draw's weight is p over the density of all Gaussians together (the balance heuristic of Veach
-    and Guibas, 1995): a mode counts by its mass, not by how many matches found it, and a match that
-    went astray does not count. Where too few draws would carry the weight it is flattened. None
-    are returned where the density is finite at none.
-    """
-    count, dim = 4 * CHAINS // len(gaussians), len(gaussians[0][0])
-    u = np.concatenate([mean + rng.normal(size=[count, dim]) @ root for mean, root in gaussians])
-    log_q = np.logaddexp.reduce(
-        [
-            -0.5 * (np.linalg.solve(root, (u - mean).T) ** 2).sum(0) - np.linalg.slogdet(root)[1]
-            for mean, root in gaussians
-        ]
+    gaussians = _gaussians(target, scores, rng, by(0.3))
+    draws = _weighed(scores, gaussians, rng)
+    tails = _tails(scores, draws)
+    log_density = of_tails(target, tails)
+    moved = hmc.scores(log_density, target.dtype) if tails.heavy.any() else scores
+    sampled = _sampled(moved, tails.inverse(draws), _moved(gaussians, tails), rng, by(0.5))
+    if tails.heavy.any():
+        tails, draws = _estimated(tails, sampled, target.dtype, rng)
+        log_density = of_tails(target, tails)
+        moved = hmc.scores(log_density, target.dtype)
+        sampled = _sampled(moved, draws, _around(draws, rng), rng, by(0.6))
+    look = search.look(
+        lambda v: log_density(v) - tf.cast(sampled.log_normaliser, target.dtype),
+        target.dtype,
+        sampled.mixture,
+        by(0.6 + LOOK_SHARE),
+        LOOK_POINTS if seconds is None else 2**62,
+        seed,
     )
-    log_weights = scores(u)[0] - log_q
-    finite = np.isfinite(log_weights)
-    u, log_weights = u[finite], log_weights[finite]
+    wider = _with_new_modes(moved, look.x, sampled)
+    if wider is not None:
+        sampled = _sampled(moved, _weighed(moved, wider, rng), wider, rng, by(1.2))
+    states = sampled.states.reshape(-1, target.dim)
+    mean, scale_tril = states.mean(0), mixture.lower(np.cov(states.T))
+    z = np.linalg.solve(scale_tril, (states - mean).T).T
+    chains = len(sampled.states)
+    return Start(mean, scale_tril, z, tails, chains, sampled.log_evidence, look.points)
+
+
+def _gaussians(target, scores, rng, deadline) -> Mixture:
+    """Gaussians at the modes, and matched to the density from there and from around 0.
+
+    Raises:
+      UserError: there is none, for the density is finite nowhere near.
+    """
+    dim, count = target.dim, search.starts(target.dim)
+    prior = target.prior_draws(1024, int(rng.integers(2**31)))
+    points = search.first_points(lambda x: scores(x)[0], prior, dim, rng, count)
+    maxima = search.climb(scores, points, deadline)
+    gaussians = []
+    if len(maxima):
+        modes = search.modes(scores, maxima)
+        gaussians = list(zip(modes.x, modes.roots, strict=True))
+    firsts = [(3.0 * rng.normal(size=dim) * (i > 0), np.eye(dim)) for i in range(MATCHES)]
+    for mean, root in [*gaussians[:4], *firsts]:
+        matched = matching.match(scores, mean, root @ root, rng, deadline=deadline)
+        if matched is not None:
+            gaussians.append(matched)
+    if not gaussians:
+        raise UserError(_NOT_FINITE)
+    return mixture.of_gaussians(gaussians)
+
+
+def _weighed(scores, proposal: Mixture, rng) -> np.ndarray:
+    """Draws [CHAINS, dim] of a mixture, resampled in proportion to the posterior.
+
+    A draw's weight is p over the density of all components together (the balance heuristic of
+    Veach and Guibas, 1995): a mode counts by its mass, not by how many components are on it, and a
+    component that went astray does not count. Where too few draws would carry the weight it is
+    flattened.
+
+    Raises:
+      UserError: the density is finite at no draw.
+    """
+    u = proposal.draw(16 * CHAINS, rng)
+    log_weights = scores(u)[0] - proposal.log_density(u)
+    usable = np.isfinite(log_weights)
+    u, log_weights = u[usable], log_weights[usable]
     if not len(u):
-        return u
+        raise UserError(_NOT_FINITE)
     while diagnostics.effective_sample_size(log_weights) < min(CHAINS, len(u)) / 4:
         log_weights = 0.5 * log_weights
     weights = np.exp(log_weights - log_weights.max())
     return u[rng.choice(len(u), CHAINS, p=weights / weights.sum())]
 
 
-def _move(scores, draws, rng):
-    """States [KEPT n, dim] of short chains from draws [n, dim], the last round's.
+def _tails(scores, draws) -> Tails:
+    """How heavy the density is far out along each coordinate.
 
-    Whitened anew in each round by the moments of all.
+    Raises:
+      UserError: its integral diverges there, or along what the draws vary in most.
     """
-    step_size, grown = 0.3, 0
+    density = scores(draws)[0]
+    x = draws[density.argmax()]
+    scale = np.subtract(*np.quantile(draws, [0.84, 0.16], axis=0)) / 2.0
+    scale = np.maximum(scale, 1e-12 * (1.0 + np.abs(x)))
+    slopes = tailing.slopes(lambda u: scores(u)[0], x, np.diag(scale))
+    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(draws.T)))
+    widest = (vectors * np.sqrt(np.maximum(values, 0.0)))[:, -3:].T
+    oblique = tailing.slopes(lambda u: scores(u)[0], x, widest)
+    if tailing.improper(slopes).any() or tailing.improper(oblique).any():
+        raise UserError(_RUNS_AWAY)
+    return tailing.of_slopes(slopes, np.median(draws, 0), scale)
+
+
+def of_tails(target, tails):
+    """The target's log density as a function of v, u = tails(v)."""
+
+    def log_density(v):
+        u, volume = tails.forward(v)
+        return target.log_density(u) + volume
+
+    return log_density if tails.heavy.any() else target.log_density
+
+
+def _moved(proposal: Mixture, tails: Tails) -> Mixture:
+    """The components of a mixture of u, at their means in v."""
+    if not tails.heavy.any():
+        return proposal
+    step = 1e-3 * tails.scale
+    slope = (tails.inverse(proposal.means + step) - tails.inverse(proposal.means - step)) / (
+        2.0 * step
+    )
+    roots = slope[:, :, np.newaxis] * proposal.roots
+    return proposal._replace(means=tails.inverse(proposal.means), roots=roots)
+
+
+def _estimated(tails, sampled, dtype, rng):
+    """Tails as heavy as those of the chains' states, and draws in their coordinates."""
+    v = sampled.states.reshape(-1, sampled.states.shape[-1])
+    u = np.asarray(tails.forward(tf.constant(v, dtype))[0], np.float64)
+    estimate = tailing.estimated(u)
+    weight = np.where(tails.heavy, np.maximum(estimate.weight, tails.weight), 0.0)
+    tails = tailing.of_weights(weight, estimate.location, estimate.scale)
+    draws = tails.inverse(u)
+    return tails, draws[rng.choice(len(draws), CHAINS)]
+
+
+def _around(draws, rng) -> Mixture:
+    """Components at some of the draws, half as wide as all together."""
+    count = min(8, mixture.largest(draws.shape[1]))
+    means = draws[rng.choice(len(draws), count, replace=False)]
+    root = 0.5 * mixture.lower(np.cov(draws.T))
+    return Mixture(np.full(count, 1.0 / count), means, np.stack([root] * count))
+
+
+def _sampled(scores, draws, proposal: Mixture, rng, deadline) -> Sampled:
+    """Short chains from draws [CHAINS, dim], and an exact round at their end."""
+    step_size: float | np.ndarray = 0.3
+    jumps = _components(draws, proposal, rng)
     for _ in range(ROUNDS):
-        density = scores(draws)[0]
-        finite = density[np.isfinite(density)]
-        low, middle, high = np.quantile(finite, [0.25, 0.5, 0.75])
-        typical = density > middle - 10.0 - 6.0 * (high - low)  # others have lost their way
-        draws = draws[typical]
+        draws = _typical(scores, draws, rng)
         root = hmc.root(np.cov(draws.T))
         chains = hmc.run_chains(
-            scores, draws, root, TRANSITIONS, LEAPFROGS, step_size, rng, adapt=True
+            scores, draws, root, TRANSITIONS, LEAPFROGS, step_size, rng, adapt=True, jumps=jumps
         )
         draws, step_size = chains.states[-1], chains.step_size
-        whitened = np.linalg.lstsq(root, draws.T, rcond=None)[0]
-        grown += np.linalg.eigvalsh(np.atleast_2d(np.cov(whitened)))[-1] > GROWTH
-    if grown > ROUNDS / 2:
-        raise UserError(_RUNS_AWAY)
-    return chains.states[:: -TRANSITIONS // KEPT].reshape(-1, draws.shape[1])
+        jumps = mixture.fitted(chains.states[::4].reshape(-1, draws.shape[1]), jumps)
+        if time.monotonic() > deadline:
+            break
+    root = hmc.root(np.cov(chains.states[::4].reshape(-1, draws.shape[1]).T))
+    kept = hmc.run_chains(
+        scores, draws, root, KEPT * THINNED, LEAPFROGS, step_size, rng, jumps=jumps
+    )
+    states = np.swapaxes(kept.states[THINNED - 1 :: THINNED], 0, 1)
+    density = kept.log_density[THINNED - 1 :: THINNED].T
+    return Sampled(states, *_described(scores, states, density, jumps, rng))
+
+
+def _described(scores, states, density, jumps, rng):
+    """A mixture near the chains' states, and the evidence by bridges from halves of the chains."""
+    dim, half = states.shape[-1], len(states) // 2
+    estimates = []
+    for fitted, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+        near = mixture.fitted(states[fitted].reshape(-1, dim), jumps)
+        x = near.draw(half * states.shape[1], rng)
+        at_states = density[other] - near.log_density(states[other].reshape(-1, dim)).reshape(
+            density[other].shape
+        )
+        estimates.append(evidence.bridge(scores(x)[0] - near.log_density(x), at_states))
+    log_evidence = evidence.average(estimates)
+    near = mixture.fitted(states.reshape(-1, dim), jumps)
+    roughly = np.median(density.ravel() - near.log_density(states.reshape(-1, dim)))
+    known = np.isfinite(log_evidence.standard_error)
+    return near, log_evidence, float(log_evidence.value if known else roughly)
+
+
+def _components(draws, proposal, rng) -> Mixture:
+    """The components of a proposal that have draws, and some more for the shape."""
+    joint = proposal.log_densities(draws)
+    mass = np.exp(joint - np.logaddexp.reduce(joint)).mean(1)
+    more = _around(draws, rng)
+    count = max(1, mixture.largest(draws.shape[1]) - len(more.weights))
+    kept = [k for k in np.argsort(-mass)[:count] if mass[k] > 1e-3]
+    return mixture.fitted(
+        draws,
+        Mixture(
+            np.concatenate([mass[kept], 0.1 * more.weights]) / (mass[kept].sum() + 0.1),
+            np.concatenate([proposal.means[kept], more.means]),
+            np.concatenate([proposal.roots[kept], more.roots]),
+        ),
+    )
+
+
+def _typical(scores, draws, rng):
+    """Draws [n, dim] with those that have lost their way put in the place of others."""
+    density = scores(draws)[0]
+    low, middle, high = np.quantile(density[np.isfinite(density)], [0.25, 0.5, 0.75])
+    typical = np.flatnonzero(density > middle - 10.0 - 6.0 * (high - low))
+    rows = np.arange(len(draws))
+    lost = ~np.isin(rows, typical)
+    rows[lost] = rng.choice(typical, lost.sum())
+    return draws[rows]
+
+
+def _with_new_modes(scores, x, sampled) -> Mixture | None:
+    """The mixture with further modes reached from x [n, dim], or None where there are none."""
+    if not len(x):
+        return None
+    maxima = search.climb(scores, x[:64])
+    modes = search.modes(scores, maxima)
+    known = sampled.mixture
+    excess = scores(modes.x)[0] - sampled.log_normaliser - known.log_density(modes.x)
+    fresh = (excess > np.log(3.0)) & (modes.log_mass > sampled.log_normaliser - np.log(1e3))
+    if not fresh.any():
+        return None
+    roots = np.stack([mixture.lower(root @ root) for root in modes.roots[fresh]])
+    weights = np.full(len(roots), 0.5 / len(roots))
+    return Mixture(
+        np.concatenate([0.5 * known.weights, weights]),
+        np.concatenate([known.means, modes.x[fresh]]),
+        np.concatenate([known.roots, roots]),
+    )
