@@ -20,6 +20,7 @@ demo seeds mnist posteriors: export TF_NUM_INTEROP_THREADS = 1
 demo seeds mnist posteriors: export OPENBLAS_NUM_THREADS = 1
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
+	$(RUN) --mode=compare --workdir=runs/demo
 	@echo; echo "Results, and figures of both methods side by side, are in runs/demo/"
 
 # A run by its path, such as runs/seeds/digits/avb_ac-2: config, variant and, where there is one, seed.
@@ -92,11 +93,11 @@ bench: setup
 
 # AIS in one graph beside a loop that calls a graph at each leapfrog step.
 bench-ais: setup
-	$(BIN)/python -m avb_tf.benchmark_ais
+	$(BIN)/python -m avb_tf.benchmarks.ais
 
 # The same batch on one device of this machine, on two logical ones and by two workers.
 bench-replicas: setup
-	$(BIN)/python -m avb_tf.benchmark_replicas
+	$(BIN)/python -m avb_tf.benchmarks.replicas
 
 # Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for half an hour.
 faults: setup

@@ -10,8 +10,8 @@ from avb_tf import auxiliary, encoders, flows, networks
 from avb_tf.contrast import CONTRASTS
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS
-from avb_tf.methods import settings
 from avb_tf.model import AVB
+from avb_tf.settings.methods import settings
 
 _TRAINING = (
     "draws", "adversary_draws", "adversary_steps", "kl_annealing_steps", "ema_decay", "seed",
@@ -26,9 +26,33 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
     """A model by name, ready for `compile` and `fit`.
 
     Args:
-      method: a name in `methods.METHODS`.
+      method: a name in `settings.methods.METHODS`.
       event_shape: shape of one example: (features,) or (height, width, channels).
-      **changes: to the settings in `methods.SETTINGS`, which says what each means.
+      **changes: to the settings in `settings.methods.SETTINGS`, which says what each means.
+    Raises:
+      UserError: a name that does not exist, or parts that do not fit each other.
+    """
+    s = checked(method, **changes)
+    if s.network == "conv" and len(event_shape) != 3:
+        raise UserError(
+            f"network 'conv' needs x of (height, width, channels), found {tuple(event_shape)}; "
+            "use network 'dense'"
+        )
+    return AVB(
+        tuple(event_shape),
+        _encoder(s),
+        _decoder(s, event_shape),
+        _adversary(s),
+        likelihood=s.likelihood,
+        contrast=s.contrast,
+        condition=s.condition,
+        **{name: getattr(s, name) for name in _TRAINING},
+    )
+
+
+def checked(method: str, **changes: Any) -> SimpleNamespace:
+    """All settings of `method`, with `changes`, as far as they fit whatever the data.
+
     Raises:
       UserError: a name that does not exist, or parts that do not fit each other.
     """
@@ -37,11 +61,6 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
     _check(s, "contrast", CONTRASTS)
     _check(s, "condition", ("x", "posterior", "none"))
     _check(s, "network", ("dense", "conv"))
-    if s.network == "conv" and len(event_shape) != 3:
-        raise UserError(
-            f"network 'conv' needs x of (height, width, channels), found {tuple(event_shape)}; "
-            "use network 'dense'"
-        )
     needed = {"prior": 1, "diagonal": 2, "full": s.latent_dim + 1}[s.contrast]
     samples = s.draws if s.adversary == "none" else max(s.draws, s.adversary_draws)
     if s.encoder in _MOMENTS_OF_DRAWS and samples < needed:
@@ -55,16 +74,7 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
             f"flow_width is {s.flow_width}; expected at least the {s.latent_dim} of latent_dim, "
             "or a step reads some of the latents nowhere"
         )
-    return AVB(
-        tuple(event_shape),
-        _encoder(s),
-        _decoder(s, event_shape),
-        _adversary(s),
-        likelihood=s.likelihood,
-        contrast=s.contrast,
-        condition=s.condition,
-        **{name: getattr(s, name) for name in _TRAINING},
-    )
+    return s
 
 
 def _check(s, name, known):

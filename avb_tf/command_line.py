@@ -14,7 +14,7 @@ from ml_collections.config_flags import config_flags
 
 from avb_tf import configuration
 from avb_tf.errors import UserError, WorkerLostError
-from avb_tf.posteriors import settings
+from avb_tf.settings import posterior
 
 USAGE = """Adversarial Variational Bayes.
 
@@ -22,23 +22,22 @@ USAGE = """Adversarial Variational Bayes.
   python main.py --workdir=runs/digits-avb_ac --mode=evaluate
   python main.py --workdir=runs --mode=compare
 
-Any field of the config is a flag too, such as --config.steps=2000; `avb_tf/configuration.py` and
-`avb_tf/methods.py` list them. Once a run has been started its workdir knows its config. The same
-command again resumes it.
+Any field of the config is a flag too, such as --config.steps=2000; `avb_tf/settings/` lists them.
+Once a run has been started its workdir knows its config. The same command again resumes it.
 """
 
 # Mode -> the function that runs it, called with (config, workdir).
 MODES = {
-    "train": "avb_tf.training:train",
-    "evaluate": "avb_tf.evaluation:evaluate",
-    "train_and_evaluate": "avb_tf.evaluation:train_and_evaluate",
-    "sample": "avb_tf.evaluation:sample",
-    "compare": "avb_tf.comparison:compare",
-    "benchmark": "avb_tf.benchmark:benchmark",
-    "scaling": "avb_tf.scaling:scaling",
-    "figures": "avb_tf.drawing:draw",
-    "explore": "avb_tf.explorer:explore",
-    "export": "avb_tf.export:export",
+    "train": "avb_tf.commands.train:train",
+    "evaluate": "avb_tf.commands.evaluate:evaluate",
+    "train_and_evaluate": "avb_tf.commands.evaluate:train_and_evaluate",
+    "sample": "avb_tf.commands.sample:sample",
+    "compare": "avb_tf.commands.compare:compare",
+    "benchmark": "avb_tf.benchmarks.step:benchmark",
+    "scaling": "avb_tf.benchmarks.scaling:scaling",
+    "figures": "avb_tf.commands.draw:draw",
+    "explore": "avb_tf.commands.explore:explore",
+    "export": "avb_tf.commands.export:export",
     "serve_check": "avb_tf.serving.check:serve_check",
 }
 POSTERIOR_MODES = {
@@ -60,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         config, workdir = _parse(values, argv)
-        posterior = config is not None and config.method == settings.METHOD
-        modes = POSTERIOR_MODES if posterior else MODES
+        of_posterior = configuration.kind(config) is posterior
+        modes = POSTERIOR_MODES if of_posterior else MODES
         if values.mode not in modes:
             raise UserError(f"--mode={values.mode} is of no use here; expected {', '.join(modes)}")
         module, function = modes[values.mode].split(":")
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if threads := config and config.get("threads_per_op"):
             # TensorFlow reads it once, when it starts.
             os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
-        alone = posterior or values.mode not in ("train", "train_and_evaluate")
+        alone = of_posterior or values.mode not in ("train", "train_and_evaluate")
         if alone and "TF_CONFIG" in os.environ and not _imported("avb_tf.replicas").is_chief():
             print(f"--mode={values.mode} is left to the first worker of TF_CONFIG")
             return
@@ -161,8 +160,8 @@ def _parse(
             "expected the method after --config=FILE and a colon"
         )
     configuration.validate(config)
-    if config.method == settings.METHOD and not config.name:
-        config.name = settings.name(config)
+    if configuration.kind(config) is posterior and not config.name:
+        config.name = posterior.name(config)
     if not (values.workdir or config.name):
         raise UserError("config.name is empty; expected a name, or a --workdir")
     workdir = Path(values.workdir or Path("runs") / config.name).resolve()
@@ -217,5 +216,5 @@ def _explain(error: BaseException) -> str:
     # The message itself where there is one: str of a KeyError would quote it.
     text = "; ".join(str(error.args[0] if error.args else error).splitlines())
     if isinstance(error, LookupError):
-        return f"unknown field of the config: {text}; `avb_tf/configuration.py` lists them"
+        return f"unknown field of the config: {text}; `avb_tf/settings/` lists them"
     return f"{text}; see --help"

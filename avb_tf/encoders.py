@@ -179,7 +179,7 @@ class BasisEncoder(Encoder):
         return self.frozen or self._fixed_moments()
 
     def _fixed_moments(self):
-        return _moments(self._samples(self._bases(_fixed_noise(self.noise_dim))))
+        return _moments(self._samples(self._bases(fixed_noise(self.noise_dim))))
 
     @contextlib.contextmanager
     def freezing(self):
@@ -325,7 +325,7 @@ class _PerBasis(keras.initializers.Initializer):
 
 
 @functools.cache
-def _fixed_noise(noise_dim: int) -> np.ndarray:
+def fixed_noise(noise_dim: int) -> np.ndarray:
     """The same standard normal points at every call, [samples, 1, noise_dim].
 
     For moments outside training: over the batch, as in training, they would depend on its size and

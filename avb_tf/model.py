@@ -4,21 +4,25 @@ A method is an encoder, a contrast and an adversary (none where q's density is k
 encoder and decoder, dual means the adversary, as in the paper's Algorithm 1.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from avb_tf import auxiliary, flows, objectives, optimizers, replicas, schedules
 from avb_tf import contrast as contrasts
-from avb_tf import objectives, optimizers, replicas, schedules
+from avb_tf.data import pipeline, resident
+from avb_tf.data.source import Split, array_split
 from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS, Likelihood, log_likelihood
 from avb_tf.networks import Adversary, Restorable
 
-# Saved models may hold an optimizer and a schedule of ours: whoever loads one has them registered.
-__all__ = ["AVB", "schedules"]
+# Saved models may hold any of our parts and schedules: whoever loads one has them registered.
+__all__ = ["AVB", "auxiliary", "flows", "schedules"]
 
 # Streams of randomness within a step. Noises come in pairs; further dual steps go on from _TRAIN.
 _BINARISE, _TEST, _, _TRAIN = range(4)
@@ -86,7 +90,7 @@ class AVB(Restorable, keras.Model):
         self.kl_annealing_steps = kl_annealing_steps
         self.ema_decay = ema_decay
         self.skip_non_finite = skip_non_finite
-        self.patience = 2**31 - 1  # skipped steps in a row that end training (`callbacks.Guard`)
+        self.patience = 2**31 - 1  # skipped steps in a row that end training (`callbacks.guard`)
         self.seed = seed
         self.prior = contrasts.prior(encoder.latent_dim) if prior else None
         self.encoder, self.decoder, self.adversary = encoder, decoder, adversary
@@ -100,11 +104,15 @@ class AVB(Restorable, keras.Model):
         names = ["elbo", "log_likelihood", "kl"]
         names += ["adversary_loss", "adversary_accuracy"] if adversary else []
         self.means = {name: keras.metrics.Mean(name=name) for name in names}
+        self.resident: resident.Resident | None = None  # the examples that `fit` keeps on devices
+        self.resident_megabytes: float = resident.MEGABYTES  # that these may take
         self._create_weights()
 
     def _counter(self, name):
+        # TensorFlow keeps int32 variables in the host's memory, where a step that XLA compiles for
+        # a GPU cannot read them.
         return self.add_weight(
-            shape=(), dtype="int32", initializer="zeros", trainable=False, name=name,
+            shape=(), dtype="int64", initializer="zeros", trainable=False, name=name,
             aggregation="only_first_replica",
         )  # fmt: skip
 
@@ -129,7 +137,7 @@ class AVB(Restorable, keras.Model):
                     f"adaptive contrast too; {type(self.encoder).__name__} gives no description "
                     "here. Use condition 'x'."
                 )
-            self.adversary(self._condition(x, q, r), q.z)
+            self.adversary(self.condition_of(x, q, r), q.z)
         for weight, average in self._averages():
             average.assign(weight)
         self.built = True
@@ -205,7 +213,7 @@ class AVB(Restorable, keras.Model):
         """T at the z of q and, where r is N(0, I), at `contrast_noise`."""
         if self.adversary is None:
             return objectives.exact_t(q, r), None
-        features = self.adversary.features(self._condition(x, q, r))
+        features = self.adversary.features(self.condition_of(x, q, r))
         z = contrasts.whiten(q.z, r)
         if contrast_noise is None:
             return self.adversary.logits(features, z), None
@@ -216,7 +224,8 @@ class AVB(Restorable, keras.Model):
             return self.encoder, self.decoder
         return self.averaged_encoder, self.averaged_decoder
 
-    def _condition(self, x, posterior: Posterior, r):
+    def condition_of(self, x, posterior: Posterior, r):
+        """What the adversary reads beside z."""
         if self.condition == "none":
             return tf.zeros([tf.shape(x)[0], 1])  # the same for all
         return objectives.description(posterior, r) if self.condition == "posterior" else x
@@ -227,7 +236,7 @@ class AVB(Restorable, keras.Model):
         seed = replicas.stream_seed(self.seed, self.step.value, stream)
         return replicas.rows(tf.random.stateless_normal, shape, seed, axis=1)
 
-    def _noises(self, x, stream):
+    def noises(self, x, stream):
         """The encoder's noise, and the whitened draws of the contrast."""
         return (
             self._noise(x, stream, self.encoder.noise_dim),
@@ -259,8 +268,8 @@ class AVB(Restorable, keras.Model):
             parameters = self.encoder.parameters(x)
             with tape.stop_recording():
                 for i in range(1, self.adversary_steps if dual else 1):
-                    self._dual_step(x, parameters, _TRAIN + 2 * i)
-            noise, contrast_noise = self._noises(x, _TRAIN)
+                    self.dual_step(x, parameters, _TRAIN + 2 * i)
+            noise, contrast_noise = self.noises(x, _TRAIN)
             posterior = self.encoder.draw(parameters, noise, training=True)
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
             kl = self._kl_weight() * tf.reduce_mean(terms.kl)
@@ -273,20 +282,22 @@ class AVB(Restorable, keras.Model):
         dual_gradients = tape.gradient(adversary_loss, dual) if dual else []
         applied = self._all_finite(x, loss, *gradients, *dual_gradients)
         if dual:
-            replicas.apply(self.adversary_optimizer, dual_gradients, dual, applied)
-        replicas.apply(self.optimizer, gradients, self.primal_variables, applied)
-        replicas.update(self._average, applied)
+            self._apply(self.adversary_optimizer, dual_gradients, dual, applied)
+        self._apply(self.optimizer, gradients, self.primal_variables, applied)
+        replicas.update(self.average, applied)
         self.step.assign_add(1)
-        self.skipped.assign_add(tf.where(applied, 0, 1))
+        skipped = tf.cast(~applied, tf.int64)
+        self.skipped.assign_add(skipped)
         # As many as the guard's patience stay, or it would not see those that a call leaves behind.
         row = self.skipped_in_a_row.value
         over = applied & (row < self.patience)
-        self.skipped_in_a_row.assign(tf.where(over, 0, row + tf.where(applied, 0, 1)))
+        self.skipped_in_a_row.assign(tf.where(over, tf.zeros_like(row), row + skipped))
         self._record(terms, t_contrast, applied)
         return self.get_metrics_result()
 
-    def _dual_step(self, x, parameters, stream):
-        noise, contrast_noise = self._noises(x, stream)
+    def dual_step(self, x, parameters, stream):
+        """One step of the adversary, for the encoder's `parameters` of x."""
+        noise, contrast_noise = self.noises(x, stream)
         posterior = self.encoder.draw(parameters, noise, training=True)
         variables = self.adversary.trainable_variables
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -295,7 +306,22 @@ class AVB(Restorable, keras.Model):
             loss = self._adversary_loss(*self._t(x, q, r, contrast_noise))
         gradients = tape.gradient(loss, variables)
         applied = self._all_finite(x, loss, *gradients)
-        replicas.apply(self.adversary_optimizer, gradients, variables, applied)
+        self._apply(self.adversary_optimizer, gradients, variables, applied)
+
+    def _apply(self, optimizer, gradients, variables, applied):
+        if isinstance(optimizer, optimizers.Adam):
+            optimizer.selects = self.loop_is_compiled
+        replicas.apply(optimizer, gradients, variables, applied, self.loop_is_compiled)
+
+    @property
+    def loop_is_compiled(self) -> bool:
+        """Whether a call of the training graph is one program of XLA.
+
+        Its steps select results in place of branching: at a condition in a program for a GPU the
+        host waits for the device.
+        """
+        single = self.distribute_strategy.num_replicas_in_sync == 1
+        return bool(self.jit_compile) and single and not self.run_eagerly
 
     def _all_finite(self, *tensors):
         """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`.
@@ -308,7 +334,8 @@ class AVB(Restorable, keras.Model):
         loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
-    def _average(self, strategy, applied):
+    def average(self, strategy, applied):
+        """Moves the averaged weights towards the trained ones, unless the step was skipped."""
         # A short memory at first, or the average would keep the initial weights for long.
         step = tf.cast(self.step.value, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
@@ -345,7 +372,7 @@ class AVB(Restorable, keras.Model):
     def test_step(self, data):
         """The bound, its terms and the adversary's state, by the averaged networks."""
         x = self._inputs(data)
-        noise, contrast_noise = self._noises(x, _TEST)
+        noise, contrast_noise = self.noises(x, _TEST)
         posterior = self.averaged_encoder(x, noise)
         self._record(
             *self._terms(x, posterior, self.averaged_decoder, self.samples, contrast_noise)
@@ -356,6 +383,55 @@ class AVB(Restorable, keras.Model):
         """The running means since the epoch began."""
         return {name: mean.result() for name, mean in self.means.items()}
 
+    def fit(self, x=None, *args, **kwargs):
+        """As `keras.Model.fit`; x may also be a `data.Split`.
+
+        An array or a split of at most `resident_megabytes` is copied to the device once, and
+        a call of the graph, `steps_per_execution` steps, gathers its batches there. Their order is
+        a function of `seed` and the step, so that a resumed run goes on with the batches of the
+        uninterrupted one. Batches are full and run on across epochs.
+        """
+        arguments = inspect.signature(keras.Model.fit).bind(self, x, *args, **kwargs).arguments
+        del arguments["self"]
+        before, self.resident = self.resident, None
+        if isinstance(x, (np.ndarray, tf.Tensor, Split)):
+            arguments = self._put(arguments)
+        if getattr(before, "decode", None) is not getattr(self.resident, "decode", None):
+            self.train_function = None
+        try:
+            return super().fit(**arguments)
+        finally:
+            if self.resident is not None:  # the examples themselves need not be kept
+                self.resident = self.resident._replace(rows=None, calls=None)
+
+    def _put(self, arguments):
+        """The arguments of `fit` with batches in place of an array or a split."""
+        x, validation_split = arguments.pop("x"), arguments.pop("validation_split", 0.0)
+        if not isinstance(x, Split):
+            if validation_split and arguments.get("validation_data") is None:
+                size = int(len(x) * (1.0 - validation_split))
+                x, arguments["validation_data"] = x[:size], (x[size:],)
+            x = array_split(np.asarray(x))
+        batch_size = min(arguments.pop("batch_size", None) or 32, x.size)
+        steps = arguments.pop("steps_per_epoch", None) or -(-x.size // batch_size)
+        order = {
+            "seed": self.seed,
+            "first_step": int(self.step.numpy()),
+            "shuffle": arguments.pop("shuffle", True),
+        }
+        strategy = self.distribute_strategy
+        if resident.fits(x, self.resident_megabytes):
+            self.resident = resident.put(
+                x, strategy, batch_size, **order, steps_per_epoch=steps,
+                steps_per_call=self.steps_per_execution,
+            )  # fmt: skip
+            batches = self.resident.calls
+        else:
+            batches = strategy.distribute_datasets_from_function(
+                lambda context: pipeline.training_batches(x, batch_size, **order, context=context)
+            )
+        return arguments | {"x": batches, "steps_per_epoch": steps, "shuffle": False}
+
     def make_train_function(self, force=False):
         """One graph of `steps_per_execution` steps, under any strategy.
 
@@ -363,15 +439,52 @@ class AVB(Restorable, keras.Model):
         and loops in a way that fails for several replicas.
         """
         if self.train_function is None or force:
-            step = self._on_replicas(self.train_step)
-
-            def run(iterator, count):
-                for _ in tf.range(count):
-                    step(next(iterator))
-                return self.get_metrics_result()
-
-            self.train_function = self._of_iterator(run)
+            make = self._stream_function if self.resident is None else self._resident_function
+            self.train_function = make()
         return self.train_function
+
+    def _stream_function(self):
+        """Steps whose batches come one by one."""
+        step = self._on_replicas(self.train_step)
+
+        def run(iterator, count):
+            for _ in tf.range(count):
+                step(next(iterator))
+            return self.get_metrics_result()
+
+        return self._of_iterator(run)
+
+    def _resident_function(self):
+        """Steps that gather their batches on the device: one element of the data is a call."""
+        read, strategy = self.resident.read, self.distribute_strategy
+
+        def step(rows, indices, i):
+            self.train_step(read(rows, indices, i))
+
+        def loop(rows, indices, count):
+            tf.while_loop(
+                lambda i: i < count, lambda i: step(rows, indices, i) or [i + 1], [tf.constant(0)]
+            )
+
+        compiled = self.loop_is_compiled
+        if compiled:  # the loop is in the program: between steps the host has nothing to do
+            loop = tf.function(loop, autograph=False, jit_compile=True)
+        elif not self.run_eagerly:
+            step = tf.function(step, autograph=False, jit_compile=self.jit_compile)
+
+        def run(iterator, rows):
+            indices, counts = next(iterator)
+            count = strategy.experimental_local_results(counts)[0]
+            if compiled:
+                loop(rows, indices, count)
+            else:
+                for i in tf.range(count):
+                    strategy.run(step, (rows, indices, i))
+            return self.get_metrics_result()
+
+        if not self.run_eagerly:
+            run = tf.function(run, reduce_retracing=True)
+        return lambda iterator: run(iterator, self.resident.rows)
 
     def make_test_function(self, force=False):
         """As `make_train_function`, but that the data may end within."""

@@ -12,7 +12,14 @@ class Adam(keras.optimizers.Adam):
     of 27 million weights they cost more than its products. With `global_clipnorm`, Keras clips
     each replica's share; here the sum over replicas is clipped, so that a run does not depend on
     how many there are. Dense gradients only.
+
+    Attributes:
+      selects: whether clipping multiplies always, by 1 where there is nothing to clip. Without XLA
+        a condition saves a pass over all gradients; within a program for a GPU the host would wait
+        for the device at it, and the product is part of the update.
     """
+
+    selects = False
 
     def update_step(self, gradient, variable, learning_rate):
         """Kingma and Ba (2015), Algorithm 1 in the form at the end of its Section 2."""
@@ -40,9 +47,16 @@ class Adam(keras.optimizers.Adam):
             return grads_and_vars
         gradients, variables = zip(*grads_and_vars, strict=True)
         norm = tf.linalg.global_norm(gradients)
-        clipped = tf.cond(  # mostly there is nothing to clip, and a pass over all is saved
-            norm > self.global_clipnorm,
-            lambda: [g * (self.global_clipnorm / norm) for g in gradients],
-            lambda: list(gradients),
-        )
+
+        def scaled(scale):
+            return [g * scale for g in gradients]
+
+        if self.selects:
+            clipped = scaled(tf.minimum(1.0, self.global_clipnorm / norm))
+        else:
+            clipped = tf.cond(
+                norm > self.global_clipnorm,
+                lambda: scaled(self.global_clipnorm / norm),
+                lambda: list(gradients),
+            )
         return list(zip(clipped, variables, strict=True))

@@ -205,9 +205,10 @@ def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
 def stream_seed(seed: int, step, stream: int):
     """A stateless seed, int32 [2], for one use of randomness in one step.
 
-    A run resumed at `step` (an int32 scalar) draws what the uninterrupted one drew.
+    A run resumed at `step` (an integer scalar) draws what the uninterrupted one drew.
     """
-    return tf.random.fold_in(tf.constant([seed, stream], tf.int32), step)  # XLA folds int32 only
+    # XLA folds int32 only.
+    return tf.random.fold_in(tf.constant([seed, stream], tf.int32), tf.cast(step, tf.int32))
 
 
 def rows(draw: Callable[..., tf.Tensor], shape, seed, axis: int) -> tf.Tensor:
@@ -241,15 +242,27 @@ def all_finite(*tensors: tf.Tensor) -> tf.Tensor:
     return tf.math.is_finite(total)
 
 
-def apply(optimizer, gradients, variables, applied) -> None:
+def apply(optimizer, gradients, variables, applied, selects: bool) -> None:
     """In a replica: `optimizer.apply`, where `applied` (the same on all) is true.
 
     Optimizers let replicas meet, which these may not within a condition; so they meet outside.
+
+    Args:
+      selects: whether results are selected in place of a condition, which a program that XLA
+        compiles does at no cost. For a single replica.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         # It has a condition of its own, by this replica's gradients alone, and learns from it.
         gradients = [tf.where(applied, gradient, np.nan) for gradient in gradients]
         optimizer.apply(gradients, variables)
+        return
+
+    if selects:
+        state = [variable.value for variable in [*variables, *optimizer.variables]]
+        before = [tf.identity(variable) for variable in state]
+        optimizer.apply(gradients, variables)
+        for variable, old in zip(state, before, strict=True):
+            variable.assign(tf.where(applied, variable, old))
         return
 
     def meet(strategy, gradients, applied):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from avb_tf import configuration
+from avb_tf import files, tables
 
 FILE = "results.json"
 EVALUATION = "evaluation"  # below the workdir: values for each example, and finished chunks
@@ -53,7 +53,7 @@ def standard_error(values) -> float:
 
 def save(workdir: Path, results: dict[str, Any]) -> None:
     """Writes `results.json`."""
-    configuration.write_atomically(workdir / FILE, json.dumps(results, indent=2) + "\n")
+    files.write_atomically(workdir / FILE, json.dumps(results, indent=2) + "\n")
 
 
 def read(file: Path) -> dict[str, Any] | None:
@@ -78,7 +78,7 @@ def save_values(workdir: Path, x, values: Mapping[str, np.ndarray]) -> None:
     example = np.frombuffer(b"".join(names), np.uint64)
     np.savez_compressed(buffer, allow_pickle=False, example=example, **values)
     (workdir / EVALUATION).mkdir(exist_ok=True)
-    configuration.write_atomically(workdir / EVALUATION / VALUES, buffer.getvalue())
+    files.write_atomically(workdir / EVALUATION / VALUES, buffer.getvalue())
 
 
 def load_values(workdir: Path) -> dict[str, np.ndarray]:
@@ -118,7 +118,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     for run, found in runs.items():
         cells = [_cell(found["estimates"].get(name)) for name in names]
         columns.append([run, *cells, f"{found['step']:,}"])
-    return aligned(columns)
+    return tables.aligned(columns)
 
 
 def quality(found: dict[str, Any]) -> str:
@@ -139,18 +139,7 @@ def quality(found: dict[str, Any]) -> str:
     for name, (title, form) in columns.items():
         values = [row.get(name) for row in rows.values()]
         cells.append([title, *("" if v is None else format(v, form) for v in values)])
-    return aligned(cells)
-
-
-def aligned(columns: list[list[str]]) -> str:
-    """A Markdown table of columns whose first cells are the header."""
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in zip(*columns, strict=True)
-    ]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
+    return tables.aligned(cells)
 
 
 def _cell(found: dict[str, Any] | None) -> str:

@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-from avb_tf.posteriors import settings
+from avb_tf.settings import posterior
 
 # Rubin (1981): effects of coaching in eight schools, and their standard errors.
 EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], np.float32)
@@ -22,7 +22,7 @@ NOTEBOOK_ERRORS = np.array([0.8, 0.5, 0.8, 0.6, 0.5, 0.6, 0.5, 0.4], np.float32)
 
 
 def get_config(model="eight_schools"):
-    return settings.config(f"{__file__}:{model}")
+    return posterior.config(f"{__file__}:{model}")
 
 
 def eight_schools():

@@ -15,7 +15,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import data, replicas, training
+from avb_tf import data, replicas
+from avb_tf.commands import train
 from avb_tf.data import pipeline
 from configs import digits
 
@@ -43,7 +44,7 @@ def main(out, name, steps_per_execution, method, steps):
     settings.steps = int(steps)
     source = data.load(settings.data)
     with strategy.scope():
-        model = training.create(settings, source.event_shape)
+        model = train.create(settings, source.event_shape)
     model.steps_per_execution = int(steps_per_execution)
     history = model.fit(
         strategy.distribute_datasets_from_function(

@@ -204,8 +204,10 @@ def test_methods_side_by_side(workdir, capsys):
     assert results(second)["estimates"].keys() > {"elbo_adversary", "log_likelihood_quadrature"}
     header = next(line for line in capsys.readouterr().out.splitlines() if "avb_ac  " in line)
     assert header.split()[-4:] == ["avb_ac", "|", "vae", "|"]
-    figures = {path.name for path in (workdir.parent / "figures").iterdir()}
-    assert figures == {"latent_spaces.png", "posteriors.png"}
+    assert not (workdir.parent / "figures").exists()
+    run(f"--workdir={workdir.parent} --mode=compare")
+    drawn = {"comparison", "training_digits", "latent_spaces_digits_test", "posteriors_digits_test"}
+    assert {path.stem for path in workdir.parent.glob("*.png")} == drawn
 
 
 def test_three_examples_are_data_enough(root, tmp_path):

@@ -4,7 +4,9 @@ import keras
 import numpy as np
 import pytest
 
-from avb_tf import checkpoints, configuration, methods, training
+from avb_tf import checkpoints, configuration
+from avb_tf.commands import train
+from avb_tf.settings import methods
 from configs import celeba, mnist, mnist_4x4, mnist_conv
 
 NARROW = {"filters": (4, 8, 8, 8), "width": 16, "adversary_width": 16, "bases": 4, "basis_width": 8}
@@ -33,7 +35,7 @@ def test_celeba_trains_on_a_folder_of_images(tmp_path):
     config = shorten(celeba.get_config())
     config.model.update(NARROW)
     config.data.path = str(tmp_path / "faces")
-    training.train(config, tmp_path / "run")
+    train.train(config, tmp_path / "run")
     model = checkpoints.load(tmp_path / "run")
     assert int(model.step.value) == 2
     assert model.sample(2).shape == (2, 64, 64, 3)
@@ -47,7 +49,7 @@ def test_mnist_conv_trains_with_the_authors_networks_made_narrow(latents, tmp_pa
     config.model.update(NARROW | {"products": 16, "adversary_depth": 1})
     config.monitor.examples, config.monitor.samples = 2, 4
     config.data.name, config.data.path = "npz", str(tmp_path / "x.npz")
-    training.train(config, tmp_path / "run")
+    train.train(config, tmp_path / "run")
     model = checkpoints.load(tmp_path / "run")
     assert int(model.step.value) == 2
     assert model.encode(rng.random((3, 28, 28, 1), np.float32)).shape == (

@@ -1,15 +1,12 @@
 """The config: its checks, its file in the workdir, and what makes two runs the same."""
 
-import errno
 import json
-import os
-import re
-from pathlib import Path
 
 import pytest
 
-from avb_tf import configuration, methods
+from avb_tf import configuration
 from avb_tf.errors import UserError
+from avb_tf.settings import methods, run
 
 
 def changed(name, value, method="avb_ac"):
@@ -118,47 +115,18 @@ def test_a_whole_number_may_stand_for_a_float(tmp_path):
     assert configuration.load(tmp_path).optimizer.clip_norm == 5.0
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "a.json"
-    configuration.write_atomically(file, "old")
-
-    def full_disk(self, content):
-        with self.open("wb") as stream:
-            stream.write(content[:2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match=rf"cannot write {re.escape(str(file))} \(No space"):
-        configuration.write_atomically(file, "new")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
-    monkeypatch.undo()
-    configuration.write_atomically(file, "new")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "new"}
-
-
-def test_what_a_live_process_writes_is_left_to_it(tmp_path):
-    for process in (os.getppid(), 2**22 + 1):  # the second is none
-        (tmp_path / f".a.json.{process}").write_text("half")
-    configuration.write_atomically(tmp_path / "a.json", "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f".a.json.{os.getppid()}", "a.json",
-    ]  # fmt: skip
-
-
 def test_a_budget_sets_the_sizes_that_a_config_does_not():
     settings = configuration.default("vae").eval
-    assert configuration.sizes(settings) == configuration.BUDGETS["standard"]
+    assert run.sizes(settings) == run.BUDGETS["standard"]
     settings.budget = "paper"
     settings.subset, settings.ais.chains = 7, 3
-    found = configuration.sizes(settings)
+    found = run.sizes(settings)
     own = {"subset": 7, "ais.chains": 3}
-    assert found == configuration.BUDGETS["paper"] | own
+    assert found == run.BUDGETS["paper"] | own
     authors = {"subset": 320, "ais.temperatures": 2000, "ais.chains": 8, "ais.leapfrog_steps": 30}
-    assert all(configuration.BUDGETS["paper"][name] >= size for name, size in authors.items())
-    for name, size in configuration.BUDGETS["quick"].items():
-        assert (
-            size <= configuration.BUDGETS["standard"][name] <= configuration.BUDGETS["paper"][name]
-        )
+    assert all(run.BUDGETS["paper"][name] >= size for name, size in authors.items())
+    for name, size in run.BUDGETS["quick"].items():
+        assert size <= run.BUDGETS["standard"][name] <= run.BUDGETS["paper"][name]
 
 
 @pytest.mark.parametrize(

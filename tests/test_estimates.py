@@ -3,9 +3,8 @@
 import numpy as np
 import scipy.stats
 
-from avb_tf import estimates
 from avb_tf.encoders import GaussianEncoder
-from avb_tf.likelihood_estimation import inference_gap, quadrature
+from avb_tf.likelihood_estimation import estimates, inference_gap, quadrature
 from tests.linear_gaussian import SCALE, WEIGHT, LinearDecoder, set_posterior
 
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)

@@ -12,6 +12,7 @@ from scipy.special import ndtri
 
 import avb_tf
 from avb_tf import figures
+from avb_tf.figures import model as model_figures
 
 LIKELIHOOD = {1: "bernoulli", 3: "normal"}
 IMAGES = [(8, 8, 1), (6, 6, 3)]
@@ -68,14 +69,14 @@ def tiles(figure, event_shape):
     ids=["row-2", "row-3", "monochrome-3", "colour-2"],
 )
 def test_a_model_has_the_figures_that_its_shapes_allow(event_shape, latent_dim, expected):
-    found = figures.of_model(model_for(event_shape, latent_dim), data(event_shape))
+    found = model_figures.of_model(model_for(event_shape, latent_dim), data(event_shape))
     assert set(found) == expected
 
 
 def test_every_figure_of_an_image_model_is_saved_as_png(model, tmp_path):
     x = data(model.event_shape)
-    found = figures.of_model(model, x, labels=np.arange(len(x)) % 3)
-    found["posteriors"] = figures.posteriors({"model": model}, x[:2], cells=40)
+    found = model_figures.of_model(model, x, labels=np.arange(len(x)) % 3)
+    found["posteriors"] = model_figures.posteriors({"model": model}, x[:2], cells=40)
     paths = figures.save(found, tmp_path / "new" / "figures")
     assert [path.name for path in paths] == [f"{name}.png" for name in found]
     for path in paths:
@@ -106,7 +107,7 @@ def test_a_saved_figure_replaces_the_one_before(tmp_path):
 @pytest.mark.parametrize("event_shape", IMAGES, ids=str)
 def test_an_image_grid_is_filled_row_by_row(event_shape):
     images = data(event_shape, 5)
-    found = tiles(figures.image_grid(images, "title", columns=3), event_shape)
+    found = tiles(model_figures.image_grid(images, "title", columns=3), event_shape)
     assert found.shape == (2, 3, *event_shape)
     np.testing.assert_array_equal(found.reshape(6, *event_shape)[:5], images)
 
@@ -115,7 +116,7 @@ def test_colour_images_keep_their_colours_and_ink_is_dark():
     red = np.broadcast_to([1.0, 0.0, 0.0], (1, 6, 6, 3))
     blank, ink = np.zeros((1, 8, 8, 1)), np.ones((1, 8, 8, 1))
     for images, colour in [(red, "red"), (blank, "white"), (ink, "black")]:
-        found = pixels(figures.image_grid(images, "", columns=1))
+        found = pixels(model_figures.image_grid(images, "", columns=1))
         middle = found[len(found) // 2, found.shape[1] // 2]
         np.testing.assert_allclose(middle, to_rgba(colour), atol=0.01)
 
@@ -125,7 +126,7 @@ def test_colour_images_keep_their_colours_and_ink_is_dark():
 def test_each_reconstruction_stands_below_its_example(event_shape, count):
     model, x = model_for(event_shape), data(event_shape, count)
     model.encoder.log_scale.bias.assign([-20.0, -20.0])  # so that any noise gives the same z
-    found = tiles(figures.reconstructions(model, x), model.event_shape)
+    found = tiles(model_figures.reconstructions(model, x), model.event_shape)
     examples = found[::2].reshape(-1, *model.event_shape)[:count]
     below = found[1::2].reshape(-1, *model.event_shape)[:count]
     np.testing.assert_array_equal(examples, x)
@@ -134,7 +135,7 @@ def test_each_reconstruction_stands_below_its_example(event_shape, count):
 
 def test_interpolations_run_from_one_posterior_mean_to_the_other_through_the_middle(model):
     first, last = np.split(data(model.event_shape, 6), 2)
-    figure = figures.interpolations(model, first, last, steps=5)
+    figure = model_figures.interpolations(model, first, last, steps=5)
     found = tiles(figure, model.event_shape)
     assert found.shape == (3, 5, *model.event_shape)
     start, end = (model.posterior(x, 64).mean for x in (first, last))
@@ -143,7 +144,7 @@ def test_interpolations_run_from_one_posterior_mean_to_the_other_through_the_mid
 
 
 def test_the_manifold_runs_over_the_quantiles_of_the_prior_from_left_to_right_and_upwards(model):
-    found = tiles(figures.manifold(model, side=3), model.event_shape)
+    found = tiles(model_figures.manifold(model, side=3), model.event_shape)
     high = ndtri(5 / 6)
     corners = {(0, 0): [-high, high], (0, 2): [high, high], (1, 1): [0, 0], (2, 0): [-high, -high]}
     for (row, column), z in corners.items():
@@ -152,7 +153,7 @@ def test_the_manifold_runs_over_the_quantiles_of_the_prior_from_left_to_right_an
 
 def test_the_latent_space_shows_draws_in_the_colour_of_their_label():
     model, x, labels = model_for((6,)), data((6,), 9), np.array([0, 1, 1, 7, 0, 1, 7, 7, 7])
-    figure = figures.latent_spaces({"one": model, "two": model}, x, labels, draws=90)
+    figure = model_figures.latent_spaces({"one": model, "two": model}, x, labels, draws=90)
     z = np.asarray(model.encode(x, 10))
     assert [axes.get_title() for axes in figure.axes] == ["one", "two"]
     for axes in figure.axes:
@@ -165,14 +166,14 @@ def test_the_latent_space_shows_draws_in_the_colour_of_their_label():
 
 
 def test_a_latent_space_without_labels_has_one_colour_and_no_legend():
-    figure = figures.latent_spaces({"": model_for((6,))}, data((6,)))
+    figure = model_figures.latent_spaces({"": model_for((6,))}, data((6,)))
     assert len(figure.axes[0].collections) == 1
     assert not figure.legends
 
 
 def test_posteriors_has_a_row_for_each_model_and_a_column_for_each_x():
     model, x = model_for((6,)), data((6,), 3)
-    figure = figures.posteriors({"one": model, "two": model}, x, cells=30)
+    figure = model_figures.posteriors({"one": model, "two": model}, x, cells=30)
     assert len(figure.axes) == 6
     draws = np.asarray(model.posterior(x, 600).z)
     for i, axes in enumerate(figure.axes):
@@ -187,7 +188,7 @@ def test_contour_levels_enclose_half_and_nine_tenths_of_a_gaussian(covariance):
     side = np.linspace(-8, 8, 200)
     z = np.stack(np.meshgrid(side, side), -1)
     density = np.exp(-0.5 * np.einsum("...i,ij,...j", z, np.linalg.inv(covariance), z))
-    outer, inner, top = figures._levels(7.0 * density)
+    outer, inner, top = model_figures._levels(7.0 * density)
     # Of a Gaussian in two dimensions, the share 1 - h is where the density is above h of its peak.
     np.testing.assert_allclose([1 - inner / 7.0, 1 - outer / 7.0], [0.5, 0.9], atol=0.01)
     assert top > 7.0 * density.max()

@@ -9,10 +9,13 @@ import pytest
 import tensorflow as tf
 
 import avb_tf
-from avb_tf import callbacks, checkpoints, data, estimates, results, training
+from avb_tf import checkpoints, data, results
 from avb_tf import model as avb_model
+from avb_tf.callbacks.guard import PREEMPTED, Guard, SaveWhenTerminated
+from avb_tf.commands import train
 from avb_tf.data import pipeline
 from avb_tf.errors import DivergenceError, UserError
+from avb_tf.likelihood_estimation import estimates
 from configs import digits
 
 SMALL = {
@@ -74,7 +77,7 @@ def test_a_row_of_skipped_steps_that_a_call_of_the_graph_leaves_behind_is_seen()
         x = tf.data.Dataset.from_tensor_slices(np.concatenate(rows)).batch(16)
         told = contextlib.nullcontext() if name == "short" else pytest.raises(DivergenceError)
         with told as error:
-            model.fit(x, shuffle=False, verbose=0, callbacks=[callbacks.Guard()])
+            model.fit(x, shuffle=False, verbose=0, callbacks=[Guard()])
     assert "in 3 steps up to 8" in str(error.value)
 
 
@@ -127,7 +130,7 @@ def test_a_run_goes_back_and_on_at_a_lower_rate_and_at_last_stops(tmp_path, monk
         return plain(self, data) * tf.where(bad, np.nan, 1.0)
 
     monkeypatch.setattr(avb_tf.AVB, "_inputs", spoiled)
-    model = training.train(config, tmp_path / "recovers")
+    model = train.train(config, tmp_path / "recovers")
     loaded = checkpoints.load(tmp_path / "recovers")
     assert int(loaded.step.value) == int(model.step.value) == 60
     assert int(loaded.rollbacks.value) == 1
@@ -138,7 +141,7 @@ def test_a_run_goes_back_and_on_at_a_lower_rate_and_at_last_stops(tmp_path, monk
 
     until["rollbacks"] = 99
     with pytest.raises(UserError, match=r"diverged: .* 5 steps .* after 2 returns"):
-        training.train(config, tmp_path / "stops")
+        train.train(config, tmp_path / "stops")
     left = checkpoints.load(tmp_path / "stops")
     assert int(left.step.value) == 30
     assert all(np.isfinite(v.numpy()).all() for v in left.weights)
@@ -158,10 +161,10 @@ def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
         first = tf.range(tf.size(found)) == 0  # one number of the batch
         return tf.where(tf.reshape(first, tf.shape(found)) & bad, np.nan, found)
 
-    bounds = [estimates.bound(training.train(config, tmp_path / "clean"), x)]
+    bounds = [estimates.bound(train.train(config, tmp_path / "clean"), x)]
     with monkeypatch.context() as patch, caplog.at_level("WARNING", "absl"):
         patch.setattr(avb_tf.AVB, "_inputs", spoiled)
-        model = training.train(config, tmp_path / "spoiled")
+        model = train.train(config, tmp_path / "spoiled")
     bounds.append(estimates.bound(model, x))
     assert int(model.step.value) == 200
     assert int(model.skipped.value) == 4
@@ -175,17 +178,17 @@ def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
 def test_a_run_whose_training_is_over_waits_for_no_worker(tmp_path, monkeypatch):
     config = tiny()
     config.steps = config.log_every = config.checkpoint_every = 10
-    trained = training.train(config, tmp_path)
+    trained = train.train(config, tmp_path)
     monkeypatch.setenv(
         "TF_CONFIG",
         '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}',
     )
-    assert int(training.train(config, tmp_path).step.value) == int(trained.step.value) == 10
+    assert int(train.train(config, tmp_path).step.value) == int(trained.step.value) == 10
 
 
 def test_an_elbo_that_explodes_is_no_end_without_the_guard():
     model = make()
-    for guard in (callbacks.Guard(enabled=True), callbacks.Guard(enabled=False)):
+    for guard in (Guard(enabled=True), Guard(enabled=False)):
         guard.set_model(model)
         guard.on_train_begin()
         guard.on_train_batch_end(0, {"elbo": -5.0})
@@ -198,7 +201,7 @@ def test_a_learning_rate_of_one_stops_with_the_reason(tmp_path):
     config = tiny("avb_ac")
     config.optimizer.learning_rate = 1.0
     with pytest.raises(UserError, match=r"training diverged: elbo is -.* after 2 returns"):
-        training.train(config, tmp_path)
+        train.train(config, tmp_path)
     left = checkpoints.load(tmp_path)
     assert all(np.isfinite(v.numpy()).all() for v in left.weights)
 
@@ -221,7 +224,7 @@ def test_the_step_of_every_method_compiles_for_xla(method):
 
 
 def test_a_signal_is_left_to_whoever_had_it():
-    callback = callbacks.SaveWhenTerminated(lambda: None, tf.distribute.get_strategy())
+    callback = SaveWhenTerminated(lambda: None, tf.distribute.get_strategy())
     before = signal.getsignal(signal.SIGTERM)
     with callback.listening():
         assert signal.getsignal(signal.SIGTERM) == callback._ask
@@ -231,7 +234,7 @@ def test_a_signal_is_left_to_whoever_had_it():
 
 def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_end():
     saved = []
-    callback = callbacks.SaveWhenTerminated(lambda: saved.append(1), tf.distribute.get_strategy())
+    callback = SaveWhenTerminated(lambda: saved.append(1), tf.distribute.get_strategy())
     callback.set_params({"steps": 10})
     callback.set_model(make())
     with callback.listening():
@@ -239,7 +242,7 @@ def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_end():
         callback.on_train_batch_end(9)
         assert not saved
         for leave in (callback.on_train_batch_end, callback.on_epoch_end):
-            with pytest.raises(SystemExit, match=str(callbacks.PREEMPTED)):
+            with pytest.raises(SystemExit, match=str(PREEMPTED)):
                 leave(8)
     assert len(saved) == 2
 

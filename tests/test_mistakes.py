@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from avb_tf import command_line, configuration
-from avb_tf.posteriors import settings
+from avb_tf.settings import posterior
 from tests.commands import content, run, trained
 
 DIGITS = "--config=configs/digits.py:vae --workdir=new"
 AVB = "--config=configs/digits.py:avb --workdir=new"
 POINTS = "--config=configs/four_points.py:vae --workdir=new"
+NO_DATA = f"{DIGITS} --config.data.name=npz --config.data.path=no.npz"
 POSTERIOR = "--workdir=new --config=configs/posteriors.py"
 TWO = '{"cluster":{"worker":["a:1","b:1"]}'
 FIRST = TWO + ',"task":{"type":"worker","index":0}}'
@@ -112,6 +113,10 @@ FIELDS = {
     f"{DIGITS} --config.model.adversary=cauchy": "'cauchy'",
     f"{DIGITS} --config.model.condition=z": "'z'",
     f"{DIGITS} --config.model.network=transformer": "'transformer'",
+    # Before the data, which may take long.
+    f"{NO_DATA} --config.model.likelihood=cauchy": "'cauchy'",
+    f"{NO_DATA} --config.model.contrast=cauchy": "'cauchy'",
+    f"{NO_DATA} --config.model.network=transformer": "'transformer'",
     f"{AVB} --config.model.condition=posterior": "BlackBoxEncoder",
     f"{AVB} --config.model.adversary=none": "BlackBoxEncoder",
     f"{POINTS} --config.model.network=conv": "(4,)",
@@ -263,9 +268,9 @@ def _bad_configs(root):
     config = (root / "run/config.json").read_text()
     without_width = json.loads(config)
     del without_width["model"]["width"]
-    posterior = settings.config("configs/posteriors.py:banana")
-    posterior.name = "banana"
-    posterior = json.dumps(configuration.resolve(posterior), indent=2) + "\n"
+    fit = posterior.config("configs/posteriors.py:banana")
+    fit.name = "banana"
+    fit = json.dumps(configuration.resolve(fit), indent=2) + "\n"
     for name, text in {
         "untrained": config,
         "damaged": config,
@@ -274,8 +279,8 @@ def _bad_configs(root):
         "missing": json.dumps(without_width),
         "text": config.replace('"steps": 20', '"steps": "many"'),
         "bytes": b"\xff\xfe",
-        "unfitted": posterior,
-        "half_fitted": posterior,
+        "unfitted": fit,
+        "half_fitted": fit,
         "checkpoints_file": config,
         "checkpoint_folder": config,
         "other_model": config,

@@ -83,7 +83,7 @@ def test_the_adversary_of_an_adversarial_autoencoder_does_not_read_x(method, rea
     x, z = tf.constant(binary(8)), tf.random.stateless_normal([5, 8, 2], [0, 0])
     posterior = model.posterior(x)
     both = [
-        model.adversary(model._condition(each, posterior, model.contrast(posterior)), z)
+        model.adversary(model.condition_of(each, posterior, model.contrast(posterior)), z)
         for each in (x, 1.0 - x)
     ]
     assert (np.abs(both[0] - both[1]).max() > 0.01) == reads_x
@@ -110,7 +110,7 @@ def test_the_gradients_of_a_step_are_those_of_both_objectives_written_out():
     fit(model, x)
     model.compile(keras.optimizers.SGD(1.0), keras.optimizers.SGD(1.0))
     dual = model.adversary.trainable_variables
-    noise, z_contrast = model._noises(x, 3)
+    noise, z_contrast = model.noises(x, 3)
     with tf.GradientTape(persistent=True) as tape:
         posterior = model.encoder(x, noise, training=True)
         r = model.contrast(posterior)

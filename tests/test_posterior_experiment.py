@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from avb_tf import UserError
-from avb_tf.posteriors import comparison, experiment, overview, settings
+from avb_tf.posteriors import comparison, experiment, overview
+from avb_tf.settings import posterior
 
 MODEL = """
 import numpy as np
@@ -28,7 +29,7 @@ def evaluated(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     (directory / "model.py").write_text(MODEL)
     for seed in (0, 1):
-        config = settings.config(f"{directory / 'model.py'}:normal")
+        config = posterior.config(f"{directory / 'model.py'}:normal")
         config.update(seed=seed, steps=50, seconds=0.0)
         config.fit.update(draws=128, adversary_steps=1, chart_width=16)
         config.eval.update(draws=200, nuts_draws=50, gaussian_steps=1000)
@@ -66,7 +67,7 @@ def test_all_seeds_share_what_they_are_compared_with(evaluated):
 
 
 def test_one_table_of_all_models_and_seeds(evaluated, capsys):
-    from avb_tf.comparison import compare
+    from avb_tf.commands.compare import compare
 
     compare(None, evaluated)
     table = (evaluated / "posteriors.md").read_text()
@@ -80,7 +81,7 @@ def test_one_table_of_all_models_and_seeds(evaluated, capsys):
 
 def test_a_workdir_without_a_fit(tmp_path):
     with pytest.raises(UserError, match="has no fit"):
-        experiment.evaluate(settings.config("model.py:normal"), tmp_path)
+        experiment.evaluate(posterior.config("model.py:normal"), tmp_path)
 
 
 def test_the_measures_between_halves_of_the_same_draws_and_of_shifted_ones():

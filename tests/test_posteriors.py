@@ -10,7 +10,8 @@ from tensorflow_probability import distributions as tfd
 
 import avb_tf
 from avb_tf import UserError
-from avb_tf.posteriors import comparison, fit, hmc, models, result, sampler, settings, start
+from avb_tf.posteriors import comparison, fit, hmc, models, result, sampler, start
+from avb_tf.settings import posterior
 
 QUICK = {"steps": 50, "verbose": False, "draws": 256, "adversary_steps": 1, "blocks": 1}
 QUICK |= {"chart_steps": 0}  # tracing it takes longer than its training
@@ -255,7 +256,7 @@ def one_mode():
     found = start.find(goal)
     u = found.mean + found.z @ found.scale_tril.T
     found = start.Start(np.array([4.0]), np.array([[0.8]]), (u - 4.0) / 0.8)
-    chosen = settings.resolved(1)
+    chosen = posterior.resolved(1)
     avb = fit.build(goal, found, 0, chosen, charted=False)
     return result.PosteriorFit(goal, found, avb, 0.0, 0, chosen, {})
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from avb_tf import configuration, methods, training
+from avb_tf import configuration
+from avb_tf.commands import train
+from avb_tf.settings import methods
 
 EVENT = (6, 6, 1)
 rng = np.random.default_rng(0)
@@ -17,7 +19,7 @@ def model_of(method, precision, **settings):
     config = configuration.default(method, latent_dim=2, **SIZES | settings)
     config.precision = precision
     configuration.validate(config)
-    return training.create(config, EVENT)
+    return train.create(config, EVENT)
 
 
 def trained(model, steps=60):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from avb_tf import command_line, tensorboard
+from avb_tf import command_line
+from avb_tf.callbacks import tensorboard
 from tests import browser
 
 SETTINGS = [

@@ -6,6 +6,7 @@ import tensorflow as tf
 from avb_tf.data.source import Split
 
 _AHEAD = 4  # batches that are ready before they are asked for
+_END = 2**62  # the last step of a stream that does not end
 _BLOCK = 4096  # examples ordered in one go, in whole epochs: an op per epoch of 4 would be slow
 
 
@@ -14,7 +15,8 @@ def training_batches(
     batch_size: int,
     seed: int,
     first_step: int,
-    last_step: int,
+    last_step: int = _END,
+    shuffle: bool = True,
     context: tf.distribute.InputContext | None = None,
 ) -> tf.data.Dataset:
     """Batches of the steps first_step, ..., last_step - 1: float32 [batch_size, *event].
@@ -23,28 +25,54 @@ def training_batches(
 
     Args:
       seed: of the orders.
+      shuffle: whether each epoch has an order of its own, or all have that of the data.
       context: where several replicas share each batch: this worker's part of it, in one element
         [batch_size / replicas, *event] for each of its replicas.
+    """
+    indices = training_indices(split.size, batch_size, seed, first_step, shuffle, context)
+    context = context or tf.distribute.InputContext()
+    local = context.num_replicas_in_sync // context.num_input_pipelines
+    indices = indices.take(local * (last_step - first_step))
+    return untuned(indices.map(split.read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(_AHEAD))
+
+
+def training_indices(
+    size: int,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    shuffle: bool = True,
+    context: tf.distribute.InputContext | None = None,
+) -> tf.data.Dataset:
+    """Indices of the examples in `training_batches`, without an end: int64 [batch_size].
+
+    Args:
+      size: number of examples.
+      context: as of `training_batches`; the elements are then [batch_size / replicas].
     """
     context = context or tf.distribute.InputContext()
     own = batch_size // context.num_input_pipelines
     first = own * context.input_pipeline_id
-    epochs = -(-_BLOCK // split.size)
-    first_block, offset = divmod(first_step * batch_size, epochs * split.size)
+    epochs = -(-_BLOCK // size)
+    first_block, offset = divmod(first_step * batch_size, epochs * size)
 
     def order(block: tf.Tensor) -> tf.Tensor:
+        if not shuffle:
+            return tf.tile(tf.range(size), [epochs])
         seeds = tf.stack([tf.constant(seed, tf.int64), block])
-        keys = tf.random.stateless_uniform([epochs, split.size], seeds)
-        indices = tf.reshape(tf.argsort(keys), [-1])  # a permutation for each epoch
-        return tf.cast(indices[tf.where(block == first_block, offset, 0) :], tf.int64)
+        keys = tf.random.stateless_uniform([epochs, size], seeds)
+        return tf.reshape(tf.argsort(keys), [-1])  # a permutation for each epoch
 
-    blocks = tf.data.Dataset.range(first_block, tf.int64.max).map(order)
-    indices = blocks.rebatch(batch_size, drop_remainder=True).take(last_step - first_step)
+    def ordered(block: tf.Tensor) -> tf.Tensor:
+        return tf.cast(order(block)[tf.where(block == first_block, offset, 0) :], tf.int64)
+
+    blocks = tf.data.Dataset.range(first_block, tf.int64.max).map(ordered)
+    indices = blocks.rebatch(batch_size, drop_remainder=True)
     if context.num_replicas_in_sync > 1:
         share = batch_size // context.num_replicas_in_sync
         indices = indices.map(lambda whole: whole[first : first + own])
         indices = indices.rebatch(share, drop_remainder=True)
-    return untuned(indices.map(split.read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(_AHEAD))
+    return indices
 
 
 def evaluation_batches(

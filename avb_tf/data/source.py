@@ -3,11 +3,19 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from avb_tf.errors import UserError
+
+
+class Stored(NamedTuple):
+    """Examples in memory, as they are stored, and what makes them x."""
+
+    rows: tf.Tensor  # [size, ...], in the host's memory
+    decode: Callable[[tf.Tensor], tf.Tensor]  # rows [n, ...] -> float32 [n, *event], pure TF
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,7 @@ class Split:
     size: int
     read: Callable[[tf.Tensor], tf.Tensor]  # int64 [n] -> float32 [n, *event] in [0, 1], pure TF
     labels: np.ndarray | None = None  # int64 [size]
+    stored: Stored | None = None  # where the examples are in memory
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,19 @@ def array_split(x: np.ndarray, labels: np.ndarray | None = None) -> Split:
       x: [size, *event], uint8 of 0..255 or float in [0, 1].
       labels: integer [size].
     """
-    scale = 255.0 if x.dtype == np.uint8 else 1.0
     with tf.device("CPU:0"):  # tf.data reads it there; on a GPU every batch would be copied back
         values = tf.constant(x if x.dtype == np.uint8 else x.astype(np.float32))
 
     def read(indices: tf.Tensor) -> tf.Tensor:
-        return tf.cast(tf.gather(values, indices), tf.float32) / scale
+        return decoded(tf.gather(values, indices))
 
-    return Split(len(x), read, None if labels is None else labels.astype(np.int64))
+    labels = None if labels is None else labels.astype(np.int64)
+    return Split(len(x), read, labels, Stored(values, decoded))
+
+
+def decoded(rows: tf.Tensor) -> tf.Tensor:
+    """float32 in [0, 1] of rows that are so already, or bytes of 0..255."""
+    return tf.cast(rows, tf.float32) / (255.0 if rows.dtype == tf.uint8 else 1.0)
 
 
 def cut(size: int, held_out: int, seed: int, place: str) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
-from avb_tf.likelihood_estimation import target
+from avb_tf.likelihood_estimation import joint
 from avb_tf.model import AVB
 
 ROWS = 800  # chains of all examples in a call that keep the processor busy
@@ -176,7 +176,7 @@ def _transition(evaluated, state: _State, beta, size, leapfrog_steps: int, key):
 class AnnealedSampler:
     """AIS of a model: bounds on log p(x) from below and, for simulated x, from above.
 
-    The start is a Gaussian with the moments of q(z|x), widened (`target.widened_gaussian`). A
+    The start is a Gaussian with the moments of q(z|x), widened (`joint.widened_gaussian`). A
     pilot run of a few chains adapts the step sizes of each example; they are then fixed and all
     chains run anew.
 
@@ -188,7 +188,7 @@ class AnnealedSampler:
     def __init__(self, model: AVB, temperatures: int, chains: int, leapfrog_steps: int = 10):
         self.model, self.chains, self.leapfrog_steps = model, chains, leapfrog_steps
         self.betas = sigmoid_schedule(temperatures)
-        self._anneal = Annealer(lambda x, z: target.log_joint(model, x, z), leapfrog_steps)
+        self._anneal = Annealer(lambda x, z: joint.log_joint(model, x, z), leapfrog_steps)
         self._start = tf.function(self._moments, reduce_retracing=True)
 
     def forward(self, x, seed: int = 0) -> Chains:
@@ -221,7 +221,7 @@ class AnnealedSampler:
         return found, start
 
     def _moments(self, x):
-        start = target.widened_gaussian(self.model, x)
+        start = joint.widened_gaussian(self.model, x)
         return start.loc, start.scale.to_dense()
 
 

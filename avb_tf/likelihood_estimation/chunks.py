@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 
-from avb_tf import configuration
+from avb_tf.files import write_atomically
 from avb_tf.model import AVB
 
 EXAMPLES = 25  # in a chunk
@@ -61,7 +61,7 @@ def run(
         arrays["seconds"] = np.array([time.perf_counter() - began])
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        configuration.write_atomically(files[i], buffer.getvalue())
+        write_atomically(files[i], buffer.getvalue())
         found[i] = arrays
     ordered = [found[i] for i in range(len(slices))]
     whole = [np.concatenate([part[name] for part in ordered], -1) for name in record._fields]

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from avb_tf.likelihood_estimation import target
+from avb_tf.likelihood_estimation import joint
 from avb_tf.model import AVB
 
 _CHUNK = 2**23  # numbers in the largest intermediate tensor
@@ -15,7 +15,7 @@ class ImportanceSampler:
     The proposal q' is the model's own q(z|x) where the encoder gives a `log_prob` for which
     E_q[p(x, z) / exp(log_prob)] = p(x): its density, or what stands for it if q has auxiliary
     variables. Of any other posterior only moments are known, and q' is a Gaussian with these,
-    widened (`target.widened_gaussian`).
+    widened (`joint.widened_gaussian`).
 
     Args:
       model: any; its weights may change afterwards, its parts may not.
@@ -31,7 +31,7 @@ class ImportanceSampler:
     @property
     def proposal(self) -> str:
         """What q' is, in words."""
-        return "q" if self.exact else f"Gaussian of q's moments, {target.WIDENING} times as wide"
+        return "q" if self.exact else f"Gaussian of q's moments, {joint.WIDENING} times as wide"
 
     def log_weights(self, x, draws: int, seed: int = 0) -> np.ndarray:
         """[draws, batch] in nats, for x [batch, *event]; the draws are independent."""
@@ -46,19 +46,19 @@ class ImportanceSampler:
         return np.concatenate(found)[:draws]
 
     def _widened(self, x):
-        gaussian = target.widened_gaussian(self.model, x)
+        gaussian = joint.widened_gaussian(self.model, x)
         return gaussian.loc, gaussian.scale.to_dense()
 
     def _draw_exact(self, x, draws, seed):
         noise = self._noise(x, draws, self.model.encoder.noise_dim, seed)
         posterior = self.model.averaged_encoder(x, noise)
-        return target.log_joint(self.model, x, posterior.z) - posterior.log_prob
+        return joint.log_joint(self.model, x, posterior.z) - posterior.log_prob
 
     def _draw_gaussian(self, x, draws, seed, mean, scale_tril):
         w = self._noise(x, draws, self.model.encoder.latent_dim, seed)
         z = mean + tf.einsum("bij,sbj->sbi", scale_tril, w)
         volume = tf.reduce_sum(tf.math.log(tf.linalg.diag_part(scale_tril)), -1)
-        return target.log_joint(self.model, x, z) - self.model.prior.log_prob(w) + volume
+        return joint.log_joint(self.model, x, z) - self.model.prior.log_prob(w) + volume
 
     def _noise(self, x, draws, width, seed):
         return tf.random.stateless_normal([draws, tf.shape(x)[0], width], seed)

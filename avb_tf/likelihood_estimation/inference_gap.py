@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf.likelihood_estimation import target
+from avb_tf.likelihood_estimation import joint
 from avb_tf.likelihood_estimation.entropy import entropy_beside_gaussian
 from avb_tf.model import AVB
 
@@ -84,7 +84,7 @@ class BestGaussian:
     def _log_joint(self, x, z):
         """log p(x, z), [draws, starts, batch, latent] -> [draws, starts, batch]."""
         flat = tf.reshape(z, tf.concat([[-1], tf.shape(z)[2:]], 0))
-        return tf.reshape(target.log_joint(self.model, x, flat), tf.shape(z)[:-1])
+        return tf.reshape(joint.log_joint(self.model, x, flat), tf.shape(z)[:-1])
 
     def _optimise(self, x, loc, scale_tril, seed):
         """Adam on the mean and the Cholesky factor, in coordinates that whiten each start."""
@@ -129,7 +129,7 @@ class BestGaussian:
         return w_loc, w_scale
 
 
-@target.kept_for_the_last_model
+@joint.kept_for_the_last_model
 def best_gaussians(model: AVB, steps: int = 300):
     """x [batch, *event], seed -> the best of diagonal and of full covariance, as `Gaussians`.
 
@@ -137,7 +137,7 @@ def best_gaussians(model: AVB, steps: int = 300):
     posterior of several modes. The full one also starts from the diagonal one.
     """
     diagonal, full = BestGaussian(model, False, steps), BestGaussian(model, True, steps)
-    moments = tf.function(lambda x: model.posterior(x, target.MOMENT_DRAWS), reduce_retracing=True)
+    moments = tf.function(lambda x: model.posterior(x, joint.MOMENT_DRAWS), reduce_retracing=True)
 
     def run(x, seed: int = 0) -> tuple[Gaussians, Gaussians]:
         posterior = moments(tf.convert_to_tensor(x))
@@ -153,7 +153,7 @@ def best_gaussians(model: AVB, steps: int = 300):
     return run
 
 
-@target.kept_for_the_last_model
+@joint.kept_for_the_last_model
 def bound_of_draws(model: AVB):
     """x [batch, *event], seed -> the bound of an implicit posterior without the adversary, [batch].
 
@@ -164,7 +164,7 @@ def bound_of_draws(model: AVB):
     @tf.function(reduce_retracing=True)
     def draw(x, seed):
         z = model.encode(x, POSTERIOR_DRAWS, seed)
-        return z, tf.reduce_mean(target.log_joint(model, x, z), 0)
+        return z, tf.reduce_mean(joint.log_joint(model, x, z), 0)
 
     def run(x, seed: int = 0) -> np.ndarray:
         found = []

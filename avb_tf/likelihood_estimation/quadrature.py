@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf.errors import UserError
-from avb_tf.likelihood_estimation import chunks, target
+from avb_tf.likelihood_estimation import chunks, joint
 from avb_tf.likelihood_estimation.entropy import entropy
 from avb_tf.likelihoods import pairwise_log_likelihood
 from avb_tf.model import AVB
@@ -81,7 +81,7 @@ def posterior_divergence(
     return np.array(divergences)
 
 
-@target.kept_for_the_last_model
+@joint.kept_for_the_last_model
 def _draws_of_one(model, draws):
     """x [1, *event], seed -> draws of q [draws, 2] and their log p(x, z) [draws]."""
 

@@ -7,6 +7,8 @@ import ot
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
 
+from avb_tf import tables
+
 PROJECTIONS = 200
 _MMD_DRAWS = 1000
 
@@ -85,11 +87,6 @@ def compare(draws, reference) -> dict[str, float]:
 def table(methods: Mapping[str, Mapping[str, float]]) -> str:
     """Measures of several methods as Markdown, a row for each method."""
     names = list(next(iter(methods.values())))
-    rows = [["unconstrained", *names]]
-    rows += [[label, *(f"{found[n]:.3f}" for n in names)] for label, found in methods.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    columns = [["unconstrained", *methods]]
+    columns += [[n, *(f"{found[n]:.3f}" for found in methods.values())] for n in names]
+    return tables.aligned(columns)

@@ -10,9 +10,10 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import configuration, figures, results
+from avb_tf import configuration, figures, files, results
 from avb_tf.errors import UserError
-from avb_tf.posteriors import baselines, comparison, models, plots, start
+from avb_tf.figures.pairs import pairs
+from avb_tf.posteriors import baselines, comparison, models, start
 from avb_tf.posteriors.fit import fit_posterior, load_posterior
 from avb_tf.posteriors.result import META, PosteriorFit
 from avb_tf.serving import layout
@@ -94,14 +95,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
         "statistics": _statistics(problem, goal, draws | {"reference": reference}),
         "methods": methods,
     }
-    configuration.write_atomically(workdir / results.FILE, json.dumps(found, indent=2) + "\n")
+    files.write_atomically(workdir / results.FILE, json.dumps(found, indent=2) + "\n")
     print(verdict)
     print(comparison.table(methods))
     for statistic, values in found["statistics"].items():
         print(statistic, *(f"{label} {value:.3f}" for label, value in values.items()), sep=", ")
     fit.to_arviz(e.draws).to_netcdf(str(workdir / "posterior.nc"))
     shown = {label: (draws | others)[label] for label in ("fit", "full-rank VI", "reference")}
-    drawn = {"pairs": plots.pairs(shown, goal.coordinates())}
+    drawn = {"pairs": pairs(shown, goal.coordinates())}
     print(*figures.save(drawn, workdir / "figures"), sep="\n")
 
 
@@ -202,7 +203,7 @@ def _others(problem, goal, found: start.Start, config, stem: Path):
     draws["reference"] = reference
     stem.parent.mkdir(parents=True, exist_ok=True)
     np.savez(arrays, **draws)
-    configuration.write_atomically(record, json.dumps(known, indent=2) + "\n")
+    files.write_atomically(record, json.dumps(known, indent=2) + "\n")
     return draws, known
 
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from avb_tf import configuration, results
-from avb_tf.posteriors import settings
+from avb_tf import configuration, files, results, tables
+from avb_tf.settings import posterior
 
 LABELS = ("fit", "fit, refined", "full-rank VI", "mean-field VI", "NUTS", "exact, again")
 
@@ -18,7 +18,7 @@ def find(directory: Path) -> list[dict[str, Any]]:
             one = json.loads(file.read_text())
         except (OSError, ValueError):
             continue
-        if isinstance(one, dict) and one.get("method") == settings.METHOD:
+        if isinstance(one, dict) and configuration.kind(one) is posterior:
             found.append(one)
     return sorted(found, key=lambda one: (one["model"], one["seed"]))
 
@@ -26,10 +26,8 @@ def find(directory: Path) -> list[dict[str, Any]]:
 def write(directory: Path, found: list[dict[str, Any]]) -> None:
     """`posteriors.md` and `posteriors.json`, and the table on the terminal."""
     table = markdown(found)
-    configuration.write_atomically(
-        directory / "posteriors.json", json.dumps(found, indent=2) + "\n"
-    )
-    configuration.write_atomically(directory / "posteriors.md", table + "\n")
+    files.write_atomically(directory / "posteriors.json", json.dumps(found, indent=2) + "\n")
+    files.write_atomically(directory / "posteriors.md", table + "\n")
     print(table)
     print(directory / "posteriors.md", directory / "posteriors.json", sep="\n")
 
@@ -48,7 +46,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
     }
     note = "C2ST / whitened sliced W2 against the reference; distance: the total variation the "
     note += "verdict rests on, for which the best C2ST is 1/2 + distance / 2."
-    return results.aligned([[k, *v] for k, v in columns.items()]) + "\n\n" + note
+    return tables.aligned([[k, *v] for k, v in columns.items()]) + "\n\n" + note
 
 
 def _cell(measures: dict[str, float] | None) -> str:

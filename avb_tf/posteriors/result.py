@@ -9,10 +9,11 @@ import tensorflow as tf
 
 from avb_tf import contrast, objectives
 from avb_tf import diagnostics as weighing
-from avb_tf.configuration import write_atomically
 from avb_tf.errors import UserError
+from avb_tf.figures.pairs import pairs
+from avb_tf.files import write_atomically
 from avb_tf.model import AVB
-from avb_tf.posteriors import hmc, plots, verdict
+from avb_tf.posteriors import hmc, verdict
 from avb_tf.posteriors import start as starting
 from avb_tf.posteriors.evidence import Estimate
 from avb_tf.posteriors.sampler import Chart
@@ -181,7 +182,7 @@ class PosteriorFit:
 
     def plot(self, draws: int = 2000, seed: int = 0):
         """Every pair of the last six coordinates at most, unconstrained: a matplotlib figure."""
-        return plots.pairs({"fit": self.unconstrained(draws, seed)}, self.target.coordinates())
+        return pairs({"fit": self.unconstrained(draws, seed)}, self.target.coordinates())
 
     def save(self, path) -> None:
         """Writes the fit, for `avb_tf.load_posterior`: a directory, nothing in it pickled.

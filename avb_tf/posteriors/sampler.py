@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
-from avb_tf.encoders import Encoder, Posterior, _cholesky, _fixed_noise, _moments
+from avb_tf.encoders import Encoder, Posterior, fixed_noise, moments_of_draws
 from avb_tf.flows import MADE
 from avb_tf.networks import DenseStack, Restorable
 
@@ -58,9 +58,8 @@ class GatedEncoder(Encoder):
     def draw(self, parameters, noise, training=False):
         """z for noise [samples, 1, noise_dim], with its moments."""
         z = self.z(noise)
-        moments_of = z if training else self.z(tf.constant(_fixed_noise(self.noise_dim)))
-        mean, covariance = _moments(tf.transpose(moments_of, [1, 0, 2]))
-        return Posterior(z, mean, _cholesky(covariance))
+        moments_of = z if training else self.z(tf.constant(fixed_noise(self.noise_dim)))
+        return Posterior(z, *moments_of_draws(moments_of))
 
     def z(self, noise):
         """[..., noise_dim] -> [..., latent]."""

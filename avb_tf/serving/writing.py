@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import files
 from avb_tf.errors import UserError
 from avb_tf.serving import layout, signatures
 from avb_tf.serving.protos import PredictionLog, PredictRequest, to_tensor
@@ -98,9 +99,11 @@ def write(
         directory.mkdir(parents=True, exist_ok=True)
         _save(partial, weights, functions)
         _describe(partial / layout.EXTRA, functions, max_batch, name, metadata)
-        _replace(directory / layout.MODELS, _MODELS.format(name=name))
+        files.write_atomically(directory / layout.MODELS, _MODELS.format(name=name))
         batch = min(_BATCH, max_batch)
-        _replace(directory / layout.BATCHING, _BATCHING.format(name=name, batch=batch))
+        files.write_atomically(
+            directory / layout.BATCHING, _BATCHING.format(name=name, batch=batch)
+        )
         os.rename(partial, final)
     except (OSError, tf.errors.OpError) as error:
         if made is not None:
@@ -165,13 +168,3 @@ def _git_revision() -> str | None:
     except OSError:  # no git
         return None
     return found.stdout.strip() or None
-
-
-def _replace(file: Path, text: str):
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, file)
-    finally:
-        for left in file.parent.glob(f".{file.name}.*"):
-            left.unlink(missing_ok=True)

@@ -10,8 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from avb_tf import checkpoints, configuration, data, estimates
+from avb_tf import checkpoints, configuration, data
 from avb_tf.data import pipeline
+from avb_tf.likelihood_estimation import estimates
 from tests.campaigns import jobs
 
 GROWTH = 1.05  # that is allowed after the warm-up, a tenth of the whole

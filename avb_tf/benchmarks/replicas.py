@@ -1,0 +1,109 @@
+"""What two replicas cost on one machine: the same whole batch on one device, two, and two workers.
+
+Run by `make bench-replicas`. The networks are dense ones as wide as those of configs/mnist.py, then
+the authors', whose gradients of 27 million weights have to be summed. Every figure is from
+processes of its own: how many threads an operation has is settled when TensorFlow starts, and on
+the CPU the collectives of two strategies in one process are taken for each other.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import socket
+
+import ml_collections
+import numpy as np
+import tensorflow as tf
+
+from avb_tf import configuration, replicas
+from avb_tf.benchmarks.step import seconds_of
+from avb_tf.commands import train
+from avb_tf.data import pipeline
+from avb_tf.data.source import array_split
+
+EVENT = (28, 28, 1)
+NETWORKS = {
+    "avb_ac, 300 wide": configuration.default(
+        "avb_ac", width=300, bases=32, adversary_width=256
+    ),
+    "the authors', dense": configuration.default(
+        "avb_ac_paper", width=300, adversary_width=1024, adversary_depth=3, products=8192,
+        adversary_draws=1,
+    ),
+}  # fmt: skip
+BATCHES = (128, 1024)
+
+
+def measure(config: ml_collections.ConfigDict, strategy_name: str, environment) -> float:
+    """Median seconds of a step, in a process that has not used TensorFlow yet."""
+    os.environ.update(environment)
+    if strategy_name == "mirrored":
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * 2
+        )
+    strategy = replicas.strategy(strategy_name)  # before TensorFlow is used for anything
+    images = np.random.default_rng(0).random((4 * config.batch_size, *EVENT)) < 0.2
+    split = array_split(images.astype(np.float32))
+    with strategy.scope():
+        model = train.create(config, EVENT)
+    batches = strategy.distribute_datasets_from_function(
+        lambda context: pipeline.training_batches(split, config.batch_size, 0, 0, 2**31, context)
+    )
+    step, iterator = model.make_train_function(), iter(batches)
+    (seconds,) = seconds_of(lambda: step(iterator))
+    return seconds
+
+
+def _in_processes(config, strategy_name, environments) -> float:
+    """`measure` by as many processes at once; they wait for each other at each step."""
+    context = multiprocessing.get_context("spawn")
+    pools = [context.Pool(1) for _ in environments]
+    try:
+        jobs = [
+            pool.apply_async(measure, (config, strategy_name, environment))
+            for pool, environment in zip(pools, environments, strict=True)
+        ]
+        return max(job.get(timeout=600) for job in jobs)
+    finally:
+        for pool in pools:
+            pool.terminate()
+
+
+def _workers() -> list[dict[str, str]]:
+    """The environments of two workers with a core each."""
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in (first, second)]
+    return [
+        {
+            "TF_NUM_INTRAOP_THREADS": "1",
+            "TF_CONFIG": json.dumps(
+                {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+            ),
+        }
+        for index in range(2)
+    ]
+
+
+def main() -> None:
+    """Prints a table."""
+    print("| networks | batch | one device, seconds of a step | two devices | two workers |")
+    print("|---|---|---|---|---|")
+    for (name, config), batch_size in itertools.product(NETWORKS.items(), BATCHES):
+        config.batch_size = batch_size
+        # The faster of the two is what one device has.
+        threads = [{"TF_NUM_INTRAOP_THREADS": n} for n in ("1", str(os.cpu_count()))]
+        one, two = (
+            min(_in_processes(config, strategy, [each]) for each in threads)
+            for strategy in ("one", "mirrored")
+        )
+        workers = _in_processes(config, "multi_worker", _workers())
+        row = [f"{one:.4f}", *(f"{t:.4f}, {t / one:.2f} times" for t in (two, workers))]
+        print(f"| {name} | {batch_size} | {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""How fast a config trains here, beside this machine's measured peak and a step written plainly."""
+
+import functools
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import ml_collections
+import numpy as np
+import tensorflow as tf
+
+from avb_tf import contrast as contrasts
+from avb_tf import data, files, objectives, replicas
+from avb_tf.callbacks import tensorboard, writing
+from avb_tf.commands import train
+from avb_tf.data import pipeline
+from avb_tf.errors import UserError
+from avb_tf.likelihood_estimation import ais
+from avb_tf.likelihoods import log_likelihood
+from avb_tf.model import AVB
+from avb_tf.networks import FactorisedAdversary
+from avb_tf.posteriors import fit as posteriors
+from avb_tf.serving.saved_model import SavedModel
+
+FILE = "benchmark.json"
+REPEATS = 30  # of each of the functions timed in turn
+POSTERIOR_STEPS = 500
+_TRAIN = 3  # any stream of noise
+_RARE = (writing.Checkpoints, writing.Figures, tensorboard.Profile)  # not of every epoch
+
+
+def benchmark(config: ml_collections.ConfigDict, workdir: Path, baseline: str = "") -> None:
+    """Times the config's step and all around it, prints a table and writes `benchmark.json`.
+
+    Args:
+      config: of the run; nothing is trained.
+      workdir: for the file.
+      baseline: another such file; the table shows ratios to it.
+    Raises:
+      UserError: bad data, parts that do not fit, or no such baseline.
+    """
+    before = _read(Path(baseline)) if baseline else {}
+    source = data.load(config.data)
+    found = {f"machine: {name}": value for name, value in _machine().items()}
+    step = _step(config, source.event_shape)
+    found |= {f"step: {name}": value for name, value in step.items()}
+    dtype = config.precision.removeprefix("mixed_")
+    if peak := found.get(f"machine: matmul {dtype} GFLOP/s"):  # none is measured of float16
+        found[f"step: % of the {dtype} matmul peak"] = 100.0 * step["GFLOP/s"] / peak
+    around = _around(config, source, step["seconds"])
+    found |= {f"beside the step: {name}": value for name, value in around.items()}
+    found |= {f"posterior: {name}": value for name, value in _posterior().items()}
+    found |= {
+        f"export: {name}": value for name, value in _serving(config, source.event_shape).items()
+    }
+    found["AIS: chain-leapfrogs per second"] = _annealing(config, source.event_shape)
+    found |= {f"start-up: {name}": value for name, value in _start_up().items()}
+    found["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_atomically(workdir / FILE, json.dumps(found, indent=2) + "\n")
+    for name, value in found.items():
+        ratio = f"{value / before[name]:8.2f} x" if before.get(name) else ""
+        print(f"{name:56} {value:12.4g} {ratio}")
+    print(workdir / FILE)
+
+
+def _read(file: Path) -> dict[str, float]:
+    try:
+        found = json.loads(file.read_text())
+        if not all(isinstance(value, float) for value in found.values()):
+            raise ValueError("it holds other values than numbers")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"cannot use --baseline={file}: {error}; expected a {FILE} of --mode=benchmark"
+        ) from error
+    return found
+
+
+def reference_step(model: AVB, x) -> None:
+    """The step of one adversary step as it is first written down, for comparison.
+
+    The adversary is called twice on whole inputs, x's branch with it; one tape for everything.
+    """
+    adversary: Any = model.adversary
+    noise, z_contrast = model.noises(x, _TRAIN)
+    with tf.GradientTape(persistent=True) as tape:
+        posterior = model.encoder(x, noise, training=True)
+        q, r = contrasts.compare(posterior, model.contrast)
+        condition = model.condition_of(x, q, r)
+        t = _plain_t(adversary, condition, contrasts.whiten(q.z, r))
+        t_contrast = _plain_t(adversary, condition, z_contrast)
+        outputs = model.decoder(posterior.z[: model.draws])
+        reconstruction = tf.reduce_mean(log_likelihood(model.likelihood, outputs, x))
+        after_flow = None if q is posterior else posterior
+        kl = tf.reduce_mean(contrasts.divergence(r, model.prior, after_flow) + t)
+        loss = kl - reconstruction
+        adversary_loss = tf.reduce_mean(objectives.adversary_loss(t, t_contrast))
+    primal, dual = model.primal_variables, adversary.trainable_variables
+    model.optimizer.apply(tape.gradient(loss, primal), primal)
+    model.adversary_optimizer.apply(tape.gradient(adversary_loss, dual), dual)
+    replicas.update(model.average, tf.constant(True))
+    model.step.assign_add(1)
+
+
+def _plain_t(adversary: Any, condition, z):
+    """The adversary's T [samples, batch], of the factorised one as its formula is written."""
+    if not isinstance(adversary, FactorisedAdversary):
+        return adversary(condition, z)
+    of_x, of_z = adversary.trunk(condition), adversary.stack(z)
+    bias: Any = adversary.s_bias.kernel
+    s = tf.matmul(of_z, tf.cast(adversary.s.kernel, of_z.dtype))
+    s, theta = tf.cast(s, tf.float32) + bias[:, 0], tf.cast(adversary.theta(of_x), tf.float32)
+    t = tf.reduce_sum(theta * s, -1) + 0.5 * tf.reduce_sum(z**2, -1)
+    return t + adversary.t_features(of_x)[:, 0] + adversary.t_z(of_z)[..., 0]
+
+
+def seconds_of(
+    *functions: Callable[[], object], repeats: int = REPEATS, at_most: float = math.inf
+) -> list[float]:
+    """Median seconds of each, called in turn so that all meet the same machine.
+
+    After `at_most` seconds no further turn begins.
+    """
+    times = [[] for _ in functions]
+    for function in functions:
+        function()  # traced, and its memory touched
+    for _ in range(repeats):
+        if sum(map(sum, times)) > at_most:
+            break
+        for function, own in zip(functions, times, strict=True):
+            began = time.perf_counter()
+            function()
+            own.append(time.perf_counter() - began)
+    return [statistics.median(own) for own in times]
+
+
+def arithmetic(function) -> int:
+    """Floating point operations in the products of a traced function, shapes known throughout.
+
+    Counts what the outputs and the assignments need: a graph also holds gradients of weights that
+    nobody asked for, which never run.
+    """
+    graph = function.graph
+    needed, stack = set(), [t.op for t in graph.outputs]
+    stack += [op for op in graph.get_operations() if "Apply" in op.type or "Assign" in op.type]
+    while stack:
+        if (op := stack.pop()) not in needed:
+            needed.add(op)
+            stack += [t.op for t in op.inputs] + list(op.control_inputs)
+    return sum(_products(op) for op in needed)
+
+
+def _products(op) -> int:
+    def size(shape):
+        return int(np.prod(shape.as_list()))
+
+    if op.type == "MatMul":
+        inner = op.inputs[0].shape[0 if op.get_attr("transpose_a") else 1]
+        return 2 * inner * size(op.outputs[0].shape)
+    if op.type == "BatchMatMulV2":
+        inner = op.inputs[0].shape[-2 if op.get_attr("adj_x") else -1]
+        return 2 * inner * size(op.outputs[0].shape)
+    kernel_and_image = {
+        "Conv2D": lambda: (op.inputs[1].shape, op.outputs[0].shape),
+        "Conv2DBackpropInput": lambda: (op.inputs[1].shape, op.inputs[2].shape),
+        "Conv2DBackpropFilter": lambda: (_shape_behind(op.inputs[1]), op.inputs[2].shape),
+    }
+    if op.type in kernel_and_image:
+        kernel, image = kernel_and_image[op.type]()
+        return 2 * size(image) * size(kernel[:3])
+    return 0
+
+
+def _shape_behind(sizes) -> tf.TensorShape:
+    """The static shape that is given, or of what the op Shape or ShapeN was asked for."""
+    if (value := tf.get_static_value(sizes)) is not None:
+        return tf.TensorShape(value)
+    return sizes.op.inputs[sizes.value_index].shape
+
+
+def _machine() -> dict[str, float]:
+    """Peaks of this machine in GFLOP/s: a product and a convolution that keep it busiest."""
+    found = {}
+    for dtype in (tf.float32, tf.bfloat16):
+        a = tf.cast(tf.random.stateless_normal([4096, 4096], [0, 0]), dtype)
+        image = tf.cast(tf.random.stateless_normal([128, 14, 14, 256], [0, 1]), dtype)
+        kernel = tf.cast(tf.random.stateless_normal([5, 5, 256, 256], [0, 2]), dtype)
+        product = tf.function(lambda a=a: tf.reduce_sum(a @ a))
+        convolution = tf.function(
+            lambda i=image, k=kernel: tf.reduce_sum(tf.nn.conv2d(i, k, 1, "SAME"))
+        )
+        for name, function in (("matmul", product), ("convolution", convolution)):
+            (seconds,) = seconds_of(lambda f=function: f().numpy(), repeats=7)
+            flops = arithmetic(function.get_concrete_function())
+            found[f"{name} {dtype.name} GFLOP/s"] = flops / seconds / 1e9
+    return found
+
+
+def _step(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
+    x = tf.zeros([config.batch_size, *event_shape])
+    model = train.create(config, event_shape)
+    began = time.perf_counter()
+    step = tf.function(model.train_step, jit_compile=model.jit_compile)
+    flops = arithmetic(step.get_concrete_function(x))
+    step(x)
+    found = {"compile seconds": time.perf_counter() - began}
+    functions = [lambda: step(x)]
+    if model.adversary is not None:
+        dual = tf.function(lambda: model.dual_step(x, model.encoder.parameters(x), _TRAIN))
+        plain = train.create(config, event_shape)
+        plain.compile(*(keras.optimizers.Adam(1e-4, global_clipnorm=100.0) for _ in range(2)))
+        reference = tf.function(lambda: reference_step(plain, x))
+        functions += [dual, reference]
+    seconds = seconds_of(*functions)
+    found |= {
+        "seconds": seconds[0],
+        "examples per second": config.batch_size / seconds[0],
+        "GFLOP": flops / 1e9,
+        "GFLOP/s": flops / seconds[0] / 1e9,
+    }
+    if model.adversary is not None:
+        found |= {
+            "seconds of a dual step alone": seconds[1],
+            "seconds of the plainly written step": seconds[2],
+            "ratio to the plainly written step": seconds[0] / seconds[2],
+        }
+    return found
+
+
+def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> dict[str, float]:
+    """What training does beside its steps, each at its rate in the config, as a share of a step."""
+    model = train.create(config, source.event_shape)
+    batches = iter(pipeline.training_batches(source.train, config.batch_size, 0, 0, 2**31))
+    with tempfile.TemporaryDirectory() as directory:
+        workdir = Path(directory)
+        run = train.Run(config, workdir, tf.distribute.get_strategy(), model, source)
+        log = model.evaluate(run.validation, verbose=0, return_dict=True)
+        logs = log | {f"val_{name}": value for name, value in log.items()}
+        each_epoch = [c for c in run.callbacks if not isinstance(c, _RARE)]
+        rare: dict[type, Any] = {type(c): c for c in run.callbacks if isinstance(c, _RARE)}
+        for callback in run.callbacks:
+            callback.set_model(model)
+            callback.on_train_begin()
+
+        def epoch():
+            for callback in each_epoch:
+                callback.on_epoch_begin(0)
+                callback.on_epoch_end(0, dict(logs))
+
+        def validation():
+            model.evaluate(run.validation, verbose=0, return_dict=True)
+
+        parts = {
+            "a batch": (1, lambda: next(batches)),
+            "validation": (config.log_every, validation),
+            "an epoch's other callbacks": (config.log_every, epoch),
+            "a checkpoint": (config.checkpoint_every, rare[writing.Checkpoints].save),
+            "figures": (config.figures_every, rare[writing.Figures].draw),
+        }
+        found, total = {}, 0.0
+        for name, (every, function) in parts.items():
+            (seconds,) = seconds_of(function, repeats=3 if every > 1 else 100)
+            found[f"seconds of {name}"] = seconds
+            total += seconds / every if every else 0.0
+    found["share of wall time, %"] = 100.0 * total / (total + step_seconds)
+    return found
+
+
+def _annealing(config: ml_collections.ConfigDict, event_shape) -> float:
+    """Leapfrog steps of single chains in a second, the pilot's among them."""
+    sampler = ais.AnnealedSampler(train.create(config, event_shape), 20, chains=16)
+    # By a convolutional decoder the chains of one example take half a minute.
+    examples = 1 if config.model.network == "conv" else 25
+    x = np.zeros([examples, *event_shape], np.float32)
+    (seconds,) = seconds_of(lambda: sampler.forward(x), repeats=3, at_most=10.0)
+    chains = len(x) * (sampler.chains + ais.PILOT_CHAINS)
+    return chains * 20 * sampler.leapfrog_steps / seconds
+
+
+def _posterior() -> dict[str, float]:
+    """The fit of a Gaussian of ten dimensions, whose density costs nothing."""
+
+    def density(u):
+        return -0.5 * tf.reduce_sum(u**2, -1)
+
+    fit = posteriors.fit_posterior(density, shape=[10], steps=POSTERIOR_STEPS, verbose=False)
+    began = time.perf_counter()
+    fit.sample(100_000)
+    seconds = time.perf_counter() - began
+    return {
+        f"seconds of a fit of {fit.steps} steps": fit.seconds,
+        "draws per second": 100_000 / seconds,
+    }
+
+
+def _serving(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
+    """Requests per second to an export in the C library, one after the other."""
+    model = train.create(config, event_shape)
+    found = {}
+    with tempfile.TemporaryDirectory() as directory:
+        served = SavedModel(model.export(directory))
+        for name in ("encode", "decode", "log_likelihood"):
+            ((tensor_name, tensor),) = served.signatures[name].inputs.items()
+            for rows in (1, 128):
+                request = {tensor_name: np.zeros([rows, *tensor.shape[1:]], np.float32)}
+                served_once = functools.partial(served.run, name, request)
+                (seconds,) = seconds_of(served_once, repeats=10, at_most=10.0)
+                found[f"{name} of {rows} rows, requests per second"] = 1.0 / seconds
+        served.close()
+    return found
+
+
+def _start_up() -> dict[str, float]:
+    """Seconds of fresh processes."""
+    commands = {
+        "import tensorflow": ["-c", "import tensorflow"],
+        "import avb_tf": ["-c", "import avb_tf; avb_tf.AVB"],
+        "--help": ["-c", "from avb_tf.command_line import main; main(['avb-tf', '--help'])"],
+    }
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
+    runs = [
+        lambda arguments=arguments: subprocess.run([sys.executable, *arguments], **quiet)
+        for arguments in commands.values()
+    ]
+    return {
+        f"seconds of {name}": seconds
+        for name, seconds in zip(commands, seconds_of(*runs, repeats=3), strict=True)
+    }

@@ -1,0 +1,1 @@
+"""Keras callbacks: what happens between steps."""

@@ -1,0 +1,100 @@
+"""What a run leaves behind while it trains: checkpoints, scalars and figures."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from avb_tf import checkpoints, figures
+from avb_tf.figures import model as model_figures
+
+
+@contextlib.contextmanager
+def logged():
+    """Says so where TensorBoard's files cannot be written.
+
+    Raises:
+      OSError: in place of what TensorFlow raises, which depends on the reason.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if "Failed to flush" not in error.message:
+            raise
+        reason = error.message.splitlines()[0].rpartition("}} ")[2]
+        raise OSError(f"cannot write logs ({reason:.300})") from error
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Saves every `every` steps and at the step `last`, keeping the newest `keep`."""
+
+    def __init__(self, workdir: Path, every: int, keep: int, last: int):
+        super().__init__()
+        self.workdir, self.every, self.keep, self.last = workdir, every, keep, last
+
+    def on_epoch_end(self, epoch, logs=None):
+        """An epoch ends every config.log_every steps, of which `every` is a multiple."""
+        if _is_due(self.model, self.every, self.last):
+            self.save()
+
+    def save(self):
+        """Writes a checkpoint now."""
+        checkpoints.save(self.model, self.workdir, self.keep)
+
+
+class Scalars(keras.callbacks.Callback):
+    """TensorBoard scalars against the step, training and validation on the same charts."""
+
+    def __init__(self, directory: Path):
+        super().__init__()
+        self.writers = {
+            name: tf.summary.create_file_writer(str(directory / name))
+            for name in ("train", "validation")
+        }
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts the clock."""
+        self.began, self.first = time.perf_counter(), int(self.model.step.numpy())
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes the means over the epoch; `val_` is Keras's prefix for validation."""
+        step = int(self.model.step.numpy())
+        seconds = time.perf_counter() - self.began
+        values = dict(logs or {}, steps_per_second=(step - self.first) / seconds)
+        values["skipped_steps"] = int(self.model.skipped.numpy())
+        for name, value in values.items():
+            side = "validation" if name.startswith("val_") else "train"
+            with self.writers[side].as_default(step):
+                tf.summary.scalar(name.removeprefix("val_"), value)
+        for writer in self.writers.values():
+            writer.flush()  # what is logged survives the process
+
+
+class Figures(keras.callbacks.Callback):
+    """Figures of held-out examples, as PNG in the workdir and as images in TensorBoard."""
+
+    def __init__(self, workdir: Path, every: int, last: int, x, labels=None):
+        super().__init__()
+        self.workdir, self.every, self.last, self.x, self.labels = workdir, every, last, x, labels
+        self.writer = tf.summary.create_file_writer(str(workdir / "logs" / "validation"))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Every `every` steps, a multiple of an epoch's, and at the step `last`."""
+        if _is_due(self.model, self.every, self.last):
+            self.draw()
+
+    def draw(self):
+        """Draws all figures at the current step."""
+        drawn = model_figures.of_model(self.model, self.x, self.labels)
+        paths = figures.save(drawn, self.workdir / "figures")
+        with self.writer.as_default(int(self.model.step.numpy())):
+            for name, path in zip(drawn, paths, strict=True):
+                tf.summary.image(name, tf.io.decode_png(path.read_bytes(), 3)[tf.newaxis])
+        self.writer.flush()
+
+
+def _is_due(model, every: int, last: int) -> bool:
+    step = int(model.step.numpy())
+    return step >= last or bool(every and step % every == 0)

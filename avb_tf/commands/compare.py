@@ -1,0 +1,239 @@
+"""The finished runs below a directory, in one table and one figure."""
+
+import collections
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from avb_tf import checkpoints, configuration, data, figures, files, results, tables
+from avb_tf.data import pipeline
+from avb_tf.errors import UserError
+from avb_tf.figures import comparison as comparison_figures
+from avb_tf.figures import model as model_figures
+from avb_tf.figures import training as training_curves
+from avb_tf.posteriors import overview
+
+BASELINE = "vae"  # the method that others are paired with
+EXAMPLES = 500  # in the latent spaces
+POSTERIORS = 8  # examples whose posterior is drawn beside the exact one, two latents
+
+
+class Run(NamedTuple):
+    """A finished evaluation."""
+
+    name: str  # its directory, from the one compared
+    found: dict[str, Any]  # results.json
+    values: dict[str, np.ndarray]  # of each example, by estimate; empty where they are lost
+
+
+def compare(_, workdir: Path) -> None:
+    """`comparison.md`, `comparison.json` and a figure of all finished runs below `workdir`.
+
+    Fitted posteriors have a table of their own, `posteriors.md` and `posteriors.json`.
+    Runs of one method on the same data that differ in their seed alone are one row: the mean over
+    seeds and its standard error, or the one over examples where there is a single seed. Beside it
+    the difference from the `vae` of the same data, example by example.
+
+    Raises:
+      UserError: no finished run is below `workdir`.
+    """
+    runs, posteriors = find(workdir), overview.find(workdir)
+    if not (runs or posteriors):
+        raise UserError(
+            f"{workdir} holds no finished runs; expected {results.FILE} in a directory below it; "
+            "run --mode=evaluate on each first"
+        )
+    if posteriors:
+        overview.write(workdir, posteriors)
+    if runs:
+        _write(workdir, runs)
+
+
+def _write(workdir: Path, runs: list[Run]) -> None:
+    rows = [row(group, runs) for group in grouped(runs)]
+    table = markdown(rows)
+    files.write_atomically(workdir / "comparison.json", json.dumps(rows, indent=2) + "\n")
+    files.write_atomically(workdir / "comparison.md", table + "\n")
+    print(table)
+    drawn = {"comparison": comparison_figures.log_likelihoods(rows)}
+    drawn |= _training(workdir, runs) | _latents(workdir, runs)
+    paths = figures.save(drawn, workdir)
+    print(workdir / "comparison.md", workdir / "comparison.json", *paths, sep="\n")
+
+
+def _training(workdir: Path, runs: list[Run]) -> dict[str, Figure]:
+    """log p(x) against the step, as far as training logged it: a figure for each data set."""
+    drawn = {}
+    for name in dict.fromkeys(run.found["data"] for run in runs):
+        own = {run.name: run for run in runs if run.found["data"] == name}
+        curves = {run: training_curves.read(workdir / run) for run in own}
+        curves = {run: curve for run, curve in curves.items() if len(curve)}
+        if curves:
+            methods = {run: own[run].found["method"] for run in curves}
+            drawn[f"training_{name}".replace(":", "_")] = training_curves.draw(curves, methods)
+    return drawn
+
+
+def _latents(workdir: Path, runs: list[Run]) -> dict[str, Figure]:
+    """Latent spaces and posteriors of the methods with two latents, for each data set."""
+    drawn = {}
+    for key in dict.fromkeys(map(_data, runs)):
+        models, source = {}, None
+        for run in runs:
+            method = run.found["method"]
+            if _data(run) != key or method in models:
+                continue
+            try:
+                config = configuration.load(workdir / run.name)
+                if config.model.latent_dim == 2:
+                    models[method] = checkpoints.load(workdir / run.name)
+                    source = source or data.load(config.data)
+            except UserError as error:  # results are left of a run whose checkpoints are gone
+                print(f"Not among the latent spaces: {error}")
+        if source is not None and len(models) > 1:
+            split = getattr(source, key[2])
+            binary = next(iter(models.values())).likelihood.binary
+            x = pipeline.examples(split, EXAMPLES, binary)
+            labels = None if split.labels is None else split.labels[: len(x)]
+            name = f"{key[0]}_{key[2]}".replace(":", "_")
+            drawn[f"latent_spaces_{name}"] = model_figures.latent_spaces(models, x, labels)
+            drawn[f"posteriors_{name}"] = model_figures.posteriors(models, x[:POSTERIORS])
+    return drawn
+
+
+def find(directory: Path) -> list[Run]:
+    """All finished runs below `directory`, by name; what is no run's result is left out."""
+    runs = []
+    for file in sorted(directory.rglob(results.FILE)):
+        if (found := results.read(file)) is not None:
+            name = str(file.parent.relative_to(directory))
+            runs.append(Run(name, found, results.load_values(file.parent)))
+    return runs
+
+
+def grouped(runs: list[Run]) -> list[list[Run]]:
+    """Runs that differ in their seed alone, together."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        key = (*_data(run), run.found["method"], run.found.get("family", run.name))
+        groups.setdefault(key, []).append(run)
+    return [groups[key] for key in sorted(groups, key=str)]
+
+
+def row(group: list[Run], runs: list[Run]) -> dict[str, Any]:
+    """What the table says of one method on one data set."""
+    first = group[0].found
+    name = results.best_log_likelihood(first["estimates"]) or ""  # no subset was evaluated
+    bound = "elbo" if "elbo" in first["estimates"] else "elbo_adversary"
+    # Beside log p(x) of a subset stands the bound of the same examples.
+    bound_beside = "elbo_of_the_same_examples"
+    if name == "log_likelihood_quadrature" or bound_beside not in first["estimates"]:
+        bound_beside = bound
+    baseline = [r for r in runs if _data(r) == _data(group[0]) and r.found["method"] == BASELINE]
+    baseline = [r for r in baseline if r not in group]
+    return {
+        "data": first["data"],
+        "split": first["split"],
+        "method": first["method"],
+        "runs": [run.name for run in group],
+        "seeds": len(group),
+        "estimate": name,
+        "log_likelihood": _over_seeds(group, name),
+        "above_vae": _paired(group, baseline, name) if baseline else None,
+        "bound": bound,
+        "elbo": _over_seeds(group, bound_beside),
+        "gap_inference": _over_seeds(group, "gap_inference"),
+        "gap_shape": _over_seeds(group, "gap_shape"),
+        "bdmc_gap": _over_seeds(group, "bdmc_gap"),
+        "steps": first["step"],
+        "warnings": sum(len(run.found.get("warnings", [])) for run in group),
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, in nats per example."""
+    columns = {
+        "data": [row["data"] for row in rows],
+        "method": [row["method"] for row in rows],
+        "seeds": [str(row["seeds"]) for row in rows],
+        "log p(x)": [_cell(row["log_likelihood"]) for row in rows],
+        "by": [row["estimate"].removeprefix("log_likelihood_") for row in rows],
+        "above vae, paired": [_cell(row["above_vae"], "+") for row in rows],
+        "bound": [_cell(row["elbo"]) for row in rows],
+        "inference gap": [_cell(row["gap_inference"]) for row in rows],
+        "of it shape": [_cell(row["gap_shape"]) for row in rows],
+        "BDMC gap": [_cell(row["bdmc_gap"]) for row in rows],
+        "steps": [f"{row['steps']:,}" for row in rows],
+        "warnings": [str(row["warnings"]) for row in rows],
+    }
+    columns = {k: v for k, v in columns.items() if any(v)}
+    note = (
+        "Nats per example, mean +- standard error: over seeds where there are several, otherwise "
+        "over examples. The bound is of the same examples as log p(x), with the adversary where "
+        "the method has one."
+    )
+    return tables.aligned([[k, *v] for k, v in columns.items()]) + "\n\n" + note
+
+
+def _over_seeds(group: list[Run], name: str) -> dict[str, Any] | None:
+    """Mean over the runs that have the estimate, and its standard error."""
+    found = [r.found["estimates"][name] for r in group if name in r.found["estimates"]]
+    if not found:
+        return None
+    means = [one["mean"] for one in found]
+    several = len(found) > 1
+    error = results.standard_error(means) if several else found[0]["standard_error"]
+    over = "seeds" if several else "examples"
+    count = found[0]["count"]
+    return {"mean": float(np.mean(means)), "standard_error": error, "over": over, "count": count}
+
+
+def _paired(group: list[Run], baseline: list[Run], name: str) -> dict[str, Any] | None:
+    """Difference of the groups' means, example by example, where the examples are the same.
+
+    Its variance is that over seeds of both groups, where there are several, beside that over
+    examples: the differences of each example, averaged over seeds, are one more source.
+    """
+    sides = [[_example_values(run, name) for run in side] for side in (group, baseline)]
+    known = [[v for v in side if v is not None] for side in sides]
+    if not all(known):
+        return None
+    common = set.intersection(*(set(v) for side in known for v in side))
+    if len(common) < 2:
+        return None
+    order = sorted(common)
+    own, other = (np.array([[v[e] for e in order] for v in side]) for side in known)
+    difference = own.mean(0) - other.mean(0)
+    over_seeds = [results.standard_error(side.mean(1)) for side in (own, other)]
+    error = np.sqrt(results.standard_error(difference) ** 2 + np.sum(np.square(over_seeds)))
+    return {
+        "mean": float(difference.mean()),
+        "standard_error": float(error),
+        "over": "examples and seeds" if any(over_seeds) else "examples",
+        "count": len(order),
+    }
+
+
+def _example_values(run: Run, name: str) -> dict[tuple[int, int], float] | None:
+    """{(example, how often it came before): value}, or None where they are not kept."""
+    if name not in run.values or "example" not in run.values:
+        return None
+    values = run.values[name].tolist()
+    before, found = collections.Counter(), {}
+    for example, value in zip(run.values["example"][: len(values)].tolist(), values, strict=True):
+        found[example, before[example]] = value
+        before[example] += 1
+    return found
+
+
+def _data(run: Run) -> tuple:
+    return run.found["data"], tuple(run.found["event_shape"]), run.found["split"]
+
+
+def _cell(found: dict[str, Any] | None, sign: str = "") -> str:
+    if found is None:
+        return ""
+    return f"{found['mean']:{sign}.3f} +- {found['standard_error']:.3f}"

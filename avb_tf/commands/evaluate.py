@@ -1,0 +1,159 @@
+"""A trained run -> results.json, figures and a table."""
+
+import time
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+from matplotlib.figure import Figure
+
+from avb_tf import checkpoints, configuration, data, figures, replicas, results
+from avb_tf.callbacks import tensorboard, writing
+from avb_tf.commands import train
+from avb_tf.data import pipeline
+from avb_tf.figures import estimates as estimate_figures
+from avb_tf.figures import model as model_figures
+from avb_tf.likelihood_estimation import estimates
+from avb_tf.likelihood_estimation.estimates import Estimate
+from avb_tf.settings import run
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Both, in this order; of several workers the chief alone evaluates."""
+    train.train(config, workdir)
+    if replicas.is_chief():
+        evaluate(config, workdir)
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Estimates of the newest checkpoint, beside those of the runs next to it.
+
+    The bound with the adversary is never alone: beside it stands log p(x), exact with two latents
+    together with KL(q(z|x) || p(z|x)) of a subset, otherwise by AIS of a subset, which is itself
+    checked on data simulated from the model. `config.eval.budget` picks the sizes. An interrupted
+    evaluation goes on where it stopped when it is started again.
+
+    Raises:
+      UserError: no checkpoint, or bad data.
+    """
+    model = checkpoints.load(workdir)
+    source = data.load(config.data)
+    began = time.perf_counter()
+    split = getattr(source, config.eval.split)
+    count = min(config.eval.examples or split.size, split.size)
+    x = pipeline.examples(split, count, model.likelihood.binary)
+
+    found, drawn = _estimates(model, x, config.eval, workdir / results.EVALUATION)
+    summaries = {
+        name: results.estimate(e.values, e.repeats, **e.settings) for name, e in found.items()
+    }
+    if model.likelihood.bits_per_dim:
+        summaries |= _bits_per_dim(summaries, int(np.prod(model.event_shape)))
+    warnings = _warnings(summaries)
+    values = {name: e.values for name, e in found.items() if not e.simulated}
+    results.save_values(workdir, x, values)
+    plain = configuration.resolve(config)
+    results.save(
+        workdir,
+        {
+            "method": config.method,
+            "data": config.data.name,
+            "event_shape": list(model.event_shape),
+            "split": config.eval.split,
+            "step": int(model.step.value),
+            "seconds": round(time.perf_counter() - began, 2),
+            "config_hash": configuration.digest(plain),
+            "family": configuration.digest(plain, without=("model.seed",)),  # of other seeds too
+            "budget": config.eval.budget,
+            "warnings": warnings,
+            "estimates": summaries,
+        },
+    )
+    means = {f"{config.eval.split}/{name}": e["mean"] for name, e in summaries.items()}
+    with writing.logged():
+        tensorboard.write_metrics(workdir, int(model.step.value), means)
+    runs = results.siblings(workdir)
+    print(results.table(runs), results.quality(runs[workdir.name]), sep="\n\n")
+    print(*(f"Warning: {warning}" for warning in warnings), sep="\n")
+    labels = None if split.labels is None else split.labels[:count]
+    drawn |= model_figures.of_model(model, x, labels)
+    print(*figures.save(drawn, workdir / "figures"), sep="\n")
+
+
+def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict[str, Figure]]:
+    """All estimates by name, and the figures of how they came about."""
+    elbo = estimates.bound(model, x)
+    name = "elbo" if model.adversary is None else "elbo_adversary"
+    found = {name: Estimate(elbo, {"draws": estimates.DRAWS})}
+    planar = model.encoder.latent_dim == 2
+    if planar:
+        found |= estimates.exact(model, x, settings.grid, settings.posteriors)
+    sizes = run.sizes(settings)
+    subset = x[: sizes["subset"]]
+    chains = {name: sizes[f"ais.{name}"] for name in ("temperatures", "chains", "leapfrog_steps")}
+    if planar and settings.ais.temperatures == -1:
+        chains["temperatures"] = 0  # quadrature is exact
+    drawn, weights = {}, {}
+    if len(subset):
+        found["elbo_of_the_same_examples"] = Estimate(
+            elbo[: len(subset)], {"draws": estimates.DRAWS}
+        )
+        weighted, kept = estimates.importance_weighted(model, subset, sizes["repeats"], directory)
+        found |= weighted
+        weights["importance sampling"] = kept.log_weights
+        if chains["temperatures"]:
+            annealed, kept_chains = estimates.annealed(model, subset, chains, directory)
+            found |= annealed
+            weights["AIS"] = kept_chains.log_weights
+            drawn["annealing"] = estimate_figures.annealing(kept_chains.acceptance)
+        drawn["convergence"] = estimate_figures.convergence(
+            estimates.CURVE, kept.bounds, {k: v.values[: len(subset)] for k, v in found.items()}
+        )
+        drawn["weights"] = estimate_figures.weights(weights)
+    if sizes["simulated"] and chains["temperatures"]:
+        found |= estimates.bidirectional(model, sizes["simulated"], chains, directory)
+    if gap := min(sizes["gap"], len(subset)):
+        known = [found[name].values for name in results.LOG_LIKELIHOODS if name in found]
+        # Both AIS and importance sampling are bounds from below: the higher mean is the better.
+        best = known[0][:gap] if planar else max((v[:gap] for v in known), key=np.mean)
+        found |= estimates.inference_gap(model, subset[:gap], best, elbo[:gap], directory)
+    return found, drawn
+
+
+def _bits_per_dim(summaries, dimensions) -> dict:
+    """The same in bits per dimension, falling where the estimates rise."""
+    bits = 1.0 / (np.log(2.0) * dimensions)
+    found = {}
+    for name, summary in summaries.items():
+        if name.startswith(("elbo", "log_likelihood")):
+            scaled = {k: bits * v for k, v in summary.items() if k.startswith("standard_error")}
+            found[f"bits_per_dim_{name}"] = summary | scaled | {"mean": -bits * summary["mean"]}
+    return found
+
+
+def _warnings(summaries) -> list[str]:
+    """What a reader of the numbers has to know."""
+    found = []
+    best = results.best_log_likelihood(summaries)
+    bound = summaries.get("elbo_of_the_same_examples", summaries.get("elbo_adversary"))
+    if best and "elbo_adversary" in summaries:
+        excess = bound["mean"] - summaries[best]["mean"]
+        if excess > 0.05 + 2.0 * summaries[best].get("standard_error_over_repeats", 0.0):
+            found.append(
+                f"the adversary's bound lies {excess:.2f} nats above log p(x): the adversary is "
+                "wrong, so trust log p(x) alone"
+            )
+    for name in ("log_likelihood_iwae_5000", "log_likelihood_ais"):
+        share = summaries.get(name, {}).get("pareto_k_above_0.7")
+        if share and share > 0.1:
+            found.append(
+                f"{name}: Pareto k is above 0.7 for {share:.0%} of the examples, whose weights "
+                "few draws dominate; their log p(x) is likely higher"
+            )
+    gap = summaries.get("bdmc_gap")
+    if gap and gap["mean"] > 0.5:
+        found.append(
+            f"bdmc_gap is {gap['mean']:.2f} nats, so AIS may lie as far below log p(x); raise "
+            "config.eval.ais.temperatures or take --config.eval.budget=paper"
+        )
+    return found

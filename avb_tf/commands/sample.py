@@ -1,0 +1,30 @@
+"""A trained run -> draws of its model."""
+
+import io
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+
+from avb_tf import checkpoints, figures, files
+from avb_tf.figures import model as model_figures
+
+
+def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """64 draws of the newest checkpoint: E[x|z], z ~ p(z), as `samples.npy` and as a figure.
+
+    Raises:
+      UserError: no checkpoint.
+    """
+    model = checkpoints.load(workdir)
+    draws = np.asarray(model.sample(64))
+    buffer = io.BytesIO()
+    np.save(buffer, draws, allow_pickle=False)
+    files.write_atomically(workdir / "samples.npy", buffer.getvalue())
+    print(workdir / "samples.npy")
+    if len(model.event_shape) == 3:
+        print(
+            *figures.save(
+                {"samples": model_figures.image_grid(draws, "Samples")}, workdir / "figures"
+            )
+        )

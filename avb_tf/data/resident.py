@@ -1,0 +1,81 @@
+"""Examples that stay on the device: a step gathers its batch there, by indices from the host."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from avb_tf.data import pipeline
+from avb_tf.data.source import Split
+
+MEGABYTES = 4096  # of examples as they are stored, up to which they are kept on the device
+CAPACITY = 100  # steps that a call has room for, unless it takes more of them
+
+
+class Resident(NamedTuple):
+    """The examples of a run on its devices, and the batches of its steps as indices of them."""
+
+    rows: Any  # [size, ...], a copy for each replica
+    decode: Callable[[tf.Tensor], tf.Tensor]  # rows [n, ...] -> float32 [n, *event]
+    # Dataset of the calls: (indices int64 [capacity, batch / replicas], number of steps), for each
+    # replica of a strategy.
+    calls: Any
+
+    def read(self, rows: tf.Tensor, indices: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        """x float32 [batch / replicas, *event] of a call's `step`, in a replica of this `rows`."""
+        return self.decode(tf.gather(rows, tf.gather(indices, step)))
+
+
+def fits(split: Split, megabytes: float = MEGABYTES) -> bool:
+    """Whether the examples are in memory and take at most `megabytes`."""
+    if split.stored is None:
+        return False
+    rows = split.stored.rows
+    return rows.shape.num_elements() * rows.dtype.size <= megabytes * 2**20
+
+
+def put(
+    split: Split,
+    strategy: tf.distribute.Strategy,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    shuffle: bool,
+    steps_per_epoch: int,
+    steps_per_call: int,
+) -> Resident:
+    """Copies the examples to each device of `strategy`, as bytes where they are bytes.
+
+    The batches are those of `pipeline.training_batches`. A call takes `steps_per_call` of them, or
+    as many as are left of its epoch.
+    """
+    stored: Any = split.stored
+    capacity = max(CAPACITY, steps_per_call)
+
+    def copy(context):
+        if context.num_replicas_in_sync == 1:
+            return tf.identity(stored.rows)
+        devices = strategy.extended.worker_devices
+        with tf.device(devices[context.replica_id_in_sync_group % len(devices)]):
+            return tf.identity(stored.rows)
+
+    def calls(context):
+        indices = pipeline.training_indices(
+            split.size, batch_size, seed, first_step, shuffle, context
+        )
+        local = context.num_replicas_in_sync // context.num_input_pipelines
+
+        def call(steps):  # [n, local, share] -> [local, capacity, share], [local]
+            count = tf.shape(steps)[0]
+            padded = tf.pad(steps, [[0, capacity - count], [0, 0], [0, 0]])
+            padded = tf.ensure_shape(padded, [capacity, local, indices.element_spec.shape[0]])
+            return tf.transpose(padded, [1, 0, 2]), tf.repeat(count, local)
+
+        epochs = indices.batch(local).batch(steps_per_epoch, drop_remainder=True)
+        steps = epochs.flat_map(
+            lambda epoch: tf.data.Dataset.from_tensor_slices(epoch).batch(steps_per_call)
+        )
+        return pipeline.untuned(steps.map(call).unbatch().prefetch(local))
+
+    rows = strategy.experimental_distribute_values_from_function(copy)
+    return Resident(rows, stored.decode, strategy.distribute_datasets_from_function(calls))

@@ -1,0 +1,34 @@
+"""Matplotlib figures, a module for what each shows; whoever asks for one says where it goes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from avb_tf import files
+
+
+def save(
+    figures: Mapping[str, Figure], directory: Path, formats: Sequence[str] = ("png",)
+) -> list[Path]:
+    """Writes each in every format, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        for kind in formats:
+            paths.append(directory / f"{name}.{kind}")
+            files.write_atomically(paths[-1], rendered(figure, kind))
+    return paths
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    return rendered(figure, "png")
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """The figure as a file of this kind, png or pdf."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=120)
+    return buffer.getvalue()

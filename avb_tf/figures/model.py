@@ -1,0 +1,145 @@
+"""Figures of a model."""
+
+from collections.abc import Mapping
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.special import ndtri
+
+from avb_tf.likelihood_estimation import quadrature
+from avb_tf.model import AVB
+
+_COLOURS = matplotlib.color_sequences["tab10"]
+_CONTENT = np.array([0.5, 0.9])  # of the posterior's mass, inside its contours
+
+
+def of_model(model: AVB, x, labels=None) -> dict[str, Figure]:
+    """All figures of one model by name.
+
+    Args:
+      model: any; images are drawn for events of rank 3, the latent space for two latents.
+      x: [count, *event], held out, at least 8.
+      labels: [count] or None; they colour the latent space.
+    """
+    found = {}
+    if len(model.event_shape) == 3:
+        found["samples"] = image_grid(np.asarray(model.sample(64)), "Samples: E[x|z], z ~ p(z)")
+        found["reconstructions"] = reconstructions(model, x[:16])
+        found["interpolations"] = interpolations(model, x[:8], x[-8:])
+        if model.encoder.latent_dim == 2:
+            found["manifold"] = manifold(model)
+    if model.encoder.latent_dim == 2:
+        found["latent_space"] = latent_spaces({"": model}, x, labels)
+    return found
+
+
+def image_grid(images, title: str, columns: int = 8) -> Figure:
+    """`images` [count, height, width, channels] in [0, 1], row by row."""
+    rows = -(-len(images) // columns)
+    height, width, channels = images.shape[1:]
+    blank = 0.0 if channels == 1 else 1.0  # white on paper: ink is 1 in a monochrome image
+    canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), blank)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    inches = 0.7 * columns
+    figure = Figure(
+        (inches, inches * canvas.shape[0] / canvas.shape[1] + 0.4), layout="constrained"
+    )
+    axes = figure.subplots()
+    _show(axes, canvas)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def reconstructions(model: AVB, x, columns: int = 8) -> Figure:
+    """Examples [count, *event] in odd rows, E[x'|z] for one z ~ q(z|x) below each."""
+    images = np.stack([x, np.asarray(model.reconstruct(x))])  # [2, count, *event]
+    rows = [images[:, i : i + columns] for i in range(0, len(x), columns)]
+    missing = columns - rows[-1].shape[1]
+    rows[-1] = np.pad(rows[-1], [(0, 0), (0, missing), *[(0, 0)] * 3])
+    pairs = np.concatenate([row.reshape(-1, *model.event_shape) for row in rows])
+    return image_grid(pairs, "Examples, and below each a reconstruction", columns)
+
+
+def interpolations(model: AVB, first, last, steps: int = 8) -> Figure:
+    """Straight lines in z from `first` to `last`, each [count, *event]: one row each."""
+    z, share = (
+        [np.asarray(model.posterior(x, 64).mean) for x in (first, last)],
+        np.linspace(0, 1, steps),
+    )
+    path = z[0][:, np.newaxis] + share[:, np.newaxis] * (z[1] - z[0])[:, np.newaxis]
+    images = np.asarray(model.decode(path.reshape(-1, path.shape[-1])))
+    return image_grid(images, "Interpolations between two posterior means", columns=steps)
+
+
+def manifold(model: AVB, side: int = 16) -> Figure:
+    """E[x|z] over quantiles of the prior of two latents."""
+    quantiles = ndtri((np.arange(side) + 0.5) / side)
+    z = np.stack(np.meshgrid(quantiles, -quantiles), -1).reshape(-1, 2)
+    images = np.asarray(model.decode(z))
+    return image_grid(images, "E[x|z] over quantiles of the prior", columns=side)
+
+
+def latent_spaces(models: Mapping[str, AVB], x, labels=None, draws: int = 2000) -> Figure:
+    """Draws of q(z|x) over all x, coloured by label, a panel for each model with two latents."""
+    figure = Figure((4.2 * len(models) + 0.8, 4.2), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(models), sharex=True, sharey=True))
+    per_example = max(1, draws // len(x))
+    colours = np.zeros(len(x), int) if labels is None else np.asarray(labels)
+    for axes, (name, model) in zip(panels, models.items(), strict=True):
+        z = np.asarray(model.encode(x, per_example))
+        for label in np.unique(colours):
+            chosen = z[:, colours == label].reshape(-1, 2)
+            axes.scatter(*chosen.T, s=4, lw=0, alpha=0.6, color=_COLOURS[label % 10], label=label)
+        axes.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", title=name, xlabel="$z_1$")
+    panels[0].set_ylabel("$z_2$")
+    if labels is not None:
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), markerscale=4, frameon=False,
+            loc="outside right center",
+        )  # fmt: skip
+    return figure
+
+
+def posteriors(models: Mapping[str, AVB], x, cells: int = 120) -> Figure:
+    """The exact p(z|x), shaded, and q(z|x), draws: a row for each model, a column for each x."""
+    figure = Figure((2.1 * len(x) + 0.6, 2.2 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), len(x), squeeze=False)
+    for row, (name, model) in zip(panels, models.items(), strict=True):
+        evidence = quadrature.log_likelihood(model, x)
+        posterior = model.posterior(x, 600)
+        for i, axes in enumerate(row):
+            mean, scale = np.asarray(posterior.mean)[i], np.asarray(posterior.scale_tril)[i]
+            square = np.eye(2) * np.sqrt(np.max(np.diag(scale @ scale.T)))
+            z, log_p = quadrature.posterior_on_grid(model, x[i], mean, square, evidence[i], cells)
+            levels = _levels(np.exp(log_p))
+            axes.contourf(
+                z[..., 0], z[..., 1], np.exp(log_p), levels, colors=["#9ecae1", "#3182bd"]
+            )
+            draws = np.asarray(posterior.z)[:, i]
+            axes.scatter(*draws.T, s=2, lw=0, color="#d94801", alpha=0.6)
+            axes.set(xticks=[], yticks=[], aspect="equal")
+        row[0].set_ylabel(name)
+    percent = " and ".join(f"{100 * c:.0f}%" for c in _CONTENT)
+    figure.suptitle(
+        f"p(z|x): {percent} regions, exact (blue); draws of q(z|x) (orange)", fontsize=10
+    )
+    return figure
+
+
+def _levels(density) -> list:
+    """Contour levels of `density` on a uniform grid that enclose `_CONTENT` of its mass."""
+    values = np.sort(density.ravel())[::-1]
+    mass = np.cumsum(values) / values.sum()
+    inside = [values[np.searchsorted(mass, c)] for c in _CONTENT[::-1]]
+    return [*inside, values[0] * 1.001]
+
+
+def _show(axes, image):
+    if image.shape[-1] == 1:
+        axes.imshow(image[..., 0], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    else:
+        axes.imshow(np.clip(image, 0, 1), interpolation="nearest")
+    axes.set_axis_off()

@@ -1,0 +1,82 @@
+"""What training logged for TensorBoard, read back: the bounds of several runs against the step."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tensorflow as tf
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
+
+BOUND = "importance_bound"  # `callbacks.monitor`
+_COLOURS = matplotlib.color_sequences["tab10"]
+_CLOSE = 6.0  # nats below the best that the second panel shows
+
+
+def read(workdir: Path, tag: str = BOUND, side: str = "validation") -> np.ndarray:
+    """A scalar of a side, train or validation, [points, 2]: step and value; no points if none.
+
+    Of a step that a resumed run logged twice, the later value.
+    """
+    directory = workdir / "logs" / side
+    if not directory.is_dir():
+        return np.zeros([0, 2])
+    events = EventAccumulator(str(directory), size_guidance={TENSORS: 0}).Reload()
+    if tag not in events.Tags()["tensors"]:
+        return np.zeros([0, 2])
+    found = sorted(events.Tensors(tag), key=lambda event: event.wall_time)
+    values = {event.step: float(tf.make_ndarray(event.tensor_proto)) for event in found}
+    return np.array(sorted(values.items()))
+
+
+def draw(curves: Mapping[str, np.ndarray], methods: Mapping[str, str]) -> Figure:
+    """The importance-weighted bound of every run against the step, and once more near the best.
+
+    Args:
+      curves: run -> [points, 2], as `read` gives them, not empty.
+      methods: run -> its method, which gives it its colour.
+    """
+    figure = Figure((10, 4), layout="constrained")
+    whole, close = figure.subplots(1, 2)
+    colours = {m: _COLOURS[i % 10] for i, m in enumerate(dict.fromkeys(methods.values()))}
+    for run, curve in curves.items():
+        for axes in (whole, close):
+            axes.plot(*curve.T, color=colours[methods[run]], linewidth=1)
+    for method, colour in colours.items():
+        whole.plot([], [], color=colour, label=method)
+    best = max(curve[:, 1].max() for curve in curves.values())
+    close.set_ylim(best - _CLOSE, best + 0.1 * _CLOSE)
+    whole.set_title("log p(x) by importance sampling, a lower bound")
+    close.set_title(f"within {_CLOSE:.0f} nats of the best")
+    for axes in (whole, close):
+        axes.set_xlabel("primal steps")
+        axes.set_ylabel("nats per held-out example")
+    whole.legend(loc="center right", frameon=False)
+    return figure
+
+
+def of_run(workdir: Path) -> Figure | None:
+    """The bounds of a run, and its adversary, against the step; None without logs."""
+    sides = ("train", "validation")
+    elbo = {f"ELBO, {side}": read(workdir, "elbo", side) for side in sides}
+    bounds = elbo | {"importance-sampled, some of validation": read(workdir)}
+    adversary = {
+        f"{name.partition('_')[2]}, {side}": read(workdir, name, side)
+        for name in ("adversary_loss", "adversary_accuracy")
+        for side in sides
+    }
+    panels = [(bounds, "nats per example"), (adversary, "adversary")]
+    panels = [panel for panel in panels if any(len(curve) for curve in panel[0].values())]
+    if not panels:
+        return None
+    figure = Figure((4.6 * len(panels), 3.4), layout="constrained")
+    for axes, (curves, quantity) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
+                                        strict=True):  # fmt: skip
+        for name, curve in curves.items():
+            if len(curve):
+                style = "--" if name.endswith("train") else "-"
+                axes.plot(*curve.T, style, linewidth=1.2, label=name)
+        axes.set(xlabel="primal steps", ylabel=quantity)
+        axes.legend(frameon=False, fontsize=8)
+    return figure

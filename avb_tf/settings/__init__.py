@@ -1,0 +1,1 @@
+"""Every setting with its default and its check: plain values, no TensorFlow."""

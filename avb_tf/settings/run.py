@@ -1,0 +1,233 @@
+"""Every field of a run's config, with its default and its checks."""
+
+from typing import Any
+
+import ml_collections
+
+from avb_tf.errors import UserError
+from avb_tf.settings import methods
+
+# What -1 in config.eval stands for. `paper` is the authors' protocol (320 examples, 8 chains, 2000
+# temperatures, 30 leapfrog steps) on more examples with more chains: for an accelerator.
+BUDGETS = {
+    "quick": {
+        "subset": 50, "repeats": 2, "simulated": 25, "gap": 25,
+        "ais.temperatures": 50, "ais.chains": 32, "ais.leapfrog_steps": 10,
+    },
+    "standard": {
+        "subset": 500, "repeats": 2, "simulated": 100, "gap": 100,
+        "ais.temperatures": 100, "ais.chains": 32, "ais.leapfrog_steps": 10,
+    },
+    "paper": {
+        "subset": 1000, "repeats": 10, "simulated": 200, "gap": 500,
+        "ais.temperatures": 2000, "ais.chains": 32, "ais.leapfrog_steps": 30,
+    },
+}  # fmt: skip
+
+
+def default(method: str, **model) -> ml_collections.ConfigDict:
+    """Every field there is.
+
+    Args:
+      method: a name in `settings.methods.METHODS`.
+      **model: changes to the method's settings (`settings.methods.SETTINGS`).
+    Raises:
+      UserError: an unknown method or setting.
+    """
+    config = ml_collections.ConfigDict()
+    config.name = ""  # of the experiment and variant; runs/<name> is the default workdir
+    config.method = method
+    config.model = methods.settings(method, **model)
+    config.steps = 10_000
+    config.batch_size = 128  # over all replicas
+    config.data = {
+        "name": "digits",  # digits, four_points, mnist, mnist_4x4, npz, images, tfds:<name>
+        "path": "",  # file or folder; "" looks in $AVB_TF_DATA_DIR
+        "seed": 0,  # of splits that the source does not fix
+        "image_size": 64,  # of `images`, after a centre crop
+        "channels": 3,  # of `images`: 1 or 3
+    }
+    config.optimizer = {
+        "learning_rate": 5e-4,  # of encoder and decoder
+        "adversary_learning_rate": 1.5e-3,
+        "beta_1": 0.9,
+        "decay": "cosine",  # cosine, none: of both learning rates, to `final` times their start
+        "final": 0.02,
+        "adversary_final": 0.1,  # the adversary keeps moving until the encoder rests
+        "adversary_warmup": 0,  # steps in which only the adversary learns
+        "clip_norm": 100.0,  # of each gradient as a whole; 0: none
+    }
+    config.monitor = {  # every log_every steps, on held-out examples (`callbacks.monitor`)
+        "examples": 64,
+        "samples": 256,  # importance samples for each
+        "largest_gap": 3.0,  # nats that the ELBO may lie above their bound without a warning
+    }
+    config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
+    config.threads_per_op = 0  # of the CPU; 0: all cores. Small layers are faster with 1
+    config.tf32 = True  # a GPU may compute float32 products with 10 bits of mantissa (TF32)
+    config.resident_megabytes = 4096  # training data up to this size are kept on the device
+    # float32, mixed_bfloat16, mixed_float16: of the large products while training. Weights and
+    # bounds are float32, and so is all that is done with a trained model.
+    config.precision = "float32"
+    config.guard = {
+        "enabled": True,  # skip steps whose loss or gradient is no number
+        "patience": 20,  # skipped steps in a row before training goes back to its last checkpoint
+        "rollbacks": 3,  # times it may, before it stops
+        "factor": 0.5,  # of both learning rates, at each rollback
+    }
+    config.log_every = 500  # steps; also the length of a line of the progress bar
+    config.checkpoint_every = 1000  # steps, a multiple of log_every
+    config.keep_checkpoints = 3
+    config.figures_every = 5000  # steps, a multiple of log_every; 0: only at the end
+    config.profile_steps = ()  # (first, last) to profile, for TensorBoard
+    config.eval = {
+        "split": "test",
+        "budget": "standard",  # quick, standard, paper (`BUDGETS`): all that is -1 below
+        "examples": 0,  # of the split, for the bound; 0: all
+        "posteriors": 300,  # examples whose posterior is compared with the exact one, latent_dim 2
+        "grid": 400,  # points along each side of the quadrature, latent_dim 2
+        "subset": -1,  # examples, the first so many, with importance sampling and AIS; 0: none
+        "repeats": -1,  # of 5000 importance samples
+        "ais": {  # annealed importance sampling; with two latents only where it is set
+            "temperatures": -1,  # 0: none
+            "chains": -1,
+            "leapfrog_steps": -1,
+        },
+        "simulated": -1,  # examples drawn from the model, for AIS from both sides; 0: none
+        "gap": -1,  # examples whose inference gap is split; 0: none
+    }
+    config.export = {
+        "importance_samples": 256,  # z for each x in the signature log_likelihood
+        "max_batch": 1024,  # rows that a request may have
+        "version": 0,  # 0: one more than the newest
+    }
+    return config
+
+
+# Fields that the files of earlier versions lack, with the values that these had.
+SINCE = {"tf32": True, "resident_megabytes": 4096}
+# What is expected, the test for it, and the fields. The limit is that of int32, and excludes inf.
+_RANGES = (
+    (
+        "above 0 and below 2^31",
+        lambda value: 0 < value < 2**31,
+        (
+            "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
+            "guard.patience", "data.image_size", "model.latent_dim",
+            "model.width", "model.depth", "model.bases",
+            "model.basis_width", "model.adversary_width", "model.adversary_depth",
+            "model.products", "model.flow_width",
+            "model.draws", "model.adversary_draws", "model.adversary_steps",
+            "optimizer.learning_rate", "optimizer.adversary_learning_rate",
+            "monitor.examples", "monitor.samples",
+            "monitor.largest_gap",
+            "export.importance_samples", "export.max_batch",
+        ),
+    ),
+    (
+        "0 or more and below 2^31",
+        lambda value: 0 <= value < 2**31,
+        (
+            "figures_every", "model.residual_blocks", "model.noise_dim", "model.flow_steps",
+            "model.kl_annealing_steps", "model.seed", "data.seed", "optimizer.adversary_warmup",
+            "optimizer.clip_norm", "guard.rollbacks", "eval.examples", "eval.posteriors",
+            "export.version", "threads_per_op", "resident_megabytes",
+        ),
+    ),
+    (
+        "-1, or 0 or more and below 2^31",
+        lambda value: -1 <= value < 2**31,
+        ("eval.subset", "eval.simulated", "eval.gap", "eval.ais.temperatures"),
+    ),
+    (
+        "-1, or above 0 and below 2^31",
+        lambda value: value == -1 or 0 < value < 2**31,
+        ("eval.repeats", "eval.ais.chains", "eval.ais.leapfrog_steps"),
+    ),
+    (
+        "0 or more and below 1",
+        lambda value: 0 <= value < 1,
+        ("model.ema_decay", "optimizer.beta_1"),
+    ),
+    (
+        "0 to 1",
+        lambda value: 0 <= value <= 1,
+        ("optimizer.final", "optimizer.adversary_final"),
+    ),
+    ("above 0 and below 1", lambda value: 0 < value < 1, ("guard.factor",)),
+    (
+        "2 or more and below 2^31",  # evaluation compares with half the grid
+        lambda value: 2 <= value < 2**31,
+        ("eval.grid",),
+    ),
+)  # fmt: skip
+_CHOICES = {
+    "method": tuple(methods.METHODS),
+    "data.channels": (1, 3),
+    "optimizer.decay": ("cosine", "none"),
+    "strategy": ("auto", "one", "mirrored", "multi_worker", "tpu"),
+    "precision": ("float32", "mixed_bfloat16", "mixed_float16"),
+    "eval.split": ("train", "validation", "test"),
+    "eval.budget": tuple(BUDGETS),
+}
+
+
+def template() -> ml_collections.ConfigDict:
+    """A config with the fields that all runs have, whatever their method."""
+    return default("vae")
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks values, of fields that are all there and of the right types.
+
+    Raises:
+      UserError: the first field out of range.
+    """
+    for expected, fits, names in _RANGES:
+        for name in names:
+            if not fits(value := _get(config, name)):
+                raise UserError(f"config.{name} is {value}; expected {expected}")
+    for name, choices in _CHOICES.items():
+        if _get(config, name) not in choices:
+            known = ", ".join(map(str, choices))
+            raise UserError(f"config.{name} is '{_get(config, name)}'; expected one of {known}")
+    filters, strides = config.model.filters, config.model.strides
+    for name, values in (("filters", filters), ("strides", strides)):
+        if not all(type(n) is int and n > 0 for n in values):
+            raise UserError(f"config.model.{name} is {values}; expected whole numbers above 0")
+    if not filters or len(strides) not in (0, len(filters)):
+        raise UserError(
+            f"config.model.filters is {filters} and strides {strides}; expected filters, and as "
+            "many strides or none"
+        )
+    profiled = config.profile_steps
+    whole = all(type(n) is int for n in profiled)
+    if profiled and not (whole and len(profiled) == 2 and 0 <= profiled[0] < profiled[1]):
+        raise UserError(
+            f"config.profile_steps is {profiled}; expected nothing, or the first and the last step"
+        )
+    for name in ("checkpoint_every", "figures_every"):
+        # Both happen where a logging period ends, and a resumed run starts where one begins.
+        if config[name] % min(config.log_every, config.steps) and config[name] < config.steps:
+            raise UserError(
+                f"config.{name} is {config[name]}; expected a multiple of config.log_every, "
+                f"{config.log_every}"
+            )
+    if config.optimizer.adversary_warmup >= config.steps:
+        raise UserError(
+            f"config.optimizer.adversary_warmup is {config.optimizer.adversary_warmup}; "
+            f"expected less than config.steps, {config.steps}"
+        )
+
+
+def sizes(settings: ml_collections.ConfigDict) -> dict[str, int]:
+    """The sizes in `config.eval`, by names as in `BUDGETS`: its own, or else its budget's."""
+    budget = BUDGETS[settings.budget]
+    own = {name: _get(settings, name) for name in budget}
+    return {name: size if own[name] == -1 else own[name] for name, size in budget.items()}
+
+
+def _get(config, name) -> Any:
+    for part in name.split("."):
+        config = config[part]
+    return config

@@ -1,0 +1,12 @@
+"""Tables in Markdown."""
+
+
+def aligned(columns: list[list[str]]) -> str:
+    """A Markdown table of columns whose first cells are the header."""
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in zip(*columns, strict=True)
+    ]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
