@@ -32,7 +32,8 @@ CLOSE, FOLLOWED = 0.3, 3.0  # nats of `divergence`, see `helps`
 TIE = 0.02  # in total variation, about the error of two distances
 START_SHARE = 0.25  # of the seconds, for the start
 VERDICT_SHARE = 0.1  # for the verdict
-TRACED = 8.0  # how many times as long a model takes to be traced as to be built
+TRACED = 5.0  # how many times as long a model takes to be traced as to be built
+SLOWER = 1.5  # how many times as long AVB takes to be traced as the chart's trainer
 
 
 def fit_posterior(
@@ -89,7 +90,8 @@ def fit_posterior(
     clock.start_training(VERDICT_SHARE * (seconds or 0.0))
     with _seeded(seed):
         fit = _trained(target, start, seed, resolved_settings, clock)
-    fit.diagnostics()
+    if seconds:
+        fit.diagnostics()  # it is part of what the seconds are for
     fit.seconds = clock.elapsed()
     return fit
 
@@ -109,38 +111,34 @@ def _seeded(seed: int):
 def _trained(target, start, seed, settings, clock) -> PosteriorFit:
     """The chart, AVB upon it, and the better of both."""
     emerged = tf.Variable(0.0, trainable=False)
-    began = clock.elapsed()
     chart = _charted(target, start, seed, settings, clock, emerged)
-    of_chart = clock.elapsed() - began
-    plain = isinstance(chart, Plain)
-    avb = building.avb(target, start, seed, settings, not plain, emerged if plain else 1.0)
-    avb.decoder.set_weights(chart.get_weights())
-    avb.averaged_decoder.set_weights(chart.get_weights())
-    # The chart stays as it is: moving with the encoder, the two undid each other's scales, and
-    # the adversary lost both.
-    avb.decoder.trainable = False
-
-    def fit(history):
-        seconds = clock.elapsed()
-        return PosteriorFit(target, start, avb, seconds, seed, settings, history)
-
-    before, untrained = fit({}), avb.get_weights()
-    by_chart = before.overlap()
-    # Tracing AVB takes longer than tracing the chart's trainer.
-    tracing = TRACED * (clock.elapsed() - began - of_chart)
-    if clock.left() < tracing:
-        return before
-    rate = settings["learning_rate"]
-    history = training.train(avb, settings, clock, 1.0, rate, emerged if plain else None)
-    after = fit(history)
+    charted = not isinstance(chart, Plain)
     # Where the adversary was no match for the posterior, the fit is better off with the chart
     # alone, N(0, I) going in; there T is exactly 0 and the weights are exact.
-    if after.overlap() <= by_chart + TIE:
-        return after
-    steps = avb.step.value
-    avb.set_weights(untrained)
-    avb.step.assign(steps)
-    return fit(history)
+    alone = _fit(target, start, seed, {**settings, "blocks": 0}, chart)
+    if target.dim > starting.LARGEST:  # no adversary follows there
+        return alone
+    began = clock.elapsed()
+    fit = _fit(target, start, seed, settings, chart, 1.0 if charted else emerged)
+    tracing = SLOWER * clock.traced or TRACED * (clock.elapsed() - began)
+    if clock.left() < tracing:
+        return alone
+    # The chart stays as it is: moving with the encoder, the two undid each other's scales, and
+    # the adversary lost both.
+    fit.model.decoder.trainable = False
+    annealed = None if charted else emerged
+    history = training.train(fit.model, settings, clock, 1.0, settings["learning_rate"], annealed)
+    alone.steps = fit.steps = int(fit.model.step.value)
+    alone.history = fit.history = history
+    return fit if fit.overlap() <= alone.overlap() + TIE else alone
+
+
+def _fit(target, start, seed, settings, chart, emerged=1.0) -> PosteriorFit:
+    """An untrained fit upon a chart: N(0, I) goes in."""
+    model = building.avb(target, start, seed, settings, not isinstance(chart, Plain), emerged)
+    for network in (model.decoder, model.averaged_decoder):
+        network.set_weights(chart.get_weights())
+    return PosteriorFit(target, start, model, 0.0, seed, settings, {})
 
 
 def _charted(target, start, seed, settings, clock, emerged) -> Chart | Plain:
@@ -150,7 +148,8 @@ def _charted(target, start, seed, settings, clock, emerged) -> Chart | Plain:
     symmetrised divergence over q's draws and the chains' tells which of the two is closer to the
     posterior.
     """
-    if not settings["chart_steps"] or not settings["chart_share"]:
+    wanted = settings["chart_steps"] and settings["chart_share"]
+    if not wanted or target.dim > starting.LARGEST:
         return Plain()
     began = clock.elapsed()
     trainer = building.chart_trainer(target, start, seed, settings, emerged)
@@ -210,7 +209,8 @@ def load_posterior(path: Path | str) -> PosteriorFit:
     try:
         meta = json.loads((path / META).read_text())
         target = targets.load(path / MODEL)
-        start = starting.load(path / START)
+        before = "z" in meta  # an earlier version kept it there
+        start = starting.of_record(meta) if before else starting.load(path / START)
         avb = building.avb(target, start, meta["seed"], meta["settings"], meta["charted"])
         avb.load_weights(path / WEIGHTS)
         return PosteriorFit(

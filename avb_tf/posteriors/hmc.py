@@ -66,6 +66,7 @@ def run_chains(
       jumps: proposals that do not depend on the state, one after each transition: chains move
         between modes, so that each has as many as its mass.
     """
+
     def whitened(v):
         return v * root if root.ndim == 1 else v @ root
 

@@ -17,8 +17,8 @@ _ROUNDS = 4  # of expectation maximisation
 class Mixture(NamedTuple):
     """Components of equal degrees of freedom.
 
-        mixture = Mixture(np.ones(1), np.zeros([1, 2]), np.eye(2)[np.newaxis])
-        mixture.log_density(mixture.draw(10, np.random.default_rng(0)))  # [10]
+    mixture = Mixture(np.ones(1), np.zeros([1, 2]), np.eye(2)[np.newaxis])
+    mixture.log_density(mixture.draw(10, np.random.default_rng(0)))  # [10]
     """
 
     weights: np.ndarray  # [components], which sum to 1

@@ -204,9 +204,7 @@ def _bijector(pinned):
         return joint_distribution_pinned._DefaultJointBijectorAutoBatchedWithPins(
             pinned, bijector_fn=constraints.of_distribution
         )
-    return joint_distribution._DefaultJointBijector(
-        pinned, bijector_fn=constraints.of_distribution
-    )
+    return joint_distribution._DefaultJointBijector(pinned, bijector_fn=constraints.of_distribution)
 
 
 def _prior(pinned, count, seed):

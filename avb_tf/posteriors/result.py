@@ -122,7 +122,7 @@ class PosteriorFit:
                 chains.log_weights,
                 float(np.mean(accuracy)),
                 self._classified(z, drawn, chains),
-                float(np.max(weighing.convergence(states)[0])),
+                verdict.largest_r_hat(states),
                 self.start.points,
             )
         return self._diagnosed

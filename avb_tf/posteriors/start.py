@@ -21,23 +21,25 @@ import tensorflow as tf
 
 from avb_tf import diagnostics
 from avb_tf.errors import UserError
-from avb_tf.posteriors import evidence, hmc, matching, mixture, search
+from avb_tf.posteriors import evidence, hmc, large, matching, mixture, search
 from avb_tf.posteriors import tails as tailing
 from avb_tf.posteriors.evidence import Estimate
 from avb_tf.posteriors.mixture import Mixture
 from avb_tf.posteriors.tails import Tails
 from avb_tf.posteriors.target import Target
 
-MATCHES = 8  # Gaussians from around 0, beside those from the modes
+MATCHES = 3  # Gaussians from around 0, beside those from the modes
 CHAINS = 256
 LARGEST = 200  # dimensions of a covariance in full
+LARGEST_OF_ALL = 2000  # dimensions
 ROUNDS = 5  # of the chains, with the covariance of all taken anew after each
 TRANSITIONS = 16  # in a round
 LEAPFROGS = 6  # in a transition
 KEPT = 16  # states of each chain, of the exact round at the end
 THINNED = 2  # transitions from one kept state to the next
 LOOK_SHARE = 0.4  # of the start's seconds, spent on the wide look
-LOOK_POINTS = 2**20  # of the wide look, where no seconds are given
+LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, where no seconds are given
+LOOK_POINTS = 2**18  # of the wide look, where no seconds are given
 _RUNS_AWAY = (
     "the fit runs away: the log density does not fall as parameters grow; expected a proper "
     "posterior: look for a parameter without a prior"
@@ -53,16 +55,26 @@ class Start(NamedTuple):
 
         u, volume = start.place(z)  # parameters before the constraint, and log |du / dz|
 
-    u = tails(mean + scale_tril @ z) has z of mean 0 and covariance I.
+    u = tails(mean + scale @ z) has z of mean 0 and covariance I. The scale is a triangle up to
+    `LARGEST` dimensions; above, it is diagonal, after a stretch along a few directions.
     """
 
     mean: np.ndarray  # [dim]
-    scale_tril: np.ndarray  # [dim, dim]
+    scale_tril: np.ndarray  # [dim, dim], lower triangular; or [dim], a diagonal
     z: np.ndarray  # [chains * kept, dim], the chains' states standardised, chain after chain
     tails: Tails
     chains: int
     log_evidence: Estimate = evidence.UNKNOWN
     points: int = 0  # that were looked at for further modes
+    directions: np.ndarray = np.zeros([0, 0])  # [dim, rank], orthonormal
+    stretch: np.ndarray = np.zeros(0)  # [rank], standard deviations along them, before the scale
+
+    @property
+    def deviations(self) -> np.ndarray:
+        """Standard deviations of v before the tails, [dim]."""
+        if self.scale_tril.ndim == 2:
+            return np.linalg.norm(self.scale_tril, axis=1)
+        return self.scale_tril * np.sqrt(1.0 + self.directions**2 @ (self.stretch**2 - 1.0))
 
     def place(self, z, dtype):
         """u and log |du / dz| in nats for z [n, dim], by TensorFlow in `dtype`.
@@ -70,9 +82,17 @@ class Start(NamedTuple):
         In the model's precision: far from 0 float32 has few digits left.
         """
         mean, factor = (tf.constant(v, dtype) for v in (self.mean, self.scale_tril))
-        v = mean + tf.linalg.matvec(factor, tf.cast(z, dtype))
-        u, volume = self.tails.forward(v)
-        return u, volume + float(np.log(np.abs(np.diag(self.scale_tril))).sum())
+        z = tf.cast(z, dtype)
+        if self.scale_tril.ndim == 2:
+            v = mean + tf.linalg.matvec(factor, z)
+            volume = np.log(np.abs(np.diag(self.scale_tril))).sum()
+        else:
+            directions = tf.constant(self.directions, dtype)
+            along = tf.matmul(z, directions) * tf.constant(self.stretch - 1.0, dtype)
+            v = mean + factor * (z + tf.matmul(along, directions, transpose_b=True))
+            volume = np.log(self.scale_tril).sum() + np.log(self.stretch).sum()
+        u, of_tails = self.tails.forward(v)
+        return u, of_tails + float(volume)
 
     def save(self, path) -> None:
         """Writes a `.npz` file, for `load`; nothing in it is pickled."""
@@ -81,6 +101,8 @@ class Start(NamedTuple):
             mean=self.mean,
             scale_tril=self.scale_tril,
             z=self.z.astype(np.float32),
+            directions=self.directions,
+            stretch=self.stretch,
             tails=np.vstack([self.tails.location, self.tails.scale, self.tails.weight]),
             numbers=[self.chains, *self.log_evidence, self.points],
         )
@@ -99,7 +121,16 @@ def load(path) -> Start:
             int(chains),
             Estimate(value, error),
             int(points),
+            file["directions"],
+            file["stretch"],
         )
+
+
+def of_record(record: dict) -> Start:
+    """A start as versions before `Start.save` wrote it into JSON, with 4 states of each chain."""
+    mean, scale_tril, z = (np.array(record[name]) for name in ("mean", "scale_tril", "z"))
+    z = np.swapaxes(z.reshape(4, -1, len(mean)), 0, 1).reshape(-1, len(mean))
+    return Start(mean, scale_tril, z, tailing.light(len(mean)), len(z) // 4)
 
 
 class Sampled(NamedTuple):
@@ -116,13 +147,15 @@ def find(target: Target, seed: int = 0, seconds: float | None = None) -> Start:
 
     Raises:
       UserError: a density that is finite nowhere near, or does not fall as parameters grow, or is
-        of more than `LARGEST` dimensions.
+        of more than `LARGEST_OF_ALL` dimensions.
     """
-    if target.dim > LARGEST:
+    if target.dim > LARGEST_OF_ALL:
         raise UserError(
-            f"the posterior has {target.dim} dimensions; expected {LARGEST} at most, of which "
-            f"{CHAINS} chains can tell a covariance: integrate some parameters out"
+            f"the posterior has {target.dim} dimensions; expected {LARGEST_OF_ALL} at most: "
+            "integrate some parameters out"
         )
+    if target.dim > LARGEST:
+        return _find_large(target, seed, seconds)
     rng = np.random.default_rng(seed)
     began = time.monotonic()
 
@@ -159,6 +192,27 @@ def find(target: Target, seed: int = 0, seconds: float | None = None) -> Start:
     return Start(mean, scale_tril, z, tails, chains, sampled.log_evidence, look.points)
 
 
+def _find_large(target, seed, seconds) -> Start:
+    """The start where a covariance in full is out of reach; modes are sought from 0 and the prior.
+
+    The evidence is unknown: no mixture of known density comes close enough.
+    """
+    rng = np.random.default_rng(seed)
+    scores = hmc.scores(target.log_density, target.dtype)
+    points = np.concatenate([np.zeros([1, target.dim]), target.prior_draws(2, seed)])
+    deadline = time.monotonic() + (seconds or LARGE_SECONDS)
+    states = large.states(scores, target.dim, points, rng, deadline)
+    flat = states.reshape(-1, target.dim)
+    mean, scale = flat.mean(0), flat.std(0)
+    z = (flat - mean) / scale
+    directions, stretch = large.directions(z)
+    scale = scale / np.sqrt(1.0 + directions**2 @ (stretch**2 - 1.0))
+    z = (flat - mean) / scale
+    z += (z @ directions * (1.0 / stretch - 1.0)) @ directions.T
+    tails = tailing.light(target.dim)
+    return Start(mean, scale, z, tails, len(states), directions=directions, stretch=stretch)
+
+
 def _gaussians(target, scores, rng, deadline) -> Mixture:
     """Gaussians at the modes, and matched to the density from there and from around 0.
 
@@ -174,7 +228,7 @@ def _gaussians(target, scores, rng, deadline) -> Mixture:
         modes = search.modes(scores, maxima)
         gaussians = list(zip(modes.x, modes.roots, strict=True))
     firsts = [(3.0 * rng.normal(size=dim) * (i > 0), np.eye(dim)) for i in range(MATCHES)]
-    for mean, root in [*gaussians[:4], *firsts]:
+    for mean, root in [*gaussians[:2], *firsts]:
         matched = matching.match(scores, mean, root @ root, rng, deadline=deadline)
         if matched is not None:
             gaussians.append(matched)

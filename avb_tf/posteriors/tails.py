@@ -25,8 +25,8 @@ _DISTANCES = 10.0 ** np.arange(2.0, 9.0)  # in scales, where slopes are measured
 class Tails(NamedTuple):
     """Of each coordinate.
 
-        tails = Tails(np.zeros(1), np.ones(1), np.full([2, 1], 0.5))  # as heavy as t with 2 degrees
-        u, volume = tails.forward(tf.constant([[3.0]]))
+    tails = Tails(np.zeros(1), np.ones(1), np.full([2, 1], 0.5))  # as heavy as t with 2 degrees
+    u, volume = tails.forward(tf.constant([[3.0]]))
     """
 
     location: np.ndarray  # [dim]

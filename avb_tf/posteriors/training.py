@@ -33,6 +33,7 @@ class Clock:
         self.step = 0
         self.training_ends = seconds or 0.0  # seconds after which only the verdict is left
         self.training_began = 0.0
+        self.traced = 0.0  # seconds until the first steps of the last training were over
         self.bar = keras.utils.Progbar(
             100, verbose=int(verbose), unit_name="percent", stateful_metrics=["elbo"]
         )
@@ -95,6 +96,7 @@ class _Pace(keras.callbacks.Callback):
         self.settings, self.clock, self.until, self.rate = settings, clock, until, rate
         self.emerged = emerged
         self.since = clock.progress()
+        self.began, self.first = clock.elapsed(), True
 
     def on_epoch_begin(self, epoch, logs=None):
         """Half a cosine; the adversary keeps moving until the encoder rests."""
@@ -116,6 +118,8 @@ class _Pace(keras.callbacks.Callback):
                 f"the bound or its gradient is not finite since step {self.clock.step}; expected "
                 "finite ones: check the model's density far from its mode, or lower learning_rate"
             )
+        if self.first:
+            self.clock.traced, self.first = self.clock.elapsed() - self.began, False
         self.clock.step += CHUNK
         self.clock.bar.update(int(100 * self.clock.progress()), [("elbo", logs["elbo"])])
         self.model.stop_training = self.clock.progress() >= self.until

@@ -22,7 +22,9 @@ from avb_tf import diagnostics as weighing
 TRUSTED, REFINABLE = 0.1, 0.4  # distances, see `diagnose`
 R_HAT_LIMIT = 1.1  # of the start's short chains; those that have not mixed are no reference
 _IMPOSSIBLE = -0.2  # nats, below what errors do to an estimate of KL(q || posterior)
+_LEVELS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 _EQUAL = 0.99  # effective sample size, as a share: the tail of equal weights has any shape
+_COORDINATES = 40  # of many, that R-hat and gradient boosting see
 _FAR = 8.0  # standard deviations, beyond which a classifier's inputs are cut off
 
 
@@ -83,6 +85,16 @@ def total_variation(at_q: np.ndarray, at_p: np.ndarray) -> tuple[float, float]:
     return float(1.0 - min(by_q, by_p)), float(0.5 * (low + high))
 
 
+def largest_r_hat(states: np.ndarray) -> float:
+    """The largest rank-normalised split R-hat of any coordinate of states [chains, kept, dim].
+
+    In many dimensions that of the coordinates whose chains differ most.
+    """
+    between = states.mean(1).var(0) / np.maximum(states.var(1).mean(0), 1e-300)
+    widest = np.argsort(-between)[:_COORDINATES]
+    return float(np.max(weighing.convergence(states[..., widest])[0]))
+
+
 def classified(q: np.ndarray, p: np.ndarray, chains: int, seed: int = 0) -> float:
     """Total variation between q and p as far as classifiers see it, about 0 where they are alike.
 
@@ -105,20 +117,24 @@ def classified(q: np.ndarray, p: np.ndarray, chains: int, seed: int = 0) -> floa
     scale = np.where(scale > 0, scale, 1.0) / 1.35
     middle = np.median(p, 0)
 
-    def inputs(x):
+    def limited(x):
         return np.nan_to_num(np.clip((x - middle) / scale, -_FAR, _FAR))
 
     mask = np.concatenate([rng.permutation(len(q)) % 2 == 0, np.isin(of_chain, learned)])
-    x = np.concatenate([inputs(q), inputs(p)])
+    x = np.concatenate([limited(q), limited(p)])
     y = np.repeat([0, 1], [len(q), len(p)])
+    # In many dimensions boosting sees the coordinates that differ most, and the last feature.
+    quantiles = [np.quantile(x[mask & (y == side)], _LEVELS, axis=0) for side in (0, 1)]
+    differing = np.argsort(-np.abs(quantiles[0] - quantiles[1]).max(0))[:_COORDINATES]
+    columns = np.union1d(differing, [x.shape[1] - 1])
     boosting = HistGradientBoostingClassifier(max_iter=80, random_state=seed)
     network = MLPClassifier((64, 64), max_iter=40, random_state=seed, learning_rate_init=3e-3)
     accuracies = []
-    for classifier in (boosting, network):
+    for classifier, inputs in ((boosting, x[:, columns]), (network, x)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # it stops after 40 passes
-            classifier.fit(x[mask], y[mask])
-        right = classifier.predict(x[~mask]) == y[~mask]
+            classifier.fit(inputs[mask], y[mask])
+        right = classifier.predict(inputs[~mask]) == y[~mask]
         sides = [right[y[~mask] == side].mean() for side in (0, 1)]
         accuracies.append(np.mean(sides))
     return float(max(0.0, 2.0 * max(accuracies) - 1.0))
