@@ -30,7 +30,8 @@ from avb_tf.settings.posterior import STEPS, resolved
 FAR = 10.0  # nats, see `divergence`
 CLOSE, FOLLOWED = 0.3, 3.0  # nats of `divergence`, see `helps`
 TIE = 0.02  # in total variation, about the error of two distances
-START_SHARE = 0.25  # of the seconds, for the start
+START_SHARE = 0.35  # of the seconds, for the start
+SHORT, SHORT_SHARE = 15.0, 0.75  # below so many seconds no network can be built and trained
 VERDICT_SHARE = 0.1  # for the verdict
 TRACED = 5.0  # how many times as long a model takes to be traced as to be built
 SLOWER = 1.5  # how many times as long AVB takes to be traced as the chart's trainer
@@ -86,7 +87,9 @@ def fit_posterior(
     target = models.make(model, observed, shape, bijector, dtype, batch_size)
     resolved_settings = resolved(target.dim, **settings)
     clock = Clock(steps, seconds, began, verbose)
-    start = starting.find(target, seed, seconds and START_SHARE * (seconds - clock.elapsed()))
+    share = SHORT_SHARE if seconds and seconds < SHORT else START_SHARE
+    allowed = seconds and share * (seconds - clock.elapsed())
+    start = starting.find(target, seed, allowed, steps or STEPS)
     clock.start_training(VERDICT_SHARE * (seconds or 0.0))
     with _seeded(seed):
         fit = _trained(target, start, seed, resolved_settings, clock)

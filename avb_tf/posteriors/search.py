@@ -19,8 +19,10 @@ _ITERATIONS = 30
 _LENGTHS = np.array([1.0, 0.3, 0.1, 0.02, 1e-3, 1e-5])  # of Newton's step
 _CLIMBS = np.array([10.0, 1.0, 0.1, 1e-2, 1e-3])  # lengths of a step along the gradient
 _MODES = 32
-_LOOK = 2**14  # points in a batch of the wide look
-_REACH = 12.0  # standard deviations of its widest points
+_LOOK = 2**15  # points in a batch of the wide look
+_SEEN = 64  # points of a look, those that exceed the mixture most
+_COMPARED = 256  # of them with the mixture, the densest for their distance
+REACH = 12.0  # standard deviations of its widest points, roughly
 
 
 class Modes(NamedTuple):
@@ -155,9 +157,8 @@ def _laplace(scores, x, score):
 class Look(NamedTuple):
     """What a wide look saw."""
 
-    x: np.ndarray  # [batches, dim], the point of each batch that exceeds the mixture most
+    x: np.ndarray  # [n, dim], points that exceed the mixture, those that do most first
     points: int  # that were looked at
-    reach: float  # standard deviations of the widest
 
 
 def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: int) -> Look:
@@ -185,28 +186,32 @@ def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: i
     white = inverses.reshape(-1, dim).T  # x @ white, less its value at the means, is standardised
     offsets = np.einsum("kij,kj->ki", inverses, known.means)
 
+    widest = max(2.0, REACH / np.sqrt(dim))
+
     @tf.function(autograph=False)
     def batch(seed):
-        noise = tf.random.stateless_normal([_LOOK, dim], seed, dtype=dtype)
-        log_width = tf.random.stateless_uniform(
-            [_LOOK, 1], seed + 1, maxval=np.log(_REACH), dtype=dtype
-        )
-        x = tf.constant(mean, dtype) + tf.matmul(
-            tf.exp(log_width) * noise, tf.constant(root.T, dtype)
-        )
-        y = tf.reshape(tf.matmul(x, tf.constant(white, dtype)), [_LOOK, -1, dim])
+        noise = tf.random.stateless_normal([_LOOK, dim], seed)
+        noise *= tf.random.stateless_uniform([_LOOK, 1], seed + 1, 1.0, widest)
+        x = tf.constant(mean, dtype) + tf.matmul(tf.cast(noise, dtype), tf.constant(root.T, dtype))
+        density = tf.cast(log_density(x), dtype)
+        density = tf.where(tf.math.is_finite(density), density, -np.inf)
+        # Only the densest points for their distance are worth a look at all components.
+        distance = tf.cast(tf.math.log1p(0.5 * tf.reduce_sum(noise**2, -1)), dtype)
+        rows = tf.math.top_k(density + 0.5 * (dim + 3.0) * distance, _COMPARED, sorted=False)[1]
+        x, density = tf.gather(x, rows), tf.gather(density, rows)
+        y = tf.reshape(tf.matmul(x, tf.constant(white, dtype)), [_COMPARED, -1, dim])
         squares = tf.reduce_sum((y - tf.constant(offsets, dtype)) ** 2, -1)
         kernels = tf.math.log1p(squares / (known.degrees - 2.0))
         kernels = tf.constant(log_scales, dtype) - 0.5 * (known.degrees + dim) * kernels
-        excess = tf.cast(log_density(x), dtype) - tf.reduce_max(kernels, -1)
-        excess = tf.where(tf.math.is_finite(excess), excess, -np.inf)
+        excess = density - tf.reduce_max(kernels, -1)
         row = tf.argmax(excess)
         return x[row], excess[row]
 
-    best, points = [], 0
+    seen, points = [], 0
     while points < most and time.monotonic() < deadline:
         x, excess = batch(tf.constant([seed, points // _LOOK], tf.int32))
         if excess > np.log(3.0):
-            best.append(np.asarray(x, np.float64))
+            seen.append((float(excess), np.asarray(x, np.float64)))
         points += _LOOK
-    return Look(np.reshape(best, [-1, dim]), points, _REACH)
+    seen.sort(key=lambda pair: -pair[0])
+    return Look(np.reshape([x for _, x in seen[:_SEEN]], [-1, dim]), points)

@@ -37,9 +37,10 @@ TRANSITIONS = 16  # in a round
 LEAPFROGS = 6  # in a transition
 KEPT = 16  # states of each chain, of the exact round at the end
 THINNED = 2  # transitions from one kept state to the next
-LOOK_SHARE = 0.4  # of the start's seconds, spent on the wide look
+LOOK_SHARE = 0.6  # of the start's seconds, spent on the wide look
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, where no seconds are given
-LOOK_POINTS = 2**18  # of the wide look, where no seconds are given
+LOOK_POINTS = 2**13  # of the wide look for each step of training, where no seconds are given
+LOOK_SECONDS = 0.02  # that it may take for each of them
 _RUNS_AWAY = (
     "the fit runs away: the log density does not fall as parameters grow; expected a proper "
     "posterior: look for a parameter without a prior"
@@ -142,8 +143,10 @@ class Sampled(NamedTuple):
     log_normaliser: float  # the evidence, roughly, where that is unknown
 
 
-def find(target: Target, seed: int = 0, seconds: float | None = None) -> Start:
-    """Rough draws of the posterior, in `seconds` if they are given.
+def find(
+    target: Target, seed: int = 0, seconds: float | None = None, steps: int = 50
+) -> Start:
+    """Rough draws of the posterior, in `seconds`, or else at the expense of `steps` of training.
 
     Raises:
       UserError: a density that is finite nowhere near, or does not fall as parameters grow, or is
@@ -163,23 +166,23 @@ def find(target: Target, seed: int = 0, seconds: float | None = None) -> Start:
         return began + share * seconds if seconds else np.inf
 
     scores = hmc.scores(target.log_density, target.dtype)
-    gaussians = _gaussians(target, scores, rng, by(0.3))
+    gaussians = _gaussians(target, scores, rng, by(0.2))
     draws = _weighed(scores, gaussians, rng)
     tails = _tails(scores, draws)
     log_density = of_tails(target, tails)
     moved = hmc.scores(log_density, target.dtype) if tails.heavy.any() else scores
-    sampled = _sampled(moved, tails.inverse(draws), _moved(gaussians, tails), rng, by(0.5))
+    sampled = _sampled(moved, tails.inverse(draws), _moved(gaussians, tails), rng, by(0.3))
     if tails.heavy.any():
         tails, draws = _estimated(tails, sampled, target.dtype, rng)
         log_density = of_tails(target, tails)
         moved = hmc.scores(log_density, target.dtype)
-        sampled = _sampled(moved, draws, _around(draws, rng), rng, by(0.6))
+        sampled = _sampled(moved, draws, _around(draws, rng), rng, by(0.4))
     look = search.look(
         lambda v: log_density(v) - tf.cast(sampled.log_normaliser, target.dtype),
         target.dtype,
         sampled.mixture,
-        by(0.6 + LOOK_SHARE),
-        LOOK_POINTS if seconds is None else 2**62,
+        time.monotonic() + (LOOK_SHARE * seconds if seconds else LOOK_SECONDS * steps),
+        2**62 if seconds else LOOK_POINTS * steps,
         seed,
     )
     wider = _with_new_modes(moved, look.x, sampled)
@@ -393,7 +396,7 @@ def _with_new_modes(scores, x, sampled) -> Mixture | None:
     """The mixture with further modes reached from x [n, dim], or None where there are none."""
     if not len(x):
         return None
-    maxima = search.climb(scores, x[:64])
+    maxima = search.climb(scores, x)
     modes = search.modes(scores, maxima)
     known = sampled.mixture
     excess = scores(modes.x)[0] - sampled.log_normaliser - known.log_density(modes.x)
