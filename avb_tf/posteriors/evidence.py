@@ -49,6 +49,8 @@ def bridge(at_proposal: np.ndarray, at_states: np.ndarray) -> Estimate:
             value += step
             if abs(step) < 1e-9:
                 break
+    if not min(of_g.mean(), of_p.mean()) > 1e-100:
+        return UNKNOWN
     by_chain = of_p.reshape(chains, kept)
     means = by_chain.mean(1)
     halves = by_chain[:, : kept // 2].mean() - by_chain[:, kept // 2 :].mean()

@@ -33,7 +33,9 @@ def scores(log_density, dtype) -> Scores:
         return value_and_gradient(log_density, x)
 
     def evaluate(x):
-        density, gradient = function(tf.constant(x, dtype))
+        with np.errstate(over="ignore"):  # far away, where the density is not finite
+            x = np.asarray(x, dtype.as_numpy_dtype)
+        density, gradient = function(tf.constant(x))
         return np.asarray(density, np.float64), np.asarray(gradient, np.float64)
 
     return evaluate

@@ -71,7 +71,7 @@ class Mixture(NamedTuple):
 
 def largest(dim: int) -> int:
     """How many components are affordable in `dim` dimensions."""
-    return int(np.clip(_LARGEST_WORK // dim**2, 1, 32))
+    return int(np.clip(_LARGEST_WORK // dim**2, 1, 64))
 
 
 def of_gaussians(gaussians, degrees=np.inf) -> Mixture:

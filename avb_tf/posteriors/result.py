@@ -124,6 +124,7 @@ class PosteriorFit:
                 self._classified(z, drawn, chains),
                 verdict.largest_r_hat(states),
                 self.start.points,
+                self.start.lacking,
             )
         return self._diagnosed
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from scipy import special
 
 from avb_tf.posteriors.mixture import Mixture
 
@@ -18,7 +19,7 @@ _ROWS = 4096  # evaluations of the gradient in an iteration, which limit the sta
 _ITERATIONS = 30
 _LENGTHS = np.array([1.0, 0.3, 0.1, 0.02, 1e-3, 1e-5])  # of Newton's step
 _CLIMBS = np.array([10.0, 1.0, 0.1, 1e-2, 1e-3])  # lengths of a step along the gradient
-_MODES = 32
+_MODES = 60
 _LOOK = 2**15  # points in a batch of the wide look
 _SEEN = 64  # points of a look, those that exceed the mixture most
 _COMPARED = 256  # of them with the mixture, the densest for their distance
@@ -57,7 +58,7 @@ def first_points(log_density, prior: np.ndarray, dim: int, rng, count: int) -> n
 
 def starts(dim: int) -> int:
     """How many places to optimise from."""
-    return int(np.clip(_ROWS // (2 * dim), 8, 128))
+    return int(np.clip(_ROWS // dim, 8, 256))
 
 
 def climb(scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray:
@@ -74,12 +75,10 @@ def climb(scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray:
     for _ in range(_ITERATIONS):
         if not active.any() or time.monotonic() > deadline:
             break
-        values, vectors = np.linalg.eigh(-_hessians(scores, x[active], score[active], size[active]))
-        curvature = np.maximum(np.abs(values), 1e-8 * np.abs(values).max(1, keepdims=True) + 1e-12)
-        along = np.einsum("nij,ni->nj", vectors, score[active])
-        newton = np.einsum("nij,nj->ni", vectors, along / curvature)
-        deviations = np.sqrt(np.einsum("nij,nj->ni", vectors**2, 1.0 / curvature))
-        size[active] = np.clip(0.1 * deviations, 1e-6, 1.0)
+        roots = _roots(_hessians(scores, x[active], score[active], size[active]))
+        newton = np.einsum("nij,nkj,nk->ni", roots, roots, score[active])
+        deviations = np.linalg.norm(roots, axis=2)
+        size[active] = np.clip(0.1 * deviations, 1e-6, 1e3)
         norm = np.linalg.norm(score[active], axis=1, keepdims=True)
         ascent = score[active] / np.maximum(norm, 1e-300)
         moves = np.concatenate(
@@ -111,6 +110,21 @@ def _hessians(scores, x, score, size):
     hessian = (other - score[:, np.newaxis]) / size[:, :, np.newaxis]
     hessian = np.nan_to_num(0.5 * (hessian + np.swapaxes(hessian, 1, 2)), posinf=0.0, neginf=0.0)
     return np.clip(hessian, -1e30, 1e30)
+
+
+def _roots(hessians):
+    """R with R R^T the inverse of the absolute curvature, [n, dim, dim].
+
+    Scaled by the diagonal first, or rounding would take the units of parameters for a flat
+    direction.
+    """
+    diagonal = np.abs(np.einsum("nii->ni", hessians))
+    largest = np.maximum(diagonal.max(1, keepdims=True), 1e-12)
+    units = 1.0 / np.sqrt(np.maximum(diagonal, 1e-14 * largest))
+    values, vectors = np.linalg.eigh(-units[:, :, np.newaxis] * hessians * units[:, np.newaxis])
+    values = np.abs(values)
+    values = np.maximum(values, 1e-8 * values.max(1, keepdims=True) + 1e-12)
+    return units[:, :, np.newaxis] * vectors / np.sqrt(values)[:, np.newaxis]
 
 
 def modes(scores, x: np.ndarray) -> Modes:
@@ -146,19 +160,28 @@ def _laplace(scores, x, score):
     """Precision and root of the covariance at a mode, by two rounds of differences."""
     size = np.full([1, len(x)], 1e-2)
     for _ in range(2):
-        hessian = _hessians(scores, x[np.newaxis], score[np.newaxis], size)[0]
-        values, vectors = np.linalg.eigh(-hessian)
-        values = np.maximum(np.abs(values), 1e-10 * np.abs(values).max() + 1e-12)
-        deviations = np.sqrt((vectors**2 / values).sum(1))
-        size = np.clip(0.3 * deviations, 1e-7, 10.0)[np.newaxis]
-    return (vectors * values) @ vectors.T, (vectors / np.sqrt(values)) @ vectors.T
+        root = _roots(_hessians(scores, x[np.newaxis], score[np.newaxis], size))[0]
+        size = np.clip(0.3 * np.linalg.norm(root, axis=1), 1e-7, 1e3)[np.newaxis]
+    inverse = np.linalg.inv(root)
+    values, vectors = np.linalg.eigh(root @ root.T)
+    return inverse.T @ inverse, (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 class Look(NamedTuple):
-    """What a wide look saw."""
+    """What a wide look saw.
 
-    x: np.ndarray  # [n, dim], points that exceed the mixture, those that do most first
-    points: int  # that were looked at
+    Attributes:
+      x: [n, dim], points that exceed the mixture, those that do most first.
+      points: that were looked at.
+      lacking: share of the posterior where the mixture has less than a tenth of its density, from
+        below: each batch counts its densest points alone.
+      where: [n, dim], draws of that share.
+    """
+
+    x: np.ndarray
+    points: int
+    lacking: float
+    where: np.ndarray
 
 
 def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: int) -> Look:
@@ -203,15 +226,41 @@ def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: i
         squares = tf.reduce_sum((y - tf.constant(offsets, dtype)) ** 2, -1)
         kernels = tf.math.log1p(squares / (known.degrees - 2.0))
         kernels = tf.constant(log_scales, dtype) - 0.5 * (known.degrees + dim) * kernels
-        excess = density - tf.reduce_max(kernels, -1)
-        row = tf.argmax(excess)
-        return x[row], excess[row]
+        excess = density - tf.reduce_logsumexp(kernels, -1)
+        radius = tf.norm(tf.gather(noise, rows), axis=-1)
+        return x, excess, density, radius
 
-    seen, points = [], 0
+    log_wide = _log_wide(dim, widest)
+    volume = np.linalg.slogdet(root)[1]
+    seen, weights, where, points = [], [], [], 0
     while points < most and time.monotonic() < deadline:
-        x, excess = batch(tf.constant([seed, points // _LOOK], tf.int32))
-        if excess > np.log(3.0):
-            seen.append((float(excess), np.asarray(x, np.float64)))
+        parts = batch(tf.constant([seed, points // _LOOK], tf.int32))
+        x, excess, density, radius = (np.asarray(part, np.float64) for part in parts)
         points += _LOOK
+        row = excess.argmax()
+        if excess[row] > np.log(3.0):
+            seen.append((excess[row], x[row]))
+        unseen = excess > np.log(10.0)
+        weights.append(np.exp(density[unseen] - log_wide(radius[unseen]) + volume))
+        where.append(x[unseen])
     seen.sort(key=lambda pair: -pair[0])
-    return Look(np.reshape([x for _, x in seen[:_SEEN]], [-1, dim]), points)
+    highest = np.reshape([x for _, x in seen[:_SEEN]], [-1, dim])
+    mass = np.concatenate([[0.0], *weights])
+    lacking = mass.sum() / max(1, points)
+    draws = np.zeros([0, dim])
+    # A share that rests on a few points is no more than a place to look at.
+    if lacking > 0 and mass.sum() ** 2 / (mass**2).sum() > 20.0:
+        rng = np.random.default_rng(seed)
+        rows = rng.choice(len(mass) - 1, _SEEN, p=mass[1:] / mass.sum())
+        draws = np.concatenate(where)[rows]
+    return Look(highest, points, float(lacking / (1.0 + lacking)), draws)
+
+
+def _log_wide(dim, widest):
+    """Log density by radius of the look's points, in standard coordinates, as a function."""
+    radii = np.linspace(0.0, 10.0 * widest * np.sqrt(dim), 4000)
+    widths = np.linspace(1.0, widest, 400)
+    each = -0.5 * (radii[:, np.newaxis] / widths) ** 2 - dim * np.log(widths)
+    table = special.logsumexp(each, axis=1) - np.log(len(widths))
+    table -= 0.5 * dim * np.log(2.0 * np.pi)
+    return lambda radius: np.interp(radius, radii, table)

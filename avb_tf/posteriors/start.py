@@ -37,6 +37,8 @@ TRANSITIONS = 16  # in a round
 LEAPFROGS = 6  # in a transition
 KEPT = 16  # states of each chain, of the exact round at the end
 THINNED = 2  # transitions from one kept state to the next
+AGAIN = 2  # times that the chains run with what a look saw, at most
+LACKING = 0.03  # share of the posterior that the chains may lack
 LOOK_SHARE = 0.6  # of the start's seconds, spent on the wide look
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, where no seconds are given
 LOOK_POINTS = 2**13  # of the wide look for each step of training, where no seconds are given
@@ -69,6 +71,7 @@ class Start(NamedTuple):
     points: int = 0  # that were looked at for further modes
     directions: np.ndarray = np.zeros([0, 0])  # [dim, rank], orthonormal
     stretch: np.ndarray = np.zeros(0)  # [rank], standard deviations along them, before the scale
+    lacking: float = 0.0  # share of the posterior that was seen, and that the chains lack
 
     @property
     def deviations(self) -> np.ndarray:
@@ -105,7 +108,7 @@ class Start(NamedTuple):
             directions=self.directions,
             stretch=self.stretch,
             tails=np.vstack([self.tails.location, self.tails.scale, self.tails.weight]),
-            numbers=[self.chains, *self.log_evidence, self.points],
+            numbers=[self.chains, *self.log_evidence, self.points, self.lacking],
         )
 
 
@@ -113,7 +116,7 @@ def load(path) -> Start:
     """A start as `Start.save` wrote it."""
     with np.load(path, allow_pickle=False) as file:
         location, scale, *weight = file["tails"]
-        chains, value, error, points = file["numbers"].tolist()
+        chains, value, error, points, lacking = file["numbers"].tolist()
         return Start(
             file["mean"],
             file["scale_tril"],
@@ -124,6 +127,7 @@ def load(path) -> Start:
             int(points),
             file["directions"],
             file["stretch"],
+            lacking,
         )
 
 
@@ -168,7 +172,7 @@ def find(
     scores = hmc.scores(target.log_density, target.dtype)
     gaussians = _gaussians(target, scores, rng, by(0.2))
     draws = _weighed(scores, gaussians, rng)
-    tails = _tails(scores, draws)
+    tails = _tails(scores, draws, gaussians, rng)
     log_density = of_tails(target, tails)
     moved = hmc.scores(log_density, target.dtype) if tails.heavy.any() else scores
     sampled = _sampled(moved, tails.inverse(draws), _moved(gaussians, tails), rng, by(0.3))
@@ -185,14 +189,20 @@ def find(
         2**62 if seconds else LOOK_POINTS * steps,
         seed,
     )
-    wider = _with_new_modes(moved, look.x, sampled)
-    if wider is not None:
+    lacking = 0.0
+    for _ in range(AGAIN):
+        wider, lacking = _wider(moved, look, sampled, rng)
+        if wider is None:
+            break
         sampled = _sampled(moved, _weighed(moved, wider, rng), wider, rng, by(1.2))
+        lacking = _wider(moved, look, sampled, rng)[1]
     states = sampled.states.reshape(-1, target.dim)
     mean, scale_tril = states.mean(0), mixture.lower(np.cov(states.T))
     z = np.linalg.solve(scale_tril, (states - mean).T).T
     chains = len(sampled.states)
-    return Start(mean, scale_tril, z, tails, chains, sampled.log_evidence, look.points)
+    return Start(
+        mean, scale_tril, z, tails, chains, sampled.log_evidence, look.points, lacking=lacking
+    )
 
 
 def _find_large(target, seed, seconds) -> Start:
@@ -263,7 +273,7 @@ def _weighed(scores, proposal: Mixture, rng) -> np.ndarray:
     return u[rng.choice(len(u), CHAINS, p=weights / weights.sum())]
 
 
-def _tails(scores, draws) -> Tails:
+def _tails(scores, draws, gaussians, rng) -> Tails:
     """How heavy the density is far out along each coordinate.
 
     Raises:
@@ -274,12 +284,22 @@ def _tails(scores, draws) -> Tails:
     scale = np.subtract(*np.quantile(draws, [0.84, 0.16], axis=0)) / 2.0
     scale = np.maximum(scale, 1e-12 * (1.0 + np.abs(x)))
     slopes = tailing.slopes(lambda u: scores(u)[0], x, np.diag(scale))
-    values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(draws.T)))
-    widest = (vectors * np.sqrt(np.maximum(values, 0.0)))[:, -3:].T
-    oblique = tailing.slopes(lambda u: scores(u)[0], x, widest)
-    if tailing.improper(slopes).any() or tailing.improper(oblique).any():
+    noise = rng.normal(size=[8, len(x)])
+    # Around a pole the draws' scales say nothing of where the density falls.
+    if all(_diverges(scores, x, s, gaussians, noise) for s in (scale, np.maximum(scale, 1.0))):
         raise UserError(_RUNS_AWAY)
     return tailing.of_slopes(slopes, np.median(draws, 0), scale)
+
+
+def _diverges(scores, x, scale, gaussians, noise) -> bool:
+    """Whether the integral does: along a coordinate, a flat direction that is none, or in a cone."""
+    length = np.linalg.norm(scale)
+    flat = np.stack([np.linalg.svd(root)[0][:, 0] * length for root in gaussians.roots])
+    lines = (np.diag(scale), 1), (flat, 1), (noise * scale, len(x))
+    return any(
+        tailing.improper(tailing.slopes(lambda u: scores(u)[0], x, directions), dim).any()
+        for directions, dim in lines
+    )
 
 
 def of_tails(target, tails):
@@ -392,21 +412,37 @@ def _typical(scores, draws, rng):
     return draws[rows]
 
 
-def _with_new_modes(scores, x, sampled) -> Mixture | None:
-    """The mixture with further modes reached from x [n, dim], or None where there are none."""
-    if not len(x):
-        return None
-    maxima = search.climb(scores, x)
-    modes = search.modes(scores, maxima)
+def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
+    """The mixture with what a look saw beside it, if anything; and the share that it lacks.
+
+    New modes are those that Newton's method reaches from the points seen. What is no mode of its
+    own, such as tails around a pole, becomes a component as wide as its draws.
+    """
     known = sampled.mixture
-    excess = scores(modes.x)[0] - sampled.log_normaliser - known.log_density(modes.x)
-    fresh = (excess > np.log(3.0)) & (modes.log_mass > sampled.log_normaliser - np.log(1e3))
-    if not fresh.any():
-        return None
-    roots = np.stack([mixture.lower(root @ root) for root in modes.roots[fresh]])
+    means, roots, lacking = [], [], 0.0
+    if len(look.x):
+        modes = search.modes(scores, search.climb(scores, look.x))
+        excess = scores(modes.x)[0] - sampled.log_normaliser - known.log_density(modes.x)
+        mass = np.exp(np.minimum(modes.log_mass - sampled.log_normaliser, 50.0))
+        fresh = (excess > np.log(3.0)) & (mass > 1e-3)
+        means += list(modes.x[fresh])
+        roots += [mixture.lower(root @ root) for root in modes.roots[fresh]]
+        lacking = mass[fresh].sum() / (1.0 + mass[fresh].sum())
+    if len(look.where) and look.lacking > LACKING:
+        density = scores(look.where)[0] - sampled.log_normaliser
+        unseen = look.where[density - known.log_density(look.where) > np.log(10.0)]
+        share = look.lacking * len(unseen) / len(look.where)
+        if share > LACKING:
+            lacking = max(lacking, share)
+            means.append(unseen.mean(0))
+            spread = np.cov(unseen.T) if len(unseen) > 1 else np.zeros([unseen.shape[1]] * 2)
+            small = 1e-6 * np.eye(unseen.shape[1]) * (1.0 + np.trace(np.atleast_2d(spread)))
+            roots.append(mixture.lower(np.atleast_2d(spread) + small))
+    if not means:
+        return None, lacking
     weights = np.full(len(roots), 0.5 / len(roots))
     return Mixture(
         np.concatenate([0.5 * known.weights, weights]),
-        np.concatenate([known.means, modes.x[fresh]]),
+        np.concatenate([known.means, means]),
         np.concatenate([known.roots, roots]),
-    )
+    ), float(lacking)

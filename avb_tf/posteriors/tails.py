@@ -19,7 +19,7 @@ from tensorflow_probability import distributions as tfd
 
 _LIGHT = 0.06  # weight below which a tail is left alone: t with 16 degrees of freedom
 _HEAVIEST = 2.0
-_DISTANCES = 10.0 ** np.arange(2.0, 9.0)  # in scales, where slopes are measured
+_DISTANCES = 10.0 ** np.arange(2.0, 6.0)  # in scales, where slopes are measured
 
 
 class Tails(NamedTuple):
@@ -102,9 +102,14 @@ def slopes(log_density, x: np.ndarray, directions: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(steps), -np.inf, steps)
 
 
-def improper(slopes: np.ndarray) -> np.ndarray:
-    """[lines], whether the density's integral along a line diverges at either end."""
-    return (slopes[..., -2:].max(-1) > -1.02).any(0)
+def improper(slopes: np.ndarray, dim: int = 1) -> np.ndarray:
+    """[lines], whether the density's integral diverges at either end of a line.
+
+    Args:
+      slopes: as `slopes` gives them.
+      dim: of the cone around a line in which the density falls alike; 1 for a line by itself.
+    """
+    return (slopes[..., -2:].max(-1) > -1.02 * dim).any(0)
 
 
 def of_slopes(slopes: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:

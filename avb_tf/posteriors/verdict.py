@@ -35,8 +35,8 @@ class Diagnostics:
     Attributes:
       pareto_k: of the importance weights; above 0.7 they cannot be trusted.
       effective_sample_size: of the weights, as a share of the draws.
-      distance: total variation between q and the posterior, 0 to 1: the larger one of `overlap`'s
-        and the classifier's.
+      distance: total variation between q and the posterior, 0 to 1: the largest of the overlap's,
+        the classifier's, and the share that the chains are known to lack.
       classified: the distance that the classifier sees.
       missing: share of the posterior where q has less than a tenth of the density it should.
       kl: KL(q || posterior) in nats.
@@ -147,16 +147,18 @@ def diagnose(
     classified: float = 0.0,
     r_hat: float = 1.0,
     points: int = 0,
+    lacking: float = 0.0,
 ) -> Diagnostics:
     """The verdict on log p(data, z) - log q(z) at draws of q [n] and of the posterior [m].
 
     Those of the posterior are rough, the start's chains; what matters is that they are where q is
-    not. The other arguments are those of `Diagnostics`.
+    not. `lacking` is the share of the posterior that was seen and that the chains lack; the other
+    arguments are those of `Diagnostics`.
     """
     k = float(weighing.pareto_k(at_q))
     size = float(weighing.effective_sample_size(at_q)) / len(at_q)
     overlap, log_evidence = total_variation(at_q, at_p)
-    distance = max(overlap, classified)
+    distance = max(overlap, classified, lacking)
     missing = float(np.mean(at_p - log_evidence > np.log(10.0)))
     kl = float(log_evidence - at_q.mean())
     reason = f"fit and posterior differ by {distance:.2f} in total variation"
@@ -164,6 +166,8 @@ def diagnose(
         distance, reason = 1.0, f"the adversary has lost the fit, whose KL would be {kl:.2f} nats"
     if missing > TRUSTED:
         reason += f", {missing:.2f} of it where the fit has next to nothing"
+    if lacking > 0.05:
+        reason += f", {lacking:.2f} of it seen where the chains that this rests on have not been"
     rare = k > weighing.PARETO_K_LIMIT and size < _EQUAL
     mixed = r_hat < R_HAT_LIMIT
     if distance <= TRUSTED and not rare and mixed:
