@@ -62,10 +62,7 @@ def test_log_determinants_are_those_of_automatic_differentiation(make, lower, si
         tape.watch(u)
         value = bijector.forward(u)
     jacobian = tape.jacobian(value, u).numpy()
-    if lower is None:
-        jacobian = jacobian[:-1]
-    else:
-        jacobian = jacobian[np.tril_indices(size, lower)]
+    jacobian = jacobian[:-1] if lower is None else jacobian[np.tril_indices(size, lower)]
     stated = bijector.forward_log_det_jacobian(tf.identity(u), event_ndims=1)
     assert float(stated) == pytest.approx(np.linalg.slogdet(jacobian)[1], abs=1e-8)
     np.testing.assert_allclose(bijector.inverse(tf.identity(value)), u, atol=1e-6)

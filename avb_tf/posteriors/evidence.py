@@ -1,7 +1,7 @@
 """The evidence by a bridge: its variance is finite wherever two sets of draws overlap.
 
-Plain importance sampling from a density that is too narrow somewhere has an infinite variance, which
-its own standard error does not tell. Source: Meng and Wong (1996); the error is that of
+Plain importance sampling from a density that is too narrow somewhere has an infinite variance, and
+its standard error does not show it. Source: Meng and Wong (1996); the error is that of
 Fruehwirth-Schnatter (2004), with chains in place of draws, so that autocorrelation counts.
 """
 

@@ -96,7 +96,7 @@ def run_chains(
         if adapt:  # up to a trajectory of length 2: beyond a quarter turn chains come back
             step_size *= np.where(acceptance > 0.75, 1.1, 1.0 / 1.2)[:, np.newaxis]
             step_size = np.minimum(step_size, 2.0 / leapfrogs)
-        if jumps is not None:
+        if jumps is not None and proposed is not None:
             proposed = np.where(accepted, jumps.log_density(x), proposed)
             x, density, score, proposed = _jump(scores, jumps, (x, density, score, proposed), rng)
         history.append((x, density, acceptance))

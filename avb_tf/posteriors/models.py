@@ -123,8 +123,8 @@ def pin(joint, observed):
         return joint.experimental_pin(**observed)
     except Exception as error:  # whatever TFP or a user's joint raises
         raise UserError(
-            f"the joint cannot be conditioned ({type(error).__name__}: {first_line(error)}); expected "
-            "values that fit it: check the joint by itself, such as by `joint.sample()`"
+            f"the joint cannot be conditioned ({type(error).__name__}: {first_line(error)}); "
+            "expected values that fit it: check the joint by itself, such as by `joint.sample()`"
         ) from error
 
 

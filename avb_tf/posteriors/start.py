@@ -19,9 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import diagnostics
 from avb_tf.errors import UserError
-from avb_tf.posteriors import evidence, hmc, large, matching, mixture, search
+from avb_tf.posteriors import evidence, hmc, large, matching, mixture, sampling, search
 from avb_tf.posteriors import tails as tailing
 from avb_tf.posteriors.evidence import Estimate
 from avb_tf.posteriors.mixture import Mixture
@@ -29,14 +28,8 @@ from avb_tf.posteriors.tails import Tails
 from avb_tf.posteriors.target import Target
 
 MATCHES = 3  # Gaussians from around 0, beside those from the modes
-CHAINS = 256
 LARGEST = 200  # dimensions of a covariance in full
 LARGEST_OF_ALL = 2000  # dimensions
-ROUNDS = 5  # of the chains, with the covariance of all taken anew after each
-TRANSITIONS = 16  # in a round
-LEAPFROGS = 6  # in a transition
-KEPT = 16  # states of each chain, of the exact round at the end
-THINNED = 2  # transitions from one kept state to the next
 AGAIN = 2  # times that the chains run with what a look saw, at most
 LACKING = 0.03  # share of the posterior that the chains may lack
 LOOK_SHARE = 0.6  # of the start's seconds, spent on the wide look
@@ -46,10 +39,6 @@ LOOK_SECONDS = 0.02  # that it may take for each of them
 _RUNS_AWAY = (
     "the fit runs away: the log density does not fall as parameters grow; expected a proper "
     "posterior: look for a parameter without a prior"
-)
-_NOT_FINITE = (
-    "the log density is not finite wherever the fit started; expected a finite number near 0 in "
-    "unconstrained space: check the model at a plausible value of its parameters"
 )
 
 
@@ -138,18 +127,7 @@ def of_record(record: dict) -> Start:
     return Start(mean, scale_tril, z, tailing.light(len(mean)), len(z) // 4)
 
 
-class Sampled(NamedTuple):
-    """States of chains after an exact round, and what their density is like."""
-
-    states: np.ndarray  # [chains, kept, dim]
-    mixture: Mixture
-    log_evidence: Estimate
-    log_normaliser: float  # the evidence, roughly, where that is unknown
-
-
-def find(
-    target: Target, seed: int = 0, seconds: float | None = None, steps: int = 50
-) -> Start:
+def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int = 50) -> Start:
     """Rough draws of the posterior, in `seconds`, or else at the expense of `steps` of training.
 
     Raises:
@@ -171,16 +149,16 @@ def find(
 
     scores = hmc.scores(target.log_density, target.dtype)
     gaussians = _gaussians(target, scores, rng, by(0.2))
-    draws = _weighed(scores, gaussians, rng)
+    draws = sampling.weighed(scores, gaussians, rng)
     tails = _tails(scores, draws, gaussians, rng)
     log_density = of_tails(target, tails)
     moved = hmc.scores(log_density, target.dtype) if tails.heavy.any() else scores
-    sampled = _sampled(moved, tails.inverse(draws), _moved(gaussians, tails), rng, by(0.3))
+    sampled = sampling.sampled(moved, tails.inverse(draws), _moved(gaussians, tails), rng, by(0.3))
     if tails.heavy.any():
         tails, draws = _estimated(tails, sampled, target.dtype, rng)
         log_density = of_tails(target, tails)
         moved = hmc.scores(log_density, target.dtype)
-        sampled = _sampled(moved, draws, _around(draws, rng), rng, by(0.4))
+        sampled = sampling.sampled(moved, draws, sampling.around(draws, rng), rng, by(0.4))
     look = search.look(
         lambda v: log_density(v) - tf.cast(sampled.log_normaliser, target.dtype),
         target.dtype,
@@ -194,7 +172,7 @@ def find(
         wider, lacking = _wider(moved, look, sampled, rng)
         if wider is None:
             break
-        sampled = _sampled(moved, _weighed(moved, wider, rng), wider, rng, by(1.2))
+        sampled = sampling.sampled(moved, sampling.weighed(moved, wider, rng), wider, rng, by(1.2))
         lacking = _wider(moved, look, sampled, rng)[1]
     states = sampled.states.reshape(-1, target.dim)
     mean, scale_tril = states.mean(0), mixture.lower(np.cov(states.T))
@@ -246,31 +224,8 @@ def _gaussians(target, scores, rng, deadline) -> Mixture:
         if matched is not None:
             gaussians.append(matched)
     if not gaussians:
-        raise UserError(_NOT_FINITE)
+        raise UserError(sampling.NOT_FINITE)
     return mixture.of_gaussians(gaussians)
-
-
-def _weighed(scores, proposal: Mixture, rng) -> np.ndarray:
-    """Draws [CHAINS, dim] of a mixture, resampled in proportion to the posterior.
-
-    A draw's weight is p over the density of all components together (the balance heuristic of
-    Veach and Guibas, 1995): a mode counts by its mass, not by how many components are on it, and a
-    component that went astray does not count. Where too few draws would carry the weight it is
-    flattened.
-
-    Raises:
-      UserError: the density is finite at no draw.
-    """
-    u = proposal.draw(16 * CHAINS, rng)
-    log_weights = scores(u)[0] - proposal.log_density(u)
-    usable = np.isfinite(log_weights)
-    u, log_weights = u[usable], log_weights[usable]
-    if not len(u):
-        raise UserError(_NOT_FINITE)
-    while diagnostics.effective_sample_size(log_weights) < min(CHAINS, len(u)) / 4:
-        log_weights = 0.5 * log_weights
-    weights = np.exp(log_weights - log_weights.max())
-    return u[rng.choice(len(u), CHAINS, p=weights / weights.sum())]
 
 
 def _tails(scores, draws, gaussians, rng) -> Tails:
@@ -292,7 +247,7 @@ def _tails(scores, draws, gaussians, rng) -> Tails:
 
 
 def _diverges(scores, x, scale, gaussians, noise) -> bool:
-    """Whether the integral does: along a coordinate, a flat direction that is none, or in a cone."""
+    """Whether the integral does, along a coordinate or a flat direction, or in a cone."""
     length = np.linalg.norm(scale)
     flat = np.stack([np.linalg.svd(root)[0][:, 0] * length for root in gaussians.roots])
     lines = (np.diag(scale), 1), (flat, 1), (noise * scale, len(x))
@@ -332,84 +287,7 @@ def _estimated(tails, sampled, dtype, rng):
     weight = np.where(tails.heavy, np.maximum(estimate.weight, tails.weight), 0.0)
     tails = tailing.of_weights(weight, estimate.location, estimate.scale)
     draws = tails.inverse(u)
-    return tails, draws[rng.choice(len(draws), CHAINS)]
-
-
-def _around(draws, rng) -> Mixture:
-    """Components at some of the draws, half as wide as all together."""
-    count = min(8, mixture.largest(draws.shape[1]))
-    means = draws[rng.choice(len(draws), count, replace=False)]
-    root = 0.5 * mixture.lower(np.cov(draws.T))
-    return Mixture(np.full(count, 1.0 / count), means, np.stack([root] * count))
-
-
-def _sampled(scores, draws, proposal: Mixture, rng, deadline) -> Sampled:
-    """Short chains from draws [CHAINS, dim], and an exact round at their end."""
-    step_size: float | np.ndarray = 0.3
-    jumps = _components(draws, proposal, rng)
-    for _ in range(ROUNDS):
-        draws = _typical(scores, draws, rng)
-        root = hmc.root(np.cov(draws.T))
-        chains = hmc.run_chains(
-            scores, draws, root, TRANSITIONS, LEAPFROGS, step_size, rng, adapt=True, jumps=jumps
-        )
-        draws, step_size = chains.states[-1], chains.step_size
-        jumps = mixture.fitted(chains.states[::4].reshape(-1, draws.shape[1]), jumps)
-        if time.monotonic() > deadline:
-            break
-    root = hmc.root(np.cov(chains.states[::4].reshape(-1, draws.shape[1]).T))
-    kept = hmc.run_chains(
-        scores, draws, root, KEPT * THINNED, LEAPFROGS, step_size, rng, jumps=jumps
-    )
-    states = np.swapaxes(kept.states[THINNED - 1 :: THINNED], 0, 1)
-    density = kept.log_density[THINNED - 1 :: THINNED].T
-    return Sampled(states, *_described(scores, states, density, jumps, rng))
-
-
-def _described(scores, states, density, jumps, rng):
-    """A mixture near the chains' states, and the evidence by bridges from halves of the chains."""
-    dim, half = states.shape[-1], len(states) // 2
-    estimates = []
-    for fitted, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
-        near = mixture.fitted(states[fitted].reshape(-1, dim), jumps)
-        x = near.draw(half * states.shape[1], rng)
-        at_states = density[other] - near.log_density(states[other].reshape(-1, dim)).reshape(
-            density[other].shape
-        )
-        estimates.append(evidence.bridge(scores(x)[0] - near.log_density(x), at_states))
-    log_evidence = evidence.average(estimates)
-    near = mixture.fitted(states.reshape(-1, dim), jumps)
-    roughly = np.median(density.ravel() - near.log_density(states.reshape(-1, dim)))
-    known = np.isfinite(log_evidence.standard_error)
-    return near, log_evidence, float(log_evidence.value if known else roughly)
-
-
-def _components(draws, proposal, rng) -> Mixture:
-    """The components of a proposal that have draws, and some more for the shape."""
-    joint = proposal.log_densities(draws)
-    mass = np.exp(joint - np.logaddexp.reduce(joint)).mean(1)
-    more = _around(draws, rng)
-    count = max(1, mixture.largest(draws.shape[1]) - len(more.weights))
-    kept = [k for k in np.argsort(-mass)[:count] if mass[k] > 1e-3]
-    return mixture.fitted(
-        draws,
-        Mixture(
-            np.concatenate([mass[kept], 0.1 * more.weights]) / (mass[kept].sum() + 0.1),
-            np.concatenate([proposal.means[kept], more.means]),
-            np.concatenate([proposal.roots[kept], more.roots]),
-        ),
-    )
-
-
-def _typical(scores, draws, rng):
-    """Draws [n, dim] with those that have lost their way put in the place of others."""
-    density = scores(draws)[0]
-    low, middle, high = np.quantile(density[np.isfinite(density)], [0.25, 0.5, 0.75])
-    typical = np.flatnonzero(density > middle - 10.0 - 6.0 * (high - low))
-    rows = np.arange(len(draws))
-    lost = ~np.isin(rows, typical)
-    rows[lost] = rng.choice(typical, lost.sum())
-    return draws[rows]
+    return tails, draws[rng.choice(len(draws), sampling.CHAINS)]
 
 
 def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:

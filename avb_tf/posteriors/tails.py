@@ -36,7 +36,7 @@ class Tails(NamedTuple):
     @property
     def heavy(self) -> np.ndarray:
         """[dim], whether a coordinate is transformed."""
-        return (self.weight > 0).any(0)
+        return np.any(self.weight > 0, axis=0)
 
     def forward(self, v):
         """u and log |du / dv| for v [..., dim]: [..., dim] and [...]."""
