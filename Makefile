@@ -7,7 +7,7 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors setup demo test test-browser test-gpu load board lint seeds mnist faults bench bench-ais bench-replicas clean
+.PHONY: posteriors verdicts setup demo test test-browser test-gpu load board lint seeds mnist faults bench bench-ais bench-replicas clean
 
 setup: $(VENV)/installed
 
@@ -18,8 +18,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # The paper's four points and handwritten digits: AVB beside a Gaussian VAE, with exact numbers.
 # Two runs at a time, a core each.
-demo seeds mnist posteriors: export TF_NUM_INTEROP_THREADS = 1
-demo seeds mnist posteriors: export OPENBLAS_NUM_THREADS = 1
+demo seeds mnist posteriors verdicts: export TF_NUM_INTEROP_THREADS = 1
+demo seeds mnist posteriors verdicts: export OPENBLAS_NUM_THREADS = 1
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/demo
@@ -85,6 +85,10 @@ posteriors: setup
 	@$(MAKE) --no-print-directory -j2 \
 	  $(foreach seed,0 1 2,$(POSTERIORS:%=runs/fits/posteriors/%-$(seed)/results.json))
 	$(RUN) --mode=compare --workdir=runs/fits
+
+# The error rate of the verdict: targets with exact draws, 60 and 6 seconds each, resumable; five hours.
+verdicts: setup
+	$(BIN)/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6
 
 # Speed on this machine, quiet: a step of each kind beside the machine's peak, and how costs grow.
 bench: setup
