@@ -1,6 +1,6 @@
 """Binarised MNIST with the authors' convolutional networks and schedule: for an accelerator.
 
-  python main.py --config=configs/mnist_conv.py:avb_ac_paper --config.data.path=mnist.npz
+  avb-tf --config=mnist_conv:avb_ac_paper --config.data.path=mnist.npz
 
 `:avb_ac_paper-32` has 32 latents in place of 8, and so for every method. Not run here but for a few
 steps in the tests. The paper has log p(x) = -89.6 nats with 8 latents and -80.2 with 32.
