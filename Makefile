@@ -7,7 +7,8 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors setup demo test test-browser load board lint seeds mnist faults bench bench-ais bench-replicas clean
+.PHONY: posteriors setup demo test test-browser load board lint seeds mnist faults bench bench-ais bench-replicas \
+  release-check docs clean
 
 setup: $(VENV)/installed
 
@@ -104,6 +105,10 @@ bench-replicas: setup
 # Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for half an hour.
 faults: setup
 	$(BIN)/python -m tests.campaigns.faults
+
+# Wheel and sdist in fresh environments of Python 3.11, 3.12 and 3.13, away from the source.
+release-check: setup
+	.ci/release-check $(BIN)/python
 
 clean:
 	rm -rf runs .venv .venv-*
