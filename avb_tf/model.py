@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import auxiliary, flows, objectives, optimizers, replicas, schedules
+from avb_tf import auxiliary, flows, loops, objectives, optimizers, replicas, schedules
 from avb_tf import contrast as contrasts
 from avb_tf.data import pipeline, resident
 from avb_tf.data.source import Split, array_split
@@ -264,11 +264,12 @@ class AVB(Restorable, keras.Model):
         x = self._inputs(data)
         dual = self.adversary.trainable_variables if self.adversary is not None else []
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-            tape.watch([v.value for v in self.primal_variables + dual])
+            tape.watch([v.value for v in self.primal_variables])
             parameters = self.encoder.parameters(x)
             with tape.stop_recording():
                 for i in range(1, self.adversary_steps if dual else 1):
                     self.dual_step(x, parameters, _TRAIN + 2 * i)
+            tape.watch([v.value for v in dual])
             noise, contrast_noise = self.noises(x, _TRAIN)
             posterior = self.encoder.draw(parameters, noise, training=True)
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
@@ -278,13 +279,13 @@ class AVB(Restorable, keras.Model):
             if dual:
                 adversary_loss = self._adversary_loss(terms.t, t_contrast)
         # T counts as fixed in the first, z in the second: neither's gradient is of the other.
-        gradients = tape.gradient(loss, self.primal_variables)
-        dual_gradients = tape.gradient(adversary_loss, dual) if dual else []
+        gradients = self._gradients(tape, loss, self.primal_variables)
+        dual_gradients = self._gradients(tape, adversary_loss, dual) if dual else []
         applied = self._all_finite(x, loss, *gradients, *dual_gradients)
         if dual:
             self._apply(self.adversary_optimizer, dual_gradients, dual, applied)
         self._apply(self.optimizer, gradients, self.primal_variables, applied)
-        replicas.update(self.average, applied)
+        self.average(applied)
         self.step.assign_add(1)
         skipped = tf.cast(~applied, tf.int64)
         self.skipped.assign_add(skipped)
@@ -304,24 +305,49 @@ class AVB(Restorable, keras.Model):
             tape.watch([v.value for v in variables])
             q, r = contrasts.compare(posterior, self.contrast)
             loss = self._adversary_loss(*self._t(x, q, r, contrast_noise))
-        gradients = tape.gradient(loss, variables)
+        gradients = self._gradients(tape, loss, variables)
         applied = self._all_finite(x, loss, *gradients)
         self._apply(self.adversary_optimizer, gradients, variables, applied)
 
+    def _gradients(self, tape, loss, variables):
+        """Those of each variable or, in a compiled loop, a single vector of all."""
+        gradients = tape.gradient(loss, [v.value for v in variables])
+        return [optimizers.flat(gradients)] if self.loop_is_compiled else gradients
+
     def _apply(self, optimizer, gradients, variables, applied):
-        if isinstance(optimizer, optimizers.Adam):
-            optimizer.selects = self.loop_is_compiled
-        replicas.apply(optimizer, gradients, variables, applied, self.loop_is_compiled)
+        if self.loop_is_compiled:
+            optimizer.apply_where(applied, *gradients, variables)
+        else:
+            replicas.apply(optimizer, gradients, variables, applied)
 
     @property
     def loop_is_compiled(self) -> bool:
-        """Whether a call of the training graph is one program of XLA.
+        """Whether a call of the training graph is one program of XLA (`loops`).
 
-        Its steps select results in place of branching: at a condition in a program for a GPU the
-        host waits for the device.
+        Its steps select results and do not branch: at a condition in a program for a GPU the host
+        waits for the device.
         """
+        own = all(
+            type(optimizer) is optimizers.Adam
+            for optimizer in (self.optimizer, self.adversary_optimizer)
+            if optimizer is not None
+        )
         single = self.distribute_strategy.num_replicas_in_sync == 1
-        return bool(self.jit_compile) and single and not self.run_eagerly
+        return bool(self.jit_compile) and own and single and not self.run_eagerly
+
+    def state_groups(self) -> list[list[keras.Variable]]:
+        """All variables that a step may change; those of a group are updated together."""
+        optimizers = [o for o in (self.optimizer, self.adversary_optimizer) if o is not None]
+        groups = [self.primal_variables, [average for _, average in self._averages()]]
+        groups += [self.adversary.trainable_variables] if self.adversary is not None else []
+        groups += [moments for optimizer in optimizers for moments in optimizer.moments]
+        variables = [*self.variables, *(v for o in optimizers for v in o.variables)]
+        variables += [v for mean in self.means.values() for v in mean.variables]
+        rest = {id(v): v for v in variables}
+        for group in groups:
+            for variable in group:
+                rest.pop(id(variable), None)
+        return [group for group in groups if group] + [[variable] for variable in rest.values()]
 
     def _all_finite(self, *tensors):
         """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`.
@@ -334,18 +360,20 @@ class AVB(Restorable, keras.Model):
         loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
-    def average(self, strategy, applied):
+    def average(self, applied):
         """Moves the averaged weights towards the trained ones, unless the step was skipped."""
+        if not self.ema_decay:
+            return
+        weights, averages = zip(*self._averages(), strict=True)
         # A short memory at first, or the average would keep the initial weights for long.
         step = tf.cast(self.step.value, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
-        decay = tf.where(strategy.experimental_local_results(applied)[0], decay, 1.0)
-        for weight, average in self._averages():
-            strategy.extended.update(
-                average.value,
-                lambda average, weight: average.assign_add((1.0 - decay) * (weight - average)),
-                args=(weight.value,),
-            )
+        if self.loop_is_compiled:
+            before, target = optimizers.values(averages), optimizers.values(weights)
+            decay = tf.where(applied, decay, 1.0)
+            optimizers.assign(averages, before + (1.0 - decay) * (target - before))
+        else:
+            replicas.update(_move, weights, averages, tf.where(applied, decay, 1.0))
 
     def _share(self):
         """Optimizers sum gradients over replicas, so each contributes its share of the mean."""
@@ -433,86 +461,17 @@ class AVB(Restorable, keras.Model):
         return arguments | {"x": batches, "steps_per_epoch": steps, "shuffle": False}
 
     def make_train_function(self, force=False):
-        """One graph of `steps_per_execution` steps, under any strategy.
-
-        Keras's own reduces the logs over replicas, which fails for scalars with several workers,
-        and loops in a way that fails for several replicas.
-        """
+        """The graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
         if self.train_function is None or force:
-            make = self._stream_function if self.resident is None else self._resident_function
-            self.train_function = make()
+            make = loops.of_stream if self.resident is None else loops.of_resident
+            self.train_function = make(self, self.train_step)
         return self.train_function
 
-    def _stream_function(self):
-        """Steps whose batches come one by one."""
-        step = self._on_replicas(self.train_step)
-
-        def run(iterator, count):
-            for _ in tf.range(count):
-                step(next(iterator))
-            return self.get_metrics_result()
-
-        return self._of_iterator(run)
-
-    def _resident_function(self):
-        """Steps that gather their batches on the device: one element of the data is a call."""
-        read, strategy = self.resident.read, self.distribute_strategy
-
-        def step(rows, indices, i):
-            self.train_step(read(rows, indices, i))
-
-        def loop(rows, indices, count):
-            tf.while_loop(
-                lambda i: i < count, lambda i: step(rows, indices, i) or [i + 1], [tf.constant(0)]
-            )
-
-        compiled = self.loop_is_compiled
-        if compiled:  # the loop is in the program: between steps the host has nothing to do
-            loop = tf.function(loop, autograph=False, jit_compile=True)
-        elif not self.run_eagerly:
-            step = tf.function(step, autograph=False, jit_compile=self.jit_compile)
-
-        def run(iterator, rows):
-            indices, counts = next(iterator)
-            count = strategy.experimental_local_results(counts)[0]
-            if compiled:
-                loop(rows, indices, count)
-            else:
-                for i in tf.range(count):
-                    strategy.run(step, (rows, indices, i))
-            return self.get_metrics_result()
-
-        if not self.run_eagerly:
-            run = tf.function(run, reduce_retracing=True)
-        return lambda iterator: run(iterator, self.resident.rows)
-
     def make_test_function(self, force=False):
-        """As `make_train_function`, but that the data may end within."""
+        """The graph that `evaluate` calls: as that of `fit`, but that the data may end within."""
         if self.test_function is None or force:
-            step = self._on_replicas(self.test_step)
-
-            def run(iterator, count):
-                step(next(iterator))  # where there is none left, Keras catches the error
-                for _ in tf.range(count - 1):
-                    batch = iterator.get_next_as_optional()
-                    if not batch.has_value():
-                        break
-                    step(batch.get_value())
-                return self.get_metrics_result()
-
-            self.test_function = self._of_iterator(run)
+            self.test_function = loops.of_finite(self, self.test_step)
         return self.test_function
-
-    def _on_replicas(self, step):
-        if not self.run_eagerly:
-            step = tf.function(step, jit_compile=self.jit_compile)
-        return lambda batch: self.distribute_strategy.run(step, (batch,))
-
-    def _of_iterator(self, run):
-        if not self.run_eagerly:
-            run = tf.function(run, reduce_retracing=True)
-        # A tensor: another count is no other graph.
-        return lambda iterator: run(iterator, tf.constant(self.steps_per_execution))
 
     # Use. All by the averaged networks; the same seed gives the same draws.
 
@@ -559,6 +518,16 @@ class AVB(Restorable, keras.Model):
         from avb_tf.serving import writing
 
         return writing.export(self, directory, **settings)
+
+
+def _move(strategy, weights, averages, decay):
+    decay = strategy.experimental_local_results(decay)[0]
+    for weight, average in zip(weights, averages, strict=True):
+        strategy.extended.update(
+            average.value,
+            lambda average, weight: average.assign_add((1.0 - decay) * (weight - average)),
+            args=(weight.value,),
+        )
 
 
 def _copy(network):

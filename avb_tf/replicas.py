@@ -242,27 +242,15 @@ def all_finite(*tensors: tf.Tensor) -> tf.Tensor:
     return tf.math.is_finite(total)
 
 
-def apply(optimizer, gradients, variables, applied, selects: bool) -> None:
+def apply(optimizer, gradients, variables, applied) -> None:
     """In a replica: `optimizer.apply`, where `applied` (the same on all) is true.
 
     Optimizers let replicas meet, which these may not within a condition; so they meet outside.
-
-    Args:
-      selects: whether results are selected in place of a condition, which a program that XLA
-        compiles does at no cost. For a single replica.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         # It has a condition of its own, by this replica's gradients alone, and learns from it.
         gradients = [tf.where(applied, gradient, np.nan) for gradient in gradients]
         optimizer.apply(gradients, variables)
-        return
-
-    if selects:
-        state = [variable.value for variable in [*variables, *optimizer.variables]]
-        before = [tf.identity(variable) for variable in state]
-        optimizer.apply(gradients, variables)
-        for variable, old in zip(state, before, strict=True):
-            variable.assign(tf.where(applied, variable, old))
         return
 
     def meet(strategy, gradients, applied):

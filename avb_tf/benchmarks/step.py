@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf import contrast as contrasts
-from avb_tf import data, files, objectives, replicas
+from avb_tf import data, files, objectives
 from avb_tf.callbacks import tensorboard, writing
 from avb_tf.commands import train
 from avb_tf.data import pipeline
@@ -107,7 +107,7 @@ def reference_step(model: AVB, x) -> None:
     primal, dual = model.primal_variables, adversary.trainable_variables
     model.optimizer.apply(tape.gradient(loss, primal), primal)
     model.adversary_optimizer.apply(tape.gradient(adversary_loss, dual), dual)
-    replicas.update(model.average, tf.constant(True))
+    model.average(tf.constant(True))
     model.step.assign_add(1)
 
 

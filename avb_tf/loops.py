@@ -1,0 +1,136 @@
+"""The graphs that `fit` and `evaluate` call: several steps each, under any strategy and compiler.
+
+Keras's own reduce the logs over replicas, which fails for scalars with several workers, and loop in
+a way that fails for several replicas.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from avb_tf.optimizers import flat, pieces
+
+Step = Callable[[Any], object]  # takes a batch, in a replica
+Logs = dict[str, tf.Tensor]
+
+
+def of_stream(model, step: Step) -> Callable[[Any], Logs]:
+    """Function of an iterator over batches, `model.steps_per_execution` of them at a time."""
+    on_replica = _on_replica(model, step)
+
+    def run(iterator, count):
+        for _ in tf.range(count):
+            on_replica(next(iterator))
+        return model.get_metrics_result()
+
+    return _called_with_count(model, run)
+
+
+def of_resident(model, step: Step) -> Callable[[Any], Logs]:
+    """Function of an iterator over `model.resident.calls`, whose batches are on the device."""
+    strategy, read = model.distribute_strategy, model.resident.read
+
+    def indexed(i, rows, indices):
+        step(read(rows, indices, i))
+
+    if model.loop_is_compiled:
+        loop = _program(model, indexed)
+    else:
+        if not model.run_eagerly:
+            indexed = tf.function(indexed, autograph=False, jit_compile=model.jit_compile)
+
+        def loop(count, rows, indices):
+            for i in tf.range(count):
+                strategy.run(indexed, (i, rows, indices))
+
+    def run(iterator, rows):
+        indices, counts = next(iterator)
+        loop(strategy.experimental_local_results(counts)[0], rows, indices)
+        return model.get_metrics_result()
+
+    if not model.run_eagerly:
+        run = tf.function(run, reduce_retracing=True)
+    return lambda iterator: run(iterator, model.resident.rows)
+
+
+def of_finite(model, step: Step) -> Callable[[Any], Logs]:
+    """As `of_stream`, for steps that change no weight; the data may end within a call."""
+    traced = step if model.run_eagerly else tf.function(step, autograph=False)
+
+    def on_replica(batch):
+        model.distribute_strategy.run(traced, (batch,))
+
+    def run(iterator, count):
+        on_replica(next(iterator))  # where there is none left, Keras catches the error
+        for _ in tf.range(count - 1):
+            batch = iterator.get_next_as_optional()
+            if not batch.has_value():
+                break
+            on_replica(batch.get_value())
+        return model.get_metrics_result()
+
+    return _called_with_count(model, run)
+
+
+def _called_with_count(model, run):
+    if not model.run_eagerly:
+        run = tf.function(run, reduce_retracing=True)
+    # A tensor: another count is no other graph.
+    return lambda iterator: run(iterator, tf.constant(model.steps_per_execution))
+
+
+def _on_replica(model, step):
+    if model.loop_is_compiled:
+        program = _program(model, lambda _, batch: step(batch))
+        return lambda batch: program(1, batch)
+    if not model.run_eagerly:
+        step = tf.function(step, autograph=False, jit_compile=model.jit_compile)
+    return lambda batch: model.distribute_strategy.run(step, (batch,))
+
+
+def _program(model, step):
+    """`step(i, *data)` for i < count as one program of XLA, the model's state in few buffers.
+
+    A step of a small network on a GPU lasts as long as the starts of its kernels, most of which
+    would update a weight or take the norm of its gradient. So the state goes through the loop as
+    vectors: one of all weights of an optimizer, one of each of their moments, one of the averages.
+    The weights in a step are slices of these, and an update is few kernels for all of them
+    together (`optimizers.Adam.apply_where`).
+    """
+    groups = model.state_groups()
+
+    def body(i, state, data):
+        with keras.StatelessScope(_unpacked(groups, state)) as scope:
+            step(i, *data)
+        return [i + 1, _packed(groups, scope.get_current_value)]
+
+    @tf.function(autograph=False, jit_compile=True)
+    def program(count, *data):
+        state = _packed(groups, lambda variable: tf.convert_to_tensor(variable.value))
+        _, state = tf.while_loop(
+            lambda i, _: i < count, lambda i, state: body(i, state, data), [0, state]
+        )
+        for variable, value in _unpacked(groups, state):
+            variable.assign(value)
+
+    return program
+
+
+def _packed(groups, value_of) -> list[tf.Tensor]:
+    """For each group a vector of all its variables, or the value of its only one."""
+    return [
+        value_of(group[0]) if len(group) == 1 else flat([value_of(variable) for variable in group])
+        for group in groups
+    ]
+
+
+def _unpacked(groups, state) -> list[tuple[keras.Variable, tf.Tensor]]:
+    """The variables with their values in what `_packed` gave."""
+    pairs = []
+    for group, value in zip(groups, state, strict=True):
+        shapes = [variable.shape for variable in group]
+        parts = [value] if len(group) == 1 else pieces(value, shapes)
+        pairs += zip(group, parts, strict=True)
+    return pairs
