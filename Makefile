@@ -106,6 +106,14 @@ bench-replicas: setup
 faults: setup
 	$(BIN)/python -m tests.campaigns.faults
 
+# The site, in docs/_build/html. Needs no network once it is set up; the tutorials are executed.
+docs: $(VENV)/docs-installed
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	touch $@
+
 # Wheel and sdist in fresh environments of Python 3.11, 3.12 and 3.13, away from the source.
 release-check: setup
 	.ci/release-check $(BIN)/python

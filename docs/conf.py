@@ -39,6 +39,7 @@ nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # TensorFlow's log while it is imported
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signatures have them
