@@ -39,6 +39,7 @@ ORDER = [
     "avb_tf.objectives",
     "avb_tf.optimizers",
     "avb_tf.schedules",
+    "avb_tf.loops",
     "avb_tf.serving",
     "avb_tf.serving.layout",
     "avb_tf.serving.protos",
