@@ -7,7 +7,8 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors verdicts setup demo test test-browser test-gpu load board lint seeds mnist faults bench bench-ais bench-replicas clean
+.PHONY: posteriors verdicts setup demo test test-browser test-gpu load board lint seeds mnist faults bench bench-ais \
+  bench-replicas release-check docs clean
 
 setup: $(VENV)/installed
 
@@ -112,6 +113,18 @@ bench-replicas: setup
 # Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for half an hour.
 faults: setup
 	$(BIN)/python -m tests.campaigns.faults
+
+# The site, in docs/_build/html. Needs no network once it is set up; the tutorials are executed.
+docs: $(VENV)/docs-installed
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	touch $@
+
+# Wheel and sdist in fresh environments of Python 3.11, 3.12 and 3.13, away from the source.
+release-check: setup
+	.ci/release-check $(BIN)/python
 
 clean:
 	rm -rf runs .venv .venv-*

@@ -1,6 +1,6 @@
 """Binarised MNIST, eight latents, dense networks (compare the paper's Section 5.2).
 
-  python main.py --config=configs/mnist.py:avb_flow --config.data.path=mnist.npz
+  avb-tf --config=mnist:avb_flow --config.data.path=mnist.npz
 
 Without a path the file is looked for in $AVB_TF_DATA_DIR, then downloaded. Expect, in 14 to 16
 minutes of one core, a log p(x) of the first 500 test images by AIS of -95.7 to -96.1 nats with

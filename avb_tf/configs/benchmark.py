@@ -1,6 +1,6 @@
 """The authors' networks on MNIST's shapes, for timing.
 
-python main.py --config=configs/benchmark.py:mlp --mode=benchmark
+avb-tf --config=benchmark:mlp --mode=benchmark
 
 `mlp` is dense, `conv` convolutional; both have the authors' noise bases and factorised adversary.
 """

@@ -1,6 +1,6 @@
 """Faces at 64 x 64, 64 latents, convolutional networks: for an accelerator, not run here.
 
-  python main.py --config=configs/celeba.py:avb_ac --config.data.path=img_align_celeba
+  avb-tf --config=celeba:avb_ac --config.data.path=img_align_celeba
 
 The path is a folder of PNG or JPEG. Batch, learning rates, number of steps and filters are those of
 the authors' experiment on CelebA, which has prior contrast (`:avb`).

@@ -1,6 +1,6 @@
 """Binarised MNIST with convolutional networks and the authors' schedule: for an accelerator.
 
-  python main.py --config=configs/mnist_conv.py:avb_ac_paper --config.data.path=mnist.npz
+  avb-tf --config=mnist_conv:avb_ac_paper --config.data.path=mnist.npz
 
 `avb_ac_paper` is the authors' experiment, weight for weight (WORKSPACE.md lists the points). Other
 methods have convolutions of the same filters. `:avb_ac_paper-32` has 32 latents in place of 8, as
