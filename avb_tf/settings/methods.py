@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Section 4 with the networks of the authors' code for 8 latents, weight for weight: `full0_ac`
     # (dense) or `conv0_ac` with the factorised adversary. For 32 latents they have 32 bases of 64
-    # noise dimensions (configs/mnist_conv.py). WORKSPACE.md lists what differs and why.
+    # noise dimensions (configs/mnist_conv.py). docs/reference/published.md compares them.
     "avb_ac_paper": {
         "encoder": "noise_basis",
         "contrast": "diagonal",
