@@ -64,7 +64,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The README's table, three seeds each.
+# The first table of docs/evidence/results.md, three seeds each.
 seeds: setup
 	@$(MAKE) --no-print-directory -j2 \
 	  $(foreach seed,0 1 2,$(COMPARED:%=runs/seeds/%-$(seed)/results.json))
