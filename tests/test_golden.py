@@ -71,7 +71,7 @@ def test_a_run_is_resumed_and_evaluated_to_the_same_end(release, tmp_path):
     lower, upper = (
         found["estimates"].pop(f"kl_q_exact_posterior_{end}")["mean"] for end in ("lower", "upper")
     )
-    assert lower - 0.1 < divergence < upper + 0.1
+    assert lower - 0.5 < divergence < upper + 0.5  # of the smoothed posterior, 20 steps old
     assert found["estimates"].keys() >= then["estimates"].keys()
     for name, estimate in then["estimates"].items():
         assert found["estimates"][name]["mean"] == pytest.approx(estimate["mean"], abs=1e-4), name

@@ -42,7 +42,7 @@ def test_weights_bounds_and_gradients_are_float32(method, network):
         loss = tf.reduce_mean(terms.elbo)
     gradients = tape.gradient(loss, model.primal_variables)
     assert {t.dtype for t in (*terms, *gradients)} == {tf.float32}
-    assert {v.dtype for v in model.weights} <= {"float32", "int32"}
+    assert {v.dtype for v in model.weights} <= {"float32", "int32", "int64"}
 
 
 def products(model, dtype):
