@@ -38,6 +38,8 @@ class AuxiliaryEncoder(Encoder):
     part in generating x, it is part of the encoder, and learns by the same bound.
     """
 
+    sample_moments = True
+
     def __init__(
         self,
         trunk: keras.layers.Layer,

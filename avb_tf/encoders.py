@@ -28,39 +28,87 @@ MOMENT_POINTS = 4096  # of the noise, for the noise bases' moments outside train
 
 
 class Posterior(NamedTuple):
-    """Draws of q(z|x) for a batch of x, and what is known of it."""
+    """Draws of q(z|x) for a batch of x, with its moments and, if known, its density.
 
-    z: tf.Tensor  # [samples, batch, latent]
-    mean: tf.Tensor  # [batch, latent]
-    scale_tril: tf.Tensor  # [batch, latent, latent], Cholesky factor of q's covariance
-    columns: tf.Tensor | None = None  # [batch, latent, bases], z = mean + columns @ noise features
-    # [samples, batch], log q(z|x) where it is known, or one that stands for it (`auxiliary`)
+    Attributes:
+      z: [samples, batch, latent], draws of q(z|x).
+      mean: [batch, latent], mean of q(z|x).
+      scale_tril: [batch, latent, latent], Cholesky factor of q's covariance.
+      columns: [batch, latent, bases] if z = mean + columns @ features(noise), else None; an
+        adversary with condition "posterior" reads them.
+      log_prob: [samples, batch], log q(z|x) at z in nats, or None if it is not known. `auxiliary`
+        has an upper bound in its place.
+      base: the posterior before a flow's steps, or None without a flow.
+      log_volume: [samples, batch], log |dz / dz_base| of the flow's steps, or None.
+    """
+
+    z: tf.Tensor
+    mean: tf.Tensor
+    scale_tril: tf.Tensor
+    columns: tf.Tensor | None = None
     log_prob: tf.Tensor | None = None
-    base: "Posterior | None" = None  # before a flow's steps
-    log_volume: tf.Tensor | None = None  # [samples, batch], log |dz / dz_base| of these
+    base: "Posterior | None" = None
+    log_volume: tf.Tensor | None = None
 
 
 class Encoder(Restorable, keras.Model):
-    """q(z|x): `call(x, noise, training)` gives a `Posterior`.
+    """Base class of q(z|x): a function of x and standard normal noise.
 
-    x is [batch, *event] and noise [samples, batch, noise_dim], standard normal. `trunk` maps x to
-    features [batch, features], and may be any Keras layer. Each z is a function of its own x and
-    noise alone, and so are the moments outside training, but for an encoder that knows only draws.
+    Subclass it for an encoder of your own: set `latent_dim` and `noise_dim`, and implement
+    `parameters` and `draw`. Each z must depend only on its own x and noise. So must the moments
+    outside training, unless `sample_moments` is True.
+
+        @keras.saving.register_keras_serializable("example")  # so that a saved model can be loaded
+        class LaplaceEncoder(avb_tf.encoders.Encoder):
+            def __init__(self, trunk, latent_dim, **kwargs):
+                super().__init__(**kwargs)
+                self.latent_dim = self.noise_dim = latent_dim
+                self.trunk = trunk
+                self.location = keras.layers.Dense(latent_dim)
+                self.log_scale = keras.layers.Dense(latent_dim)
+
+            def parameters(self, x):  # [batch, *event]
+                features = self.trunk(x)
+                return self.location(features), tf.exp(self.log_scale(features))
+
+            def draw(self, parameters, noise, training=False):  # [samples, batch, noise_dim]
+                location, scale = parameters  # each [batch, latent]
+                uniform = tfp.distributions.Normal(0.0, 1.0).cdf(noise)
+                laplace = tfp.distributions.Laplace(location, scale)
+                z = laplace.quantile(tf.clip_by_value(uniform, 1e-6, 1.0 - 1e-6))
+                return avb_tf.encoders.Posterior(
+                    z,
+                    mean=location,
+                    scale_tril=tf.linalg.diag(2.0**0.5 * scale),
+                    log_prob=tf.reduce_sum(laplace.log_prob(z), -1),
+                )
+
+        trunk = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(32, "relu")])
+        encoder = LaplaceEncoder(trunk, latent_dim=2)
+        decoder = avb_tf.networks.DenseDecoder((6,), 1, 32, 1)
+        model = avb_tf.AVB((6,), encoder, decoder)  # the density is known: no adversary
+
+    Attributes:
+      latent_dim: dimensions of z.
+      noise_dim: noise that one draw of z needs.
+      sample_moments: whether `mean` and `scale_tril` are the moments of the draws in `z`, so that
+        an adaptive contrast needs several draws for each x.
     """
 
     latent_dim: int
     noise_dim: int
+    sample_moments: bool = False
 
     def __init__(self, **kwargs):
         super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
     def parameters(self, x) -> Any:
-        """All that q(.|x) takes from x [batch, *event], for any number of draws."""
+        """The parameters of q(.|x) for x [batch, *event], computed once for all draws."""
 
     @abc.abstractmethod
     def draw(self, parameters, noise, training: bool = False) -> Posterior:
-        """z by `parameters` and noise [samples, batch, noise_dim]."""
+        """Draws z from `parameters` and noise [samples, batch, noise_dim]."""
 
     def call(self, x, noise, training=False):
         """x [batch, *event], noise [samples, batch, noise_dim] -> Posterior."""
@@ -68,7 +116,7 @@ class Encoder(Restorable, keras.Model):
 
     @contextlib.contextmanager
     def freezing(self):
-        """Within, graphs hold as numbers what depends on weights alone, found once for all."""
+        """Inside the block, graphs contain everything that depends only on weights as constants."""
         yield
 
 
@@ -117,6 +165,8 @@ class BlackBoxEncoder(Encoder):
     draws: its moments are those of the draws, so adaptive contrast needs several, and more than
     `latent_dim` of them for a full covariance.
     """
+
+    sample_moments = True
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import parts
 from avb_tf.encoders import Encoder, Posterior, moments_of_draws
 from avb_tf.networks import float32_dense
 
@@ -88,7 +89,9 @@ class FlowEncoder(Encoder):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        parts.check_flow(width, base.latent_dim)
         self.latent_dim, self.noise_dim = base.latent_dim, base.noise_dim
+        self.sample_moments = base.sample_moments  # an adaptive contrast has the base's moments
         self.trunk, self.base = trunk, base
         base.built = True  # for Keras, which expects a call of it as a whole
         self.from_features = float32_dense(steps * width)

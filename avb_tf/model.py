@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import auxiliary, flows, loops, objectives, optimizers, replicas, schedules
+from avb_tf import auxiliary, flows, loops, objectives, optimizers, parts, replicas, schedules
 from avb_tf import contrast as contrasts
 from avb_tf.data import pipeline, resident
 from avb_tf.data.source import Split, array_split
@@ -80,6 +80,11 @@ class AVB(Restorable, keras.Model):
     ):
         super().__init__(autocast=False, **kwargs)  # the parts cast what they compute
         self.event_shape = tuple(event_shape)
+        parts.check_names(likelihood, contrast, condition)
+        if encoder.sample_moments:
+            name, latent_dim = type(encoder).__name__, encoder.latent_dim
+            learned = adversary is not None
+            parts.check_draws(draws, adversary_draws, learned, contrast, latent_dim, name)
         known = isinstance(likelihood, str)
         self.likelihood = LIKELIHOODS[likelihood] if known else likelihood
         self.contrast = contrasts.CONTRASTS[contrast]
@@ -117,13 +122,20 @@ class AVB(Restorable, keras.Model):
         )  # fmt: skip
 
     def _create_weights(self):
-        """Runs every part once: all weights exist before an optimizer or a checkpoint sees them."""
-        x = tf.zeros([1, *self.event_shape])
-        noise = tf.zeros([self.encoder.latent_dim + 1, 1, self.encoder.noise_dim])
+        """Runs every part once to create all weights, and checks the shapes of the outputs."""
+        samples, batch = self.encoder.latent_dim + 1, 2
+        x = tf.zeros([batch, *self.event_shape])
+        noise = tf.zeros([samples, batch, self.encoder.noise_dim])
         for training in (False, True):
             encoder, decoder = self._networks(training)
-            decoder(encoder(x, noise).z)
+            posterior = encoder(x, noise)
+            parts.check_posterior(encoder, posterior, samples, batch)
+            outputs = decoder(posterior.z)
         posterior = self.encoder(x, noise)
+        if self.likelihood.parameters:  # 0: the likelihood reads any output
+            expected = [samples, batch, *self.event_shape, self.likelihood.parameters]
+            name = f"decoder {type(self.decoder).__name__}: output"
+            parts.check_shape(name, outputs, expected, "[samples, batch, *event, parameters]")
         if self.adversary is None and posterior.log_prob is None:
             raise UserError(
                 f"{type(self.encoder).__name__} does not know its density and there is no "
@@ -137,7 +149,9 @@ class AVB(Restorable, keras.Model):
                     f"adaptive contrast too; {type(self.encoder).__name__} gives no description "
                     "here. Use condition 'x'."
                 )
-            self.adversary(self.condition_of(x, q, r), q.z)
+            t = self.adversary(self.condition_of(x, q, r), q.z)
+            name = f"adversary {type(self.adversary).__name__}: T"
+            parts.check_shape(name, t, [samples, batch], "[samples, batch]")
         for weight, average in self._averages():
             average.assign(weight)
         self.built = True

@@ -210,11 +210,32 @@ class ConvDecoder(Restorable, keras.Model):
 
 
 class Adversary(Restorable, keras.Model):
-    """T(x, z), the logit that learns log q(z|x) - log r(z|x) (paper, Section 3.1).
+    """Base class of T(x, z), the logit that learns log q(z|x) - log r(z|x) (paper, Section 3.1).
 
-    The condition (x, or the posterior's description, see `objectives.condition`) passes through
-    `features` once, for the posterior's and the contrast's samples alike; z comes whitened by the
-    contrast. `trunk` maps the condition [batch, ...] to [batch, features].
+    Subclass it for an adversary of your own and implement `features` and `logits`. The condition
+    is x, or q's description (`objectives.description`). It passes through `features` once for the
+    draws of both q and r. z is whitened by the contrast.
+
+        @keras.saving.register_keras_serializable("example")  # so that a saved model can be loaded
+        class QuadraticAdversary(avb_tf.networks.Adversary):
+            def __init__(self, latent_dim, **kwargs):
+                super().__init__(**kwargs)
+                self.latent_dim = latent_dim
+                self.flatten = keras.layers.Flatten()
+                self.coefficients = keras.layers.Dense(2 * latent_dim + 1)
+
+            def features(self, condition):  # [batch, ...]
+                return self.coefficients(self.flatten(condition))
+
+            def logits(self, features, z):  # z [samples, batch, latent]
+                linear, quadratic, constant = tf.split(features, [self.latent_dim] * 2 + [1], -1)
+                return tf.reduce_sum(linear * z + quadratic * z**2, -1) + constant[:, 0]
+
+        trunk = avb_tf.networks.DenseTrunk(32, 1)
+        encoder = avb_tf.encoders.BlackBoxEncoder(trunk, 2, noise_dim=4, width=32, depth=2)
+        decoder = avb_tf.networks.DenseDecoder((6,), 1, 32, 1)
+        adversary = QuadraticAdversary(latent_dim=2)
+        model = avb_tf.AVB((6,), encoder, decoder, adversary, contrast="prior", condition="x")
     """
 
     def __init__(self, **kwargs):

@@ -1,8 +1,9 @@
-"""The authors' networks on MNIST's shapes, for timing.
+"""The authors' networks on MNIST's shapes, for timing steps.
 
 python main.py --config=configs/benchmark.py:mlp --mode=benchmark
 
-`mlp` is dense, `conv` convolutional; both have the authors' noise bases and factorised adversary.
+`mlp` has dense networks, `conv` convolutional ones; both use the authors' noise bases and
+factorised adversary.
 """
 
 from avb_tf import configuration
@@ -16,6 +17,6 @@ def get_config(networks="mlp"):
     )  # fmt: skip
     config.name = f"benchmark-{networks}"
     config.data.name = "mnist"
-    if networks == "conv":  # or the monitor takes a minute of an epoch of twenty
+    if networks == "conv":  # otherwise the monitor takes a minute of a twenty-minute epoch
         config.monitor.examples, config.monitor.samples = 16, 64
     return config

@@ -1,9 +1,9 @@
-"""Binarised MNIST with the authors' convolutional networks and schedule: for an accelerator.
+"""Binarised MNIST with the authors' convolutional networks and schedule: needs an accelerator.
 
   python main.py --config=configs/mnist_conv.py:avb_ac_paper --config.data.path=mnist.npz
 
-`:avb_ac_paper-32` has 32 latents in place of 8, and so for every method. Not run here but for a few
-steps in the tests. The paper has log p(x) = -89.6 nats with 8 latents and -80.2 with 32.
+`:avb_ac_paper-32` has 32 latents instead of 8; the suffix works with every method. The tests run
+only a few steps of it. The paper reports log p(x) = -89.6 nats with 8 latents and -80.2 with 32.
 """
 
 from avb_tf import configuration
@@ -29,6 +29,6 @@ def get_config(variant="avb_ac_paper"):
     config.optimizer.beta_1 = 0.5
     config.optimizer.decay = "none"
     config.log_every = 1000
-    config.monitor.examples, config.monitor.samples = 16, 64  # whose decoder is slow
+    config.monitor.examples, config.monitor.samples = 16, 64  # the decoder is slow
     config.checkpoint_every = config.figures_every = 10_000
     return config

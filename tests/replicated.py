@@ -58,12 +58,12 @@ def main(out, name, steps_per_execution, method, steps):
     ).history
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
     variables = model.weights + [v for o in optimizers for v in o.variables]
-    found = {f"{i:03d} {v.path}": keras.ops.convert_to_numpy(v) for i, v in enumerate(variables)}
+    state = {f"{i:03d} {v.path}": keras.ops.convert_to_numpy(v) for i, v in enumerate(variables)}
     metrics = {f"metric {k}": v[-1] for k, v in history.items()}
     model.evaluate(pipeline.evaluation_batches(source.validation, BATCH, True), verbose=0)
     count = keras.ops.convert_to_numpy(model.means["elbo"].count)
-    found["count"] = np.array([count, source.validation.size])
-    np.savez(out, **found, **metrics)
+    state["count"] = np.array([count, source.validation.size])
+    np.savez(out, **state, **metrics)
 
 
 if __name__ == "__main__":

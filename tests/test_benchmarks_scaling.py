@@ -21,9 +21,9 @@ def test_every_size_is_measured_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "STEP", {("model.draws", "model.adversary_draws"): (1, 2)})
     monkeypatch.setattr(scaling, "AIS", {})
     scaling.scaling(CONFIG, tmp_path)
-    found = json.loads((tmp_path / scaling.FILE).read_text())
-    assert [p["value"] for p in found["model.draws"]] == [1, 2]
-    assert all(p["seconds"] > 0 and p["megabytes"] > 100 for p in found["model.draws"])
+    measured = json.loads((tmp_path / scaling.FILE).read_text())
+    assert [p["value"] for p in measured["model.draws"]] == [1, 2]
+    assert all(p["seconds"] > 0 and p["megabytes"] > 100 for p in measured["model.draws"])
     assert (tmp_path / "figures" / "scaling.png").stat().st_size > 1000
 
 

@@ -87,11 +87,11 @@ def called(root, monkeypatch):
     """Runs a command line up to its mode; returns what that would be called with."""
 
     def record(line):
-        found = []
-        mode = SimpleNamespace(train=lambda *arguments: found.extend(arguments))
+        calls = []
+        mode = SimpleNamespace(train=lambda *arguments: calls.extend(arguments))
         monkeypatch.setattr(command_line, "_imported", lambda module: mode)
         run(line)
-        return found
+        return calls
 
     return record
 
@@ -128,7 +128,7 @@ def test_modes_that_do_not_train_together_are_left_to_the_first_worker(
         command_line.main(
             ["avb-tf", "--config=configs/digits.py:vae", f"--workdir={tmp_path}", f"--mode={mode}"]
         )
-        assert f"--mode={mode} is left to the first worker" in capsys.readouterr().out
+        assert f"--mode={mode} runs only on the first worker" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -187,24 +187,28 @@ def test_a_finished_run_is_left_as_it_is(workdir, capsys):
 def test_later_commands_need_only_the_workdir(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     run("--workdir=. --mode=evaluate")
-    found = results(workdir)
-    assert found.keys() >= {
+    evaluation = results(workdir)
+    assert evaluation.keys() >= {
         "method", "data", "event_shape", "split", "step", "seconds", "config_hash", "estimates",
     }  # fmt: skip
-    assert (found["method"], found["data"], found["split"]) == ("vae", "digits", "test")
-    assert found["step"] == 20
+    assert (evaluation["method"], evaluation["data"], evaluation["split"]) == (
+        "vae",
+        "digits",
+        "test",
+    )
+    assert evaluation["step"] == 20
     counts = {"elbo": 20, "log_likelihood_quadrature": 20, "kl_q_exact_posterior": 2}
-    assert found["estimates"].keys() >= counts.keys()
-    for estimate in found["estimates"].values():
+    assert evaluation["estimates"].keys() >= counts.keys()
+    for estimate in evaluation["estimates"].values():
         assert np.isfinite([estimate["mean"], estimate["standard_error"]]).all()
-    assert {name: found["estimates"][name]["count"] for name in counts} == counts
+    assert {name: evaluation["estimates"][name]["count"] for name in counts} == counts
 
     before = (workdir / "config.json").read_bytes()
     run("--config.eval.grid=50 --workdir=. --mode=evaluate")
     again = results(workdir)
     assert again["estimates"]["log_likelihood_quadrature"]["grid"] == 50
-    assert again["config_hash"] == found["config_hash"]
-    assert again["estimates"]["elbo"] == found["estimates"]["elbo"]
+    assert again["config_hash"] == evaluation["config_hash"]
+    assert again["estimates"]["elbo"] == evaluation["estimates"]["elbo"]
     assert (workdir / "config.json").read_bytes() == before
 
     run("--workdir=. --mode=sample")

@@ -22,11 +22,11 @@ def make(directory, method="vae", seed=0, shift=0.0, data="digits", x=X, **chang
         "elbo": results.estimate(values - 1.0),
         "log_likelihood_ais": results.estimate(values),
     }
-    found = {name: 0 for name in results.FIELDS} | {
+    content = {name: 0 for name in results.FIELDS} | {
         "method": method, "data": data, "event_shape": [3], "split": "test", "step": 7,
         "family": method, "estimates": estimates, **changes,
     }  # fmt: skip
-    results.save(directory, found)
+    results.save(directory, content)
     results.save_values(directory, x, {"log_likelihood_ais": values})
 
 
@@ -68,8 +68,8 @@ def test_what_training_logged_is_drawn_for_each_data_set(tmp_path):
                 tf.summary.scalar(training_curves.BOUND, -1.0 / step)
         writer.close()
     compared(tmp_path)
-    found = {path.name for path in tmp_path.glob("training_*.png")}
-    assert found == {"training_digits.png", "training_tfds_mnist.png"}
+    figures = {path.name for path in tmp_path.glob("training_*.png")}
+    assert figures == {"training_digits.png", "training_tfds_mnist.png"}
 
 
 def test_only_common_examples_are_paired(tmp_path):
@@ -110,7 +110,7 @@ def test_what_is_damaged_is_left_out(tmp_path, damage):
     ("flags", "said"),
     [
         (["--workdir={}"], "holds no finished runs"),
-        ([], "takes --workdir=DIR"),
+        ([], "takes only --workdir=DIR"),
         (["--workdir={}", "--config=configs/digits.py"], "found --config=configs/digits.py"),
         (["--workdir={}", "stray"], "found stray"),
         (["--workdir={}", "--config.steps=3"], "found --config.steps=3"),
@@ -134,13 +134,13 @@ def test_a_standard_error_of_the_difference_covers_the_truth():
 
         def side(shift, examples=examples):
             return [
-                compare.Run("", {"method": ""}, {
+                compare.EvaluatedRun("", {"method": ""}, {
                     "example": np.arange(60),
                     "e": examples + shift + generator.normal(0, 0.2) + generator.normal(0, 0.5, 60),
                 })
                 for _ in range(4)
             ]  # fmt: skip
 
-        found = compare._paired(side(0.3), side(0.0), "e")
-        inside += abs(found["mean"] - 0.3) < 2.0 * found["standard_error"]
+        difference = compare._paired(side(0.3), side(0.0), "e")
+        inside += abs(difference["mean"] - 0.3) < 2.0 * difference["standard_error"]
     assert inside / 200 > 0.88  # 0.95 for a normal one; the seeds are few

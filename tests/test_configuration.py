@@ -86,7 +86,7 @@ def test_the_digest_does_not_depend_on_order():
 
 
 @pytest.mark.parametrize(
-    ("damage", "found"),
+    ("damage", "fault"),
     [
         (lambda plain: plain.pop("optimizer"), "config has no field 'optimizer'"),
         (lambda plain: plain["data"].pop("seed"), "config.data has no field 'seed'"),
@@ -98,14 +98,14 @@ def test_the_digest_does_not_depend_on_order():
         (lambda plain: plain["model"].update(filters="many"), "config.model.filters is 'many'"),
     ],
 )
-def test_a_damaged_file_is_named_with_its_first_fault(tmp_path, damage, found):
+def test_a_damaged_file_is_named_with_its_first_fault(tmp_path, damage, fault):
     plain = configuration.resolve(configuration.default("vae"))
     damage(plain)
     (tmp_path / configuration.FILE).write_text(json.dumps(plain))
     with pytest.raises(UserError) as caught:
         configuration.load(tmp_path)
     assert str(tmp_path / configuration.FILE) in str(caught.value)
-    assert found in str(caught.value)
+    assert fault in str(caught.value)
 
 
 def test_a_whole_number_may_stand_for_a_float(tmp_path):
@@ -120,9 +120,9 @@ def test_a_budget_sets_the_sizes_that_a_config_does_not():
     assert run.sizes(settings) == run.BUDGETS["standard"]
     settings.budget = "paper"
     settings.subset, settings.ais.chains = 7, 3
-    found = run.sizes(settings)
+    sizes = run.sizes(settings)
     own = {"subset": 7, "ais.chains": 3}
-    assert found == run.BUDGETS["paper"] | own
+    assert sizes == run.BUDGETS["paper"] | own
     authors = {"subset": 320, "ais.temperatures": 2000, "ais.chains": 8, "ais.leapfrog_steps": 30}
     assert all(run.BUDGETS["paper"][name] >= size for name, size in authors.items())
     for name, size in run.BUDGETS["quick"].items():

@@ -106,8 +106,8 @@ def test_the_divergence_is_the_mean_log_ratio_under_a_q_that_is_no_gaussian(name
     ids=CONTRASTS,
 )
 def test_the_divergence_is_the_closed_form(name, expected):
-    found = divergence(contrast(name), prior(3))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    actual = divergence(contrast(name), prior(3))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def nearly_a_point(name):

@@ -67,11 +67,11 @@ def assert_same(source, other):
 
 def assert_disjoint_and_complete(source, examples):
     """The splits together hold each of the distinct `examples` [n, *event] once."""
-    found = np.concatenate([content(split).reshape(split.size, -1) for split in splits(source)])
+    x = np.concatenate([content(split).reshape(split.size, -1) for split in splits(source)])
     expected = examples.reshape(len(examples), -1)
     assert len(np.unique(expected, axis=0)) == len(expected)
-    np.testing.assert_allclose(np.unique(found, axis=0), np.unique(expected, axis=0), atol=1e-6)
-    assert len(found) == len(expected)
+    np.testing.assert_allclose(np.unique(x, axis=0), np.unique(expected, axis=0), atol=1e-6)
+    assert len(x) == len(expected)
 
 
 def npz(folder, name="a.npz", /, **arrays):
@@ -223,9 +223,9 @@ def test_images_are_cut_by_the_seed_and_searched_recursively(tmp_path):
     source = load("images", tmp_path)
     assert source.event_shape == (8, 8, 3)
     assert sizes(source) == (16, 2, 2)
-    found = np.concatenate([content(split) for split in splits(source)])
-    assert len(np.unique(found.reshape(20, -1), axis=0)) == 20
-    assert 0 <= found.min() < found.max() <= 1
+    images = np.concatenate([content(split) for split in splits(source)])
+    assert len(np.unique(images.reshape(20, -1), axis=0)) == 20
+    assert 0 <= images.min() < images.max() <= 1
     assert_same(load("images", tmp_path), source)
     assert (content(load("images", tmp_path, seed=1).test) != content(source.test)).any()
     batch = source.train.read(tf.constant([5, 5, 0], tf.int64)).numpy()
@@ -347,10 +347,10 @@ def test_mnist_of_4x4_is_white_where_a_quarter_is_ink(mnist_path):
     assert sizes(small) == sizes(whole)
     np.testing.assert_array_equal(small.test.labels, whole.test.labels)
     squares = content(whole.test)[..., 0].reshape(-1, 4, 7, 4, 7).mean((2, 4))
-    found = content(small.test)[..., 0]
+    pixels = content(small.test)[..., 0]
     clear = np.abs(squares - 0.25) > 1e-5
     assert clear.mean() > 0.999
-    np.testing.assert_array_equal(found[clear], (squares > 0.25)[clear])
+    np.testing.assert_array_equal(pixels[clear], (squares > 0.25)[clear])
 
 
 MISTAKES = {

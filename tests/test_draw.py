@@ -18,8 +18,8 @@ def test_every_figure_is_written_as_png_and_as_pdf(tmp_path):
     command_line.main(["x", f"--workdir={path}", "--mode=figures"])
     names = ["interpolations", "latent_space", "manifold", "posteriors", "reconstructions",
              "samples", "training"]  # fmt: skip
-    found = sorted(file.name for file in (path / "figures").iterdir())
-    assert found == sorted(f"{name}.{kind}" for name in names for kind in ("png", "pdf"))
+    names_of_files = sorted(file.name for file in (path / "figures").iterdir())
+    assert names_of_files == sorted(f"{name}.{kind}" for name in names for kind in ("png", "pdf"))
     for file in (path / "figures").iterdir():
         assert file.read_bytes().startswith(b"%PDF" if file.suffix == ".pdf" else b"\x89PNG")
     command_line.main(["x", f"--workdir={path}", "--mode=explore"])

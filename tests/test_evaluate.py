@@ -16,19 +16,19 @@ TINY = {"width": 16, "bases": 4, "basis_width": 8, "adversary_width": 16}
 
 
 def config(method="avb_ac", **changes):
-    found = digits.get_config(method)
-    found.steps, found.log_every, found.checkpoint_every, found.figures_every = 20, 10, 20, 0
-    found.model.update(TINY | changes)
-    found.eval.update({"grid": 40, "posteriors": 2, "subset": 3, "repeats": 1, "gap": 0})
-    return found
+    config_of_run = digits.get_config(method)
+    config_of_run.update({"steps": 20, "log_every": 10, "checkpoint_every": 20, "figures_every": 0})
+    config_of_run.model.update(TINY | changes)
+    config_of_run.eval.update({"grid": 40, "posteriors": 2, "subset": 3, "repeats": 1, "gap": 0})
+    return config_of_run
 
 
 def test_an_estimate_is_a_mean_with_its_standard_error():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    found = results.estimate(values, grid=7)
-    assert found["mean"] == pytest.approx(values.mean())
-    assert found["standard_error"] == pytest.approx(np.std(values, ddof=1) / 20)
-    assert (found["count"], found["grid"]) == (400, 7)
+    summary = results.estimate(values, grid=7)
+    assert summary["mean"] == pytest.approx(values.mean())
+    assert summary["standard_error"] == pytest.approx(np.std(values, ddof=1) / 20)
+    assert (summary["count"], summary["grid"]) == (400, 7)
     assert results.estimate([1.0])["standard_error"] == 0.0
 
 
@@ -44,8 +44,8 @@ def test_the_bound_is_the_mean_of_its_terms_whatever_the_chunks():
     # `bound` takes 64 draws of its own, here against 4000.
     error = log_likelihood.std(0) * np.sqrt(1 / estimates.DRAWS + 1 / 4000)
     for batch_size in (6, 4):
-        found = estimates.bound(model, x, batch_size)
-        assert (np.abs(found - expected) < 5 * error).all()
+        bound = estimates.bound(model, x, batch_size)
+        assert (np.abs(bound - expected) < 5 * error).all()
 
 
 AIS = {"temperatures": 10, "chains": 4, "leapfrog_steps": 3}
@@ -58,26 +58,26 @@ def test_more_latents_are_estimated_by_ais(tmp_path, capsys, monkeypatch):
     changed.eval.update({"subset": 5, "simulated": 4, "gap": 0})
     changed.eval.ais.update(AIS)
     evaluate.train_and_evaluate(changed, tmp_path)
-    found = json.loads((tmp_path / results.FILE).read_text())["estimates"]
-    annealed = found["log_likelihood_ais"]
+    by_name = json.loads((tmp_path / results.FILE).read_text())["estimates"]
+    annealed = by_name["log_likelihood_ais"]
     assert {k: annealed[k] for k in AIS} == AIS
     assert len(annealed["acceptance_by_temperature"]) == 10
     names = ["elbo_of_the_same_examples", "log_likelihood_ais"]
     names += [f"log_likelihood_iwae_{k}" for k in (1, 100, 5000)]
     for name in names:
-        assert found[name]["count"] == 5
+        assert by_name[name]["count"] == 5
     # Untrained, q is far from the posterior: AIS, too short as it is, lies above the bound.
-    assert annealed["mean"] > found["elbo_of_the_same_examples"]["mean"] - 1.0
-    iwae = [found[f"log_likelihood_iwae_{k}"]["mean"] for k in (1, 100, 5000)]
+    assert annealed["mean"] > by_name["elbo_of_the_same_examples"]["mean"] - 1.0
+    iwae = [by_name[f"log_likelihood_iwae_{k}"]["mean"] for k in (1, 100, 5000)]
     assert iwae[0] < iwae[1] < iwae[2]
-    assert found["bdmc_gap"]["count"] == 4
-    assert found["bdmc_gap"]["mean"] == pytest.approx(
-        found["log_likelihood_bdmc_upper"]["mean"] - found["log_likelihood_bdmc_lower"]["mean"]
+    assert by_name["bdmc_gap"]["count"] == 4
+    assert by_name["bdmc_gap"]["mean"] == pytest.approx(
+        by_name["log_likelihood_bdmc_upper"]["mean"] - by_name["log_likelihood_bdmc_lower"]["mean"]
     )
     with np.load(tmp_path / "evaluation" / "per_example.npz", allow_pickle=False) as values:
         assert len(np.unique(values["example"])) == len(values["elbo_adversary"])
         for name in names:
-            assert values[name].mean() == pytest.approx(found[name]["mean"])
+            assert values[name].mean() == pytest.approx(by_name[name]["mean"])
     for name in ("convergence", "weights", "annealing"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "Pareto k" in capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_more_latents_are_estimated_by_ais(tmp_path, capsys, monkeypatch):
         file.unlink()
     evaluate.evaluate(changed, tmp_path)
     again = json.loads((tmp_path / results.FILE).read_text())["estimates"]
-    for name, before in found.items():
+    for name, before in by_name.items():
         assert again[name] | {"seconds": 0} == before | {"seconds": 0}, name
 
 

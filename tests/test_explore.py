@@ -38,12 +38,12 @@ def described(page):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_page_holds_the_decoder_and_the_means(name):
     model, x = make(name)
-    found = described(explore.page(model, x, np.arange(30) % 3, "a title"))
+    content = described(explore.page(model, x, np.arange(30) % 3, "a title"))
     weights = sum(int(np.prod(w.shape)) for w in model.averaged_decoder.weights)
-    stored = sum(len(layer[key]) for layer in found["layers"] for key in ("kernel", "bias"))
+    stored = sum(len(layer[key]) for layer in content["layers"] for key in ("kernel", "bias"))
     assert stored >= weights * 4 * 4 / 3
-    assert found["labels"] == [i % 3 for i in range(30)]
-    assert found["latents"] == model.encoder.latent_dim
+    assert content["labels"] == [i % 3 for i in range(30)]
+    assert content["latents"] == model.encoder.latent_dim
 
 
 def test_the_page_asks_for_nothing_and_ends_no_script_early():
@@ -68,8 +68,8 @@ def test_the_page_decodes_as_the_model(name, tmp_path, artefacts):
     with browser.Page(tmp_path / "profile") as page:
         page.open(file.as_uri())
         for z in np.random.default_rng(1).normal(size=[3, model.encoder.latent_dim]):
-            found = page.evaluate(f"Array.from(decode({z.tolist()}))")
-            np.testing.assert_allclose(found, np.ravel(model.decode([z])), atol=1e-5)
+            decoded = page.evaluate(f"Array.from(decode({z.tolist()}))")
+            np.testing.assert_allclose(decoded, np.ravel(model.decode([z])), atol=1e-5)
         before = page.evaluate("z")
         page.evaluate("element('draw').click()")
         assert page.evaluate("z") != before

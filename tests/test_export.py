@@ -133,10 +133,10 @@ def test_an_export_answers_as_the_keras_model(method, loaded):
         DETERMINISTIC | SEEDED | FRESH | {f"{name}_uint8" for name in of_x}
     )
     for name in REPEATABLE:
-        found = served.run(name, request(served, name))
+        answer = served.run(name, request(served, name))
         for output, expected in by_keras(model_of(method), name).items():
             np.testing.assert_allclose(
-                found[output], expected, rtol=1e-5, atol=1e-5, err_msg=f"{name} {output}"
+                answer[output], expected, rtol=1e-5, atol=1e-5, err_msg=f"{name} {output}"
             )
 
 
@@ -157,7 +157,7 @@ def test_a_row_is_answered_alike_in_batches_of_1_7_and_64(method, loaded):
 def test_every_signature_passes_its_check(method, loaded):
     served = loaded(method)
     repeats = {name: check.check_signature(served, name)[-1] for name in [*REPEATABLE, *FRESH]}
-    assert {name for name, found in repeats.items() if found == "fresh"} == FRESH
+    assert {name for name, repeated in repeats.items() if repeated == "fresh"} == FRESH
 
 
 def test_bytes_and_floats_are_the_same_images(loaded):
@@ -177,12 +177,12 @@ from avb_tf.serving.saved_model import SavedModel
 served = SavedModel(sys.argv[1])
 x, rows = np.zeros([4, 4, 4, 1], np.float32), np.arange(4)
 inputs = {"encode": {"x": x}, "reconstruct": {"x": x}, "sample": {"row": rows}}
-found = {name: [served.run(name, i) for _ in range(2)] for name, i in inputs.items()}
+replies = {name: [served.run(name, i) for _ in range(2)] for name, i in inputs.items()}
 seeded = served.run("encode_seeded", {"x": x, "seed": rows})
 assert not {"tensorflow", "keras"} & sys.modules.keys()
 np.savez(sys.argv[2], seeded=seeded["z"], **{
     f"{name}{i}": answer["z"] if "z" in answer else next(iter(answer.values()))
-    for name, answers in found.items() for i, answer in enumerate(answers)
+    for name, answers in replies.items() for i, answer in enumerate(answers)
 })
 """
 

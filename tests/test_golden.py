@@ -22,9 +22,9 @@ def recorded(release, name):
     return json.loads((release / "values.json").read_text())[name]
 
 
-def assert_close(found, expected, tolerance):
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
         np.testing.assert_allclose(value, expected[name], rtol=0.0, atol=tolerance, err_msg=name)
 
 
@@ -60,14 +60,14 @@ def test_a_run_is_resumed_and_evaluated_to_the_same_end(release, tmp_path):
     command_line.main(["avb-tf", f"--workdir={tmp_path}/run", "--mode=train_and_evaluate"])
     for weight, then in zip(checkpoints.load(tmp_path / "run").weights, ended, strict=True):
         np.testing.assert_allclose(weight.numpy(), then, rtol=0.0, atol=1e-5, err_msg=weight.path)
-    found, then = (
+    now, then = (
         json.loads((workdir / "results.json").read_text())
         for workdir in (tmp_path / "run", release / "run")
     )
-    assert found["config_hash"] == then["config_hash"]
-    assert found["family"] == then["family"]
-    assert found["estimates"].keys() == then["estimates"].keys()
-    for name, estimate in found["estimates"].items():
+    assert now["config_hash"] == then["config_hash"]
+    assert now["family"] == then["family"]
+    assert now["estimates"].keys() == then["estimates"].keys()
+    for name, estimate in now["estimates"].items():
         assert estimate["mean"] == pytest.approx(then["estimates"][name]["mean"], abs=1e-4), name
 
 

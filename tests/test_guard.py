@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no number: left out, counted, and survived."""
+"""Steps whose loss or gradient is not finite are skipped and counted, and training goes on."""
 
 import contextlib
 import signal
@@ -106,7 +106,7 @@ def test_without_the_guard_the_first_one_spoils_all():
 def test_a_weight_that_is_no_number_reaches_no_checkpoint(tmp_path):
     model = make()
     model.averaged_decoder.weights[0].assign(np.nan * model.averaged_decoder.weights[0])
-    with pytest.raises(DivergenceError, match="is no number at step 0"):
+    with pytest.raises(DivergenceError, match="is not finite at step 0"):
         checkpoints.save(model, tmp_path, keep=1)
     assert not list(tmp_path.rglob("*.keras"))
 
@@ -140,7 +140,7 @@ def test_a_run_goes_back_and_on_at_a_lower_rate_and_at_last_stops(tmp_path, monk
     assert loaded.optimizer._learning_rate.start == pytest.approx(whole / 2)
 
     until["rollbacks"] = 99
-    with pytest.raises(UserError, match=r"diverged: .* 5 steps .* after 2 returns"):
+    with pytest.raises(UserError, match=r"diverged: .* 5 steps .* after 2 rollbacks"):
         train.train(config, tmp_path / "stops")
     left = checkpoints.load(tmp_path / "stops")
     assert int(left.step.value) == 30
@@ -157,9 +157,9 @@ def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
     x = pipeline.examples(x, x.size, binary=True)
 
     def spoiled(self, batch):
-        found, bad = plain(self, batch), self.step.value % 50 == 49
-        first = tf.range(tf.size(found)) == 0  # one number of the batch
-        return tf.where(tf.reshape(first, tf.shape(found)) & bad, np.nan, found)
+        loss, bad = plain(self, batch), self.step.value % 50 == 49
+        first = tf.range(tf.size(loss)) == 0  # one number of the batch
+        return tf.where(tf.reshape(first, tf.shape(loss)) & bad, np.nan, loss)
 
     bounds = [estimates.bound(train.train(config, tmp_path / "clean"), x)]
     with monkeypatch.context() as patch, caplog.at_level("WARNING", "absl"):
@@ -200,7 +200,7 @@ def test_an_elbo_that_explodes_is_no_end_without_the_guard():
 def test_a_learning_rate_of_one_stops_with_the_reason(tmp_path):
     config = tiny("avb_ac")
     config.optimizer.learning_rate = 1.0
-    with pytest.raises(UserError, match=r"training diverged: elbo is -.* after 2 returns"):
+    with pytest.raises(UserError, match=r"training diverged: elbo is -.* after 2 rollbacks"):
         train.train(config, tmp_path)
     left = checkpoints.load(tmp_path)
     assert all(np.isfinite(v.numpy()).all() for v in left.weights)
@@ -214,13 +214,13 @@ def test_the_step_of_every_method_compiles_for_xla(method):
     step = tf.function(
         model.train_step, jit_compile=True, input_signature=[(tf.TensorSpec([16, 6]),)]
     )
-    found = step((batch(),))
-    assert np.isfinite([float(v) for v in found.values()]).all()
+    logs = step((batch(),))
+    assert np.isfinite([float(v) for v in logs.values()]).all()
     assert int(model.step.value) == 1
     # XLA draws other noise; what needs none is the same but for rounding.
     if method == "vae":
         plain = make(method).train_step((batch(),))
-        np.testing.assert_allclose(found["kl"], plain["kl"], rtol=1e-4)
+        np.testing.assert_allclose(logs["kl"], plain["kl"], rtol=1e-4)
 
 
 def test_a_signal_is_left_to_whoever_had_it():

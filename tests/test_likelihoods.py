@@ -58,9 +58,9 @@ def elementwise(name, outputs, x):
 @pytest.mark.parametrize("event", EVENTS, ids=str)
 def test_log_likelihood_sums_the_density_over_the_event_only(name, event):
     outputs, x = outputs_for(name, 3, 4, *event), data_for(name, 4, *event)
-    found = log_likelihood(LIKELIHOODS[name], tf.constant(outputs), tf.constant(x))
+    actual = log_likelihood(LIKELIHOODS[name], tf.constant(outputs), tf.constant(x))
     expected = elementwise(name, outputs, x).reshape(3, 4, -1).sum(-1)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 @every_likelihood
@@ -80,8 +80,8 @@ def test_pairs_are_log_likelihoods_pair_by_pair(name, event):
 @every_likelihood
 def test_the_mean_is_that_of_the_distribution_before_rounding(name):
     outputs = outputs_for(name, 1000)
-    found = LIKELIHOODS[name].mean(outputs)
-    np.testing.assert_allclose(found, scipy.special.expit(outputs[..., 0]), rtol=1e-5)
+    mean = LIKELIHOODS[name].mean(outputs)
+    np.testing.assert_allclose(mean, scipy.special.expit(outputs[..., 0]), rtol=1e-5)
 
 
 def test_the_mean_of_a_bernoulli_is_the_probability_of_one():

@@ -222,7 +222,7 @@ POSTERIORS = {
     f"{POSTERIOR} --config.fit.learning_rate=nan": "config.fit.learning_rate is nan",
     f"{POSTERIOR} --config.batch_size=5": "'batch_size'",
     f"{POSTERIOR} --mode=export": "has no fit; train it first",
-    f"{POSTERIOR} --mode=benchmark": "--mode=benchmark is of no use here",
+    f"{POSTERIOR} --mode=benchmark": "--mode=benchmark does not apply to method 'posterior'",
     "--config=configs/digits.py --workdir=unfitted": "config.method = posterior, found avb_ac",
     "--config=configs/posteriors.py --workdir=run": "config.method = vae, found posterior",
     "--workdir=unfitted --mode=evaluate": "unfitted has no fit",

@@ -188,9 +188,9 @@ def test_evaluation_sees_all_data_whatever_a_call_takes(steps):
     model = make("vae")
     alone = model.evaluate(binary(64), batch_size=64, verbose=0, return_dict=True)
     model.compile(steps_per_execution=steps)
-    found = model.evaluate(binary(64), batch_size=16, verbose=0, return_dict=True)
+    metrics = model.evaluate(binary(64), batch_size=16, verbose=0, return_dict=True)
     assert model.means["elbo"].count == 64
-    assert found["elbo"] == pytest.approx(alone["elbo"], abs=1.0)
+    assert metrics["elbo"] == pytest.approx(alone["elbo"], abs=1.0)
 
 
 def test_the_seed_decides_the_run():
@@ -251,9 +251,9 @@ def test_labels_are_ignored():
 
 def test_evaluation_reports_the_adversary_beside_the_bound():
     model = make()
-    found = model.evaluate(binary(), batch_size=16, verbose=0, return_dict=True)
-    assert found["adversary_loss"] == pytest.approx(2 * np.log(2), abs=1e-5)  # T = 0 at the start
-    assert found["elbo"] == pytest.approx(found["log_likelihood"] - found["kl"], abs=1e-4)
+    metrics = model.evaluate(binary(), batch_size=16, verbose=0, return_dict=True)
+    assert metrics["adversary_loss"] == pytest.approx(2 * np.log(2), abs=1e-5)  # T = 0 at the start
+    assert metrics["elbo"] == pytest.approx(metrics["log_likelihood"] - metrics["kl"], abs=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"adversary": "none"}, {"condition": "posterior"}])

@@ -43,18 +43,18 @@ def rows(text):
 @pytest.mark.parametrize("place", ["checkpoints", "export/1/assets.extra"])
 def test_a_card_has_the_results_the_config_and_the_versions(place, workdir):
     text = card(workdir / place)
-    found = rows(text)
+    cells = rows(text)
     estimates = json.loads((workdir / "results.json").read_text())["estimates"]
     assert estimates
     for name, estimate in estimates.items():
-        mean, error, count = found[name]
+        mean, error, count = cells[name]
         assert mean == f"{estimate['mean']:.4f}"
         assert error == f"{estimate['standard_error']:.4f}"
         assert int(count) == estimate["count"]
-    assert found["training data"] == ["digits"]
-    assert found["method"] == ["vae"]
-    assert found["tensorflow"] == [tf.__version__]
-    assert found["avb_tf"] == [avb_tf.__version__]
+    assert cells["training data"] == ["digits"]
+    assert cells["method"] == ["vae"]
+    assert cells["tensorflow"] == [tf.__version__]
+    assert cells["avb_tf"] == [avb_tf.__version__]
     config = json.loads(re.search(r"```json\n(.*?)\n```", text, re.DOTALL).group(1))
     assert config == json.loads((workdir / "config.json").read_text())
 

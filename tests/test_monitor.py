@@ -16,9 +16,9 @@ SATURATED = {"adversary_loss": 0.1, "adversary_accuracy": 0.99}
 
 
 def monitor(model, x, directory, samples=256, largest_gap=3.0):
-    found = Monitor(x, samples, largest_gap, directory)
-    found.set_model(model)
-    return found
+    callback = Monitor(x, samples, largest_gap, directory)
+    callback.set_model(model)
+    return callback
 
 
 def logged(monitor, **logs):
@@ -69,11 +69,11 @@ def test_it_is_silent_where_the_two_bounds_agree(method, tmp_path, caplog):
 
 def test_it_warns_of_a_saturated_adversary_once(tmp_path, caplog):
     model = avb_tf.build("avb_ac", (6,), latent_dim=2, width=16)
-    found = monitor(model, np.eye(6, dtype=np.float32), tmp_path)
-    logged(found, **WARM)
+    callback = monitor(model, np.eye(6, dtype=np.float32), tmp_path)
+    logged(callback, **WARM)
     assert not messages(caplog)
     for _ in range(2):
-        logged(found, **SATURATED)
+        logged(callback, **SATURATED)
     [text] = texts(tmp_path)
     assert messages(caplog) == [text]
     assert "loss 0.100" in text
@@ -85,8 +85,8 @@ def test_it_warns_where_the_elbo_is_too_high(tmp_path, caplog):
     x = np.eye(6, dtype=np.float32)
     before = logged(monitor(model, x, tmp_path), **WARM)["val_elbo_minus_importance_bound"]
     model.adversary.head.bias.assign([-10.0])  # T, and so the KL, 10 nats too low
-    found = monitor(model, x, tmp_path)
-    after = [logged(found, **WARM)["val_elbo_minus_importance_bound"] for _ in range(2)]
+    callback = monitor(model, x, tmp_path)
+    after = [logged(callback, **WARM)["val_elbo_minus_importance_bound"] for _ in range(2)]
     np.testing.assert_allclose(after, before + 10.0, rtol=1e-4)
     [text] = texts(tmp_path)
     assert "nats above" in text
@@ -110,6 +110,6 @@ def test_prior_contrast_on_mnist_is_found_out(small_mnist, tmp_path, caplog):
     assert gaps[-1] > config.monitor.largest_gap
 
     evaluate.evaluate(config, tmp_path)
-    found = results.read(tmp_path / results.FILE)["estimates"]
-    elbo, ais = (found[name]["mean"] for name in ("elbo_adversary", "log_likelihood_ais"))
+    by_name = results.read(tmp_path / results.FILE)["estimates"]
+    elbo, ais = (by_name[name]["mean"] for name in ("elbo_adversary", "log_likelihood_ais"))
     assert elbo > ais + config.monitor.largest_gap

@@ -105,8 +105,8 @@ def test_examples_are_the_first_of_evaluation(count, expected):
 def test_replicas_share_each_batch_in_order(workers, replicas):
     def batches(worker=0, workers=1, replicas=1):
         context = tf.distribute.InputContext(workers, worker, replicas)
-        found = pipeline.training_batches(GREY, 12, 0, 3, 10, context=context)
-        return np.stack([x.numpy() for x in found])
+        shares = pipeline.training_batches(GREY, 12, 0, 3, 10, context=context)
+        return np.stack([x.numpy() for x in shares])
 
     whole = batches()
     assert len(whole) == 7

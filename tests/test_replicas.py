@@ -187,13 +187,13 @@ def test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers(tmp_path):
     cluster = [f"127.0.0.1:{port}" for port in free_ports(2)]
     runs = [start("one", "one", 10), start("two", "mirrored", 1)]
     runs += [start(f"worker_{i}", "auto", 10, cluster, i) for i in range(2)]
-    found = []
+    states = []
     for out, process in runs:
         error = process.communicate(timeout=500)[1]
         assert process.returncode == 0, error
-        found.append(dict(np.load(out)))
-    one, *others = found
-    for run in found:
+        states.append(dict(np.load(out)))
+    one, *others = states
+    for run in states:
         seen, there = run.pop("count")
         assert seen == there
         assert there % replicated.BATCH  # the last batch falls into unequal shares

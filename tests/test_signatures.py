@@ -68,8 +68,8 @@ def test_with_the_exact_posterior_any_number_of_draws_gives_the_log_likelihood(l
     encoder.log_scale.set_weights([np.zeros([3, 2]), np.log(np.diag(scale))])
     encoder.off_diagonal.set_weights([np.zeros([3, 4]), scale.ravel()])
     x = tf.constant(evidence.rvs(6, random_state=0), tf.float32)
-    found = importance_weighted(model, x, 32)
-    np.testing.assert_allclose(found, evidence.logpdf(x), atol=0.01)  # the scale has a floor
+    actual = importance_weighted(model, x, 32)
+    np.testing.assert_allclose(actual, evidence.logpdf(x), atol=0.01)  # the scale has a floor
 
 
 @pytest.mark.parametrize("method", ["vae", "avb"])

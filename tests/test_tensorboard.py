@@ -45,15 +45,15 @@ def server(runs):
         stderr=subprocess.PIPE, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )  # fmt: skip
     for line in process.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+        if urls := re.search(r"http://127\.0\.0\.1:\d+", line):
             break
     else:
         raise RuntimeError("TensorBoard did not start")
     end = time.monotonic() + 120
-    while "digits/logs" not in get(found[0], "data/runs"):
+    while "digits/logs" not in get(urls[0], "data/runs"):
         assert time.monotonic() < end
         time.sleep(0.5)
-    yield found[0]
+    yield urls[0]
     process.terminate()
     process.wait()
     process.stderr.close()
@@ -106,8 +106,8 @@ def test_histograms_of_latents_and_of_both_sides_of_t(server):
     assert set(tags) >= {
         "latents/all", "latents/0", "latents/1", "adversary/T of q", "adversary/T of r",
     }  # fmt: skip
-    found = get(server, "data/plugin/histograms/histograms", run=VALIDATION, tag="latents/all")
-    _, step, bins = found[-1]
+    steps = get(server, "data/plugin/histograms/histograms", run=VALIDATION, tag="latents/all")
+    _, step, bins = steps[-1]
     assert step == 40
     assert sum(count for _, _, count in bins) == pytest.approx(2 * 2 * HELD_OUT)
 
@@ -136,14 +136,14 @@ def test_hparams_have_the_settings_and_the_final_metrics(server):
     tags = {m["tag"] for m in metrics}
     assert {"final/validation/elbo", "final/test/elbo_adversary",
             "final/test/log_likelihood_quadrature"} <= tags  # fmt: skip
-    chosen = [m for m in experiment["metricInfos"] if m["name"]["tag"].startswith("final/")]
+    final = [m for m in experiment["metricInfos"] if m["name"]["tag"].startswith("final/")]
     groups = post(
         server,
         "data/plugin/hparams/session_groups",
         {
             "experimentName": "",
             "allowedStatuses": ["STATUS_SUCCESS"],
-            "colParams": [{"metric": m["name"]} for m in chosen],
+            "colParams": [{"metric": m["name"]} for m in final],
             "startIndex": 0,
             "sliceSize": 10,
         },
@@ -162,8 +162,8 @@ def test_the_config_is_text(server):
 
 
 def test_the_layout_of_custom_scalars_names_tags_that_exist(server):
-    found = get(server, "data/plugin/custom_scalars/layout")
-    charts = [chart for category in found["category"] for chart in category["chart"]]
+    layout = get(server, "data/plugin/custom_scalars/layout")
+    charts = [chart for category in layout["category"] for chart in category["chart"]]
     tags = get(server, "data/plugin/scalars/tags")[VALIDATION]
     for chart in charts:
         patterns = chart.get("multiline", {}).get("tag", [])
@@ -181,9 +181,9 @@ def test_profile_of_the_steps_asked_for(runs):
 def test_a_sprite_is_a_square_of_thumbnails(tmp_path):
     x = np.random.default_rng(0).random((5, 4, 6, 3), np.float32)
     (tmp_path / "sprite.png").write_bytes(tensorboard.sprite(x))
-    found = imread(tmp_path / "sprite.png")[..., :3]
-    assert found.shape == (12, 18, 3)
-    np.testing.assert_allclose(found[4:8, 6:12], x[4], atol=1 / 255)
+    sprite = imread(tmp_path / "sprite.png")[..., :3]
+    assert sprite.shape == (12, 18, 3)
+    np.testing.assert_allclose(sprite[4:8, 6:12], x[4], atol=1 / 255)
 
 
 PANELS = {  # and a word that the panel shows once its data are there
@@ -194,12 +194,12 @@ PANELS = {  # and a word that the panel shows once its data are there
     "projector": "200",
 }
 TEXT = """(function text(node) {
-  let found = node.nodeType === Node.TEXT_NODE ? node.textContent : "";
+  let content = node.nodeType === Node.TEXT_NODE ? node.textContent : "";
   for (const child of [...(node.shadowRoot?.childNodes ?? []), ...node.childNodes])
-    found += text(child) + " ";
+    content += text(child) + " ";
   const page = node.tagName === "IFRAME" && node.contentDocument?.body;  // none while it loads
-  if (page) found += text(page);
-  return found;
+  if (page) content += text(page);
+  return content;
 })(document.body)"""
 
 

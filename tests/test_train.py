@@ -99,7 +99,7 @@ def test_logs_and_figures_of_a_run(tmp_path, capsys):
 @pytest.mark.parametrize("config", [four_points, digits])
 def test_configs_name_their_workdir_and_their_method(config):
     for method in ("vae", "avb_ac"):
-        found = config.get_config(method)
-        assert found.method == method
-        assert found.name == f"{config.__name__.split('.')[-1]}-{method}"
-        assert os.sep not in found.name
+        config_of_run = config.get_config(method)
+        assert config_of_run.method == method
+        assert config_of_run.name == f"{config.__name__.split('.')[-1]}-{method}"
+        assert os.sep not in config_of_run.name

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it trains: checkpoints, scalars and figures."""
+"""Writes checkpoints, scalars and figures during training."""
 
 import contextlib
 import time
@@ -13,10 +13,10 @@ from avb_tf.figures import model as model_figures
 
 @contextlib.contextmanager
 def logged():
-    """Says so where TensorBoard's files cannot be written.
+    """Turns TensorFlow's errors about unwritable logs, which vary by cause, into an OSError.
 
     Raises:
-      OSError: in place of what TensorFlow raises, which depends on the reason.
+      OSError: TensorBoard's files cannot be written.
     """
     try:
         yield
@@ -35,7 +35,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.workdir, self.every, self.keep, self.last = workdir, every, keep, last
 
     def on_epoch_end(self, epoch, logs=None):
-        """An epoch ends every config.log_every steps, of which `every` is a multiple."""
+        """Saves if due; an epoch is config.log_every steps, and `every` is a multiple of it."""
         if _is_due(self.model, self.every, self.last):
             self.save()
 
@@ -69,11 +69,19 @@ class Scalars(keras.callbacks.Callback):
             with self.writers[side].as_default(step):
                 tf.summary.scalar(name.removeprefix("val_"), value)
         for writer in self.writers.values():
-            writer.flush()  # what is logged survives the process
+            writer.flush()  # the logs survive a killed process
 
 
 class Figures(keras.callbacks.Callback):
-    """Figures of held-out examples, as PNG in the workdir and as images in TensorBoard."""
+    """Draws figures of held-out examples: PNG files in the workdir and images in TensorBoard.
+
+    Args:
+      workdir: the run's directory.
+      every: steps between figures, a multiple of an epoch's; 0: only at `last`.
+      last: the last step of training.
+      x: [count, *event], held-out examples.
+      labels: [count] or None.
+    """
 
     def __init__(self, workdir: Path, every: int, last: int, x, labels=None):
         super().__init__()
@@ -81,7 +89,7 @@ class Figures(keras.callbacks.Callback):
         self.writer = tf.summary.create_file_writer(str(workdir / "logs" / "validation"))
 
     def on_epoch_end(self, epoch, logs=None):
-        """Every `every` steps, a multiple of an epoch's, and at the step `last`."""
+        """Draws if due."""
         if _is_due(self.model, self.every, self.last):
             self.draw()
 

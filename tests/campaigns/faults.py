@@ -248,12 +248,12 @@ def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0)
     )
     chance.shuffle(in_training)
     moments = in_training + ["evaluation"] * (kills - len(in_training))
-    found = list(disturbed(folder, whole, [(signal.SIGKILL, m) for m in moments], chance))
-    yield "SIGKILL of one run", kills, found, _counted(moments)
+    lost = list(disturbed(folder, whole, [(signal.SIGKILL, m) for m in moments], chance))
+    yield "SIGKILL of one run", kills, lost, _counted(moments)
 
     moments = list(itertools.islice(itertools.cycle(("compile", "step", "save")), terms))
-    found = list(disturbed(folder, whole, [(signal.SIGTERM, m) for m in moments], chance))
-    yield "SIGTERM of one run", terms, found, _counted(moments)
+    lost = list(disturbed(folder, whole, [(signal.SIGTERM, m) for m in moments], chance))
+    yield "SIGTERM of one run", terms, lost, _counted(moments)
 
     whole_pair = folder / "whole_pair"
     for job in pair(whole_pair):
@@ -263,18 +263,18 @@ def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0)
         ("SIGKILL", lost_workers, workers),
         ("SIGTERM", terminated_workers, 2),
     ):
-        found = list(harm(folder, whole_pair, count, chance))
+        lost = list(harm(folder, whole_pair, count, chance))
         victims = _counted(["other" if trial % 2 else "chief" for trial in range(count)])
-        yield f"{sent} of a worker of two", count, found, victims
+        yield f"{sent} of a worker of two", count, lost, victims
 
     kinds = list(itertools.islice(itertools.cycle(DAMAGES), damages))
-    found = list(damaged(folder, whole, kinds, chance))
-    yield "damaged checkpoint", damages, found, _counted(kinds)
+    lost = list(damaged(folder, whole, kinds, chance))
+    yield "damaged checkpoint", damages, lost, _counted(kinds)
 
     for mounted in (False, True)[: 1 + (os.geteuid() == 0)]:
-        found = list(full_disks(folder, whole, PLACES, mounted))
+        lost = list(full_disks(folder, whole, PLACES, mounted))
         what = "disk full, a small tmpfs" if mounted else "disk full, by a quota"
-        yield what, len(PLACES), found, _counted(list(PLACES))
+        yield what, len(PLACES), lost, _counted(list(PLACES))
 
     megabytes = memory.of_training(folder, steps)
     yield (
@@ -306,9 +306,9 @@ def main():
     total = 0
     with tempfile.TemporaryDirectory() as folder:
         print(f"{'what':28} {'trials':>6} {'losses':>6}")
-        for what, trials, found, note in campaign(Path(folder), **vars(options)):
-            print(f"{what:28} {trials:6} {len(found):6}  {'; '.join([note, *found])}", flush=True)
-            total += len(found)
+        for what, trials, lost, note in campaign(Path(folder), **vars(options)):
+            print(f"{what:28} {trials:6} {len(lost):6}  {'; '.join([note, *lost])}", flush=True)
+            total += len(lost)
     raise SystemExit(bool(total))
 
 

@@ -115,15 +115,15 @@ def disturb(job, moment, sent, chance):
 def variables(model):
     """All that a checkpoint holds, as arrays."""
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
-    found = model.weights + [v for o in optimizers for v in o.variables]
-    return [v.numpy() for v in found]
+    state = model.weights + [v for o in optimizers for v in o.variables]
+    return [v.numpy() for v in state]
 
 
 def losses(workdir, whole):
     """What of a finished run is not as in the undisturbed one, in words."""
-    expected, found = (variables(checkpoints.load(folder)) for folder in (whole, workdir))
-    if not all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True)):
-        differences = [np.abs(a - b).max() for a, b in zip(expected, found, strict=True)]
+    expected, actual = (variables(checkpoints.load(folder)) for folder in (whole, workdir))
+    if not all(np.array_equal(a, b) for a, b in zip(expected, actual, strict=True)):
+        differences = [np.abs(a - b).max() for a, b in zip(expected, actual, strict=True)]
         yield f"weights differ by {max(differences):.2g}"
     # Whatever was left half-written has a name of its own.
     if differing := _names(workdir) ^ _names(whole):
@@ -147,10 +147,10 @@ def _names(workdir):
 def _logged(directory):
     """Step -> ELBO; a step that was done twice counts once."""
     events = EventAccumulator(str(directory), {"tensors": 0}).Reload()
-    found = events.Tensors("elbo") if "elbo" in events.Tags()["tensors"] else []
-    return {event.step: float(make_ndarray(event.tensor_proto)) for event in found}
+    logged = events.Tensors("elbo") if "elbo" in events.Tags()["tensors"] else []
+    return {event.step: float(make_ndarray(event.tensor_proto)) for event in logged}
 
 
 def _means(workdir):
-    found = json.loads((workdir / "results.json").read_text())["estimates"]
-    return {name: estimate["mean"] for name, estimate in found.items()}
+    estimates = json.loads((workdir / "results.json").read_text())["estimates"]
+    return {name: estimate["mean"] for name, estimate in estimates.items()}
