@@ -66,8 +66,9 @@ def compare(posterior: Posterior, contrast: Callable[[Posterior], Any]) -> tuple
       posterior: draws and moments of q(z|x).
       contrast: a function in `CONTRASTS`.
     """
-    before = posterior.base is not None and contrast is not prior_contrast
-    q = posterior.base if before else posterior
+    q = posterior
+    if posterior.base is not None and contrast is not prior_contrast:
+        q = posterior.base
     return q, contrast(q)
 
 

@@ -103,14 +103,14 @@ class Encoder(Restorable, keras.Model):
         super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
-    def parameters(self, x) -> Any:
+    def parameters(self, x: tf.Tensor) -> Any:
         """The parameters of q(.|x) for x [batch, *event], computed once for all draws."""
 
     @abc.abstractmethod
-    def draw(self, parameters, noise, training: bool = False) -> Posterior:
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Draws z from `parameters` and noise [samples, batch, noise_dim]."""
 
-    def call(self, x, noise, training=False):
+    def call(self, x: tf.Tensor, noise: tf.Tensor, training: bool = False):
         """x [batch, *event], noise [samples, batch, noise_dim] -> Posterior."""
         return self.draw(self.parameters(x), noise, training)
 
@@ -140,7 +140,7 @@ class GaussianEncoder(Encoder):
         if full_covariance:
             self.off_diagonal = float32_dense(latent_dim**2, kernel_initializer="zeros")
 
-    def parameters(self, x):
+    def parameters(self, x: tf.Tensor):
         """Mean [batch, latent] and Cholesky factor [batch, latent, latent]."""
         features = self.trunk(x)
         scale_tril = tf.linalg.diag(tf.exp(self.log_scale(features)) + VARIANCE_FLOOR**0.5)
@@ -149,7 +149,7 @@ class GaussianEncoder(Encoder):
             scale_tril += tf.linalg.band_part(square, -1, 0) - tf.linalg.band_part(square, 0, 0)
         return self.mean(features), scale_tril
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """The Gaussian's draws, with their density."""
         mean, scale_tril = parameters
         z = mean + tf.einsum("bij,sbj->sbi", scale_tril, noise)
@@ -190,11 +190,11 @@ class BlackBoxEncoder(Encoder):
         self.hidden = [keras.layers.Dense(width) for _ in range(depth - 1)]
         self.head = float32_dense(latent_dim)
 
-    def parameters(self, x):
+    def parameters(self, x: tf.Tensor):
         """x's share of the first layer, [batch, width]."""
         return self.from_features(self.trunk(x))
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """The network's draws, with their own moments."""
         hidden = tf.nn.relu(parameters + self.from_noise[0](noise))
         for i, layer in enumerate(self.hidden, start=1):
@@ -277,13 +277,13 @@ class NoiseBasisEncoder(BasisEncoder):
             for i, outputs in enumerate(shape[1:])
         ]
 
-    def parameters(self, x):
+    def parameters(self, x: tf.Tensor):
         """z0 [batch, latent] and the coefficients a [batch, bases, latent]."""
         features = self.trunk(x)
         a = tf.reshape(self.coefficients(features), [-1, self.bases, self.latent_dim])
         return self.mean(features), a
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """Sums of the bases of noise [samples, batch, bases * noise_dim], with their moments."""
         z0, a = parameters
         v = self._bases(noise)
@@ -337,7 +337,7 @@ class JointBasisEncoder(BasisEncoder):
         self.stack = DenseStack(width, 2, activation)
         self.basis = float32_dense(bases)
 
-    def parameters(self, x):
+    def parameters(self, x: tf.Tensor):
         """z0 [batch, latent] and W [batch, latent, noise_dim + bases]."""
         features = self.trunk(x)
         scale = tf.exp(self.log_scale(features))[..., tf.newaxis]
@@ -347,7 +347,7 @@ class JointBasisEncoder(BasisEncoder):
         # The number of functions should not matter to how far a step moves z.
         return self.mean(features), scale * (identity + functions**-0.5 * a)
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """Sums of functions of the noise, with their moments."""
         z0, columns = parameters
         v = self._bases(noise)
@@ -393,7 +393,7 @@ def _moments(draws):
     return mean, tf.matmul(centred, centred, transpose_a=True) / count
 
 
-def moments_of_draws(z):
+def moments_of_draws(z: tf.Tensor):
     """Mean and Cholesky factor of the covariance of z [samples, batch, latent], per example."""
     mean, covariance = _moments(tf.transpose(z, [1, 0, 2]))
     return mean, _cholesky(covariance)

@@ -1,6 +1,7 @@
 """Inverse autoregressive flow (Kingma et al., 2016), after any encoder."""
 
 import itertools
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,13 +24,13 @@ class MaskedDense(keras.layers.Layer):
         self.mask = mask.astype(np.float32)
         self.initializer = initializer
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any):
         """The weights."""
         shape = self.mask.shape
         self.kernel = self.add_weight(shape=shape, initializer=self.initializer, name="kernel")
         self.bias = self.add_weight(shape=shape[1:], initializer="zeros", name="bias")
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor):
         """[..., inputs] -> [..., outputs]."""
         return tf.matmul(inputs, self.kernel * self.mask) + self.bias
 
@@ -51,7 +52,7 @@ class MADE(keras.layers.Layer):
         reads = inputs > hidden[:, None]
         self.head = MaskedDense(np.tile(reads, outputs), initializer="zeros")
 
-    def call(self, z, context):
+    def call(self, z: tf.Tensor, context: tf.Tensor):
         """z [samples, batch, latent], context [batch, width] -> `outputs` tensors like z."""
         hidden = tf.nn.relu(self.hidden[0](z) + context)
         for layer in self.hidden[1:]:
@@ -97,13 +98,13 @@ class FlowEncoder(Encoder):
         self.from_features = float32_dense(steps * width)
         self.steps = [MADE(base.latent_dim, 2, width, depth) for _ in range(steps)]
 
-    def parameters(self, x):
+    def parameters(self, x: tf.Tensor):
         """Those of the base, and each step's [batch, width]."""
         features = self.trunk(x)
         contexts = tf.split(self.from_features(features), len(self.steps), -1)
         return self.base.parameters(features), contexts
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """The base's draws after all steps, with their own moments."""
         of_base, contexts = parameters
         base = self.base.draw(of_base, noise, training)

@@ -86,7 +86,7 @@ LIKELIHOODS = {
 }
 
 
-def log_likelihood(likelihood: Likelihood, outputs, x):
+def log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
     """log p(x|z) in nats, summed over x's dimensions.
 
     Args:
@@ -104,7 +104,7 @@ def log_likelihood(likelihood: Likelihood, outputs, x):
     return tf.reduce_sum(log_prob, axis=list(range(-event, 0)))
 
 
-def pairwise_log_likelihood(likelihood: Likelihood, outputs, x):
+def pairwise_log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
     """log p(x_i|z_j) in nats for every pair, [batch, points].
 
     Args:

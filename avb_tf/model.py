@@ -6,6 +6,7 @@ encoder and decoder, dual means the adversary, as in the paper's Algorithm 1.
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -170,7 +171,7 @@ class AVB(Restorable, keras.Model):
         """Trainable weights of encoder and decoder."""
         return self.encoder.trainable_variables + self.decoder.trainable_variables
 
-    def compile(self, optimizer=None, adversary_optimizer=None, **kwargs):
+    def compile(self, optimizer: Any = None, adversary_optimizer: Any = None, **kwargs):
         """Configures training.
 
         Args:
@@ -195,16 +196,21 @@ class AVB(Restorable, keras.Model):
         both = {"optimizer": self.optimizer, "adversary_optimizer": self.adversary_optimizer}
         return {k: keras.saving.serialize_keras_object(v) for k, v in both.items()}
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]):
         """Compiles as saved; the optimizers' state is loaded next."""
         self.compile(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
     # The bound.
 
-    def terms(self, x, noise, training: bool = False) -> objectives.Terms:
-        """The terms of the bound for x [batch, *event], noise [samples, batch, noise_dim].
+    def terms(
+        self, x: np.ndarray | tf.Tensor, noise: np.ndarray | tf.Tensor, training: bool = False
+    ) -> objectives.Terms:
+        """The terms of the bound, with the averaged networks unless in training.
 
-        By the averaged networks, unless in training.
+        Args:
+          x: [batch, *event].
+          noise: [samples, batch, noise_dim], standard normal.
+          training: whether to use the trained networks, as a training step does.
         """
         encoder, decoder = self._networks(training)
         posterior = encoder(x, noise, training=training)
@@ -238,7 +244,7 @@ class AVB(Restorable, keras.Model):
             return self.encoder, self.decoder
         return self.averaged_encoder, self.averaged_decoder
 
-    def condition_of(self, x, posterior: Posterior, r):
+    def condition_of(self, x: np.ndarray | tf.Tensor, posterior: Posterior, r: Any):
         """What the adversary reads beside z."""
         if self.condition == "none":
             return tf.zeros([tf.shape(x)[0], 1])  # the same for all
@@ -250,7 +256,7 @@ class AVB(Restorable, keras.Model):
         seed = replicas.stream_seed(self.seed, self.step.value, stream)
         return replicas.rows(tf.random.stateless_normal, shape, seed, axis=1)
 
-    def noises(self, x, stream):
+    def noises(self, x: np.ndarray | tf.Tensor, stream: int):
         """The encoder's noise, and the whitened draws of the contrast."""
         return (
             self._noise(x, stream, self.encoder.noise_dim),
@@ -269,7 +275,7 @@ class AVB(Restorable, keras.Model):
 
     # Training.
 
-    def train_step(self, data):
+    def train_step(self, data: Any):
         """Algorithm 1: dual steps, the last of them together with the primal step.
 
         The encoder does not move before the primal step, so x passes through it once. What each
@@ -310,7 +316,7 @@ class AVB(Restorable, keras.Model):
         self._record(terms, t_contrast, applied)
         return self.get_metrics_result()
 
-    def dual_step(self, x, parameters, stream):
+    def dual_step(self, x: np.ndarray | tf.Tensor, parameters: Any, stream: int):
         """One step of the adversary, for the encoder's `parameters` of x."""
         noise, contrast_noise = self.noises(x, stream)
         posterior = self.encoder.draw(parameters, noise, training=True)
@@ -374,7 +380,7 @@ class AVB(Restorable, keras.Model):
         loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
-    def average(self, applied):
+    def average(self, applied: tf.Tensor):
         """Moves the averaged weights towards the trained ones, unless the step was skipped."""
         if not self.ema_decay:
             return
@@ -411,7 +417,7 @@ class AVB(Restorable, keras.Model):
             weight = tf.cast(tf.broadcast_to(applied, tf.shape(value)), tf.float32)
             self.means[name].update_state(value, weight)
 
-    def test_step(self, data):
+    def test_step(self, data: Any):
         """The bound, its terms and the adversary's state, by the averaged networks."""
         x = self._inputs(data)
         noise, contrast_noise = self.noises(x, _TEST)
@@ -425,7 +431,7 @@ class AVB(Restorable, keras.Model):
         """The running means since the epoch began."""
         return {name: mean.result() for name, mean in self.means.items()}
 
-    def fit(self, x=None, *args, **kwargs):
+    def fit(self, x: np.ndarray | tf.Tensor = None, *args: Any, **kwargs):
         """As `keras.Model.fit`; x may also be a `data.Split`.
 
         An array or a split of at most `resident_megabytes` is copied to the device once, and
@@ -474,14 +480,14 @@ class AVB(Restorable, keras.Model):
             )
         return arguments | {"x": batches, "steps_per_epoch": steps, "shuffle": False}
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False):
         """The graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
         if self.train_function is None or force:
             make = loops.of_stream if self.resident is None else loops.of_resident
             self.train_function = make(self, self.train_step)
         return self.train_function
 
-    def make_test_function(self, force=False):
+    def make_test_function(self, force: bool = False):
         """The graph that `evaluate` calls: as that of `fit`, but that the data may end within."""
         if self.test_function is None or force:
             self.test_function = loops.of_finite(self, self.test_step)
@@ -489,29 +495,47 @@ class AVB(Restorable, keras.Model):
 
     # Use. All by the averaged networks; the same seed gives the same draws.
 
-    def call(self, x):
+    def call(self, x: np.ndarray | tf.Tensor):
         """Reconstructions of x, [batch, *event]; `predict` calls this."""
         return self.reconstruct(x)
 
-    def posterior(self, x, samples: int = 1, seed: int = 0) -> Posterior:
-        """`samples` draws of q(z|x) for x [batch, *event], with what is known of q."""
+    def posterior(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0) -> Posterior:
+        """Draws of q(z|x) with its moments and, if known, its density.
+
+        Args:
+          x: [batch, *event] in [0, 1].
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
         x = tf.convert_to_tensor(x, tf.float32)
         shape = [samples, tf.shape(x)[0], self.encoder.noise_dim]
         noise = tf.random.stateless_normal(shape, [seed, 0])
         return self.averaged_encoder(x, noise)
 
-    def encode(self, x, samples: int = 1, seed: int = 0):
-        """z ~ q(z|x), [samples, batch, latent]."""
+    def encode(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
+        """z ~ q(z|x), [samples, batch, latent].
+
+        Args:
+          x: [batch, *event] in [0, 1].
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
         return self.posterior(x, samples, seed).z
 
-    def log_ratios(self, x, samples: int = 1, seed: int = 0):
-        """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary."""
+    def log_ratios(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
+        """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary.
+
+        Args:
+          x: [batch, *event] in [0, 1].
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
         posterior = self.posterior(x, samples, seed)
         noise = tf.random.stateless_normal(tf.shape(posterior.z), [seed, 2])
         q, r = contrasts.compare(posterior, self.contrast)
         return self._t(tf.convert_to_tensor(x), q, r, noise)
 
-    def decode(self, z):
+    def decode(self, z: np.ndarray | tf.Tensor):
         """E[x|z] for z [..., latent], [..., *event] in [0, 1]."""
         return self.likelihood.mean(self.averaged_decoder(tf.convert_to_tensor(z, tf.float32)))
 
@@ -520,11 +544,11 @@ class AVB(Restorable, keras.Model):
         shape = [count, self.encoder.latent_dim]
         return self.decode(tf.random.stateless_normal(shape, [seed, 1]))
 
-    def reconstruct(self, x, seed: int = 0):
+    def reconstruct(self, x: np.ndarray | tf.Tensor, seed: int = 0):
         """E[x'|z] for one z ~ q(z|x) per example, [batch, *event]."""
         return self.decode(self.encode(x, 1, seed)[0])
 
-    def export(self, directory, **settings):
+    def export(self, directory: str | Path, **settings: Any):
         """Writes `<directory>/<version>/` for TensorFlow Serving, in place of Keras's one endpoint.
 
         The settings are those of `serving.writing.export`. Needs the extra [serving].

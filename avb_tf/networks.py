@@ -12,6 +12,7 @@ import abc
 import inspect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -40,7 +41,7 @@ class Restorable:
         """Nothing: the model that holds the object builds it by running it."""
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]):
         """The object that `get_config` described."""
         return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
@@ -58,7 +59,7 @@ class DenseStack(Restorable, keras.layers.Layer):
         super().__init__(**kwargs)
         self.hidden = [keras.layers.Dense(width, activation=activation) for _ in range(depth)]
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor):
         """[..., inputs] -> [..., width]."""
         hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # TensorFlow fuses what is of rank 2
         for layer in self.hidden:
@@ -75,7 +76,7 @@ class DenseTrunk(Restorable, keras.layers.Layer):
         self.flatten = keras.layers.Flatten()
         self.stack = DenseStack(width, depth, activation)
 
-    def call(self, x):
+    def call(self, x: tf.Tensor):
         """[batch, *event] -> [batch, width]."""
         return self.stack(2.0 * self.flatten(x) - 1.0)
 
@@ -103,7 +104,7 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         self.flatten = keras.layers.Flatten()
         self.dense = keras.layers.Dense(features, activation=activation)
 
-    def call(self, x):
+    def call(self, x: tf.Tensor):
         """[batch, height, width, channels] -> [batch, features]."""
         hidden = 2.0 * x - 1.0
         for layer in self.convolutions:
@@ -129,7 +130,7 @@ class ResidualTrunk(Restorable, keras.layers.Layer):
         self.hidden = [dense(width, activation="relu") for _ in range(blocks)]
         self.changes = [dense(width, kernel_initializer="zeros") for _ in range(blocks)]
 
-    def call(self, x):
+    def call(self, x: tf.Tensor):
         """[batch, *event] -> [batch, width]."""
         features = self.first(self.trunk(x))
         for norm, hidden, change in zip(self.norms, self.hidden, self.changes, strict=True):
@@ -158,7 +159,7 @@ class DenseDecoder(Restorable, keras.Model):
         self.stack = DenseStack(width, depth, activation)
         self.head = float32_dense(math.prod(self.output_event))
 
-    def call(self, z):
+    def call(self, z: tf.Tensor):
         """[..., latent] -> [..., *event, parameters]."""
         return _unflatten(self.head(self.stack(z)), tf.shape(z)[:-1], self.output_event)
 
@@ -197,7 +198,7 @@ class ConvDecoder(Restorable, keras.Model):
             channels * parameters, 5, first, padding="same", dtype="float32"
         )
 
-    def call(self, z):
+    def call(self, z: tf.Tensor):
         """[..., latent] -> [..., height, width, channels, parameters]."""
         flat = tf.reshape(z, [-1, z.shape[-1]])
         hidden = tf.reshape(self.dense(flat), [-1, *self.start])
@@ -242,14 +243,14 @@ class Adversary(Restorable, keras.Model):
         super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
-    def features(self, condition):
+    def features(self, condition: tf.Tensor):
         """The condition's branch: [batch, ...] -> [batch, features]."""
 
     @abc.abstractmethod
-    def logits(self, features, z):
+    def logits(self, features: Any, z: tf.Tensor):
         """T: [batch, features], [samples, batch, latent] -> [samples, batch]."""
 
-    def call(self, condition, z):
+    def call(self, condition: tf.Tensor, z: tf.Tensor):
         """T: [batch, ...], [samples, batch, latent] -> [samples, batch]."""
         return self.logits(self.features(condition), z)
 
@@ -270,11 +271,11 @@ class ResidualAdversary(Adversary):
         self.blocks = [keras.layers.Dense(width) for _ in range(depth)]
         self.head = float32_dense(1, kernel_initializer="zeros")
 
-    def features(self, condition):
+    def features(self, condition: tf.Tensor):
         """[batch, ...] -> [batch, width]."""
         return self.from_features(self.trunk(condition))
 
-    def logits(self, features, z):
+    def logits(self, features: Any, z: tf.Tensor):
         """[batch, width], [samples, batch, latent] -> [samples, batch]."""
         hidden = self.from_z(tf.concat([z, z**2], -1)) + features
         for block in self.blocks:
@@ -296,11 +297,11 @@ class ConcatenatingAdversary(Adversary):
         self.stack = DenseStack(width, depth - 1)
         self.head = float32_dense(1)
 
-    def features(self, condition):
+    def features(self, condition: tf.Tensor):
         """[batch, ...] -> [batch, width]."""
         return self.from_features(self.trunk(condition))
 
-    def logits(self, features, z):
+    def logits(self, features: Any, z: tf.Tensor):
         """[batch, width], [samples, batch, latent] -> [samples, batch]."""
         return self.head(self.stack(tf.nn.relu(features + self.from_z(z))))[..., 0]
 
@@ -316,14 +317,14 @@ class WideDense(keras.layers.Layer):
         super().__init__(**kwargs)
         self.units, self.use_bias = units, use_bias
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any):
         """The weights; the kernel is [units, inputs]."""
         self.kernel = self.add_weight(shape=(self.units, input_shape[-1]), name="kernel")
         self.bias = 0.0
         if self.use_bias:
             self.bias = self.add_weight(shape=(self.units,), initializer="zeros", name="bias")
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor):
         """[rows, inputs] -> [rows, units]."""
         return tf.transpose(tf.matmul(self.kernel, inputs, transpose_b=True)) + self.bias
 
@@ -344,13 +345,13 @@ class FactorisedAdversary(Adversary):
         self.s = WideDense(width, use_bias=False)  # its kernel is W^T
         self.s_bias = float32_dense(1, use_bias=False, kernel_initializer="zeros")  # b
 
-    def features(self, condition):
+    def features(self, condition: tf.Tensor):
         """[batch, ...] -> W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
         hidden = self.trunk(condition)
         theta = self.theta(hidden)
         return self.s(theta), self.s_bias(theta) + self.t_features(hidden)
 
-    def logits(self, features, z):
+    def logits(self, features: Any, z: tf.Tensor):
         """The two of `features`, z [samples, batch, latent] -> [samples, batch]."""
         slope, offset = features
         hidden = self.stack(z)

@@ -42,15 +42,15 @@ def estimate(
         "standard_error": standard_error(values),
         "count": len(values),
     }
-    if repeats is not None and len(means := np.mean(repeats, -1, np.float64)) > 1:
+    if repeats is not None and len(means := np.asarray(repeats, np.float64).mean(-1)) > 1:
         summary |= {"standard_error_over_repeats": standard_error(means), "repeats": len(means)}
     return summary | settings
 
 
 def standard_error(values: npt.ArrayLike) -> float:
     """The standard error of the mean of `values` [count]; 0 for a single value."""
-    count = len(np.asarray(values))
-    return float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else 0.0
+    values = np.asarray(values)
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def save(workdir: Path, results: dict[str, Any]) -> None:

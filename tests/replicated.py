@@ -24,11 +24,11 @@ BATCH = 32
 
 
 def config(method):
-    """Everything that replicas might disagree on: dual steps, averages, clipping."""
+    """A config with everything that replicas may disagree on: dual steps, averages, clipping."""
     config = digits.get_config(method)
     config.model.update(width=16, bases=4, basis_width=8, adversary_width=16, products=8)
     config.model.update(adversary_steps=2, ema_decay=0.9)
-    config.optimizer.clip_norm = 5.0  # of gradients whose norm is some 20 at first
+    config.optimizer.clip_norm = 5.0  # the gradients' norm is about 20 at first
     config.batch_size = BATCH
     return config
 

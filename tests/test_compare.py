@@ -1,4 +1,4 @@
-"""Runs in one table: seeds together, and methods paired by example."""
+"""The comparison: runs grouped by seed, and methods paired by example."""
 
 import json
 
@@ -14,7 +14,7 @@ X = np.random.default_rng(0).random((40, 3)).astype(np.float32)
 
 
 def make(directory, method="vae", seed=0, shift=0.0, data="digits", x=X, **changes):
-    """A finished run, whose log p(x) are those of seed 0 of the vae, shifted and with noise."""
+    """A finished run; its log p(x) are the vae's at seed 0 plus a shift and noise."""
     noise = np.random.default_rng(seed).normal(0.0, 0.01, len(x))
     values = 10.0 * x[:, 0] + shift + noise
     directory.mkdir(parents=True)
@@ -58,7 +58,7 @@ def test_seeds_are_grouped_and_methods_paired_by_example(tmp_path, capsys):
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_training_logged_is_drawn_for_each_data_set(tmp_path):
+def test_training_curves_are_drawn_for_each_data_set(tmp_path):
     for data in ("digits", "tfds:mnist", "untrained"):
         make(tmp_path / data.replace(":", "-"), data=data)
     for name in ("digits", "tfds-mnist"):
@@ -81,7 +81,7 @@ def test_only_common_examples_are_paired(tmp_path):
     assert {row["method"]: row for row in compared(tmp_path)}["iaf"]["above_vae"] is None
 
 
-def test_examples_that_are_alike_are_paired_each(tmp_path):
+def test_duplicate_examples_are_paired_one_by_one(tmp_path):
     x = X[np.repeat(np.arange(10), 4)]
     make(tmp_path / "a", x=x)
     make(tmp_path / "b", "avb", x=x, shift=1.0)
@@ -96,7 +96,7 @@ def test_another_configuration_is_another_row(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["results", "values"])
-def test_what_is_damaged_is_left_out(tmp_path, damage):
+def test_damaged_results_are_ignored(tmp_path, damage):
     make(tmp_path / "a")
     make(tmp_path / "b", "avb")
     file = results.FILE if damage == "results" else f"{results.EVALUATION}/{results.VALUES}"
@@ -116,7 +116,7 @@ def test_what_is_damaged_is_left_out(tmp_path, damage):
         (["--workdir={}", "--config.steps=3"], "found --config.steps=3"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, capsys, flags, said):
+def test_a_mistake_gives_one_line(tmp_path, capsys, flags, said):
     argv = ["avb-tf", "--mode=compare", *(flag.format(tmp_path) for flag in flags)]
     with pytest.raises(SystemExit) as error:
         command_line.main(argv)
@@ -127,7 +127,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, flags, said):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_standard_error_of_the_difference_covers_the_truth():
+def test_the_standard_error_of_a_difference_covers_the_true_value():
     generator, inside = np.random.default_rng(0), 0
     for _ in range(200):
         examples = generator.normal(0.0, 3.0, 60)
@@ -143,4 +143,4 @@ def test_a_standard_error_of_the_difference_covers_the_truth():
 
         difference = compare._paired(side(0.3), side(0.0), "e")
         inside += abs(difference["mean"] - 0.3) < 2.0 * difference["standard_error"]
-    assert inside / 200 > 0.88  # 0.95 for a normal one; the seeds are few
+    assert inside / 200 > 0.88  # 0.95 for a normal distribution; there are few seeds

@@ -27,7 +27,7 @@ def test_a_proposal_half_too_narrow_is_flagged(width, flagged):
     assert ((k > diagnostics.PARETO_K_LIMIT) == flagged).all()
 
 
-def test_pareto_k_where_there_is_no_tail_to_fit():
+def test_pareto_k_without_a_tail():
     log_weights = np.random.default_rng(0).standard_normal((100, 5))
     log_weights[:, 0] = 3.0
     log_weights[7, 1:4] = np.nan, np.inf, -np.inf
@@ -51,7 +51,7 @@ def test_effective_sample_size():
     np.testing.assert_allclose(diagnostics.effective_sample_size(log_weights), [10, 5, 1])
 
 
-def test_arviz_is_imported_when_needed_and_in_silence():
+def test_arviz_is_imported_on_first_use_without_a_warning():
     code = (
         "import sys, warnings; warnings.simplefilter('error', FutureWarning)\n"
         "from avb_tf import diagnostics\n"

@@ -1,4 +1,4 @@
-"""Figures: what each shows, where, and that it becomes a PNG file."""
+"""Figures: their content, and that they can be saved as PNG files."""
 
 import io
 
@@ -98,7 +98,7 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_file_as_it_was(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == before
 
 
-def test_a_saved_figure_replaces_the_one_before(tmp_path):
+def test_a_saved_figure_replaces_the_old_file(tmp_path):
     for size in (1, 2):
         figures.save({"a": Figure((size, size))}, tmp_path)
     assert matplotlib.image.imread(tmp_path / "a.png").shape[:2] == (240, 240)

@@ -1,4 +1,4 @@
-"""What earlier releases wrote loads, gives the values of then, and goes on (`golden.artefacts`)."""
+"""Artefacts of earlier releases load, give the same values and resume (`golden.artefacts`)."""
 
 import json
 import shutil
@@ -29,20 +29,20 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize(("release", "name"), MODELS, ids=lambda value: getattr(value, "name", ""))
-def test_a_model_gives_the_same_and_trains_on(release, name):
+def test_a_model_gives_the_same_values_and_trains_further(release, name):
     model = keras.models.load_model(release / f"{name}.keras", safe_mode=True)
     assert isinstance(model, avb_tf.AVB)
     x = artefacts.examples(model.event_shape)
     then = recorded(release, name)
     later = then.pop("two steps later")
     assert_close(artefacts.values(model, x), then, 1e-5)
-    artefacts.trained(model, x, 2)  # which asks for the state of both optimizers
+    artefacts.trained(model, x, 2)  # needs the state of both optimizers
     assert_close(artefacts.values(model, x), later, 1e-4)
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
 def test_a_fresh_process_loads_them(release):
-    """That has imported nothing but `AVB`, without which Keras knows none of its classes."""
+    """It imports only `AVB`, which registers all classes with Keras."""
     code = "import sys, keras; from avb_tf import AVB\n"
     code += "for path in sys.argv[1:]: assert isinstance(keras.models.load_model(path), AVB)"
     files = map(str, release.glob("*.keras"))
@@ -72,6 +72,6 @@ def test_a_run_is_resumed_and_evaluated_to_the_same_end(release, tmp_path):
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
-def test_a_posterior_gives_the_same(release):
+def test_a_posterior_gives_the_same_values(release):
     fit = avb_tf.load_posterior(release / "posterior")
     assert_close(artefacts.of_posterior(fit), recorded(release, "posterior"), 1e-4)

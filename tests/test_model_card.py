@@ -1,4 +1,4 @@
-"""Model cards: their figures are those of the results, and their code runs."""
+"""Model cards: their numbers match the results, and their code runs."""
 
 import json
 import re
@@ -97,7 +97,7 @@ def test_a_model_loads_from_a_workdir_a_file_and_a_folder(workdir, tmp_path):
     ("path", "expected"),
     [("nothing", "nothing"), ("nothing.keras", "nothing.keras"), ("", "no checkpoint")],
 )
-def test_what_holds_no_model_gets_one_line(path, expected, tmp_path):
+def test_a_path_without_a_model_gives_one_line(path, expected, tmp_path):
     with pytest.raises(avb_tf.UserError, match=expected) as error:
         avb_tf.load_model(tmp_path / path)
     assert "\n" not in str(error.value)

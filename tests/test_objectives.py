@@ -87,7 +87,7 @@ def test_kl_with_the_optimal_t_is_the_closed_form(name):
 
 
 @every_contrast
-def test_primal_gradients_at_the_optimal_t_are_those_of_the_exact_kl(name):
+def test_primal_gradients_at_the_optimal_t_equal_those_of_the_exact_kl(name):
     # T* is frozen as a function of the whitened z, as the adversary is in a primal step. Its
     # expectation has no gradient of its own only in expectation, so the noise is a quadrature.
     noise, weights = hermite(24, 2)
@@ -157,7 +157,7 @@ def test_the_bound_at_the_exact_posterior_is_the_evidence_of_a_linear_gaussian_m
         np.testing.assert_allclose(bound, evidence, atol=1e-4)
 
 
-def test_the_description_tells_posteriors_of_another_shape_apart_and_no_others():
+def test_the_description_depends_only_on_the_shape_of_the_posterior():
     def description(columns, mean):
         columns = tf.constant([columns], tf.float32)
         scale = tf.linalg.cholesky(columns @ tf.linalg.matrix_transpose(columns))

@@ -43,7 +43,7 @@ def predict(signature, name="avb", **inputs):
     return request
 
 
-def test_a_request_over_grpc_is_answered_as_by_the_model(model, stub):
+def test_a_grpc_answer_equals_the_models(model, stub):
     answer = stub.Predict(predict("encode_seeded", x=X, seed=np.arange(5)))
     expected = model.run("encode_seeded", {"x": X, "seed": np.arange(5)})
     assert set(answer.outputs) == {"mean", "z"}
@@ -52,7 +52,7 @@ def test_a_request_over_grpc_is_answered_as_by_the_model(model, stub):
 
 
 @pytest.mark.parametrize("array", [X, X[:1, :1], np.arange(3), np.zeros([0, 6], np.float32)])
-def test_tensors_are_those_of_the_official_functions(array):
+def test_tensors_equal_those_of_the_official_functions(array):
     np.testing.assert_array_equal(from_tensor(tf.make_tensor_proto(array)), array)
     np.testing.assert_array_equal(tf.make_ndarray(to_tensor(array)), array)
 
@@ -153,7 +153,7 @@ def test_a_malformed_body_is_refused(body):
 
 
 @pytest.mark.skipif("AVB_TF_SERVING_URL" not in os.environ, reason="no TensorFlow Serving given")
-def test_a_real_server_answers_as_the_c_library():
+def test_a_real_server_answers_like_the_c_library():
     export = Path(os.environ["AVB_TF_SERVING_EXPORT"])  # the version that it serves
     served = SavedModel(export)
     with grpc.insecure_channel(os.environ["AVB_TF_SERVING_URL"]) as channel:

@@ -1,4 +1,4 @@
-"""Every panel, over the HTTP interface of the real TensorBoard server, and in a browser."""
+"""Every panel, through the HTTP interface of a real TensorBoard server and in a browser."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def server(runs):
 
 
 def get(server, path, **query):
-    """The body, as JSON where it is JSON."""
+    """The body of an answer, parsed if it is JSON."""
     query = urllib.parse.urlencode(query)
     with urllib.request.urlopen(f"{server}/{path}?{query}", timeout=60) as reply:
         body = reply.read()
@@ -115,7 +115,7 @@ def test_histograms_of_latents_and_of_both_sides_of_t(server):
 def test_the_projector_has_latents_labels_and_thumbnails(server, runs):
     assert VALIDATION in get(server, "data/plugin/projector/runs")
     (embedding,) = get(server, "data/plugin/projector/info", run=VALIDATION)["embeddings"]
-    assert embedding["tensorShape"] == [HELD_OUT, 3]  # a third of zeros
+    assert embedding["tensorShape"] == [HELD_OUT, 3]  # the third dimension is zero
     assert embedding["sprite"]["singleImageDim"] == [8, 8]
     query = {"run": VALIDATION, "name": "latents"}
     tensor = np.frombuffer(get(server, "data/plugin/projector/tensor", **query), np.float32)
@@ -128,7 +128,7 @@ def test_the_projector_has_latents_labels_and_thumbnails(server, runs):
     assert image == (runs / VALIDATION / "sprite.png").read_bytes()
 
 
-def test_hparams_have_the_settings_and_the_final_metrics(server):
+def test_hparams_contain_the_settings_and_the_final_metrics(server):
     experiment = post(server, "data/plugin/hparams/experiment", {"experimentName": ""})
     names = {h["name"] for h in experiment["hparamInfos"]}
     assert {"method", "model.width", "optimizer.learning_rate"} <= names
@@ -174,7 +174,7 @@ def test_the_layout_of_custom_scalars_names_tags_that_exist(server):
             assert any(re.search(pattern, tag) for tag in tags), pattern
 
 
-def test_profile_of_the_steps_asked_for(runs):
+def test_the_requested_steps_are_profiled(runs):
     assert list((runs / ROOT).glob("plugins/profile/*/*.xplane.pb"))
 
 
@@ -186,7 +186,7 @@ def test_a_sprite_is_a_square_of_thumbnails(tmp_path):
     np.testing.assert_allclose(sprite[4:8, 6:12], x[4], atol=1 / 255)
 
 
-PANELS = {  # and a word that the panel shows once its data are there
+PANELS = {  # panel -> a word that it shows once its data are loaded
     "timeseries": "importance_bound",
     "images": "reconstructions",
     "custom_scalars": "Does the adversary keep up?",
@@ -210,8 +210,10 @@ def test_panels_render_without_errors(panel, server, tmp_path, artefacts):
         page.open(f"{server}/#{panel}")
         try:
             page.wait(f"{TEXT}.includes({json.dumps(PANELS[panel])})", 90)
-            time.sleep(3)  # what is drawn comes after what is said
+            time.sleep(3)  # the plots appear after the text
         finally:
             page.screenshot(artefacts / f"tensorboard-{panel}.png")
-        assert "NaN" not in page.evaluate(TEXT)  # what the projector describes and does not draw
+        assert "NaN" not in page.evaluate(
+            TEXT
+        )  # text that the projector generates but does not show
         assert not page.errors

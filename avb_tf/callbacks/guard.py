@@ -34,11 +34,11 @@ class Guard(keras.callbacks.Callback):
         self.enabled = enabled
         self.first = None  # ELBO of the first step
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None):
         """Counts skipped steps from here on."""
         self.skipped = int(self.model.skipped.numpy())
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
         """Checks the running mean: a non-finite step that is not skipped makes it non-finite."""
         step = int(self.model.step.numpy())
         if (count := int(self.model.skipped_in_a_row.numpy())) >= self.model.patience:
@@ -48,7 +48,7 @@ class Guard(keras.callbacks.Callback):
         if self.first is None and not count:
             self.first = elbo
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
         """Reports skipped steps and checks whether the ELBO has dropped too far."""
         elbo, size = (logs or {})["elbo"], math.prod(self.model.event_shape)
         if self.enabled and self.first is not None:
@@ -94,13 +94,13 @@ class SaveWhenTerminated(keras.callbacks.Callback):
     def _ask(self, *_):
         self.asked = True
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
         """Exits between two steps if SIGTERM has arrived."""
         params: Any = self.params  # set by Keras when `fit` begins
         if batch + 1 < params["steps"] and not self.model.stop_training:
             self._leave_if_asked()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
         """Exits between two epochs if SIGTERM has arrived."""
         self._leave_if_asked()
 
@@ -115,11 +115,11 @@ class Stopwatch(keras.callbacks.Callback):
 
     seconds = math.inf
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None):
         """Starts the clock."""
         self.began = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
         """Keeps the shortest time so far."""
         self.seconds = min(self.seconds, time.perf_counter() - self.began)
 
@@ -131,7 +131,7 @@ class StopAtStep(keras.callbacks.Callback):
         super().__init__()
         self.step = step
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
         """Reads the model's own step count, which a resumed run continues."""
         if int(self.model.step.numpy()) >= self.step:
             self.model.stop_training = True

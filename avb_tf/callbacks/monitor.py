@@ -1,8 +1,10 @@
 """Checks during training whether the training bound can be trusted."""
 
 from pathlib import Path
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -48,19 +50,21 @@ class Monitor(keras.callbacks.Callback):
       directory: TensorBoard log directory for the warnings.
     """
 
-    def __init__(self, x, samples: int, largest_gap: float, directory: Path):
+    def __init__(
+        self, x: np.ndarray | tf.Tensor, samples: int, largest_gap: float, directory: Path
+    ):
         super().__init__()
         self.x, self.samples = tf.convert_to_tensor(x, tf.float32), samples
         self.largest_gap, self.directory = largest_gap, directory
         self.warned: set[str] = set()
         self._bounds = tf.function(self._bounds_of_model)
 
-    def on_epoch_end(self, epoch, logs):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]):
         """Computes both bounds with the averaged networks, and warns if they disagree."""
         elbo, importance = (float(bound) for bound in self._bounds())
         gap = elbo - importance
         logs |= {"val_importance_bound": importance, "val_elbo_minus_importance_bound": gap}
-        loss, accuracy = logs.get("adversary_loss"), logs.get("adversary_accuracy")
+        loss, accuracy = logs.get("adversary_loss"), logs.get("adversary_accuracy", 0.0)
         if loss is not None and (loss < SATURATED_LOSS or accuracy > SATURATED_ACCURACY):
             self._warn(
                 "saturated", _SATURATED.format(loss=loss, accuracy=accuracy, step=self._step())

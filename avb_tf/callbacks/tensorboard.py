@@ -23,6 +23,7 @@ from tensorboard.plugins.hparams import api_pb2 as _api_pb2
 from tensorboard.plugins.hparams import summary as hparams_summary
 
 from avb_tf import configuration
+from avb_tf.model import AVB
 
 layout_pb2: Any = _layout_pb2  # protobuf generates the messages at run time only
 api_pb2: Any = _api_pb2
@@ -47,7 +48,13 @@ class Panels(keras.callbacks.Callback):
       labels: [count] or None.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, x, labels=None):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: Path,
+        x: np.ndarray,
+        labels: np.ndarray | None = None,
+    ):
         super().__init__()
         self.config, self.workdir, self.x, self.labels = config, workdir, x, labels
         places = {"": "logs", "train": "logs/train", "validation": "logs/validation"}
@@ -62,7 +69,7 @@ class Panels(keras.callbacks.Callback):
             tf.summary.experimental.write_raw_pb(layout().SerializeToString(), 0)
             hparams.hparams(_flat(config))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
         """Writes histograms of held-out examples and the healthy band of the accuracy."""
         step = int(self.model.step.numpy())
         with self.writers["validation"].as_default(step):
@@ -105,7 +112,7 @@ class Profile(keras.callbacks.Callback):
         self.first, self.last = steps or (0, 0)
         self.running = False
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None):
         """Starts before the call that includes step `first`."""
         step = int(self.model.step.numpy())
         taken = step + int(self.model.steps_per_execution)
@@ -113,12 +120,12 @@ class Profile(keras.callbacks.Callback):
             tf.profiler.experimental.start(str(self.directory))
             self.running = True
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
         """Stops after the call that includes step `last`."""
         if self.running and int(self.model.step.numpy()) >= self.last:
             self._stop()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None):
         """Stops if training ends before step `last`."""
         if self.running:
             self._stop()
@@ -176,7 +183,7 @@ def layout():
     )
 
 
-def histograms(model, x) -> dict[str, np.ndarray]:
+def histograms(model: AVB, x: np.ndarray) -> dict[str, np.ndarray]:
     """Values to plot by name: draws of z, T at draws of q and T at draws of r.
 
     Args:
@@ -195,7 +202,7 @@ def histograms(model, x) -> dict[str, np.ndarray]:
     return values
 
 
-def project(directory: Path, model, x, labels=None) -> None:
+def project(directory: Path, model: AVB, x: np.ndarray, labels: np.ndarray | None = None) -> None:
     """Writes the means of q(z|x) for the projector, with labels and thumbnails of images.
 
     Args:
@@ -221,7 +228,7 @@ def project(directory: Path, model, x, labels=None) -> None:
     projector.visualize_embeddings(str(directory), config)
 
 
-def sprite(x) -> bytes:
+def sprite(x: np.ndarray) -> bytes:
     """A PNG file of images [count, height, width, channels] in [0, 1], row by row in a square."""
     count, height, width, channels = x.shape
     side = int(np.ceil(np.sqrt(count)))

@@ -3,8 +3,10 @@
 import contextlib
 import time
 from pathlib import Path
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from avb_tf import checkpoints, figures
@@ -28,13 +30,20 @@ def logged():
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves every `every` steps and at the step `last`, keeping the newest `keep`."""
+    """Saves checkpoints during training.
+
+    Args:
+      workdir: the run's directory.
+      every: steps between checkpoints, a multiple of an epoch's.
+      keep: number of newest checkpoints to keep.
+      last: the last step of training, which always gets a checkpoint.
+    """
 
     def __init__(self, workdir: Path, every: int, keep: int, last: int):
         super().__init__()
         self.workdir, self.every, self.keep, self.last = workdir, every, keep, last
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
         """Saves if due; an epoch is config.log_every steps, and `every` is a multiple of it."""
         if _is_due(self.model, self.every, self.last):
             self.save()
@@ -54,11 +63,11 @@ class Scalars(keras.callbacks.Callback):
             for name in ("train", "validation")
         }
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None):
         """Starts the clock."""
         self.began, self.first = time.perf_counter(), int(self.model.step.numpy())
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
         """Writes the means over the epoch; `val_` is Keras's prefix for validation."""
         step = int(self.model.step.numpy())
         seconds = time.perf_counter() - self.began
@@ -83,12 +92,14 @@ class Figures(keras.callbacks.Callback):
       labels: [count] or None.
     """
 
-    def __init__(self, workdir: Path, every: int, last: int, x, labels=None):
+    def __init__(
+        self, workdir: Path, every: int, last: int, x: np.ndarray, labels: np.ndarray | None = None
+    ):
         super().__init__()
         self.workdir, self.every, self.last, self.x, self.labels = workdir, every, last, x, labels
         self.writer = tf.summary.create_file_writer(str(workdir / "logs" / "validation"))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
         """Draws if due."""
         if _is_due(self.model, self.every, self.last):
             self.draw()

@@ -35,7 +35,7 @@ class EvaluatedRun(NamedTuple):
     values: dict[str, np.ndarray]
 
 
-def compare(_, workdir: Path) -> None:
+def compare(_: Any, workdir: Path) -> None:
     """Writes `comparison.md`, `comparison.json` and a figure of all finished runs in `workdir`.
 
     Fitted posteriors get a separate table, `posteriors.md` and `posteriors.json`.

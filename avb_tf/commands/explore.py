@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import keras
 import ml_collections
 import numpy as np
 from sklearn.decomposition import PCA
@@ -15,6 +16,7 @@ from sklearn.decomposition import PCA
 from avb_tf import checkpoints, data, files
 from avb_tf.data import pipeline
 from avb_tf.errors import UserError
+from avb_tf.model import AVB
 from avb_tf.networks import ConvDecoder, DenseDecoder
 
 FILE = "explorer.html"
@@ -40,7 +42,9 @@ def explore(config: ml_collections.ConfigDict, workdir: Path) -> None:
     print(file)
 
 
-def page(model, x, labels=None, title: str = "Latent explorer") -> str:
+def page(
+    model: AVB, x: np.ndarray, labels: np.ndarray | None = None, title: str = "Latent explorer"
+) -> str:
     """The page as HTML.
 
     Args:
@@ -68,7 +72,7 @@ def page(model, x, labels=None, title: str = "Latent explorer") -> str:
     return _TEMPLATE.read_text().replace(_MARK, json.dumps(described).replace("</", "<\\/"))
 
 
-def layers(decoder) -> list[dict[str, Any]]:
+def layers(decoder: keras.Model) -> list[dict[str, Any]]:
     """The decoder as a list of layers for the page, with their weights.
 
     Raises:

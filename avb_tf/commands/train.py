@@ -115,7 +115,14 @@ class Training:
       source: the data.
     """
 
-    def __init__(self, config, workdir, strategy, model, source):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: Path,
+        strategy: tf.distribute.Strategy,
+        model: AVB,
+        source: data.Source,
+    ):
         self.config, self.strategy, self.model, self.source = config, strategy, model, source
         self.epoch = min(config.log_every, config.steps)
         chief = replicas.is_chief()

@@ -13,7 +13,9 @@ _LEVELS = {  # estimates drawn as horizontal lines: label, colour and style
 }
 
 
-def convergence(curve: Sequence[int], bounds, levels: Mapping[str, np.ndarray]) -> Figure:
+def convergence(
+    curve: Sequence[int], bounds: np.ndarray, levels: Mapping[str, np.ndarray]
+) -> Figure:
     """Importance-weighted bounds against their number of samples, with other estimates as lines.
 
     Args:
@@ -65,7 +67,7 @@ def weights(log_weights: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def annealing(acceptance) -> Figure:
+def annealing(acceptance: np.ndarray) -> Figure:
     """Acceptance rate by temperature: the mean over examples, and the central 90% of them.
 
     Args:

@@ -14,7 +14,7 @@ _COLOURS = matplotlib.color_sequences["tab10"]
 _CONTENT = np.array([0.5, 0.9])  # shares of the posterior's mass inside the contours
 
 
-def of_model(model: AVB, x, labels=None) -> dict[str, Figure]:
+def of_model(model: AVB, x: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Figure]:
     """All figures of one model by name.
 
     Images are drawn for events of rank 3, the latent space for two latents.
@@ -36,8 +36,14 @@ def of_model(model: AVB, x, labels=None) -> dict[str, Figure]:
     return figures
 
 
-def image_grid(images, title: str, columns: int = 8) -> Figure:
-    """`images` [count, height, width, channels] in [0, 1], row by row."""
+def image_grid(images: np.ndarray, title: str, columns: int = 8) -> Figure:
+    """Images row by row.
+
+    Args:
+      images: [count, height, width, channels] in [0, 1].
+      title: of the figure.
+      columns: images in a row.
+    """
     rows = -(-len(images) // columns)
     height, width, channels = images.shape[1:]
     blank = 0.0 if channels == 1 else 1.0  # white: monochrome images are drawn with 1 as black
@@ -55,8 +61,14 @@ def image_grid(images, title: str, columns: int = 8) -> Figure:
     return figure
 
 
-def reconstructions(model: AVB, x, columns: int = 8) -> Figure:
-    """Examples x [count, *event], with E[x'|z] for one z ~ q(z|x) below each."""
+def reconstructions(model: AVB, x: np.ndarray, columns: int = 8) -> Figure:
+    """Examples, with a reconstruction E[x'|z] for one z ~ q(z|x) below each.
+
+    Args:
+      model: a trained model.
+      x: [count, *event], images.
+      columns: examples in a row.
+    """
     images = np.stack([x, np.asarray(model.reconstruct(x))])  # [2, count, *event]
     rows = [images[:, i : i + columns] for i in range(0, len(x), columns)]
     missing = columns - rows[-1].shape[1]
@@ -65,7 +77,7 @@ def reconstructions(model: AVB, x, columns: int = 8) -> Figure:
     return image_grid(pairs, "Examples, and below each a reconstruction", columns)
 
 
-def interpolations(model: AVB, first, last, steps: int = 8) -> Figure:
+def interpolations(model: AVB, first: np.ndarray, last: np.ndarray, steps: int = 8) -> Figure:
     """E[x|z] along straight lines in z, one row for each pair of `first` and `last`.
 
     Args:
@@ -91,7 +103,9 @@ def manifold(model: AVB, side: int = 16) -> Figure:
     return image_grid(images, "E[x|z] over quantiles of the prior", columns=side)
 
 
-def latent_spaces(models: Mapping[str, AVB], x, labels=None, draws: int = 2000) -> Figure:
+def latent_spaces(
+    models: Mapping[str, AVB], x: np.ndarray, labels: np.ndarray | None = None, draws: int = 2000
+) -> Figure:
     """Draws of q(z|x) for all x, a panel for each model.
 
     Args:
@@ -119,7 +133,7 @@ def latent_spaces(models: Mapping[str, AVB], x, labels=None, draws: int = 2000) 
     return figure
 
 
-def posteriors(models: Mapping[str, AVB], x, cells: int = 120) -> Figure:
+def posteriors(models: Mapping[str, AVB], x: np.ndarray, cells: int = 120) -> Figure:
     """The exact p(z|x), shaded, and draws of q(z|x): a row for each model, a column for each x.
 
     Args:

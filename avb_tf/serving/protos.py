@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from avb_tf.errors import UserError
 
@@ -63,7 +64,7 @@ DTYPES = {
 _FIELDS = {_FLOAT: "float_val", _DOUBLE: "double_val", _UINT8: "int_val", _INT64: "int64_val"}
 
 
-def to_tensor(array) -> Any:
+def to_tensor(array: npt.ArrayLike) -> Any:
     """The `TensorProto` of an array of float32, float64, uint8 or int64.
 
     Raises:
@@ -80,7 +81,7 @@ def to_tensor(array) -> Any:
     return tensor
 
 
-def from_tensor(tensor) -> np.ndarray:
+def from_tensor(tensor: Any) -> np.ndarray:
     """The array of a `TensorProto`.
 
     Raises:

@@ -9,6 +9,7 @@ same for all rows.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -24,7 +25,7 @@ _CHUNK = 32  # draws that are decoded at once, to limit the memory
 _POSTERIOR, _PRIOR = 0, 1  # independent streams of one seed
 
 
-def of_model(model, importance_samples: int, max_batch: int) -> dict[str, Callable]:
+def of_model(model: Any, importance_samples: int, max_batch: int) -> dict[str, Callable]:
     """All signatures of an `AVB` by name, each a `tf.function` from tensors to a dict of tensors.
 
     A signature of x has a variant named `*_uint8` for images with values 0..255.
@@ -63,7 +64,7 @@ def of_model(model, importance_samples: int, max_batch: int) -> dict[str, Callab
     return signatures | {f"{name}_uint8": of_bytes(signatures[name]) for name in of_x}
 
 
-def of_posterior(fit, max_batch: int) -> dict[str, Callable]:
+def of_posterior(fit: Any, max_batch: int) -> dict[str, Callable]:
     """The signatures of a `PosteriorFit`: draws, one output for each parameter of the model.
 
     Args:
@@ -83,7 +84,7 @@ def of_posterior(fit, max_batch: int) -> dict[str, Callable]:
     }
 
 
-def signature(function, specs: Sequence[tf.TensorSpec], max_batch: int) -> Callable:
+def signature(function: Callable, specs: Sequence[tf.TensorSpec], max_batch: int) -> Callable:
     """`function` as a `tf.function` that rejects invalid values and too many rows.
 
     Args:
@@ -104,7 +105,7 @@ def signature(function, specs: Sequence[tf.TensorSpec], max_batch: int) -> Calla
     return tf.function(serve, input_signature=specs, autograph=False)
 
 
-def of_bytes(function) -> Callable:
+def of_bytes(function: Callable) -> Callable:
     """A variant of a signature that takes x, its first input, as uint8 in 0..255."""
     x, *rest = function.input_signature
 
@@ -130,42 +131,47 @@ def _checked(tensor, spec):
 # One function for each signature. x is [batch, *event], seed is [batch].
 
 
-def encode(model, x, seed):
+def encode(model: Any, x: tf.Tensor, seed: tf.Tensor):
     """z ~ q(z|x) and q's mean, each [batch, latent]."""
     return {"z": _draw(model, x, seed), "mean": _mean(model, x)}
 
 
-def reconstruct(model, x, seed):
+def reconstruct(model: Any, x: tf.Tensor, seed: tf.Tensor):
     """E[x'|z] for z ~ q(z|x), [batch, *event]."""
     return {"reconstruction": model.decode(_draw(model, x, seed))}
 
 
-def reconstruct_mean(model, x):
+def reconstruct_mean(model: Any, x: tf.Tensor):
     """E[x'|z] at the mean of q(z|x), [batch, *event]."""
     return {"reconstruction": model.decode(_mean(model, x))}
 
 
-def decode(model, z):
+def decode(model: Any, z: tf.Tensor):
     """E[x|z] for z [batch, latent], [batch, *event]."""
     return {"x": model.decode(z)}
 
 
-def sample(model, seed):
+def sample(model: Any, seed: tf.Tensor):
     """E[x|z] for z ~ p(z), [batch, *event]."""
     return {"x": model.decode(normal(seed, _PRIOR, model.encoder.latent_dim))}
 
 
-def elbo(model, x):
+def elbo(model: Any, x: tf.Tensor):
     """The bound on log p(x) in nats, [batch], with the adversary's T if the model has one."""
     noise = _points(ELBO_DRAWS, model.encoder.noise_dim, x)
     return {"elbo": tf.reduce_mean(model.terms(x, noise).elbo, 0)}
 
 
-def importance_weighted(model, x, samples: int):
+def importance_weighted(model: Any, x: tf.Tensor, samples: int):
     """log p(x) in nats by importance sampling, [batch], without the adversary.
 
     The proposal is q(z|x) if its density is known, and otherwise a widened Gaussian with q's mean
     and covariance. In expectation a lower bound (Burda et al., 2016).
+
+    Args:
+      model: an `AVB`.
+      x: [batch, *event].
+      samples: draws of z for each x.
     """
     noise_dim, latent = model.encoder.noise_dim, model.encoder.latent_dim
     posterior = model.averaged_encoder(x, _points(MOMENT_DRAWS, noise_dim, x))
@@ -195,7 +201,7 @@ def importance_weighted(model, x, samples: int):
     }
 
 
-def normal(seed, stream: int, size: int):
+def normal(seed: tf.Tensor, stream: int, size: int):
     """Standard normal draws [batch, size]; each row is a function of its own seed, int64 [batch].
 
     Args:

@@ -45,7 +45,11 @@ max_enqueued_batches {{ value: 100 }}
 
 
 def export(
-    model, directory: Path, importance_samples: int = 256, max_batch: int = 1024, **settings
+    model: Any,
+    directory: Path,
+    importance_samples: int = 256,
+    max_batch: int = 1024,
+    **settings: Any,
 ) -> Path:
     """Exports an `AVB` with the signatures of `signatures.of_model`.
 
@@ -68,7 +72,7 @@ def export(
         return write(directory, weights, functions, max_batch, facts, **known, **settings)
 
 
-def export_posterior(fit, directory: Path, max_batch: int = 1024, **settings) -> Path:
+def export_posterior(fit: Any, directory: Path, max_batch: int = 1024, **settings: Any) -> Path:
     """Exports a `PosteriorFit` with the signatures of `signatures.of_posterior`.
 
     Args:

@@ -97,7 +97,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: a field is out of range.
     """
-    fields = {**config, **{f"fit.{k}": v for k, v in config.fit.items()}}
+    fields = {**config.to_dict(), **{f"fit.{k}": v for k, v in config.fit.items()}}
     for part in ("eval", "export"):
         fields |= {f"{part}.{k}": v for k, v in config[part].items()}
     least = {

@@ -15,15 +15,15 @@ from avb_tf.data import pipeline
 from avb_tf.likelihood_estimation import estimates
 from tests.campaigns import jobs
 
-GROWTH = 1.05  # that is allowed after the warm-up, a tenth of the whole
+GROWTH = 1.05  # allowed after the warm-up, the first tenth
 
 
 def resident(process="self"):
-    """MB that the process of this id holds in memory."""
+    """Resident memory of a process in MB."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
-    return 0.0  # it is at its end
+    return 0.0  # the process has ended
 
 
 def of_training(folder, steps):
