@@ -7,7 +7,7 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors setup demo test test-fast coverage test-browser load board lint seeds mnist faults bench bench-ais bench-replicas clean
+.PHONY: posteriors setup demo test test-fast coverage test-browser test-gpu load board lint seeds mnist faults bench bench-ais bench-replicas clean
 
 setup: $(VENV)/installed
 
@@ -43,17 +43,21 @@ test: setup
 
 # Without the tests that train, export or start processes (SLOW in tests/conftest.py).
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
 
 # Reported, not enforced; the lines are in runs/coverage/index.html. FAST=1 runs the fast tests only.
 coverage: setup
 	$(BIN)/python -m pytest --cov=avb_tf --cov-report=term:skip-covered \
-	  --cov-report=html:runs/coverage $(if $(FAST),-m "not slow and not browser")
+	  --cov-report=html:runs/coverage $(if $(FAST),-m "not slow and not browser and not gpu")
 
 # In headless Chromium, Debian's package; screenshots are kept in runs/artefacts/.
 test-browser: setup
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y chromium; }
 	$(BIN)/python -m pytest -n 0 -m browser
+
+# On a machine with a GPU; where there is none, each test is skipped and says so.
+test-gpu: setup
+	$(BIN)/python -m pytest -n 0 -m gpu -rs
 
 # 20,000 requests by eight threads on one loaded export.
 load: setup

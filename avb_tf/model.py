@@ -330,13 +330,13 @@ class AVB(Restorable, keras.Model):
         self._apply(self.adversary_optimizer, gradients, variables, applied)
 
     def _gradients(self, tape, loss, variables):
-        """Those of each variable or, in a compiled loop, a single vector of all."""
+        """Those of each variable or, in a compiled loop, of groups of them."""
         gradients = tape.gradient(loss, [v.value for v in variables])
-        return [optimizers.flat(gradients)] if self.loop_is_compiled else gradients
+        return optimizers.gathered(gradients) if self.loop_is_compiled else gradients
 
     def _apply(self, optimizer, gradients, variables, applied):
         if self.loop_is_compiled:
-            optimizer.apply_where(applied, *gradients, variables)
+            optimizer.apply_where(applied, gradients)
         else:
             replicas.apply(optimizer, gradients, variables, applied)
 
@@ -357,17 +357,14 @@ class AVB(Restorable, keras.Model):
 
     def state_groups(self) -> list[list[keras.Variable]]:
         """All variables that a step may change; those of a group are updated together."""
-        optimizers = [o for o in (self.optimizer, self.adversary_optimizer) if o is not None]
-        groups = [self.primal_variables, [average for _, average in self._averages()]]
-        groups += [self.adversary.trainable_variables] if self.adversary is not None else []
-        groups += [moments for optimizer in optimizers for moments in optimizer.moments]
-        variables = [*self.variables, *(v for o in optimizers for v in o.variables)]
-        variables += [v for mean in self.means.values() for v in mean.variables]
-        rest = {id(v): v for v in variables}
-        for group in groups:
-            for variable in group:
-                rest.pop(id(variable), None)
-        return [group for group in groups if group] + [[variable] for variable in rest.values()]
+        both = [o for o in (self.optimizer, self.adversary_optimizer) if o is not None]
+        together = [variables for optimizer in both for variables in optimizer.states]
+        together.append([average for _, average in self._averages()])
+        groups = [group for variables in together for group in optimizers.grouped(variables)]
+        known = {id(variable) for group in groups for variable in group}
+        others = [self, *both, *self.means.values()]
+        rest = {id(v): v for other in others for v in other.variables if id(v) not in known}
+        return groups + [[variable] for variable in rest.values()]
 
     def _all_finite(self, *tensors):
         """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`.
@@ -389,9 +386,11 @@ class AVB(Restorable, keras.Model):
         step = tf.cast(self.step.value, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
         if self.loop_is_compiled:
-            before, target = optimizers.values(averages), optimizers.values(weights)
-            decay = tf.where(applied, decay, 1.0)
-            optimizers.assign(averages, before + (1.0 - decay) * (target - before))
+            share = tf.where(applied, 1.0 - decay, 0.0)
+            for targets, group in zip(*map(optimizers.grouped, (weights, averages)), strict=True):
+                before = optimizers.value(group)
+                after = before + share * (optimizers.value(targets) - before)
+                optimizers.assign(group, after)
         else:
             replicas.update(_move, weights, averages, tf.where(applied, decay, 1.0))
 
@@ -444,7 +443,7 @@ class AVB(Restorable, keras.Model):
         before, self.resident = self.resident, None
         if isinstance(x, (np.ndarray, tf.Tensor, Split)):
             arguments = self._put(arguments)
-        if getattr(before, "decode", None) is not getattr(self.resident, "decode", None):
+        if resident.traced(before) != resident.traced(self.resident):
             self.train_function = None
         try:
             return super().fit(**arguments)

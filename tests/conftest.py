@@ -17,7 +17,7 @@ DATA_FOLDERS = (os.environ.get("AVB_TF_DATA_DIR"), Path(__file__).parents[2] / "
 SLOW = (
     "ais", "baselines", "benchmarks_*", "checkpoints", "command_line", "compare", "draw",
     "estimates", "evaluate", "explore", "export*", "faults", "golden", "guard", "hub",
-    "inference_gap", "mistakes", "model", "monitor", "posterior*", "precision", "replicas",
+    "inference_gap", "loops", "mistakes", "model", "monitor", "posterior*", "precision", "replicas",
     "serving_*", "tensorboard", "train",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ from avb_tf.data.source import Split
 
 MEGABYTES = 4096  # of examples as they are stored, up to which they are kept on the device
 CAPACITY = 100  # steps that a call has room for, unless it takes more of them
+STRIDE = 10  # steps after which a compiled loop asks whether there are more, if calls allow it
 
 
 class Resident(NamedTuple):
@@ -17,6 +18,7 @@ class Resident(NamedTuple):
 
     rows: Any  # [size, ...], a copy for each replica
     decode: Callable[[tf.Tensor], tf.Tensor]  # rows [n, ...] -> float32 [n, *event]
+    stride: int  # divides the number of steps of each call
     # Dataset of the calls: (indices int64 [capacity, batch / replicas], number of steps), for each
     # replica of a strategy.
     calls: Any
@@ -24,6 +26,11 @@ class Resident(NamedTuple):
     def read(self, rows: tf.Tensor, indices: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         """x float32 [batch / replicas, *event] of a call's `step`, in a replica of this `rows`."""
         return self.decode(tf.gather(rows, tf.gather(indices, step)))
+
+
+def traced(resident: Resident | None) -> tuple:
+    """What of it is a constant of the graph that reads it."""
+    return () if resident is None else (resident.decode, resident.stride)
 
 
 def fits(split: Split, megabytes: float = MEGABYTES) -> bool:
@@ -78,4 +85,10 @@ def put(
         return pipeline.untuned(steps.map(call).unbatch().prefetch(local))
 
     rows = strategy.experimental_distribute_values_from_function(copy)
-    return Resident(rows, stored.decode, strategy.distribute_datasets_from_function(calls))
+    strided = steps_per_epoch % STRIDE == steps_per_call % STRIDE == 0
+    return Resident(
+        rows,
+        stored.decode,
+        STRIDE if strided else 1,
+        strategy.distribute_datasets_from_function(calls),
+    )
