@@ -53,7 +53,7 @@ POSTERIOR_MODES = {
     "serve_check": "avb_tf.serving.check:serve_check",
 }
 
-_DRIVER = Path("/proc/driver/nvidia/gpus")  # of NVIDIA's driver: a folder for each GPU
+_DRIVER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a folder here for each GPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _cache_programs() -> None:
-    """Lets XLA keep what it compiles for a GPU: later commands start in half the time.
+    """Makes XLA cache the programs that it compiles for a GPU, so that later commands start faster.
 
-    A program is for one version of TensorFlow and one kind of GPU, which the driver tells before
-    TensorFlow is imported.
+    A cached program fits one version of TensorFlow and one GPU model. The driver names the model
+    without importing TensorFlow.
     """
     gpus = [file.read_text() for file in sorted(_DRIVER.glob("*/information"))]
     if not gpus or "TF_XLA_FLAGS" in os.environ:
@@ -118,7 +118,7 @@ def _cache_programs() -> None:
     kind = f"{importlib.metadata.version('tensorflow')}\n" + "\n".join(models)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = home / "avb_tf" / f"xla-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
-    with contextlib.suppress(OSError):  # a home that cannot be written to
+    with contextlib.suppress(OSError):  # the home directory is not writable
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.environ["TF_XLA_FLAGS"] = f"--tf_xla_persistent_cache_directory={cache}"
 
