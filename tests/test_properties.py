@@ -16,6 +16,7 @@ from avb_tf.posteriors.sampler import Chart
 
 # The same examples in every run; no deadline, because the first call of an operation is slow.
 some = settings(max_examples=20, deadline=None, derandomize=True)
+few = settings(some, max_examples=6)  # for charts, whose layers run eagerly
 SEEDS = st.integers(0, 2**31 - 1)
 SIZES = st.integers(1, 60)
 
@@ -59,8 +60,8 @@ def test_whitening_is_undone_by_the_contrasts_scale_and_keeps_its_density(latent
     np.testing.assert_allclose(standard - volume, r.log_prob(z), atol=1e-9)
 
 
-@some
-@given(st.integers(1, 4), st.integers(1, 4), SEEDS)
+@few
+@given(st.integers(1, 3), st.integers(1, 3), SEEDS)
 def test_a_chart_has_its_inverse_and_its_volume(dim, steps, seed):
     chart = Chart(dim, steps, width=8)
     rng = np.random.default_rng(seed)
