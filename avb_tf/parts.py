@@ -59,11 +59,10 @@ def check_draws(
     needed = {"prior": 1, "diagonal": 2, "full": latent_dim + 1}[contrast]
     samples = max(draws, adversary_draws) if adversary else draws
     if samples < needed:
-        unused = "" if adversary else ", which needs an adversary,"
+        both = f" and adversary_draws {adversary_draws}" if adversary else ", without an adversary"
         raise UserError(
-            f"draws is {draws} and adversary_draws{unused} {adversary_draws}; expected at least "
-            f"{needed}, because contrast '{contrast}' estimates the moments of encoder "
-            f"'{encoder}' from its draws"
+            f"draws is {draws}{both}; expected at least {needed}, because contrast '{contrast}' "
+            f"needs the moments of encoder '{encoder}', which are estimated from its draws"
         )
 
 

@@ -122,7 +122,7 @@ FIELDS = {
     f"{POINTS} --config.model.network=conv": "(4,)",
     f"{DIGITS} --config.model.flow_steps=2 --config.model.flow_width=1": "flow_width is 1",
     "--config=configs/digits.py:auxvae --config.model.contrast=full --config.model.latent_dim=4": (
-        "adversary 'none' 4 an example"
+        "draws is 4, without an adversary; expected at least 5"
     ),
     "--config=configs/digits.py:avb_flow --config.model.contrast=prior": "FlowEncoder",
     f"{DIGITS} --config.optimizer.learning_rate=0": "learning_rate is 0.0",
