@@ -82,7 +82,9 @@ class AVB(Restorable, keras.Model):
         super().__init__(autocast=False, **kwargs)  # the parts cast what they compute
         self.event_shape = tuple(event_shape)
         parts.check_names(likelihood, contrast, condition)
-        if encoder.sample_moments:
+        # With a flow, an adaptive contrast has the moments of the base.
+        contrasted = encoder.base if isinstance(encoder, flows.FlowEncoder) else encoder
+        if contrasted.moments_from_draws:
             name, latent_dim = type(encoder).__name__, encoder.latent_dim
             learned = adversary is not None
             parts.check_draws(draws, adversary_draws, learned, contrast, latent_dim, name)
@@ -285,7 +287,7 @@ class AVB(Restorable, keras.Model):
         dual = self.adversary.trainable_variables if self.adversary is not None else []
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in self.primal_variables])
-            parameters = self.encoder.parameters(x)
+            parameters = self.encoder.parameters(x, training=True)
             with tape.stop_recording():
                 for i in range(1, self.adversary_steps if dual else 1):
                     self.dual_step(x, parameters, _TRAIN + 2 * i)

@@ -20,6 +20,14 @@ VALUES = "per_example.npz"
 LOG_LIKELIHOODS = (
     "log_likelihood_quadrature", "log_likelihood_ais", "log_likelihood_iwae_5000",
 )  # fmt: skip
+# Estimates of data simulated from the model, not of the split. They check AIS itself.
+SIMULATED = (
+    "log_likelihood_simulated_bdmc_lower", "log_likelihood_simulated_bdmc_upper", "bdmc_gap",
+)  # fmt: skip
+_RENAMED = {  # names in the files of earlier versions
+    "log_likelihood_bdmc_lower": "log_likelihood_simulated_bdmc_lower",
+    "log_likelihood_bdmc_upper": "log_likelihood_simulated_bdmc_upper",
+}
 FIELDS = {
     "method", "data", "event_shape", "split", "step", "seconds", "config_hash", "estimates",
 }  # fmt: skip
@@ -64,7 +72,11 @@ def read(file: Path) -> dict[str, Any] | None:
         content = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) and content.keys() >= FIELDS else None
+    if not (isinstance(content, dict) and content.keys() >= FIELDS):
+        return None
+    if isinstance(content["estimates"], dict):
+        content["estimates"] = {_RENAMED.get(k, k): v for k, v in content["estimates"].items()}
+    return content
 
 
 def save_values(workdir: Path, x: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
@@ -117,8 +129,18 @@ def siblings(workdir: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of estimates in nats, mean +- standard error, with a column for each run."""
+    """A Markdown table of estimates in nats, mean +- standard error, with a column for each run.
+
+    Estimates of data simulated from the model come last, below a row that says so.
+
+    Args:
+      runs: name of a run -> content of results.json.
+    """
     names = list(dict.fromkeys(n for run in runs.values() for n in run["estimates"]))
+    simulated = [name for name in names if name in SIMULATED]
+    names = [name for name in names if name not in SIMULATED]
+    if simulated:
+        names += ["of data simulated from the model:", *simulated]
     columns = [["nats per example", *names, "steps"]]
     for name_of_run, run in runs.items():
         cells = [_cell(run["estimates"].get(name)) for name in names]

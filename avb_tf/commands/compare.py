@@ -156,7 +156,7 @@ def row(group: list[EvaluatedRun], runs: list[EvaluatedRun]) -> dict[str, Any]:
         "above_vae": _paired(group, baseline, name) if baseline else None,
         "bound": bound,
         "elbo": _over_seeds(group, bound_beside),
-        "gap_inference": _over_seeds(group, "gap_inference"),
+        "gap_inference": _interval(group, "gap_inference"),
         "gap_shape": _over_seeds(group, "gap_shape"),
         "bdmc_gap": _over_seeds(group, "bdmc_gap"),
         "steps": first["step"],
@@ -174,7 +174,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "by": [row["estimate"].removeprefix("log_likelihood_") for row in rows],
         "above vae, paired": [_cell(row["above_vae"], "+") for row in rows],
         "bound": [_cell(row["elbo"]) for row in rows],
-        "inference gap": [_cell(row["gap_inference"]) for row in rows],
+        "inference gap": [_interval_cell(row["gap_inference"]) for row in rows],
         "due to shape": [_cell(row["gap_shape"]) for row in rows],
         "BDMC gap": [_cell(row["bdmc_gap"]) for row in rows],
         "steps": [f"{row['steps']:,}" for row in rows],
@@ -200,6 +200,21 @@ def _over_seeds(group: list[EvaluatedRun], name: str) -> dict[str, Any] | None:
     over = "seeds" if several else "examples"
     count = estimates[0]["count"]
     return {"mean": float(np.mean(means)), "standard_error": error, "over": over, "count": count}
+
+
+def _interval(group: list[EvaluatedRun], name: str) -> dict[str, Any] | None:
+    """The estimate, or {"lower": ..., "upper": ...} if the runs have an interval.
+
+    Earlier versions estimated the ELBO of an implicit posterior by nearest neighbours. That has an
+    unknown bias, so it is left out.
+    """
+    ends = {end: _over_seeds(group, f"{name}_{end}") for end in ("lower", "upper")}
+    if all(ends.values()):
+        return ends
+    known = [run for run in group if name in run.results["estimates"]]
+    biased = "nearest neighbours"
+    known = [r for r in known if r.results["estimates"][name].get("bound") != biased]
+    return _over_seeds(known, name)
 
 
 def _paired(
@@ -244,6 +259,12 @@ def _example_values(run: EvaluatedRun, name: str) -> dict[tuple[int, int], float
 
 def _data(run: EvaluatedRun) -> tuple:
     return run.results["data"], tuple(run.results["event_shape"]), run.results["split"]
+
+
+def _interval_cell(estimate: dict[str, Any] | None) -> str:
+    if estimate is None or "lower" not in estimate:
+        return _cell(estimate)
+    return f"{_cell(estimate['lower'])} to {_cell(estimate['upper'])}"
 
 
 def _cell(estimate: dict[str, Any] | None, sign: str = "") -> str:

@@ -50,7 +50,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if model.likelihood.bits_per_dim:
         summaries |= _bits_per_dim(summaries, int(np.prod(model.event_shape)))
     warnings = _warnings(summaries)
-    values = {name: e.values for name, e in by_name.items() if not e.simulated}
+    values = {name: e.values for name, e in by_name.items() if e.of_examples}
     results.save_values(workdir, x, values)
     plain = configuration.resolve(config)
     results.save(
@@ -86,11 +86,21 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
     elbo = estimates.bound(model, x)
     name = "elbo" if model.adversary is None else "elbo_adversary"
     by_name = {name: Estimate(elbo, {"draws": estimates.DRAWS})}
+    by_name |= estimates.latent_space(model, x)
     planar = model.encoder.latent_dim == 2
     if planar:
-        by_name |= estimates.exact(model, x, settings.grid, settings.posteriors)
+        by_name |= estimates.exact(model, x, settings.grid)
     sizes = run.sizes(settings)
     subset = x[: sizes["subset"]]
+    posteriors = settings.posteriors if planar else 0
+    gap = min(sizes["gap"], len(subset))
+    own = None
+    if count := min(max(posteriors, gap), len(x)):
+        own = estimates.own_bounds(model, x[:count], elbo[:count], directory)
+        by_name |= estimates.smoothed_elbo(own)
+    if own and posteriors:
+        exact = by_name["log_likelihood_quadrature"].values[:posteriors]
+        by_name |= estimates.posterior_divergence(own.first(len(exact)), exact)
     chains = {name: sizes[f"ais.{name}"] for name in ("temperatures", "chains", "leapfrog_steps")}
     if planar and settings.ais.temperatures == -1:
         chains["temperatures"] = 0  # quadrature is exact
@@ -113,11 +123,11 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
         drawn["weights"] = estimate_figures.weights(weights)
     if sizes["simulated"] and chains["temperatures"]:
         by_name |= estimates.bidirectional(model, sizes["simulated"], chains, directory)
-    if gap := min(sizes["gap"], len(subset)):
+    if own and gap:
         known = [by_name[name].values for name in results.LOG_LIKELIHOODS if name in by_name]
         # AIS and importance sampling both bound log p(x) from below, so the higher mean is closer.
         best = known[0][:gap] if planar else max((v[:gap] for v in known), key=np.mean)
-        by_name |= estimates.inference_gap(model, subset[:gap], best, elbo[:gap], directory)
+        by_name |= estimates.inference_gap(model, subset[:gap], best, own.first(gap), directory)
     return by_name, drawn
 
 

@@ -18,8 +18,8 @@ SETTINGS: dict[str, Any] = {
     "filters": (32, 64),  # of the convolutions, from the image inwards
     "strides": (),  # of the convolutions; (): 2 each
     "residual_blocks": 0,  # in the encoder's trunk, instead of its dense layers or after conv
-    # gaussian, gaussian_full, auxiliary: density known; black_box, injected, noise_basis,
-    # joint_basis: implicit
+    # gaussian, gaussian_full, auxiliary: density known; black_box, injected, joint_basis: implicit;
+    # noise_basis: implicit, the authors' encoder, with their trunk and decoder
     "encoder": "gaussian",
     "noise_dim": 0,  # noise of an example (noise_basis: of a basis; auxiliary: a); 0: latent_dim
     "bases": 16,  # functions of the noise, for noise_basis and joint_basis
@@ -61,11 +61,22 @@ METHODS: dict[str, dict[str, Any]] = {
         "adversary": "residual",
         "condition": "posterior",
     },
-    # Section 4 as published: independent noise bases, diagonal contrast, adversary of x and z.
+    # Section 4 with the networks of the authors' code for 8 latents, weight for weight: `full0_ac`
+    # (dense) or `conv0_ac` with the factorised adversary. For 32 latents they have 32 bases of 64
+    # noise dimensions (configs/mnist_conv.py). WORKSPACE.md lists what differs and why.
     "avb_ac_paper": {
         "encoder": "noise_basis",
         "contrast": "diagonal",
         "adversary": "factorised",
+        "width": 300,
+        "filters": (64, 128, 256, 512),
+        "strides": (1, 1, 2, 2),
+        "noise_dim": 32,
+        "adversary_width": 1024,
+        "adversary_depth": 3,
+        "products": 8192,
+        "adversary_draws": 1,
+        "ema_decay": 0.0,
     },
     # Baselines. If the density is known, T = log q(z|x) - log r(z|x) is exact and r cancels, so
     # the contrast is the prior, which needs no moments.

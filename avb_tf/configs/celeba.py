@@ -1,6 +1,6 @@
 """Faces at 64 x 64, 64 latents, convolutional networks: needs an accelerator, not tested.
 
-  python main.py --config=configs/celeba.py:avb_ac --config.data.path=img_align_celeba
+  avb-tf --config=celeba:avb_ac --config.data.path=img_align_celeba
 
 The path is a folder of PNG or JPEG files. Batch size, learning rates, number of steps and filters
 are from the authors' CelebA experiment, which uses the prior as contrast (`:avb`).
@@ -12,7 +12,7 @@ from avb_tf import configuration
 def get_config(method="avb_ac"):
     config = configuration.default(
         method, latent_dim=64, likelihood="normal", network="conv", filters=(64, 128, 256, 512),
-        width=512, bases=64, adversary_width=512, adversary_draws=4,
+        strides=(2, 2, 2, 2), width=512, bases=64, adversary_width=512, adversary_draws=4,
     )  # fmt: skip
     if method == "avb":
         config.model.noise_dim = 128
