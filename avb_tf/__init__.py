@@ -1,7 +1,7 @@
 """Adversarial Variational Bayes (Mescheder, Nowozin and Geiger, 2017) in TensorFlow and Keras.
 
-`build` makes a model by name; `AVB` takes parts of one's own. The names load on first use, so that
-the command line can answer without TensorFlow.
+`build` makes a model by name; `AVB` takes your own parts. The names are imported on first use, so
+that the command line starts without TensorFlow.
 """
 
 import importlib

@@ -6,13 +6,14 @@ encoder and decoder, dual means the adversary, as in the paper's Algorithm 1.
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import auxiliary, flows, loops, objectives, optimizers, replicas, schedules
+from avb_tf import auxiliary, flows, loops, objectives, optimizers, parts, replicas, schedules
 from avb_tf import contrast as contrasts
 from avb_tf.data import pipeline, resident
 from avb_tf.data.source import Split, array_split
@@ -80,6 +81,13 @@ class AVB(Restorable, keras.Model):
     ):
         super().__init__(autocast=False, **kwargs)  # the parts cast what they compute
         self.event_shape = tuple(event_shape)
+        parts.check_names(likelihood, contrast, condition)
+        # With a flow, an adaptive contrast has the moments of the base.
+        contrasted = encoder.base if isinstance(encoder, flows.FlowEncoder) else encoder
+        if contrasted.moments_from_draws:
+            name, latent_dim = type(encoder).__name__, encoder.latent_dim
+            learned = adversary is not None
+            parts.check_draws(draws, adversary_draws, learned, contrast, latent_dim, name)
         known = isinstance(likelihood, str)
         self.likelihood = LIKELIHOODS[likelihood] if known else likelihood
         self.contrast = contrasts.CONTRASTS[contrast]
@@ -117,13 +125,20 @@ class AVB(Restorable, keras.Model):
         )  # fmt: skip
 
     def _create_weights(self):
-        """Runs every part once: all weights exist before an optimizer or a checkpoint sees them."""
-        x = tf.zeros([1, *self.event_shape])
-        noise = tf.zeros([self.encoder.latent_dim + 1, 1, self.encoder.noise_dim])
+        """Runs every part once to create all weights, and checks the shapes of the outputs."""
+        samples, batch = self.encoder.latent_dim + 1, 2
+        x = tf.zeros([batch, *self.event_shape])
+        noise = tf.zeros([samples, batch, self.encoder.noise_dim])
         for training in (False, True):
             encoder, decoder = self._networks(training)
-            decoder(encoder(x, noise).z)
+            posterior = encoder(x, noise)
+            parts.check_posterior(encoder, posterior, samples, batch)
+            outputs = decoder(posterior.z)
         posterior = self.encoder(x, noise)
+        if self.likelihood.parameters:  # 0: the likelihood reads any output
+            expected = [samples, batch, *self.event_shape, self.likelihood.parameters]
+            name = f"decoder {type(self.decoder).__name__}: output"
+            parts.check_shape(name, outputs, expected, "[samples, batch, *event, parameters]")
         if self.adversary is None and posterior.log_prob is None:
             raise UserError(
                 f"{type(self.encoder).__name__} does not know its density and there is no "
@@ -137,7 +152,9 @@ class AVB(Restorable, keras.Model):
                     f"adaptive contrast too; {type(self.encoder).__name__} gives no description "
                     "here. Use condition 'x'."
                 )
-            self.adversary(self.condition_of(x, q, r), q.z)
+            t = self.adversary(self.condition_of(x, q, r), q.z)
+            name = f"adversary {type(self.adversary).__name__}: T"
+            parts.check_shape(name, t, [samples, batch], "[samples, batch]")
         for weight, average in self._averages():
             average.assign(weight)
         self.built = True
@@ -156,7 +173,7 @@ class AVB(Restorable, keras.Model):
         """Trainable weights of encoder and decoder."""
         return self.encoder.trainable_variables + self.decoder.trainable_variables
 
-    def compile(self, optimizer=None, adversary_optimizer=None, **kwargs):
+    def compile(self, optimizer: Any = None, adversary_optimizer: Any = None, **kwargs):
         """Configures training.
 
         Args:
@@ -181,16 +198,21 @@ class AVB(Restorable, keras.Model):
         both = {"optimizer": self.optimizer, "adversary_optimizer": self.adversary_optimizer}
         return {k: keras.saving.serialize_keras_object(v) for k, v in both.items()}
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]):
         """Compiles as saved; the optimizers' state is loaded next."""
         self.compile(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
     # The bound.
 
-    def terms(self, x, noise, training: bool = False) -> objectives.Terms:
-        """The terms of the bound for x [batch, *event], noise [samples, batch, noise_dim].
+    def terms(
+        self, x: np.ndarray | tf.Tensor, noise: np.ndarray | tf.Tensor, training: bool = False
+    ) -> objectives.Terms:
+        """The terms of the bound, with the averaged networks unless in training.
 
-        By the averaged networks, unless in training.
+        Args:
+          x: [batch, *event].
+          noise: [samples, batch, noise_dim], standard normal.
+          training: whether to use the trained networks, as a training step does.
         """
         encoder, decoder = self._networks(training)
         posterior = encoder(x, noise, training=training)
@@ -224,7 +246,7 @@ class AVB(Restorable, keras.Model):
             return self.encoder, self.decoder
         return self.averaged_encoder, self.averaged_decoder
 
-    def condition_of(self, x, posterior: Posterior, r):
+    def condition_of(self, x: np.ndarray | tf.Tensor, posterior: Posterior, r: Any):
         """What the adversary reads beside z."""
         if self.condition == "none":
             return tf.zeros([tf.shape(x)[0], 1])  # the same for all
@@ -236,7 +258,7 @@ class AVB(Restorable, keras.Model):
         seed = replicas.stream_seed(self.seed, self.step.value, stream)
         return replicas.rows(tf.random.stateless_normal, shape, seed, axis=1)
 
-    def noises(self, x, stream):
+    def noises(self, x: np.ndarray | tf.Tensor, stream: int):
         """The encoder's noise, and the whitened draws of the contrast."""
         return (
             self._noise(x, stream, self.encoder.noise_dim),
@@ -255,7 +277,7 @@ class AVB(Restorable, keras.Model):
 
     # Training.
 
-    def train_step(self, data):
+    def train_step(self, data: Any):
         """Algorithm 1: dual steps, the last of them together with the primal step.
 
         The encoder does not move before the primal step, so x passes through it once. What each
@@ -296,7 +318,7 @@ class AVB(Restorable, keras.Model):
         self._record(terms, t_contrast, applied)
         return self.get_metrics_result()
 
-    def dual_step(self, x, parameters, stream):
+    def dual_step(self, x: np.ndarray | tf.Tensor, parameters: Any, stream: int):
         """One step of the adversary, for the encoder's `parameters` of x."""
         noise, contrast_noise = self.noises(x, stream)
         posterior = self.encoder.draw(parameters, noise, training=True)
@@ -357,7 +379,7 @@ class AVB(Restorable, keras.Model):
         loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
-    def average(self, applied):
+    def average(self, applied: tf.Tensor):
         """Moves the averaged weights towards the trained ones, unless the step was skipped."""
         if not self.ema_decay:
             return
@@ -396,7 +418,7 @@ class AVB(Restorable, keras.Model):
             weight = tf.cast(tf.broadcast_to(applied, tf.shape(value)), tf.float32)
             self.means[name].update_state(value, weight)
 
-    def test_step(self, data):
+    def test_step(self, data: Any):
         """The bound, its terms and the adversary's state, by the averaged networks."""
         x = self._inputs(data)
         noise, contrast_noise = self.noises(x, _TEST)
@@ -410,7 +432,7 @@ class AVB(Restorable, keras.Model):
         """The running means since the epoch began."""
         return {name: mean.result() for name, mean in self.means.items()}
 
-    def fit(self, x=None, *args, **kwargs):
+    def fit(self, x: np.ndarray | tf.Tensor = None, *args: Any, **kwargs):
         """As `keras.Model.fit`; x may also be a `data.Split`.
 
         An array or a split of at most `resident_megabytes` is copied to the device once, and
@@ -459,14 +481,14 @@ class AVB(Restorable, keras.Model):
             )
         return arguments | {"x": batches, "steps_per_epoch": steps, "shuffle": False}
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False):
         """The graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
         if self.train_function is None or force:
             make = loops.of_stream if self.resident is None else loops.of_resident
             self.train_function = make(self, self.train_step)
         return self.train_function
 
-    def make_test_function(self, force=False):
+    def make_test_function(self, force: bool = False):
         """The graph that `evaluate` calls: as that of `fit`, but that the data may end within."""
         if self.test_function is None or force:
             self.test_function = loops.of_finite(self, self.test_step)
@@ -474,29 +496,47 @@ class AVB(Restorable, keras.Model):
 
     # Use. All by the averaged networks; the same seed gives the same draws.
 
-    def call(self, x):
+    def call(self, x: np.ndarray | tf.Tensor):
         """Reconstructions of x, [batch, *event]; `predict` calls this."""
         return self.reconstruct(x)
 
-    def posterior(self, x, samples: int = 1, seed: int = 0) -> Posterior:
-        """`samples` draws of q(z|x) for x [batch, *event], with what is known of q."""
+    def posterior(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0) -> Posterior:
+        """Draws of q(z|x) with its moments and, if known, its density.
+
+        Args:
+          x: [batch, *event] in [0, 1].
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
         x = tf.convert_to_tensor(x, tf.float32)
         shape = [samples, tf.shape(x)[0], self.encoder.noise_dim]
         noise = tf.random.stateless_normal(shape, [seed, 0])
         return self.averaged_encoder(x, noise)
 
-    def encode(self, x, samples: int = 1, seed: int = 0):
-        """z ~ q(z|x), [samples, batch, latent]."""
+    def encode(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
+        """z ~ q(z|x), [samples, batch, latent].
+
+        Args:
+          x: [batch, *event] in [0, 1].
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
         return self.posterior(x, samples, seed).z
 
-    def log_ratios(self, x, samples: int = 1, seed: int = 0):
-        """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary."""
+    def log_ratios(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
+        """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary.
+
+        Args:
+          x: [batch, *event] in [0, 1].
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
         posterior = self.posterior(x, samples, seed)
         noise = tf.random.stateless_normal(tf.shape(posterior.z), [seed, 2])
         q, r = contrasts.compare(posterior, self.contrast)
         return self._t(tf.convert_to_tensor(x), q, r, noise)
 
-    def decode(self, z):
+    def decode(self, z: np.ndarray | tf.Tensor):
         """E[x|z] for z [..., latent], [..., *event] in [0, 1]."""
         return self.likelihood.mean(self.averaged_decoder(tf.convert_to_tensor(z, tf.float32)))
 
@@ -505,11 +545,11 @@ class AVB(Restorable, keras.Model):
         shape = [count, self.encoder.latent_dim]
         return self.decode(tf.random.stateless_normal(shape, [seed, 1]))
 
-    def reconstruct(self, x, seed: int = 0):
+    def reconstruct(self, x: np.ndarray | tf.Tensor, seed: int = 0):
         """E[x'|z] for one z ~ q(z|x) per example, [batch, *event]."""
         return self.decode(self.encode(x, 1, seed)[0])
 
-    def export(self, directory, **settings):
+    def export(self, directory: str | Path, **settings: Any):
         """Writes `<directory>/<version>/` for TensorFlow Serving, in place of Keras's one endpoint.
 
         The settings are those of `serving.writing.export`. Needs the extra [serving].

@@ -32,11 +32,12 @@ ORDER = [
     "avb_tf.replicas",
     "avb_tf.networks",
     "avb_tf.encoders",
-    "avb_tf.flows",
-    "avb_tf.auxiliary",
     "avb_tf.contrast",
     "avb_tf.proposal",
     "avb_tf.likelihoods",
+    "avb_tf.parts",
+    "avb_tf.flows",
+    "avb_tf.auxiliary",
     "avb_tf.objectives",
     "avb_tf.optimizers",
     "avb_tf.schedules",
@@ -145,8 +146,8 @@ def imported(module):
 
 
 def test_every_module_is_listed_once():
-    found = [file.relative_to(PACKAGE.parent).with_suffix("") for file in PACKAGE.rglob("*.py")]
-    names = [".".join(path.parts).removesuffix(".__init__") for path in found]
+    files = [file.relative_to(PACKAGE.parent).with_suffix("") for file in PACKAGE.rglob("*.py")]
+    names = [".".join(path.parts).removesuffix(".__init__") for path in files]
     assert sorted(names) == sorted(ORDER)
 
 

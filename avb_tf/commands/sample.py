@@ -1,4 +1,4 @@
-"""A trained run -> draws of its model."""
+"""Draws samples of a trained run's model."""
 
 import io
 from pathlib import Path
@@ -11,10 +11,10 @@ from avb_tf.figures import model as model_figures
 
 
 def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """64 draws of the newest checkpoint: E[x|z], z ~ p(z), as `samples.npy` and as a figure.
+    """Writes 64 draws of the newest checkpoint, E[x|z] at z ~ p(z): `samples.npy` and a figure.
 
     Raises:
-      UserError: no checkpoint.
+      UserError: there is no checkpoint.
     """
     model = checkpoints.load(workdir)
     draws = np.asarray(model.sample(64))

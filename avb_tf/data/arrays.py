@@ -1,4 +1,4 @@
-"""Sources held as arrays: checks on data from outside, and the cut of missing splits."""
+"""Checks arrays from users' files and cuts missing splits off the training data."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -19,15 +19,15 @@ class Examples(NamedTuple):
 
 
 def check(place: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Examples]:
-    """Pairs up arrays named x_train, y_train, x_validation, ..., once they are fit for use.
+    """Checks arrays named x_train, y_train, x_validation, ... and pairs x with its labels.
 
     Args:
-      place: where the arrays came from, for the messages.
+      place: where the arrays came from, for error messages.
       arrays: x_* are uint8 or float in [0, 1], [n, d], [n, h, w] or [n, h, w, c]; y_* are labels,
-        integer [n], and may be absent, as may any split but train.
+        integer [n]. Only x_train is required.
 
     Returns:
-      The splits that are there; [n, h, w] has become [n, h, w, 1].
+      Split -> its arrays; [n, h, w] is reshaped to [n, h, w, 1].
 
     Raises:
       UserError: an array is missing, unknown, or not as described.
@@ -60,8 +60,13 @@ def check(place: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Examples]:
 
 
 def source(name: str, place: str, examples: dict[str, Examples], seed: int = 0) -> Source:
-    """Source of checked arrays; a missing validation or test split is a tenth of train.
+    """A source of checked arrays; a missing validation or test split is a tenth of train.
 
+    Args:
+      name: of the source.
+      place: where the arrays came from, for error messages.
+      examples: split -> its arrays, as `check` returns them.
+      seed: of the cut.
     Raises:
       UserError: train is too small to be cut.
     """
@@ -98,7 +103,9 @@ def _checked_x(place: str, x: np.ndarray) -> np.ndarray:
 
 def _check_labels(place: str, labels: np.ndarray, size: int) -> None:
     if labels.shape != (size,):
-        raise UserError(f"{place} has shape {labels.shape}; expected ({size},), a label an example")
+        raise UserError(
+            f"{place} has shape {labels.shape}; expected ({size},), one label per example"
+        )
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{place} is of type {labels.dtype}; expected integers; convert them")
 
