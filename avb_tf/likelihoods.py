@@ -1,35 +1,74 @@
 """Likelihoods: the decoder's output as a TFP distribution of x."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
+import keras
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
+from avb_tf.errors import UserError
+
 SCALE_FLOOR = 1e-2  # of an intensity in [0, 1]: without it the density of a flat pixel is unbounded
 LEVELS = 256.0
 
+_register = keras.saving.register_keras_serializable("avb_tf")
 
-class Likelihood(NamedTuple):
-    """p(x|z), given the decoder's output [..., *event, parameters]."""
+
+@_register
+@dataclass(frozen=True)
+class Likelihood:
+    """p(x|z), given the decoder's output [..., *event, parameters].
+
+        @keras.saving.register_keras_serializable("mine")  # or a model that has it is not saved
+        def laplace(outputs):
+            return tfd.Laplace(tf.sigmoid(outputs[..., 0]), 0.1)
+
+        Likelihood(1, laplace, mean, binary=False, bits_per_dim=False)
+    """
 
     parameters: int  # numbers for each dimension of x
     distribution: Callable[[tf.Tensor], Any]  # of batch [..., *event], event []
     mean: Callable[[tf.Tensor], tf.Tensor]  # [..., *event] in [0, 1]
     binary: bool  # the data are to be binarised
     bits_per_dim: bool  # a mass over 256 levels, usually told in bits per dimension
+    unit: bool = True  # x has to lie in [0, 1], and bytes are divided by 255
+
+    def get_config(self):
+        """The fields, for `.keras` files.
+
+        Raises:
+          UserError: a function is not registered with Keras, so that no file can name it.
+        """
+        for function in (self.distribution, self.mean):
+            if keras.saving.get_registered_object(keras.saving.get_registered_name(function)) is None:
+                raise UserError(
+                    f"the likelihood's function {function.__name__} is not registered; decorate it "
+                    "with @keras.saving.register_keras_serializable() to save the model"
+                )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: keras.saving.serialize_keras_object(v) for k, v in values.items()}
+
+    @classmethod
+    def from_config(cls, config):
+        """The likelihood that `get_config` described."""
+        return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
 
+@_register
 def _bernoulli(outputs):
     return tfd.Bernoulli(logits=outputs[..., 0])
 
 
+@_register
 def _normal(outputs):
     scale = SCALE_FLOOR + tf.nn.softplus(outputs[..., 1])
     return tfd.Normal(tf.sigmoid(outputs[..., 0]), scale)
 
 
+@_register
 def _logistic(outputs):
     scale = (SCALE_FLOOR + tf.nn.softplus(outputs[..., 1])) * (LEVELS - 1.0)
     logistic = tfd.Logistic(tf.sigmoid(outputs[..., 0]) * (LEVELS - 1.0), scale)
@@ -51,6 +90,7 @@ class _Levels:
         return self.levels.sample(seed=seed) / (LEVELS - 1.0)
 
 
+@_register
 def _sigmoid_mean(outputs):
     return tf.sigmoid(outputs[..., 0])
 

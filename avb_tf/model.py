@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import auxiliary, flows, loops, objectives, optimizers, replicas, schedules
+from avb_tf import auxiliary, epochs, flows, loops, objectives, optimizers, replicas, schedules
 from avb_tf import contrast as contrasts
-from avb_tf.data import pipeline, resident
+from avb_tf.data import checks, pipeline, resident
 from avb_tf.data.source import Split, array_split
 from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
@@ -26,6 +26,7 @@ __all__ = ["AVB", "auxiliary", "flows", "schedules"]
 
 # Streams of randomness within a step. Noises come in pairs; further dual steps go on from _TRAIN.
 _BINARISE, _TEST, _, _TRAIN = range(4)
+_NOT_TAKEN = {"loss", "metrics", "weighted_metrics", "loss_weights"}  # arguments of `compile`
 
 
 @keras.saving.register_keras_serializable("avb_tf")
@@ -104,6 +105,7 @@ class AVB(Restorable, keras.Model):
         names = ["elbo", "log_likelihood", "kl"]
         names += ["adversary_loss", "adversary_accuracy"] if adversary else []
         self.means = {name: keras.metrics.Mean(name=name) for name in names}
+        self.training_calls, self.test_calls = loops.Calls(), loops.Calls()
         self.resident: resident.Resident | None = None  # the examples that `fit` keeps on devices
         self.resident_megabytes: float = resident.MEGABYTES  # that these may take
         self._create_weights()
@@ -163,7 +165,15 @@ class AVB(Restorable, keras.Model):
           optimizer: of encoder and decoder; Adam at 5e-4 unless given.
           adversary_optimizer: of the adversary, which must keep ahead; Adam at 1.5e-3 unless given.
           **kwargs: of `keras.Model.compile`, such as steps_per_execution.
+        Raises:
+          UserError: a loss or metrics, which a model that is its own loss has no use for.
         """
+        for name in _NOT_TAKEN & kwargs.keys():
+            if kwargs[name] is not None:
+                raise UserError(
+                    f"compile({name}=...) has no use here: the loss is -ELBO, and the metrics are "
+                    f"its terms; leave {name} out"
+                )
         super().compile(optimizer=optimizer or optimizers.Adam(5e-4), **kwargs)
         # Built here, each over its own weights: Keras would build one over all of them.
         self.optimizer.build(self.primal_variables)
@@ -177,7 +187,9 @@ class AVB(Restorable, keras.Model):
             self.adversary_optimizer.build(self.adversary.trainable_variables)
 
     def get_compile_config(self):
-        """Both optimizers, for `.keras` files."""
+        """Both optimizers, for `.keras` files; None of a model that is not compiled."""
+        if not self.compiled:
+            return None
         both = {"optimizer": self.optimizer, "adversary_optimizer": self.adversary_optimizer}
         return {k: keras.saving.serialize_keras_object(v) for k, v in both.items()}
 
@@ -244,7 +256,7 @@ class AVB(Restorable, keras.Model):
         )
 
     def _inputs(self, data):
-        x = tf.cast(keras.utils.unpack_x_y_sample_weight(data)[0], tf.float32)
+        x = self._examples(keras.utils.unpack_x_y_sample_weight(data)[0])
         if self.likelihood.binary:
             seed = replicas.stream_seed(self.seed, self.step.value, _BINARISE)
             uniform = replicas.rows(
@@ -252,6 +264,15 @@ class AVB(Restorable, keras.Model):
             )
             x = tf.where(uniform < x, 1.0, 0.0 * x)  # a nan stays one, or nobody would know of it
         return x
+
+    def _examples(self, x):
+        """x as float32 [batch, *event], bytes scaled to [0, 1]; checked where it has a value."""
+        if not tf.is_symbolic_tensor(x):
+            x = self._checked(x)
+        return checks.as_examples(x, self.event_shape)
+
+    def _checked(self, x, place: str = "x"):
+        return checks.examples(x, self.event_shape, place, self.likelihood.unit)
 
     # Training.
 
@@ -261,23 +282,24 @@ class AVB(Restorable, keras.Model):
         The encoder does not move before the primal step, so x passes through it once. What each
         step does not share is its noise.
         """
-        x = self._inputs(data)
+        x, weights = self._inputs(data), _weights(data)
         dual = self.adversary.trainable_variables if self.adversary is not None else []
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in self.primal_variables])
             parameters = self.encoder.parameters(x)
             with tape.stop_recording():
                 for i in range(1, self.adversary_steps if dual else 1):
-                    self.dual_step(x, parameters, _TRAIN + 2 * i)
+                    self.dual_step(x, parameters, _TRAIN + 2 * i, weights)
             tape.watch([v.value for v in dual])
             noise, contrast_noise = self.noises(x, _TRAIN)
             posterior = self.encoder.draw(parameters, noise, training=True)
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
-            kl = self._kl_weight() * tf.reduce_mean(terms.kl)
-            loss: Any = self._share() * (kl - tf.reduce_mean(terms.log_likelihood))
+            kl = self._kl_weight() * objectives.mean(terms.kl, weights)
+            log_likelihood = objectives.mean(terms.log_likelihood, weights)
+            loss: Any = self._share() * (kl - log_likelihood)
             loss = self.optimizer.scale_loss(loss)
             if dual:
-                adversary_loss = self._adversary_loss(terms.t, t_contrast)
+                adversary_loss = self._adversary_loss(terms.t, t_contrast, weights)
         # T counts as fixed in the first, z in the second: neither's gradient is of the other.
         gradients = self._gradients(tape, loss, self.primal_variables)
         dual_gradients = self._gradients(tape, adversary_loss, dual) if dual else []
@@ -293,10 +315,10 @@ class AVB(Restorable, keras.Model):
         row = self.skipped_in_a_row.value
         over = applied & (row < self.patience)
         self.skipped_in_a_row.assign(tf.where(over, tf.zeros_like(row), row + skipped))
-        self._record(terms, t_contrast, applied)
+        self._record(terms, t_contrast, weights, applied)
         return self.get_metrics_result()
 
-    def dual_step(self, x, parameters, stream):
+    def dual_step(self, x, parameters, stream, weights=None):
         """One step of the adversary, for the encoder's `parameters` of x."""
         noise, contrast_noise = self.noises(x, stream)
         posterior = self.encoder.draw(parameters, noise, training=True)
@@ -304,7 +326,7 @@ class AVB(Restorable, keras.Model):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in variables])
             q, r = contrasts.compare(posterior, self.contrast)
-            loss = self._adversary_loss(*self._t(x, q, r, contrast_noise))
+            loss = self._adversary_loss(*self._t(x, q, r, contrast_noise), weights)
         gradients = self._gradients(tape, loss, variables)
         applied = self._all_finite(x, loss, *gradients)
         self._apply(self.adversary_optimizer, gradients, variables, applied)
@@ -356,8 +378,9 @@ class AVB(Restorable, keras.Model):
         """
         return replicas.all_finite(*tensors) if self.skip_non_finite else tf.constant(True)
 
-    def _adversary_loss(self, t_posterior, t_contrast) -> Any:
-        loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
+    def _adversary_loss(self, t_posterior, t_contrast, weights) -> Any:
+        losses = objectives.adversary_loss(t_posterior, t_contrast)
+        loss = self._share() * objectives.mean(losses, weights)
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
     def average(self, applied):
@@ -384,35 +407,43 @@ class AVB(Restorable, keras.Model):
             return 1.0
         return tf.minimum(1.0, tf.cast(self.step + 1, tf.float32) / self.kl_annealing_steps)
 
-    def _record(self, terms: objectives.Terms, t_contrast, applied=True):
+    def _record(self, terms: objectives.Terms, t_contrast, weights=None, applied=True):
         reconstruction = tf.reduce_mean(terms.log_likelihood, 0)
         kl = tf.reduce_mean(terms.kl, 0)
         values = {"elbo": reconstruction - kl, "log_likelihood": reconstruction, "kl": kl}
         if self.adversary is not None:
             for name in ("adversary_loss", "adversary_accuracy"):
-                values[name] = getattr(objectives, name)(terms.t, t_contrast)
+                of_draws = getattr(objectives, name)(terms.t, t_contrast)
+                values[name] = tf.reduce_mean(of_draws, 0)
         for name, value in values.items():
             # Of a step that is skipped no number is left.
             value = tf.where(applied, value, 0.0)
-            weight = tf.cast(tf.broadcast_to(applied, tf.shape(value)), tf.float32)
-            self.means[name].update_state(value, weight)
+            weight = tf.ones_like(value) if weights is None else weights
+            self.means[name].update_state(value, tf.where(applied, weight, 0.0))
 
     def test_step(self, data):
         """The bound, its terms and the adversary's state, by the averaged networks."""
         x = self._inputs(data)
         noise, contrast_noise = self.noises(x, _TEST)
         posterior = self.averaged_encoder(x, noise)
-        self._record(
-            *self._terms(x, posterior, self.averaged_decoder, self.samples, contrast_noise)
-        )
+        terms = self._terms(x, posterior, self.averaged_decoder, self.samples, contrast_noise)
+        self._record(*terms, _weights(data))
         return self.get_metrics_result()
 
     def get_metrics_result(self):
-        """The running means since the epoch began."""
-        return {name: mean.result() for name, mean in self.means.items()}
+        """The running means since the epoch began, NaN where no step counted; loss is -ELBO."""
+        means = {
+            name: tf.where(mean.count.value > 0, mean.result(), np.nan)
+            for name, mean in self.means.items()
+        }
+        return {"loss": -means["elbo"], **means}
 
     def fit(self, x=None, *args, **kwargs):
-        """As `keras.Model.fit`; x may also be a `data.Split`.
+        """As `keras.Model.fit`; x may also be a `data.Split`, and labels y are ignored.
+
+        `sample_weight` weighs the terms of the bound and the adversary's loss alike: a step of
+        weights [2, 1] has the gradient of one that sees the first example twice. As in Keras, the
+        sum over a batch is divided by its size.
 
         An array or a split of at most `resident_megabytes` is copied to the device once, and
         a call of the graph, `steps_per_execution` steps, gathers its batches there. Their order is
@@ -421,9 +452,20 @@ class AVB(Restorable, keras.Model):
         """
         arguments = inspect.signature(keras.Model.fit).bind(self, x, *args, **kwargs).arguments
         del arguments["self"]
+        _refuse_class_weight(arguments)
+        arguments["x"] = checks.inputs(x, self._checked)
+        if isinstance(held_out := arguments.get("validation_data"), (tuple, list)):
+            x_held_out = checks.inputs(held_out[0], lambda x: self._checked(x, "validation_data"))
+            arguments["validation_data"] = (x_held_out, *held_out[1:])
         before, self.resident = self.resident, None
-        if isinstance(x, (np.ndarray, tf.Tensor, Split)):
+        if isinstance(arguments["x"], (np.ndarray, Split)):
             arguments = self._put(arguments)
+        if isinstance(callbacks := arguments.get("callbacks") or [], keras.callbacks.Callback):
+            callbacks = [callbacks]
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            arguments["callbacks"] = [*callbacks, epochs.Rates(), epochs.Skipped()]
+        self.training_calls.begin(arguments.get("steps_per_epoch"))
+        self.test_calls.begin(arguments.get("validation_steps"))
         if getattr(before, "decode", None) is not getattr(self.resident, "decode", None):
             self.train_function = None
         try:
@@ -435,11 +477,20 @@ class AVB(Restorable, keras.Model):
     def _put(self, arguments):
         """The arguments of `fit` with batches in place of an array or a split."""
         x, validation_split = arguments.pop("x"), arguments.pop("validation_split", 0.0)
+        weights = arguments.pop("sample_weight", None)
+        arguments.pop("y", None)
         if not isinstance(x, Split):
+            weights = None if weights is None else checks.weights(weights, len(x))
             if validation_split and arguments.get("validation_data") is None:
                 size = int(len(x) * (1.0 - validation_split))
-                x, arguments["validation_data"] = x[:size], (x[size:],)
-            x = array_split(np.asarray(x))
+                x, held_out = x[:size], x[size:]
+                arguments["validation_data"] = (held_out,)
+                if weights is not None:
+                    arguments["validation_data"] += (None, weights[size:])
+                    weights = weights[:size]
+            x = array_split(x, weights=weights)
+        elif weights is not None:
+            raise UserError("sample_weight goes with an array x; expected none with a Split")
         batch_size = min(arguments.pop("batch_size", None) or 32, x.size)
         steps = arguments.pop("steps_per_epoch", None) or -(-x.size // batch_size)
         order = {
@@ -473,6 +524,39 @@ class AVB(Restorable, keras.Model):
             self.test_function = loops.of_finite(self, self.test_step)
         return self.test_function
 
+    def evaluate(self, x=None, *args, **kwargs):
+        """As `keras.Model.evaluate`: the bound, its terms and the adversary's state, in nats."""
+        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has looked at these
+            x = checks.inputs(x, self._checked)
+            arguments = inspect.signature(keras.Model.evaluate).bind(self, x, *args, **kwargs)
+            self.test_calls.begin(arguments.arguments.get("steps"))
+        return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        """As `keras.Model.predict`: reconstructions."""
+        return super().predict(checks.inputs(x, self._checked), *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """As `keras.Model.train_on_batch`; y is ignored."""
+        del y
+        _refuse_class_weight({"class_weight": class_weight})
+        if self.resident is not None:  # then the graph is one for examples on the device
+            self.resident = self.train_function = None
+        return super().train_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+        """As `keras.Model.test_on_batch`; y is ignored."""
+        del y
+        return super().test_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
+
+    def predict_on_batch(self, x):
+        """As `keras.Model.predict_on_batch`: reconstructions."""
+        return super().predict_on_batch(self._checked(x))
+
+    def _batch(self, x, sample_weight):
+        x = self._checked(x)
+        return x, None, None if sample_weight is None else checks.weights(sample_weight, len(x))
+
     # Use. All by the averaged networks; the same seed gives the same draws.
 
     def call(self, x):
@@ -481,7 +565,7 @@ class AVB(Restorable, keras.Model):
 
     def posterior(self, x, samples: int = 1, seed: int = 0) -> Posterior:
         """`samples` draws of q(z|x) for x [batch, *event], with what is known of q."""
-        x = tf.convert_to_tensor(x, tf.float32)
+        x = self._examples(x)
         shape = [samples, tf.shape(x)[0], self.encoder.noise_dim]
         noise = tf.random.stateless_normal(shape, [seed, 0])
         return self.averaged_encoder(x, noise)
@@ -495,14 +579,18 @@ class AVB(Restorable, keras.Model):
         posterior = self.posterior(x, samples, seed)
         noise = tf.random.stateless_normal(tf.shape(posterior.z), [seed, 2])
         q, r = contrasts.compare(posterior, self.contrast)
-        return self._t(tf.convert_to_tensor(x), q, r, noise)
+        return self._t(self._examples(x), q, r, noise)
 
     def decode(self, z):
         """E[x|z] for z [..., latent], [..., *event] in [0, 1]."""
         return self.likelihood.mean(self.averaged_decoder(tf.convert_to_tensor(z, tf.float32)))
 
-    def sample(self, count: int, seed: int = 0):
-        """E[x|z] for `count` draws of z from the prior, [count, *event]."""
+    def sample(self, count: int, seed: int | None = None):
+        """E[x|z] for `count` draws of z from the prior, [count, *event].
+
+        A seed gives the same draws at every call; without one every call draws anew.
+        """
+        seed = int(np.random.SeedSequence().generate_state(1)[0] >> 1) if seed is None else seed
         shape = [count, self.encoder.latent_dim]
         return self.decode(tf.random.stateless_normal(shape, [seed, 1]))
 
@@ -518,6 +606,17 @@ class AVB(Restorable, keras.Model):
         from avb_tf.serving import writing
 
         return writing.export(self, directory, **settings)
+
+
+def _weights(data):
+    """The weights of the examples that Keras passes as `data`, float32 [batch], or None."""
+    weights = keras.utils.unpack_x_y_sample_weight(data)[2]
+    return None if weights is None else tf.cast(weights, tf.float32)
+
+
+def _refuse_class_weight(arguments):
+    if arguments.pop("class_weight", None) is not None:
+        raise UserError("class_weight has no use without classes; pass sample_weight instead")
 
 
 def _move(strategy, weights, averages, decay):

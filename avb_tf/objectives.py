@@ -31,6 +31,11 @@ class Terms(NamedTuple):
         return self.log_likelihood - self.kl
 
 
+def mean(values, weights=None):
+    """Mean of `values` [..., batch], those of an example `weights` [batch] times."""
+    return tf.reduce_mean(values if weights is None else weights * values)
+
+
 def adversary_loss(t_posterior, t_contrast):
     """Logistic loss, whose minimiser is T = log q(z|x) - log r(z|x) (paper, Proposition 1).
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from absl import logging
 
 from avb_tf import replicas
 from avb_tf.errors import DivergenceError
@@ -34,22 +33,19 @@ class Guard(keras.callbacks.Callback):
         self.enabled = enabled
         self.first = None  # ELBO of a step
 
-    def on_train_begin(self, logs=None):
-        """Counts what is skipped from here on."""
-        self.skipped = int(self.model.skipped.numpy())
-
     def on_train_batch_end(self, batch, logs=None):
         """Reads the running mean, which one bad step spoils for good where none is skipped."""
         step = int(self.model.step.numpy())
         if (count := int(self.model.skipped_in_a_row.numpy())) >= self.model.patience:
             raise DivergenceError(f"loss or gradient is no number in {count} steps up to {step}")
-        if not math.isfinite(elbo := (logs or {})["elbo"]):
+        elbo = (logs or {})["elbo"]  # NaN too where all steps so far were skipped
+        if not math.isfinite(elbo) and int(self.model.means["elbo"].count.numpy()):
             raise DivergenceError(f"elbo is {elbo} at step {step}")
-        if self.first is None and not count:
+        if self.first is None and not count and math.isfinite(elbo):
             self.first = elbo
 
     def on_epoch_end(self, epoch, logs=None):
-        """Says how many steps were skipped, and whether the ELBO has exploded."""
+        """Says whether the ELBO has exploded."""
         elbo, size = (logs or {})["elbo"], math.prod(self.model.event_shape)
         if self.enabled and self.first is not None:
             lowest = self.first - EXPLODED * (abs(self.first) + size)
@@ -58,12 +54,6 @@ class Guard(keras.callbacks.Callback):
                     f"elbo is {elbo:.3g} up to step {int(self.model.step.numpy())}, from "
                     f"{self.first:.3g} at first"
                 )
-        before, self.skipped = self.skipped, int(self.model.skipped.numpy())
-        if self.skipped > before:
-            logging.warning(
-                "%d of the steps up to %d skipped, their loss or gradient is no number; %d in all",
-                self.skipped - before, int(self.model.step.numpy()), self.skipped,
-            )  # fmt: skip
 
 
 class SaveWhenTerminated(keras.callbacks.Callback):

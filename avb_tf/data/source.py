@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,10 +12,10 @@ from avb_tf.errors import UserError
 
 
 class Stored(NamedTuple):
-    """Examples in memory, as they are stored, and what makes them x."""
+    """Examples in memory, as they are stored, and what makes a batch of them."""
 
-    rows: tf.Tensor  # [size, ...], in the host's memory
-    decode: Callable[[tf.Tensor], tf.Tensor]  # rows [n, ...] -> float32 [n, *event], pure TF
+    rows: Any  # [size, ...], in the host's memory; with weights, a pair of x and weights [size]
+    decode: Callable[[Any], Any]  # rows [n, ...] -> x float32 [n, *event], or (x, None, weights)
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Split:
     """Examples that are read by their index."""
 
     size: int
-    read: Callable[[tf.Tensor], tf.Tensor]  # int64 [n] -> float32 [n, *event] in [0, 1], pure TF
+    # int64 [n] -> float32 [n, *event] in [0, 1], pure TF; with weights (x, None, float32 [n])
+    read: Callable[[tf.Tensor], Any]
     labels: np.ndarray | None = None  # int64 [size]
     stored: Stored | None = None  # where the examples are in memory
 
@@ -44,21 +45,36 @@ def data_path(path: str) -> str:
     return path or os.environ.get("AVB_TF_DATA_DIR", "")
 
 
-def array_split(x: np.ndarray, labels: np.ndarray | None = None) -> Split:
+def array_split(
+    x: np.ndarray, labels: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> Split:
     """Split of an array in memory, where uint8 stays uint8 until it is read.
 
     Args:
       x: [size, *event], uint8 of 0..255 or float in [0, 1].
       labels: integer [size].
+      weights: of the examples in training, float32 [size].
     """
     with tf.device("CPU:0"):  # tf.data reads it there; on a GPU every batch would be copied back
-        values = tf.constant(x if x.dtype == np.uint8 else x.astype(np.float32))
+        rows = tf.constant(x if x.dtype == np.uint8 else x.astype(np.float32))
+        rows = rows if weights is None else (rows, tf.constant(weights))
+    decode = decoded if weights is None else _decoded_and_weighted
 
-    def read(indices: tf.Tensor) -> tf.Tensor:
-        return decoded(tf.gather(values, indices))
+    def read(indices: tf.Tensor) -> Any:
+        return decode(gather(rows, indices))
 
     labels = None if labels is None else labels.astype(np.int64)
-    return Split(len(x), read, labels, Stored(values, decoded))
+    return Split(len(x), read, labels, Stored(rows, decode))
+
+
+def gather(rows: Any, indices: tf.Tensor) -> Any:
+    """The rows at `indices`, of each tensor."""
+    return tf.nest.map_structure(lambda tensor: tf.gather(tensor, indices), rows)
+
+
+def _decoded_and_weighted(rows: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, None, tf.Tensor]:
+    x, weights = rows
+    return decoded(x), None, weights
 
 
 def decoded(rows: tf.Tensor) -> tf.Tensor:
