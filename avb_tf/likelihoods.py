@@ -22,11 +22,13 @@ _register = keras.saving.register_keras_serializable("avb_tf")
 class Likelihood:
     """p(x|z), given the decoder's output [..., *event, parameters].
 
-        @keras.saving.register_keras_serializable("mine")  # or a model that has it is not saved
+        @keras.saving.register_keras_serializable("mine")
         def laplace(outputs):
             return tfd.Laplace(tf.sigmoid(outputs[..., 0]), 0.1)
 
         Likelihood(1, laplace, mean, binary=False, bits_per_dim=False)
+
+    A model is saved only where both functions are registered with Keras.
     """
 
     parameters: int  # numbers for each dimension of x
@@ -43,7 +45,8 @@ class Likelihood:
           UserError: a function is not registered with Keras, so that no file can name it.
         """
         for function in (self.distribution, self.mean):
-            if keras.saving.get_registered_object(keras.saving.get_registered_name(function)) is None:
+            name = keras.saving.get_registered_name(function)
+            if keras.saving.get_registered_object(name) is None:
                 raise UserError(
                     f"the likelihood's function {function.__name__} is not registered; decorate it "
                     "with @keras.saving.register_keras_serializable() to save the model"

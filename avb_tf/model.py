@@ -4,7 +4,6 @@ A method is an encoder, a contrast and an adversary (none where q's density is k
 encoder and decoder, dual means the adversary, as in the paper's Algorithm 1.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +11,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import auxiliary, epochs, flows, loops, objectives, optimizers, replicas, schedules
+from avb_tf import auxiliary, flows, objectives, optimizers, replicas, schedules
 from avb_tf import contrast as contrasts
-from avb_tf.data import checks, pipeline, resident
-from avb_tf.data.source import Split, array_split
+from avb_tf.data import checks
 from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS, Likelihood, log_likelihood
 from avb_tf.networks import Adversary, Restorable
+from avb_tf.training import Trained
 
 # Saved models may hold any of our parts and schedules: whoever loads one has them registered.
 __all__ = ["AVB", "auxiliary", "flows", "schedules"]
@@ -30,7 +29,7 @@ _NOT_TAKEN = {"loss", "metrics", "weighted_metrics", "loss_weights"}  # argument
 
 
 @keras.saving.register_keras_serializable("avb_tf")
-class AVB(Restorable, keras.Model):
+class AVB(Restorable, Trained):
     """A latent-variable model trained by Adversarial Variational Bayes, or as a VAE.
 
     Trains on x [batch, *event] in [0, 1]; labels that come with x are ignored. A binary likelihood
@@ -79,6 +78,12 @@ class AVB(Restorable, keras.Model):
         prior: bool = True,
         **kwargs,
     ):
+        policy = keras.config.dtype_policy().name
+        if policy in ("float64", "float16", "bfloat16"):
+            raise UserError(
+                f"Keras's dtype policy is '{policy}'; moments and densities are float32; expected "
+                "'float32', 'mixed_float16' or 'mixed_bfloat16' in keras.config.set_dtype_policy"
+            )
         super().__init__(autocast=False, **kwargs)  # the parts cast what they compute
         self.event_shape = tuple(event_shape)
         known = isinstance(likelihood, str)
@@ -105,9 +110,6 @@ class AVB(Restorable, keras.Model):
         names = ["elbo", "log_likelihood", "kl"]
         names += ["adversary_loss", "adversary_accuracy"] if adversary else []
         self.means = {name: keras.metrics.Mean(name=name) for name in names}
-        self.training_calls, self.test_calls = loops.Calls(), loops.Calls()
-        self.resident: resident.Resident | None = None  # the examples that `fit` keeps on devices
-        self.resident_megabytes: float = resident.MEGABYTES  # that these may take
         self._create_weights()
 
     def _counter(self, name):
@@ -157,6 +159,22 @@ class AVB(Restorable, keras.Model):
     def primal_variables(self):
         """Trainable weights of encoder and decoder."""
         return self.encoder.trainable_variables + self.decoder.trainable_variables
+
+    def get_config(self):
+        """The constructor's arguments, and which layers are not to be trained."""
+        layers = self._flatten_layers()
+        frozen = [i for i, layer in enumerate(layers) if not layer.trainable]
+        return {**super().get_config(), "frozen": frozen}
+
+    @classmethod
+    def from_config(cls, config):
+        """The model that `get_config` described."""
+        frozen = set(config.get("frozen", ()))
+        model = super().from_config({k: v for k, v in config.items() if k != "frozen"})
+        for i, layer in enumerate(model._flatten_layers()):
+            if i in frozen:
+                layer.trainable = False
+        return model
 
     def compile(self, optimizer=None, adversary_optimizer=None, **kwargs):
         """Configures training.
@@ -256,7 +274,7 @@ class AVB(Restorable, keras.Model):
         )
 
     def _inputs(self, data):
-        x = self._examples(keras.utils.unpack_x_y_sample_weight(data)[0])
+        x = checks.as_examples(keras.utils.unpack_x_y_sample_weight(data)[0], self.event_shape)
         if self.likelihood.binary:
             seed = replicas.stream_seed(self.seed, self.step.value, _BINARISE)
             uniform = replicas.rows(
@@ -268,11 +286,8 @@ class AVB(Restorable, keras.Model):
     def _examples(self, x):
         """x as float32 [batch, *event], bytes scaled to [0, 1]; checked where it has a value."""
         if not tf.is_symbolic_tensor(x):
-            x = self._checked(x)
+            x = self.checked(x)
         return checks.as_examples(x, self.event_shape)
-
-    def _checked(self, x, place: str = "x"):
-        return checks.examples(x, self.event_shape, place, self.likelihood.unit)
 
     # Training.
 
@@ -438,125 +453,6 @@ class AVB(Restorable, keras.Model):
         }
         return {"loss": -means["elbo"], **means}
 
-    def fit(self, x=None, *args, **kwargs):
-        """As `keras.Model.fit`; x may also be a `data.Split`, and labels y are ignored.
-
-        `sample_weight` weighs the terms of the bound and the adversary's loss alike: a step of
-        weights [2, 1] has the gradient of one that sees the first example twice. As in Keras, the
-        sum over a batch is divided by its size.
-
-        An array or a split of at most `resident_megabytes` is copied to the device once, and
-        a call of the graph, `steps_per_execution` steps, gathers its batches there. Their order is
-        a function of `seed` and the step, so that a resumed run goes on with the batches of the
-        uninterrupted one. Batches are full and run on across epochs.
-        """
-        arguments = inspect.signature(keras.Model.fit).bind(self, x, *args, **kwargs).arguments
-        del arguments["self"]
-        _refuse_class_weight(arguments)
-        arguments["x"] = checks.inputs(x, self._checked)
-        if isinstance(held_out := arguments.get("validation_data"), (tuple, list)):
-            x_held_out = checks.inputs(held_out[0], lambda x: self._checked(x, "validation_data"))
-            arguments["validation_data"] = (x_held_out, *held_out[1:])
-        before, self.resident = self.resident, None
-        if isinstance(arguments["x"], (np.ndarray, Split)):
-            arguments = self._put(arguments)
-        if isinstance(callbacks := arguments.get("callbacks") or [], keras.callbacks.Callback):
-            callbacks = [callbacks]
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            arguments["callbacks"] = [*callbacks, epochs.Rates(), epochs.Skipped()]
-        self.training_calls.begin(arguments.get("steps_per_epoch"))
-        self.test_calls.begin(arguments.get("validation_steps"))
-        if getattr(before, "decode", None) is not getattr(self.resident, "decode", None):
-            self.train_function = None
-        try:
-            return super().fit(**arguments)
-        finally:
-            if self.resident is not None:  # the examples themselves need not be kept
-                self.resident = self.resident._replace(rows=None, calls=None)
-
-    def _put(self, arguments):
-        """The arguments of `fit` with batches in place of an array or a split."""
-        x, validation_split = arguments.pop("x"), arguments.pop("validation_split", 0.0)
-        weights = arguments.pop("sample_weight", None)
-        arguments.pop("y", None)
-        if not isinstance(x, Split):
-            weights = None if weights is None else checks.weights(weights, len(x))
-            if validation_split and arguments.get("validation_data") is None:
-                size = int(len(x) * (1.0 - validation_split))
-                x, held_out = x[:size], x[size:]
-                arguments["validation_data"] = (held_out,)
-                if weights is not None:
-                    arguments["validation_data"] += (None, weights[size:])
-                    weights = weights[:size]
-            x = array_split(x, weights=weights)
-        elif weights is not None:
-            raise UserError("sample_weight goes with an array x; expected none with a Split")
-        batch_size = min(arguments.pop("batch_size", None) or 32, x.size)
-        steps = arguments.pop("steps_per_epoch", None) or -(-x.size // batch_size)
-        order = {
-            "seed": self.seed,
-            "first_step": int(self.step.numpy()),
-            "shuffle": arguments.pop("shuffle", True),
-        }
-        strategy = self.distribute_strategy
-        if resident.fits(x, self.resident_megabytes):
-            self.resident = resident.put(
-                x, strategy, batch_size, **order, steps_per_epoch=steps,
-                steps_per_call=self.steps_per_execution,
-            )  # fmt: skip
-            batches = self.resident.calls
-        else:
-            batches = strategy.distribute_datasets_from_function(
-                lambda context: pipeline.training_batches(x, batch_size, **order, context=context)
-            )
-        return arguments | {"x": batches, "steps_per_epoch": steps, "shuffle": False}
-
-    def make_train_function(self, force=False):
-        """The graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
-        if self.train_function is None or force:
-            make = loops.of_stream if self.resident is None else loops.of_resident
-            self.train_function = make(self, self.train_step)
-        return self.train_function
-
-    def make_test_function(self, force=False):
-        """The graph that `evaluate` calls: as that of `fit`, but that the data may end within."""
-        if self.test_function is None or force:
-            self.test_function = loops.of_finite(self, self.test_step)
-        return self.test_function
-
-    def evaluate(self, x=None, *args, **kwargs):
-        """As `keras.Model.evaluate`: the bound, its terms and the adversary's state, in nats."""
-        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has looked at these
-            x = checks.inputs(x, self._checked)
-            arguments = inspect.signature(keras.Model.evaluate).bind(self, x, *args, **kwargs)
-            self.test_calls.begin(arguments.arguments.get("steps"))
-        return super().evaluate(x, *args, **kwargs)
-
-    def predict(self, x, *args, **kwargs):
-        """As `keras.Model.predict`: reconstructions."""
-        return super().predict(checks.inputs(x, self._checked), *args, **kwargs)
-
-    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
-        """As `keras.Model.train_on_batch`; y is ignored."""
-        del y
-        _refuse_class_weight({"class_weight": class_weight})
-        if self.resident is not None:  # then the graph is one for examples on the device
-            self.resident = self.train_function = None
-        return super().train_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
-
-    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
-        """As `keras.Model.test_on_batch`; y is ignored."""
-        del y
-        return super().test_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
-
-    def predict_on_batch(self, x):
-        """As `keras.Model.predict_on_batch`: reconstructions."""
-        return super().predict_on_batch(self._checked(x))
-
-    def _batch(self, x, sample_weight):
-        x = self._checked(x)
-        return x, None, None if sample_weight is None else checks.weights(sample_weight, len(x))
-
     # Use. All by the averaged networks; the same seed gives the same draws.
 
     def call(self, x):
@@ -612,11 +508,6 @@ def _weights(data):
     """The weights of the examples that Keras passes as `data`, float32 [batch], or None."""
     weights = keras.utils.unpack_x_y_sample_weight(data)[2]
     return None if weights is None else tf.cast(weights, tf.float32)
-
-
-def _refuse_class_weight(arguments):
-    if arguments.pop("class_weight", None) is not None:
-        raise UserError("class_weight has no use without classes; pass sample_weight instead")
 
 
 def _move(strategy, weights, averages, decay):

@@ -42,6 +42,7 @@ ORDER = [
     "avb_tf.schedules",
     "avb_tf.epochs",
     "avb_tf.loops",
+    "avb_tf.training",
     "avb_tf.serving",
     "avb_tf.serving.layout",
     "avb_tf.serving.protos",

@@ -19,9 +19,7 @@ def is_array(x: Any) -> bool:
     return hasattr(x, "__array__") or isinstance(x, (list, tuple, dict))
 
 
-def examples(
-    x: Any, event_shape: Sequence[int], place: str = "x", unit: bool = True
-) -> np.ndarray:
+def examples(x: Any, event_shape: Sequence[int], place: str = "x", unit: bool = True) -> np.ndarray:
     """The array of x, once it fits the model.
 
     Args:
@@ -36,7 +34,9 @@ def examples(
     try:
         x = np.asarray(x)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{place} is no array ({error!s:.100}); {_expected(event_shape)}") from error
+        raise UserError(
+            f"{place} is no array ({error!s:.100}); {_expected(event_shape)}"
+        ) from error
     check_shape(x.shape, event_shape, place)
     check_values(place, x, unit)
     return x
