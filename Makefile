@@ -7,7 +7,7 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors setup demo test test-browser load board lint seeds mnist faults bench bench-ais bench-replicas clean
+.PHONY: posteriors setup demo test test-browser test-gpu load board lint seeds mnist faults bench bench-ais bench-replicas clean
 
 setup: $(VENV)/installed
 
@@ -45,6 +45,10 @@ test: setup
 test-browser: setup
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y chromium; }
 	$(BIN)/python -m pytest -n 0 -m browser
+
+# On a machine with a GPU; where there is none, each test is skipped and says so.
+test-gpu: setup
+	$(BIN)/python -m pytest -n 0 -m gpu -rs
 
 # 20,000 requests by eight threads on one loaded export.
 load: setup

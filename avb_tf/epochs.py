@@ -20,10 +20,9 @@ class Rates(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Follows what was set at this epoch's begin."""
         primal, dual = self.start
-        if primal and dual:  # neither a schedule nor 0, and there is an adversary
-            self.model.adversary_optimizer.learning_rate = (
-                dual / primal * rate_of(self.model.optimizer)
-            )
+        rate = rate_of(self.model.optimizer)
+        if primal and dual and rate is not None:  # no schedule, not 0, and there is an adversary
+            self.model.adversary_optimizer.learning_rate = dual / primal * rate
 
     on_epoch_end = on_epoch_begin
 

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from avb_tf.optimizers import flat, pieces
+from avb_tf.optimizers import pieces, value
 
 Step = Callable[[Any], object]  # takes a batch, in a replica
 Logs = dict[str, tf.Tensor]
@@ -36,8 +36,9 @@ def of_resident(model, step: Step) -> Callable[[Any], Logs]:
     def indexed(i, rows, indices):
         step(read(rows, indices, i))
 
+    loop: Any
     if model.loop_is_compiled:
-        loop = _program(model, indexed)
+        loop = _program(model, indexed, model.resident.stride)
     else:
         if not model.run_eagerly:
             indexed = tf.function(indexed, autograph=False, jit_compile=model.jit_compile)
@@ -100,7 +101,9 @@ def _called_with_count(model, run, calls: Calls):
 
     def call(iterator):
         if inspect.isgenerator(iterator):  # of `train_on_batch`
-            iterator, count = _single(model, *next(iterator)), 1
+            batch: Any = next(iterator)
+            x, _, weights = batch
+            iterator, count = _single(model, x, weights), 1
         else:
             count = calls.next(model.steps_per_execution)
         return run(iterator, tf.constant(count))  # a tensor: another count is no other graph
@@ -108,7 +111,7 @@ def _called_with_count(model, run, calls: Calls):
     return call
 
 
-def _single(model, x, _, weights):
+def _single(model, x, weights) -> Any:
     """Iterator over the one batch, in shares of the replicas."""
     tensors = (x,) if weights is None else (x, weights)
     batch = tf.data.Dataset.from_tensor_slices(tensors).batch(len(x))
@@ -125,47 +128,46 @@ def _on_replica(model, step):
     return lambda batch: model.distribute_strategy.run(step, (batch,))
 
 
-def _program(model, step):
+def _program(model, step, stride=1):
     """`step(i, *data)` for i < count as one program of XLA, the model's state in few buffers.
 
     A step of a small network on a GPU lasts as long as the starts of its kernels, most of which
-    would update a weight or take the norm of its gradient. So the state goes through the loop as
-    vectors: one of all weights of an optimizer, one of each of their moments, one of the averages.
-    The weights in a step are slices of these, and an update is few kernels for all of them
-    together (`optimizers.Adam.apply_where`).
+    would update a weight or take the norm of its gradient. So the state goes through the loop in
+    groups: all small weights of an optimizer as one vector, likewise their moments and averages.
+    The weights in a step are slices of these (`optimizers.Adam.apply_where`).
+
+    Args:
+      stride: divides `count`, which the program reads on the host once in so many steps.
     """
     groups = model.state_groups()
 
-    def body(i, state, data):
-        with keras.StatelessScope(_unpacked(groups, state)) as scope:
+    def one(i, state, data):
+        with keras.StatelessScope(_values(groups, state)):
             step(i, *data)
-        return [i + 1, _packed(groups, scope.get_current_value)]
+            return [value(group) for group in groups]
 
     @tf.function(autograph=False, jit_compile=True)
     def program(count, *data):
-        state = _packed(groups, lambda variable: tf.convert_to_tensor(variable.value))
-        _, state = tf.while_loop(
-            lambda i, _: i < count, lambda i, state: body(i, state, data), [0, state]
-        )
-        for variable, value in _unpacked(groups, state):
-            variable.assign(value)
+        def several(i, state):
+            _, state = tf.while_loop(  # of known length, so that the host need not wait for it
+                lambda j, _: j < stride,
+                lambda j, state: [j + 1, one(i + j, state, data)],
+                [tf.constant(0), state],
+            )
+            return [i + stride, state]
+
+        state = [value(group) for group in groups]
+        _, state = tf.while_loop(lambda i, _: i < count, several, [tf.constant(0), state])
+        for variable, tensor in _values(groups, state):
+            variable.assign(tensor)
 
     return program
 
 
-def _packed(groups, value_of) -> list[tf.Tensor]:
-    """For each group a vector of all its variables, or the value of its only one."""
+def _values(groups, state) -> list[tuple[keras.Variable, tf.Tensor]]:
+    """The variables of all groups, with their values in `state`."""
     return [
-        value_of(group[0]) if len(group) == 1 else flat([value_of(variable) for variable in group])
-        for group in groups
+        pair
+        for group, tensor in zip(groups, state, strict=True)
+        for pair in zip(group, pieces(group, tensor), strict=True)
     ]
-
-
-def _unpacked(groups, state) -> list[tuple[keras.Variable, tf.Tensor]]:
-    """The variables with their values in what `_packed` gave."""
-    pairs = []
-    for group, value in zip(groups, state, strict=True):
-        shapes = [variable.shape for variable in group]
-        parts = [value] if len(group) == 1 else pieces(value, shapes)
-        pairs += zip(group, parts, strict=True)
-    return pairs

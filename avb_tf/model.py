@@ -239,7 +239,7 @@ class AVB(Restorable, Trained):
         contrast_kl = contrasts.divergence(r, self.prior, after_flow)
         return objectives.Terms(reconstruction, contrast_kl, t), t_contrast
 
-    def _t(self, x, q: Posterior, r, contrast_noise=None):
+    def _t(self, x, q: Posterior, r, contrast_noise=None) -> Any:
         """T at the z of q and, where r is N(0, I), at `contrast_noise`."""
         if self.adversary is None:
             return objectives.exact_t(q, r), None
@@ -341,19 +341,20 @@ class AVB(Restorable, Trained):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in variables])
             q, r = contrasts.compare(posterior, self.contrast)
-            loss = self._adversary_loss(*self._t(x, q, r, contrast_noise), weights)
+            t_posterior, t_contrast = self._t(x, q, r, contrast_noise)
+            loss = self._adversary_loss(t_posterior, t_contrast, weights)
         gradients = self._gradients(tape, loss, variables)
         applied = self._all_finite(x, loss, *gradients)
         self._apply(self.adversary_optimizer, gradients, variables, applied)
 
     def _gradients(self, tape, loss, variables):
-        """Those of each variable or, in a compiled loop, a single vector of all."""
+        """Those of each variable or, in a compiled loop, of groups of them."""
         gradients = tape.gradient(loss, [v.value for v in variables])
-        return [optimizers.flat(gradients)] if self.loop_is_compiled else gradients
+        return optimizers.gathered(gradients) if self.loop_is_compiled else gradients
 
     def _apply(self, optimizer, gradients, variables, applied):
         if self.loop_is_compiled:
-            optimizer.apply_where(applied, *gradients, variables)
+            optimizer.apply_where(applied, gradients)
         else:
             replicas.apply(optimizer, gradients, variables, applied)
 
@@ -374,19 +375,16 @@ class AVB(Restorable, Trained):
 
     def state_groups(self) -> list[list[keras.Variable]]:
         """All variables that a step may change; those of a group are updated together."""
-        optimizers = [o for o in (self.optimizer, self.adversary_optimizer) if o is not None]
-        groups = [self.primal_variables, [average for _, average in self._averages()]]
-        groups += [self.adversary.trainable_variables] if self.adversary is not None else []
-        groups += [moments for optimizer in optimizers for moments in optimizer.moments]
-        variables = [*self.variables, *(v for o in optimizers for v in o.variables)]
-        variables += [v for mean in self.means.values() for v in mean.variables]
-        rest = {id(v): v for v in variables}
-        for group in groups:
-            for variable in group:
-                rest.pop(id(variable), None)
-        return [group for group in groups if group] + [[variable] for variable in rest.values()]
+        both = [o for o in (self.optimizer, self.adversary_optimizer) if o is not None]
+        together = [variables for optimizer in both for variables in optimizer.states]
+        together.append([average for _, average in self._averages()])
+        groups = [group for variables in together for group in optimizers.grouped(variables)]
+        known = {id(variable) for group in groups for variable in group}
+        others = [self, *both, *self.means.values()]
+        rest = {id(v): v for other in others for v in other.variables if id(v) not in known}
+        return groups + [[variable] for variable in rest.values()]
 
-    def _all_finite(self, *tensors):
+    def _all_finite(self, *tensors) -> Any:
         """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`.
 
         x is among them, for a relu may make a number of a nan.
@@ -407,9 +405,11 @@ class AVB(Restorable, Trained):
         step = tf.cast(self.step.value, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
         if self.loop_is_compiled:
-            before, target = optimizers.values(averages), optimizers.values(weights)
-            decay = tf.where(applied, decay, 1.0)
-            optimizers.assign(averages, before + (1.0 - decay) * (target - before))
+            share = tf.where(applied, 1.0 - decay, 0.0)
+            for targets, group in zip(*map(optimizers.grouped, (weights, averages)), strict=True):
+                before = optimizers.value(group)
+                after = before + share * (optimizers.value(targets) - before)
+                optimizers.assign(group, after)
         else:
             replicas.update(_move, weights, averages, tf.where(applied, decay, 1.0))
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
+LARGE = 2**20  # elements of a weight that is updated by itself
+
 
 @keras.saving.register_keras_serializable("avb_tf")
 class Adam(keras.optimizers.Adam):
@@ -33,36 +35,36 @@ class Adam(keras.optimizers.Adam):
             grad=tf.cast(gradient, variable.dtype),
         )
 
-    def apply_where(self, applied, gradient, variables: Sequence[keras.Variable]) -> None:
-        """The same step for all weights as one vector, without a condition; for XLA.
+    def apply_where(self, applied, gradients: Sequence[tf.Tensor]) -> None:
+        """The step of `apply` without a condition and in few kernels, for XLA.
 
-        Where `applied` is false nothing changes. On a GPU an update of a small weight lasts as
-        long as the start of its kernel, and XLA makes a few kernels of all of this.
+        A GPU takes longer to start the update of a small weight than to compute it, so the small
+        weights are updated as one vector (`grouped`).
 
         Args:
-          applied: boolean scalar.
-          gradient: vector of all gradients, `flat` of those of `variables`.
-          variables: float32, those that the optimizer was built with, in their order.
+          applied: boolean scalar; where it is false nothing changes.
+          gradients: those of the weights that the optimizer was built with, `gathered`.
         """
         if self.global_clipnorm:
-            gradient *= tf.minimum(1.0, self.global_clipnorm / tf.norm(gradient))
+            norm = tf.linalg.global_norm(gradients)
+            scale = tf.minimum(1.0, self.global_clipnorm / norm)
+            gradients = [gradient * scale for gradient in gradients]
         step = tf.cast(self._iterations.value + 1, tf.float32)
         correction = tf.sqrt(1.0 - self.beta_2**step) / (1.0 - self.beta_1**step)
         rate = tf.cast(self.learning_rate, tf.float32) * correction
-        before = [values(group) for group in (variables, self._momentums, self._velocities)]
-        weights, m, v = before
-        m += (1.0 - self.beta_1) * (gradient - m)
-        v += (1.0 - self.beta_2) * (gradient**2 - v)
-        after = weights - rate * m / (tf.sqrt(v) + self.epsilon), m, v
-        groups = variables, self._momentums, self._velocities
-        for group, old, new in zip(groups, before, after, strict=True):
-            assign(group, tf.where(applied, new, old))
+        for gradient, *groups in zip(gradients, *map(grouped, self.states), strict=True):
+            before = weights, m, v = [value(group) for group in groups]
+            m += (1.0 - self.beta_1) * (gradient - m)
+            v += (1.0 - self.beta_2) * (gradient**2 - v)
+            after = weights - rate * m / (tf.sqrt(v) + self.epsilon), m, v
+            for group, old, new in zip(groups, before, after, strict=True):
+                assign(group, tf.where(applied, new, old))
         self._iterations.assign_add(tf.cast(applied, self._iterations.dtype))
 
     @property
-    def moments(self) -> list[list[keras.Variable]]:
-        """First and second moments, each in the order of the weights."""
-        return [self._momentums, self._velocities]
+    def states(self) -> list[list[keras.Variable]]:
+        """Weights, first and second moments, in one order."""
+        return [self._trainable_variables, self._momentums, self._velocities]
 
     def _clip_gradients(self, grads):
         return grads  # not yet summed
@@ -81,24 +83,36 @@ class Adam(keras.optimizers.Adam):
         return list(zip(clipped, variables, strict=True))
 
 
-def flat(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """All elements of the tensors, in a vector."""
-    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], 0)
+def grouped(variables: Sequence[keras.Variable]) -> list[list[keras.Variable]]:
+    """The variables in groups that are updated together: the small ones, and each large one."""
+    large = [[v] for v in variables if v.shape.num_elements() >= LARGE]
+    small = [v for v in variables if v.shape.num_elements() < LARGE]
+    return [*large, small] if small else large
 
 
-def pieces(vector: tf.Tensor, shapes: Sequence[tf.TensorShape]) -> list[tf.Tensor]:
-    """The tensors of these shapes that `flat` made a vector of."""
-    parts = tf.split(vector, [shape.num_elements() for shape in shapes])
-    return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+def gathered(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Tensors of variables' shapes as `grouped` has these: the small ones in a vector, last."""
+    large = [t for t in tensors if t.shape.num_elements() >= LARGE]
+    small = [tf.reshape(t, [-1]) for t in tensors if t.shape.num_elements() < LARGE]
+    return [*large, tf.concat(small, 0)] if small else large
 
 
-def values(variables: Sequence[keras.Variable]) -> tf.Tensor:
-    """The values of the variables as a vector."""
-    return flat([variable.value for variable in variables])
+def value(group: Sequence[keras.Variable]) -> tf.Tensor:
+    """The values of a group: of a single variable as it is, else in a vector."""
+    if len(group) == 1:
+        return tf.convert_to_tensor(group[0].value)
+    return tf.concat([tf.reshape(variable.value, [-1]) for variable in group], 0)
 
 
-def assign(variables: Sequence[keras.Variable], vector: tf.Tensor) -> None:
-    """Sets the variables to what the vector holds for them."""
-    shapes = [variable.shape for variable in variables]
-    for variable, value in zip(variables, pieces(vector, shapes), strict=True):
-        variable.assign(value)
+def pieces(group: Sequence[keras.Variable], tensor: tf.Tensor) -> list[tf.Tensor]:
+    """The values of the variables in what `value` gave of their group."""
+    if len(group) == 1:
+        return [tf.reshape(tensor, group[0].shape)]
+    parts = tf.split(tensor, [variable.shape.num_elements() for variable in group])
+    return [tf.reshape(part, v.shape) for part, v in zip(parts, group, strict=True)]
+
+
+def assign(group: Sequence[keras.Variable], tensor: tf.Tensor) -> None:
+    """Sets the variables of a group to what `value` would give."""
+    for variable, piece in zip(group, pieces(group, tensor), strict=True):
+        variable.assign(piece)

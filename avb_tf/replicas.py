@@ -67,9 +67,17 @@ def strategy(name: str) -> tf.distribute.Strategy:
     if name == "tpu":
         return _tpu()
     if name == "mirrored":
-        devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-        return tf.distribute.MirroredStrategy([device.name for device in devices])
+        return _mirrored()
     return tf.distribute.get_strategy()
+
+
+def _mirrored() -> tf.distribute.MirroredStrategy:
+    gpus = tf.config.list_logical_devices("GPU")
+    devices = [device.name for device in gpus or tf.config.list_logical_devices("CPU")]
+    # NCCL, the default for GPUs, refuses logical devices that share one.
+    shared = len(gpus) > len(tf.config.list_physical_devices("GPU"))
+    reduction = tf.distribute.ReductionToOneDevice() if shared else None
+    return tf.distribute.MirroredStrategy(devices, reduction)
 
 
 def _cluster() -> _Cluster | None:

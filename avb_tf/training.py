@@ -26,7 +26,7 @@ class Trained(keras.Model):
     event_shape: tuple[int, ...]
     likelihood: Likelihood
     seed: int
-    step: keras.Variable
+    step: Any  # a counter
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -72,7 +72,7 @@ class Trained(keras.Model):
             arguments["callbacks"] = [*callbacks, epochs.Rates(), epochs.Skipped()]
         self.training_calls.begin(arguments.get("steps_per_epoch"))
         self.test_calls.begin(arguments.get("validation_steps"))
-        if getattr(before, "decode", None) is not getattr(self.resident, "decode", None):
+        if resident.traced(before) != resident.traced(self.resident):
             self.train_function = None
         try:
             return super().fit(**arguments)

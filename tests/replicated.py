@@ -35,9 +35,11 @@ def config(method):
 
 def main(out, name, steps_per_execution, method, steps):
     if name == "mirrored":
-        cpu = tf.config.list_physical_devices("CPU")[0]
+        gpus = tf.config.list_physical_devices("GPU")
+        memory = {"memory_limit": 4096} if gpus else {}
         tf.config.set_logical_device_configuration(
-            cpu, [tf.config.LogicalDeviceConfiguration()] * 2
+            (gpus or tf.config.list_physical_devices("CPU"))[0],
+            [tf.config.LogicalDeviceConfiguration(**memory)] * 2,
         )
     strategy = replicas.strategy(name)
     settings = config(method)
@@ -47,11 +49,8 @@ def main(out, name, steps_per_execution, method, steps):
         model = train.create(settings, source.event_shape)
     model.steps_per_execution = int(steps_per_execution)
     history = model.fit(
-        strategy.distribute_datasets_from_function(
-            lambda context: pipeline.training_batches(
-                source.train, BATCH, 0, 0, settings.steps, context
-            )
-        ),
+        source.train,
+        batch_size=BATCH,
         steps_per_epoch=settings.steps,
         validation_data=pipeline.evaluation_batches(source.validation, BATCH, True).take(4),
         verbose=0,

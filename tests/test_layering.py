@@ -97,6 +97,7 @@ ORDER = [
     "avb_tf.commands.export",
     "avb_tf.commands.compare",
     "avb_tf.benchmarks",
+    "avb_tf.benchmarks.device",
     "avb_tf.benchmarks.step",
     "avb_tf.benchmarks.ais",
     "avb_tf.benchmarks.replicas",

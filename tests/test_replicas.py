@@ -77,9 +77,9 @@ def test_auto_is_one_device_where_there_is_one(monkeypatch, config):
 def test_several_gpus_are_all_taken(monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["0", "1"])
     made = []
-    monkeypatch.setattr(tf.distribute, "MirroredStrategy", made.append)
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda *of: made.append(of))
     replicas.strategy("auto")
-    assert made == [["/device:CPU:0"]]  # the logical devices there are
+    assert made == [(["/device:CPU:0"], None)]  # the logical devices there are
 
 
 @pytest.mark.parametrize(

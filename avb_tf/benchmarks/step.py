@@ -20,9 +20,11 @@ import tensorflow as tf
 
 from avb_tf import contrast as contrasts
 from avb_tf import data, files, objectives
+from avb_tf.benchmarks import device
 from avb_tf.callbacks import tensorboard, writing
 from avb_tf.commands import train
-from avb_tf.data import pipeline
+from avb_tf.data import pipeline, resident
+from avb_tf.data.source import array_split
 from avb_tf.errors import UserError
 from avb_tf.likelihood_estimation import ais
 from avb_tf.likelihoods import log_likelihood
@@ -50,39 +52,42 @@ def benchmark(config: ml_collections.ConfigDict, workdir: Path, baseline: str = 
     """
     before = _read(Path(baseline)) if baseline else {}
     source = data.load(config.data)
-    found = {f"machine: {name}": value for name, value in _machine().items()}
+    measured = {f"machine: {name}": value for name, value in _machine().items()}
+    if device.gpu():
+        tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
+        measured["machine: float32 products are in TF32"] = float(tf32)
     step = _step(config, source.event_shape)
-    found |= {f"step: {name}": value for name, value in step.items()}
+    measured |= {f"step: {name}": value for name, value in step.items()}
     dtype = config.precision.removeprefix("mixed_")
-    if peak := found.get(f"machine: matmul {dtype} GFLOP/s"):  # none is measured of float16
-        found[f"step: % of the {dtype} matmul peak"] = 100.0 * step["GFLOP/s"] / peak
+    if peak := measured.get(f"machine: matmul {dtype} GFLOP/s"):  # none is measured of float16
+        measured[f"step: % of the {dtype} matmul peak"] = 100.0 * step["GFLOP/s"] / peak
     around = _around(config, source, step["seconds"])
-    found |= {f"beside the step: {name}": value for name, value in around.items()}
-    found |= {f"posterior: {name}": value for name, value in _posterior().items()}
-    found |= {
+    measured |= {f"beside the step: {name}": value for name, value in around.items()}
+    measured |= {f"posterior: {name}": value for name, value in _posterior().items()}
+    measured |= {
         f"export: {name}": value for name, value in _serving(config, source.event_shape).items()
     }
-    found["AIS: chain-leapfrogs per second"] = _annealing(config, source.event_shape)
-    found |= {f"start-up: {name}": value for name, value in _start_up().items()}
-    found["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    measured["AIS: chain-leapfrogs per second"] = _annealing(config, source.event_shape)
+    measured |= {f"start-up: {name}": value for name, value in _start_up().items()}
+    measured["peak memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(workdir / FILE, json.dumps(found, indent=2) + "\n")
-    for name, value in found.items():
+    files.write_atomically(workdir / FILE, json.dumps(measured, indent=2) + "\n")
+    for name, value in measured.items():
         ratio = f"{value / before[name]:8.2f} x" if before.get(name) else ""
         print(f"{name:56} {value:12.4g} {ratio}")
-    print(workdir / FILE)
+    print(device.gpu() or "CPU", workdir / FILE)
 
 
 def _read(file: Path) -> dict[str, float]:
     try:
-        found = json.loads(file.read_text())
-        if not all(isinstance(value, float) for value in found.values()):
+        measured = json.loads(file.read_text())
+        if not all(isinstance(value, float) for value in measured.values()):
             raise ValueError("it holds other values than numbers")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"cannot use --baseline={file}: {error}; expected a {FILE} of --mode=benchmark"
         ) from error
-    return found
+    return measured
 
 
 def reference_step(model: AVB, x) -> None:
@@ -137,8 +142,10 @@ def seconds_of(
         if sum(map(sum, times)) > at_most:
             break
         for function, own in zip(functions, times, strict=True):
+            tf.test.experimental.sync_devices()
             began = time.perf_counter()
             function()
+            tf.test.experimental.sync_devices()  # a call returns when a GPU has been asked
             own.append(time.perf_counter() - began)
     return [statistics.median(own) for own in times]
 
@@ -189,7 +196,7 @@ def _shape_behind(sizes) -> tf.TensorShape:
 
 def _machine() -> dict[str, float]:
     """Peaks of this machine in GFLOP/s: a product and a convolution that keep it busiest."""
-    found = {}
+    measured = {}
     for dtype in (tf.float32, tf.bfloat16):
         a = tf.cast(tf.random.stateless_normal([4096, 4096], [0, 0]), dtype)
         image = tf.cast(tf.random.stateless_normal([128, 14, 14, 256], [0, 1]), dtype)
@@ -201,39 +208,71 @@ def _machine() -> dict[str, float]:
         for name, function in (("matmul", product), ("convolution", convolution)):
             (seconds,) = seconds_of(lambda f=function: f().numpy(), repeats=7)
             flops = arithmetic(function.get_concrete_function())
-            found[f"{name} {dtype.name} GFLOP/s"] = flops / seconds / 1e9
-    return found
+            measured[f"{name} {dtype.name} GFLOP/s"] = flops / seconds / 1e9
+    return measured
 
 
 def _step(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
+    """The step as `fit` takes it, `config.batch_size` examples, and what it is compared with."""
     x = tf.zeros([config.batch_size, *event_shape])
     model = train.create(config, event_shape)
+    flops = arithmetic(tf.function(model.train_step).get_concrete_function(x))
+    count = resident.CAPACITY if model.loop_is_compiled else 1  # of steps in a call
     began = time.perf_counter()
-    step = tf.function(model.train_step, jit_compile=model.jit_compile)
-    flops = arithmetic(step.get_concrete_function(x))
-    step(x)
-    found = {"compile seconds": time.perf_counter() - began}
-    functions = [lambda: step(x)]
+    call = _fitting(model, x, count)
+    call()
+    tf.test.experimental.sync_devices()
+    measured = {"seconds until the first call is done": time.perf_counter() - began}
+    functions = [call]
     if model.adversary is not None:
-        dual = tf.function(lambda: model.dual_step(x, model.encoder.parameters(x), _TRAIN))
+        dual = _repeated(
+            lambda: model.dual_step(x, model.encoder.parameters(x), _TRAIN), count, model
+        )
         plain = train.create(config, event_shape)
         plain.compile(*(keras.optimizers.Adam(1e-4, global_clipnorm=100.0) for _ in range(2)))
-        reference = tf.function(lambda: reference_step(plain, x))
-        functions += [dual, reference]
-    seconds = seconds_of(*functions)
-    found |= {
+        functions += [dual, _repeated(lambda: reference_step(plain, x), count, model)]
+    repeats = REPEATS if count == 1 else 7  # of calls of a hundred steps
+    seconds = [each / count for each in seconds_of(*functions, repeats=repeats)]
+    measured |= {
         "seconds": seconds[0],
         "examples per second": config.batch_size / seconds[0],
         "GFLOP": flops / 1e9,
         "GFLOP/s": flops / seconds[0] / 1e9,
     }
     if model.adversary is not None:
-        found |= {
+        measured |= {
             "seconds of a dual step alone": seconds[1],
             "seconds of the plainly written step": seconds[2],
             "ratio to the plainly written step": seconds[0] / seconds[2],
         }
-    return found
+    if device.gpu():
+        started = device.kernels(call)
+        measured["kernels"] = sum(number for number, _ in started.values()) / count
+        busy = sum(each for _, each in started.values()) / count
+        measured |= {"seconds of its kernels": busy, "ratio to its kernels": seconds[0] / busy}
+        measured["GPU memory, MB"] = device.peak_megabytes()
+    return measured
+
+
+def _fitting(model: AVB, x, count: int) -> Callable[[], object]:
+    """A call of the graph that `model.fit` calls, of `count` steps."""
+    split = array_split(x.numpy())
+    model.steps_per_execution = count
+    model.fit(split, batch_size=len(x), steps_per_epoch=count, verbose=0)
+    model.resident = resident.put(
+        split, tf.distribute.get_strategy(), len(x), 0, 0, False, count, count
+    )
+    calls = iter(model.resident.calls)
+    return lambda: model.train_function(calls)
+
+
+def _repeated(step: Callable[[], object], count: int, model: AVB) -> Callable[[], object]:
+    """`count` times `step`, compiled as the step of `model` is."""
+
+    def loop():
+        tf.while_loop(lambda i: i < count, lambda i: step() or [i + 1], [0])
+
+    return tf.function(loop, autograph=False, jit_compile=model.jit_compile)
 
 
 def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> dict[str, float]:
@@ -266,13 +305,13 @@ def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> d
             "a checkpoint": (config.checkpoint_every, rare[writing.Checkpoints].save),
             "figures": (config.figures_every, rare[writing.Figures].draw),
         }
-        found, total = {}, 0.0
+        measured, total = {}, 0.0
         for name, (every, function) in parts.items():
             (seconds,) = seconds_of(function, repeats=3 if every > 1 else 100)
-            found[f"seconds of {name}"] = seconds
+            measured[f"seconds of {name}"] = seconds
             total += seconds / every if every else 0.0
-    found["share of wall time, %"] = 100.0 * total / (total + step_seconds)
-    return found
+    measured["share of wall time, %"] = 100.0 * total / (total + step_seconds)
+    return measured
 
 
 def _annealing(config: ml_collections.ConfigDict, event_shape) -> float:
@@ -305,7 +344,7 @@ def _posterior() -> dict[str, float]:
 def _serving(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
     """Requests per second to an export in the C library, one after the other."""
     model = train.create(config, event_shape)
-    found = {}
+    measured = {}
     with tempfile.TemporaryDirectory() as directory:
         served = SavedModel(model.export(directory))
         for name in ("encode", "decode", "log_likelihood"):
@@ -314,9 +353,9 @@ def _serving(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]
                 request = {tensor_name: np.zeros([rows, *tensor.shape[1:]], np.float32)}
                 served_once = functools.partial(served.run, name, request)
                 (seconds,) = seconds_of(served_once, repeats=10, at_most=10.0)
-                found[f"{name} of {rows} rows, requests per second"] = 1.0 / seconds
+                measured[f"{name} of {rows} rows, requests per second"] = 1.0 / seconds
         served.close()
-    return found
+    return measured
 
 
 def _start_up() -> dict[str, float]:

@@ -38,6 +38,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
     else:
         strategy = replicas.strategy(config.strategy)
     replicas.check_batch_size(config.batch_size, strategy)
+    tf.config.experimental.enable_tensor_float_32_execution(config.tf32)
     with replicas.explained(strategy), writing.logged():
         return _train(config, workdir, strategy)
 

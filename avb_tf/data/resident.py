@@ -10,6 +10,7 @@ from avb_tf.data.source import Split, gather
 
 MEGABYTES = 4096  # of examples as they are stored, up to which they are kept on the device
 CAPACITY = 100  # steps that a call has room for, unless it takes more of them
+STRIDE = 10  # steps after which a compiled loop asks whether there are more, if calls allow it
 
 
 class Resident(NamedTuple):
@@ -17,6 +18,7 @@ class Resident(NamedTuple):
 
     rows: Any  # those of `source.Stored`, a copy for each replica
     decode: Callable[[Any], Any]  # as in `source.Stored`
+    stride: int  # divides the number of steps of each call
     # Dataset of the calls: (indices int64 [capacity, batch / replicas], number of steps), for each
     # replica of a strategy.
     calls: Any
@@ -24,6 +26,11 @@ class Resident(NamedTuple):
     def read(self, rows: Any, indices: tf.Tensor, step: tf.Tensor) -> Any:
         """The batch [batch / replicas, *event] of a call's `step`, in a replica of this `rows`."""
         return self.decode(gather(rows, tf.gather(indices, step)))
+
+
+def traced(resident: Resident | None) -> tuple:
+    """What of it is a constant of the graph that reads it."""
+    return () if resident is None else (resident.decode, resident.stride)
 
 
 def fits(split: Split, megabytes: float = MEGABYTES) -> bool:
@@ -66,12 +73,13 @@ def put(
         indices = pipeline.training_indices(
             split.size, batch_size, seed, first_step, shuffle, context
         )
+        spec: Any = indices.element_spec
         local = context.num_replicas_in_sync // context.num_input_pipelines
 
         def call(steps):  # [n, local, share] -> [local, capacity, share], [local]
             count = tf.shape(steps)[0]
             padded = tf.pad(steps, [[0, capacity - count], [0, 0], [0, 0]])
-            padded = tf.ensure_shape(padded, [capacity, local, indices.element_spec.shape[0]])
+            padded = tf.ensure_shape(padded, [capacity, local, spec.shape[0]])
             return tf.transpose(padded, [1, 0, 2]), tf.repeat(count, local)
 
         epochs = indices.batch(local).batch(steps_per_epoch, drop_remainder=True)
@@ -81,4 +89,10 @@ def put(
         return pipeline.untuned(steps.map(call).unbatch().prefetch(local))
 
     rows = strategy.experimental_distribute_values_from_function(copy)
-    return Resident(rows, stored.decode, strategy.distribute_datasets_from_function(calls))
+    strided = steps_per_epoch % STRIDE == steps_per_call % STRIDE == 0
+    return Resident(
+        rows,
+        stored.decode,
+        STRIDE if strided else 1,
+        strategy.distribute_datasets_from_function(calls),
+    )
