@@ -7,7 +7,8 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors setup demo test test-browser test-gpu load board lint seeds mnist faults bench bench-ais bench-replicas clean
+.PHONY: posteriors verdicts setup demo test test-browser test-gpu load board lint seeds mnist faults bench bench-ais \
+  bench-replicas release-check docs clean
 
 setup: $(VENV)/installed
 
@@ -18,8 +19,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # The paper's four points and handwritten digits: AVB beside a Gaussian VAE, with exact numbers.
 # Two runs at a time, a core each.
-demo seeds mnist posteriors: export TF_NUM_INTEROP_THREADS = 1
-demo seeds mnist posteriors: export OPENBLAS_NUM_THREADS = 1
+demo seeds mnist posteriors verdicts: export TF_NUM_INTEROP_THREADS = 1
+demo seeds mnist posteriors verdicts: export OPENBLAS_NUM_THREADS = 1
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/demo
@@ -86,6 +87,10 @@ posteriors: setup
 	  $(foreach seed,0 1 2,$(POSTERIORS:%=runs/fits/posteriors/%-$(seed)/results.json))
 	$(RUN) --mode=compare --workdir=runs/fits
 
+# The error rate of the verdict: targets with exact draws, 60 and 6 seconds each, resumable; five hours.
+verdicts: setup
+	$(BIN)/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6
+
 # Speed on this machine, quiet: a step of each kind beside the machine's peak, and how costs grow.
 bench: setup
 	@for networks in mlp conv; do for precision in float32 mixed_bfloat16; do \
@@ -108,6 +113,18 @@ bench-replicas: setup
 # Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for half an hour.
 faults: setup
 	$(BIN)/python -m tests.campaigns.faults
+
+# The site, in docs/_build/html. Needs no network once it is set up; the tutorials are executed.
+docs: $(VENV)/docs-installed
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	touch $@
+
+# Wheel and sdist in fresh environments of Python 3.11, 3.12 and 3.13, away from the source.
+release-check: setup
+	.ci/release-check $(BIN)/python
 
 clean:
 	rm -rf runs .venv .venv-*

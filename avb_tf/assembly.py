@@ -61,6 +61,11 @@ def checked(method: str, **changes: Any) -> SimpleNamespace:
     _check(s, "contrast", CONTRASTS)
     _check(s, "condition", ("x", "posterior", "none"))
     _check(s, "network", ("dense", "conv"))
+    if _as_published(s) and s.residual_blocks:
+        raise UserError(
+            f"residual_blocks is {s.residual_blocks} with encoder 'noise_basis'; expected 0, as "
+            "the authors' networks have none"
+        )
     needed = {"prior": 1, "diagonal": 2, "full": s.latent_dim + 1}[s.contrast]
     samples = s.draws if s.adversary == "none" else max(s.draws, s.adversary_draws)
     if s.encoder in _MOMENTS_OF_DRAWS and samples < needed:
@@ -82,23 +87,42 @@ def _check(s, name, known):
         raise UserError(f"{name} is '{getattr(s, name)}'; expected one of {', '.join(known)}")
 
 
+def _as_published(s) -> bool:
+    """Whether encoder and decoder are those of the authors' code."""
+    return s.encoder == "noise_basis"
+
+
+def _activation(s) -> str:
+    if not _as_published(s):
+        return "relu"
+    return "elu" if s.network == "conv" else "softplus"
+
+
 def _trunk(s, width, depth) -> keras.layers.Layer:
     if s.network == "conv":
         return networks.ConvTrunk(s.filters, width, s.strides)
     return networks.DenseTrunk(width, depth)
 
 
+def _encoder_trunk(s) -> keras.layers.Layer:
+    if _as_published(s) and s.network == "conv":  # no dense layer after the convolutions
+        return networks.ConvTrunk(s.filters, 0, s.strides, _activation(s), batch_norm=True)
+    if _as_published(s):
+        return networks.DenseTrunk(s.width, s.depth, _activation(s))
+    if not s.residual_blocks:
+        return _trunk(s, s.width, s.depth)
+    return networks.ResidualTrunk(_trunk(s, s.width, 0), s.width, s.residual_blocks)
+
+
 def _decoder(s, event_shape) -> keras.Model:
-    parameters = LIKELIHOODS[s.likelihood].parameters
+    parameters, activation = LIKELIHOODS[s.likelihood].parameters, _activation(s)
     if s.network == "conv":
-        return networks.ConvDecoder(event_shape, parameters, s.filters, s.strides)
-    return networks.DenseDecoder(event_shape, parameters, s.width, s.depth)
+        return networks.ConvDecoder(event_shape, parameters, s.filters, s.strides, activation)
+    return networks.DenseDecoder(event_shape, parameters, s.width, s.depth, activation)
 
 
 def _encoder(s) -> encoders.Encoder:
-    trunk = _trunk(s, s.width, 0 if s.residual_blocks else s.depth)
-    if s.residual_blocks:
-        trunk = networks.ResidualTrunk(trunk, s.width, s.residual_blocks)
+    trunk = _encoder_trunk(s)
     if s.flow_steps:
         base = _base(s, keras.layers.Identity())  # of the trunk's features
         return flows.FlowEncoder(trunk, base, s.flow_steps, s.flow_width)
@@ -114,7 +138,7 @@ def _base(s, trunk) -> encoders.Encoder:
         "gaussian_full": lambda: encoders.GaussianEncoder(trunk, s.latent_dim, True),
         "black_box": lambda: encoders.BlackBoxEncoder(*black_box),
         "injected": lambda: encoders.BlackBoxEncoder(*black_box, inject_every_layer=True),
-        "noise_basis": lambda: encoders.NoiseBasisEncoder(*basis),
+        "noise_basis": lambda: encoders.NoiseBasisEncoder(*basis, "elu", "positive"),
         "joint_basis": lambda: encoders.JointBasisEncoder(*basis, s.basis_activation),
         "auxiliary": lambda: auxiliary.AuxiliaryEncoder(*black_box),
     }
@@ -124,17 +148,12 @@ def _base(s, trunk) -> encoders.Encoder:
 
 def _adversary(s) -> networks.Adversary | None:
     width, depth = s.adversary_width, s.adversary_depth
-    if s.condition != "x":
-        trunk = networks.DenseStack(width, 1)
-    elif s.adversary == "factorised":  # dense also where encoder and decoder are convolutional
-        trunk = networks.DenseTrunk(width, depth)
-    else:
-        trunk = _trunk(s, width, depth)
+    trunk = networks.DenseStack(width, 1) if s.condition != "x" else _trunk(s, width, depth)
     makers = {
         "none": lambda: None,
         "residual": lambda: networks.ResidualAdversary(trunk, width, depth),
         "concatenating": lambda: networks.ConcatenatingAdversary(trunk, width, depth),
-        "factorised": lambda: networks.FactorisedAdversary(trunk, width, depth, s.products),
+        "factorised": lambda: networks.FourTrunkAdversary(width, depth, s.products),
     }
     _check(s, "adversary", makers)
     return makers[s.adversary]()

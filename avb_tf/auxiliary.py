@@ -1,4 +1,4 @@
-"""Auxiliary deep generative models (Maaløe et al., 2016): a posterior made richer by a latent a."""
+"""Auxiliary deep generative models (Maaløe et al., 2016): a latent a makes q(z|x) a mixture."""
 
 import keras
 import tensorflow as tf
@@ -11,7 +11,7 @@ _register = keras.saving.register_keras_serializable("avb_tf")
 
 
 class ConditionalGaussian(keras.layers.Layer):
-    """A diagonal Gaussian given x and another latent, by dense layers on both."""
+    """A diagonal Gaussian given x and another latent, from dense layers on both."""
 
     def __init__(self, dim: int, width: int, depth: int):
         super().__init__(dtype="float32")
@@ -20,23 +20,36 @@ class ConditionalGaussian(keras.layers.Layer):
         self.mean, self.log_scale = float32_dense(dim), float32_dense(dim)
 
     def call(self, context, latent):
-        """x's share of the first layer [batch, width], latent [samples, batch, any] -> Gaussian."""
+        """Context [batch, width] of x, latent [samples, batch, n] -> a Gaussian."""
         hidden = self.stack(tf.nn.relu(context + self.from_latent(latent)))
         return _gaussian(self.mean(hidden), self.log_scale(hidden))
 
 
 @_register
 class AuxiliaryEncoder(Encoder):
-    """q(a|x) q(z|a, x), both Gaussian, and so a q(z|x) that is a mixture of Gaussians.
+    """q(a|x) q(z|a, x), both Gaussian: q(z|x) is a mixture of Gaussians over a.
 
-    Its density is not known. In its place stands, with the auxiliary model's r(a|x, z),
+        encoder = AuxiliaryEncoder(trunk, latent_dim=8, auxiliary_dim=8, width=256, depth=2)
+        encoder(x, noise).log_prob  # [samples, batch], for noise [samples, batch, 16]
+
+    The density of q(z|x) is unknown. The auxiliary model r(a|x, z) gives a stand-in,
 
         log_prob = log q(a|x) + log q(z|a, x) - log r(a|x, z)
 
-    which at a given z exceeds log q(z|x) by KL(q(a|x, z) || r(a|x, z)) in the mean over a. So the
-    bound is the one of the model p(z) p(x|z) r(a|x, z), which has the same p(x). As r takes no
-    part in generating x, it is part of the encoder, and learns by the same bound.
+    which exceeds log q(z|x) by KL(q(a|x, z) || r(a|x, z)) in the mean over a. The bound is then
+    the one of the model p(z) p(x|z) r(a|x, z), which has the same p(x). As r takes no part in
+    generating x, it belongs to the encoder and is trained by the same bound.
+
+    Args:
+      trunk: layer from x [batch, *event] to features.
+      latent_dim: dimensions of z.
+      auxiliary_dim: dimensions of a.
+      width: units of each hidden layer.
+      depth: number of hidden layers.
+    Source: Maaløe et al. (2016).
     """
+
+    moments_from_draws = True
 
     def __init__(
         self,
@@ -56,12 +69,12 @@ class AuxiliaryEncoder(Encoder):
         self.latent = ConditionalGaussian(latent_dim, width, depth)
         self.auxiliary = ConditionalGaussian(auxiliary_dim, width, depth)
 
-    def parameters(self, x):
-        """Mean and log scale of q(a|x) [batch, auxiliary]; two layers' [batch, width]."""
-        return tf.split(self.from_features(self.trunk(x)), self.sizes, -1)
+    def parameters(self, x, training=False):
+        """Mean and log scale of q(a|x) [batch, auxiliary], and two contexts [batch, width]."""
+        return tf.split(self.from_features(self.trunk(x, training=training)), self.sizes, -1)
 
     def draw(self, parameters, noise, training=False):
-        """Draws of z by way of a, with `log_prob` as above and their own moments."""
+        """Draws of a, then of z given a, with `log_prob` as above and the moments of the draws."""
         mean, log_scale, for_latent, for_auxiliary = parameters
         noise_a, noise_z = tf.split(noise, [self.auxiliary_dim, self.latent_dim], -1)
         q_a = _gaussian(mean, log_scale)

@@ -15,16 +15,16 @@ import ml_collections
 from absl import flags
 from ml_collections.config_flags import config_flags
 
-from avb_tf import configuration
+from avb_tf import configs, configuration
 from avb_tf.errors import UserError, WorkerLostError
 from avb_tf.settings import posterior
 from avb_tf.version import __version__
 
 USAGE = """Adversarial Variational Bayes.
 
-  python main.py --config=configs/digits.py:avb_ac --mode=train_and_evaluate
-  python main.py --workdir=runs/digits-avb_ac --mode=evaluate
-  python main.py --workdir=runs --mode=compare
+  avb-tf --config=digits:avb_ac --mode=train_and_evaluate
+  avb-tf --workdir=runs/digits-avb_ac --mode=evaluate
+  avb-tf --workdir=runs --mode=compare
 
 Any field of the config is a flag too, such as --config.steps=2000; `avb_tf/settings/` lists them.
 Once a run has been started its workdir knows its config. The same command again resumes it.
@@ -134,7 +134,8 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "config",
         None,
-        "Experiment file, with its method after a colon. Default: the config of --workdir.",
+        f"Experiment ({', '.join(configs.names())}, or a path of yours), with its method after a "
+        "colon. Default: the config of --workdir.",
         flag_values=values,
     )
     flags.DEFINE_enum("mode", "train", list(MODES), "What to do.", flag_values=values)
@@ -215,13 +216,17 @@ def _config(argument: str | None, workdir: str | None) -> ml_collections.ConfigD
     if argument is None:
         raise UserError(
             "no --config and no --workdir; expected an experiment, such as "
-            "--config=configs/digits.py:avb_ac, or the workdir of a run"
+            "--config=digits:avb_ac, or the workdir of a run"
         )
-    file, _, method = argument.partition(":")
-    if not Path(file).is_file():
-        raise UserError(f"--config names '{file}', which is no file; see configs/")
+    name, _, method = argument.partition(":")
+    file = configs.file(name)
+    if file is None:
+        raise UserError(
+            f"--config names '{name}', which is neither a file nor an experiment; expected one of "
+            f"{', '.join(configs.names())}, or a path"
+        )
     try:
-        get_config = runpy.run_path(file)["get_config"]
+        get_config = runpy.run_path(str(file))["get_config"]
         config = get_config(method) if method else get_config()
     except UserError:
         raise

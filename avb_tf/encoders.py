@@ -1,7 +1,7 @@
-"""Encoders: q(z|x) as a network of x and noise, together with its first two moments.
+"""Encoders: q(z|x) as a network of x and noise, with its first two moments.
 
-The noise is an argument: whoever calls decides how it is drawn, so that a test or a resumed run
-sees the same draws again. An encoder says how much of it an example needs in `noise_dim`.
+The noise is an argument, so that the caller controls its seed. `noise_dim` is the number of
+standard normal numbers that one draw of z needs.
 """
 
 import abc
@@ -17,64 +17,77 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from avb_tf import replicas
-from avb_tf.networks import DenseStack, Restorable, float32_dense
+from avb_tf.networks import DenseStack, Restorable, float32_dense, tiny_normal
 
 _register = keras.saving.register_keras_serializable("avb_tf")
 
-# Keeps the covariance factorisable where q is nearly a point, or draws are fewer than latents. The
-# contrast's density, its samples and the whitening all use the one scale that results.
+# Keeps the covariance factorisable where q is nearly a point or has fewer draws than latents. The
+# contrast's density, its samples and the whitening use the same floored scale.
 VARIANCE_FLOOR = 1e-6
-MOMENT_POINTS = 4096  # of the noise, for the noise bases' moments outside training
+MOMENT_POINTS = 4096  # Sobol points for the noise bases' moments outside training
 
 
 class Posterior(NamedTuple):
-    """Draws of q(z|x) for a batch of x, and what is known of it."""
+    """Draws of q(z|x) for a batch of x, its moments, and its density where that is known."""
 
     z: tf.Tensor  # [samples, batch, latent]
     mean: tf.Tensor  # [batch, latent]
     scale_tril: tf.Tensor  # [batch, latent, latent], Cholesky factor of q's covariance
     columns: tf.Tensor | None = None  # [batch, latent, bases], z = mean + columns @ noise features
-    # [samples, batch], log q(z|x) where it is known, or one that stands for it (`auxiliary`)
+    # [samples, batch], log q(z|x) where it is known, or its stand-in (`auxiliary`)
     log_prob: tf.Tensor | None = None
-    base: "Posterior | None" = None  # before a flow's steps
-    log_volume: tf.Tensor | None = None  # [samples, batch], log |dz / dz_base| of these
+    base: "Posterior | None" = None  # before the steps of a flow
+    log_volume: tf.Tensor | None = None  # [samples, batch], log |dz / dz_base|
 
 
 class Encoder(Restorable, keras.Model):
-    """q(z|x): `call(x, noise, training)` gives a `Posterior`.
+    """q(z|x) as a Keras model; a subclass defines `parameters` and `draw`.
 
-    x is [batch, *event] and noise [samples, batch, noise_dim], standard normal. `trunk` maps x to
-    features [batch, features], and may be any Keras layer. Each z is a function of its own x and
-    noise alone, and so are the moments outside training, but for an encoder that knows only draws.
+        posterior = encoder(x, noise)  # x [batch, *event], noise [samples, batch, noise_dim]
+        posterior.z                    # [samples, batch, latent]
+
+    The noise is standard normal. Each z is a function of its own x and noise alone. So are the
+    moments outside training, unless they are estimated from the draws.
     """
 
     latent_dim: int
     noise_dim: int
+    moments_from_draws = False  # whether `mean` and `scale_tril` are estimated from the draws
 
     def __init__(self, **kwargs):
         super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
-    def parameters(self, x) -> Any:
-        """All that q(.|x) takes from x [batch, *event], for any number of draws."""
+    def parameters(self, x, training: bool = False) -> Any:
+        """Everything in q(z|x) that depends on x [batch, *event], shared by all draws."""
 
     @abc.abstractmethod
     def draw(self, parameters, noise, training: bool = False) -> Posterior:
-        """z by `parameters` and noise [samples, batch, noise_dim]."""
+        """Draws of z for `parameters` and noise [samples, batch, noise_dim]."""
 
     def call(self, x, noise, training=False):
         """x [batch, *event], noise [samples, batch, noise_dim] -> Posterior."""
-        return self.draw(self.parameters(x), noise, training)
+        return self.draw(self.parameters(x, training), noise, training)
 
     @contextlib.contextmanager
     def freezing(self):
-        """Within, graphs hold as numbers what depends on weights alone, found once for all."""
+        """Graphs traced inside the block hold functions of the weights alone as constants."""
         yield
 
 
 @_register
 class GaussianEncoder(Encoder):
-    """The VAE's posterior: a Gaussian with diagonal or full covariance, its density known."""
+    """Gaussian posterior q(z|x) = N(mean(x), scale(x)) with a known density.
+
+        encoder = GaussianEncoder(networks.DenseTrunk(256, 2), latent_dim=8)
+        encoder(x, noise).log_prob  # [samples, batch], for noise [samples, batch, 8]
+
+    Args:
+      trunk: layer from x [batch, *event] to features [batch, width].
+      latent_dim: dimensions of z.
+      full_covariance: whether the scale is a full lower triangle.
+    Source: Kingma and Welling (2014), Section 3.
+    """
 
     def __init__(
         self,
@@ -92,9 +105,9 @@ class GaussianEncoder(Encoder):
         if full_covariance:
             self.off_diagonal = float32_dense(latent_dim**2, kernel_initializer="zeros")
 
-    def parameters(self, x):
+    def parameters(self, x, training=False):
         """Mean [batch, latent] and Cholesky factor [batch, latent, latent]."""
-        features = self.trunk(x)
+        features = self.trunk(x, training=training)
         scale_tril = tf.linalg.diag(tf.exp(self.log_scale(features)) + VARIANCE_FLOOR**0.5)
         if self.full_covariance:
             square = tf.reshape(self.off_diagonal(features), [-1, *[self.latent_dim] * 2])
@@ -102,7 +115,7 @@ class GaussianEncoder(Encoder):
         return self.mean(features), scale_tril
 
     def draw(self, parameters, noise, training=False):
-        """The Gaussian's draws, with their density."""
+        """Draws of the Gaussian, with their log density."""
         mean, scale_tril = parameters
         z = mean + tf.einsum("bij,sbj->sbi", scale_tril, noise)
         log_prob = tfd.MultivariateNormalTriL(mean, scale_tril).log_prob(z)
@@ -111,12 +124,21 @@ class GaussianEncoder(Encoder):
 
 @_register
 class BlackBoxEncoder(Encoder):
-    """z by a dense network of x's features and noise (paper, Figure 2).
+    """z as a dense network of x's features and noise (paper, Figure 2).
 
-    The noise enters at the first layer, or at every one. Nothing is known of q(z|x) but its
-    draws: its moments are those of the draws, so adaptive contrast needs several, and more than
-    `latent_dim` of them for a full covariance.
+    The moments are those of the draws. Adaptive contrast therefore needs several draws per x, and
+    more than `latent_dim` of them for a full covariance.
+
+    Args:
+      trunk: layer from x [batch, *event] to features [batch, width].
+      latent_dim: dimensions of z.
+      noise_dim: dimensions of the noise.
+      width: units of each hidden layer.
+      depth: number of hidden layers.
+      inject_every_layer: whether the noise enters every hidden layer, or the first alone.
     """
+
+    moments_from_draws = True
 
     def __init__(
         self,
@@ -131,7 +153,8 @@ class BlackBoxEncoder(Encoder):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim = latent_dim, noise_dim
         self.trunk = trunk
-        # Dense on [features, noise] is a sum of one on each; the first is the same for all draws.
+        # A dense layer on [features, noise] is the sum of one on each. The part of the features is
+        # the same for all draws.
         self.from_features = keras.layers.Dense(width)
         self.from_noise = [
             keras.layers.Dense(width, use_bias=False)
@@ -140,12 +163,12 @@ class BlackBoxEncoder(Encoder):
         self.hidden = [keras.layers.Dense(width) for _ in range(depth - 1)]
         self.head = float32_dense(latent_dim)
 
-    def parameters(self, x):
-        """x's share of the first layer, [batch, width]."""
-        return self.from_features(self.trunk(x))
+    def parameters(self, x, training=False):
+        """The part of the first layer that depends on x, [batch, width]."""
+        return self.from_features(self.trunk(x, training=training))
 
     def draw(self, parameters, noise, training=False):
-        """The network's draws, with their own moments."""
+        """Outputs of the network, with their own moments."""
         hidden = tf.nn.relu(parameters + self.from_noise[0](noise))
         for i, layer in enumerate(self.hidden, start=1):
             injected = self.from_noise[i](noise) if i < len(self.from_noise) else 0.0
@@ -155,11 +178,11 @@ class BlackBoxEncoder(Encoder):
 
 
 class BasisEncoder(Encoder):
-    """z linear in functions v of the noise alone, whose moments are then the same for every x."""
+    """z linear in functions v of the noise alone, whose moments are the same for every x."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.frozen = None  # their moments, for as long as the weights stay as they are
+        self.frozen = None  # the moments of v while `freezing`
 
     @abc.abstractmethod
     def _bases(self, noise):
@@ -172,7 +195,7 @@ class BasisEncoder(Encoder):
     def _moments(self, v, training):
         """Mean [..., functions] and covariance [..., functions, functions] of v.
 
-        Over the whole batch in training, wherever its parts are, and otherwise over fixed noise.
+        Training takes them over the whole batch on all replicas, other uses over fixed noise.
         """
         if training:
             return replicas.pooled_moments(*_moments(self._samples(v)))
@@ -183,7 +206,7 @@ class BasisEncoder(Encoder):
 
     @contextlib.contextmanager
     def freezing(self):
-        """Within, graphs hold the moments outside training as numbers."""
+        """Graphs traced inside the block hold the moments of v as constants."""
         self.frozen = self._fixed_moments()
         try:
             yield
@@ -195,9 +218,22 @@ class BasisEncoder(Encoder):
 class NoiseBasisEncoder(BasisEncoder):
     """The paper's encoder for adaptive contrast: z = z0(x) + sum_i a_i(x) * v_i(noise_i).
 
-    The products are elementwise, and each v_i is a small network of its own noise alone, so the
-    moments of q(z|x) follow from a(x) and the moments of v_i over the batch (Section 4), or
-    outside training over a fixed set of noise.
+        encoder = NoiseBasisEncoder(trunk, 8, 32, 16, 128, "elu", "positive")  # as published
+
+    The products are elementwise. Each v_i is a network of its own noise with three hidden layers,
+    so the moments of q(z|x) follow from a(x) and the moments of v_i (paper, Section 4). Training
+    takes the moments of v_i over the batch, other uses over fixed noise.
+
+    Args:
+      trunk: layer from x [batch, *event] to features [batch, width].
+      latent_dim: dimensions of z.
+      noise_dim: dimensions of each noise_i.
+      bases: number of the v_i.
+      width: units of their hidden layers.
+      activation: of their hidden layers, a Keras name.
+      coefficients: "positive" for the authors' a = elu(c(x) - 5) + 1 with c linear in the
+        features, "linear" for a = c. Linear ones with relu are in `.keras` files of earlier
+        versions.
     """
 
     def __init__(
@@ -207,15 +243,19 @@ class NoiseBasisEncoder(BasisEncoder):
         noise_dim: int,
         bases: int,
         width: int,
+        activation: str = "relu",
+        coefficients: str = "linear",
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim, self.bases = latent_dim, noise_dim * bases, bases
         self.trunk = trunk
-        self.mean = float32_dense(latent_dim)
-        self.coefficients = float32_dense(bases * latent_dim)
-        shape = [noise_dim, width, width, width, latent_dim]  # as in the authors' experiments
-        # The networks v_i side by side, one product over all of them per layer.
+        self.activation = keras.activations.get(activation)
+        self.positive = coefficients == "positive"
+        self.mean = float32_dense(latent_dim, kernel_initializer=tiny_normal())
+        self.coefficients = float32_dense(bases * latent_dim, kernel_initializer=_SideBySide(bases))
+        shape = [noise_dim, width, width, width, latent_dim]
+        # The networks v_i are stacked, so that each layer is one batched product.
         self.kernels = [
             self.add_weight(
                 shape=(bases, inputs, outputs), initializer=_PerBasis(), name=f"kernel_{i}"
@@ -227,11 +267,11 @@ class NoiseBasisEncoder(BasisEncoder):
             for i, outputs in enumerate(shape[1:])
         ]
 
-    def parameters(self, x):
+    def parameters(self, x, training=False):
         """z0 [batch, latent] and the coefficients a [batch, bases, latent]."""
-        features = self.trunk(x)
+        features = self.trunk(x, training=training)
         a = tf.reshape(self.coefficients(features), [-1, self.bases, self.latent_dim])
-        return self.mean(features), a
+        return self.mean(features), tf.nn.elu(a - 5.0) + 1.0 if self.positive else a
 
     def draw(self, parameters, noise, training=False):
         """Sums of the bases of noise [samples, batch, bases * noise_dim], with their moments."""
@@ -249,7 +289,7 @@ class NoiseBasisEncoder(BasisEncoder):
         v = tf.reshape(noise, [shape[0] * shape[1], self.bases, -1])
         v = tf.transpose(v, [1, 0, 2])  # [bases, samples * batch, noise_dim]
         for i, (kernel, bias) in enumerate(zip(self.kernels, self.biases, strict=True)):
-            v = (tf.nn.relu(v) if i else v) @ kernel + bias
+            v = (self.activation(v) if i else v) @ kernel + bias
         return tf.reshape(v, [self.bases, shape[0], shape[1], self.latent_dim])
 
     def _samples(self, v):
@@ -258,14 +298,24 @@ class NoiseBasisEncoder(BasisEncoder):
 
 @_register
 class JointBasisEncoder(BasisEncoder):
-    """z = z0(x) + s(x) * (I + A(x)) v(noise): any number of functions v, all of the same noise.
+    """z = z0(x) + s(x) * (I + A(x)) v(noise), with all functions v of the same noise.
 
-    The paper's bases are independent, so their sum tends to a Gaussian as they grow in number.
-    Functions of a common noise keep the freedom to bend and to split, with moments in closed form
-    as before: W(x) Cov[v] W(x)^T with W = s * (I + A). The noise itself stands first among the v
-    and A is zero at first, so that training starts from a diagonal Gaussian. The scales s multiply
-    all of W: what the optimizer's steps leave in A by chance, noise in z, then shrinks with q.
-    Bounded functions (tanh) leave q Gaussian tails; unbounded ones (relu) make sharper edges.
+        encoder = JointBasisEncoder(trunk, latent_dim=8, noise_dim=8, bases=32, width=128)
+        encoder(x, noise).columns  # [batch, 8, 40]
+
+    The paper's bases are independent, so their sum tends to a Gaussian as their number grows.
+    Functions of a common noise can bend and split q, and the moments stay in closed form:
+    W(x) Cov[v] W(x)^T with W = s * (I + A). The noise itself comes first among the v, and A starts
+    at zero, so training starts from a diagonal Gaussian. The scales s multiply all of W: random
+    errors in A, which act as noise in z, then shrink with q.
+
+    Args:
+      trunk: layer from x [batch, *event] to features [batch, width].
+      latent_dim: dimensions of z.
+      noise_dim: dimensions of the noise.
+      bases: number of the functions v beside the noise.
+      width: units of their two hidden layers.
+      activation: of these; tanh gives q Gaussian tails, relu sharper edges.
     """
 
     def __init__(
@@ -287,14 +337,14 @@ class JointBasisEncoder(BasisEncoder):
         self.stack = DenseStack(width, 2, activation)
         self.basis = float32_dense(bases)
 
-    def parameters(self, x):
+    def parameters(self, x, training=False):
         """z0 [batch, latent] and W [batch, latent, noise_dim + bases]."""
-        features = self.trunk(x)
+        features = self.trunk(x, training=training)
         scale = tf.exp(self.log_scale(features))[..., tf.newaxis]
         functions = self.noise_dim + self.bases
         a = tf.reshape(self.relative(features), [-1, self.latent_dim, functions])
         identity = tf.pad(tf.eye(self.latent_dim, self.noise_dim), [[0, 0], [0, self.bases]])
-        # The number of functions should not matter to how far a step moves z.
+        # Without the root a step would move z further the more functions there are.
         return self.mean(features), scale * (identity + functions**-0.5 * a)
 
     def draw(self, parameters, noise, training=False):
@@ -316,7 +366,7 @@ class JointBasisEncoder(BasisEncoder):
 
 
 class _PerBasis(keras.initializers.Initializer):
-    """Glorot's initialisation for each of the stacked kernels [bases, inputs, outputs]."""
+    """Glorot's initialiser for each of the stacked kernels [bases, inputs, outputs]."""
 
     def __call__(self, shape, dtype=None):
         bases, inputs, outputs = shape
@@ -324,15 +374,33 @@ class _PerBasis(keras.initializers.Initializer):
         return keras.ops.stack([glorot((inputs, outputs), dtype) for _ in range(bases)])
 
 
-@functools.cache
-def fixed_noise(noise_dim: int) -> np.ndarray:
-    """The same standard normal points at every call, [samples, 1, noise_dim].
+class _SideBySide(keras.initializers.Initializer):
+    """Glorot's initialiser for `parts` equal layers that share one kernel [inputs, outputs]."""
 
-    For moments outside training: over the batch, as in training, they would depend on its size and
-    on the other x in it. A Sobol sequence, whose moments are closer than those of random draws.
+    def __init__(self, parts: int):
+        self.parts = parts
+
+    def __call__(self, shape, dtype=None):
+        inputs, outputs = shape
+        glorot = keras.initializers.GlorotUniform()
+        kernels = [glorot((inputs, outputs // self.parts), dtype) for _ in range(self.parts)]
+        return keras.ops.concatenate(kernels, -1)
+
+
+@functools.cache
+def sobol_normal(count: int, dim: int) -> np.ndarray:
+    """Standard normal points, the same at every call, [count, dim].
+
+    They serve moments outside training, where moments over the batch would depend on the other x in
+    it. A Sobol sequence gives moments more precisely than as many random draws.
     """
-    sobol = scipy.stats.qmc.MultivariateNormalQMC(np.zeros(noise_dim), rng=0)
-    return sobol.random(MOMENT_POINTS)[:, np.newaxis].astype(np.float32)
+    points = scipy.stats.qmc.MultivariateNormalQMC(np.zeros(dim), rng=0)
+    return points.random(count).astype(np.float32)
+
+
+def fixed_noise(noise_dim: int) -> np.ndarray:
+    """[MOMENT_POINTS, 1, noise_dim]."""
+    return sobol_normal(MOMENT_POINTS, noise_dim)[:, np.newaxis]
 
 
 def _moments(draws):
@@ -351,6 +419,6 @@ def moments_of_draws(z):
 
 def _cholesky(covariance):
     """The factor of `covariance` with the floor added, [..., n, n] -> [..., n, n]."""
-    # Relative to the variances, since float32 rounds an absolute floor away beside large ones.
+    # The floor is relative to the variances, as float32 would round an absolute one away.
     floor = VARIANCE_FLOOR * (1.0 + tf.linalg.trace(covariance))[..., tf.newaxis, tf.newaxis]
     return tf.linalg.cholesky(covariance + floor * tf.eye(covariance.shape[-1]))

@@ -11,11 +11,11 @@ from avb_tf.networks import float32_dense
 
 _register = keras.saving.register_keras_serializable("avb_tf")
 
-OPEN = 2.0  # the gates' logit at first: each step keeps most of z
+OPEN = 2.0  # initial logit of the gates: each step keeps most of z
 
 
 class MaskedDense(keras.layers.Layer):
-    """Dense without the connections where `mask` [inputs, outputs] is zero."""
+    """A dense layer without the connections where `mask` [inputs, outputs] is zero."""
 
     def __init__(self, mask: np.ndarray, initializer: str = "glorot_uniform"):
         super().__init__(dtype="float32")
@@ -23,7 +23,7 @@ class MaskedDense(keras.layers.Layer):
         self.initializer = initializer
 
     def build(self, input_shape):
-        """The weights."""
+        """Creates kernel and bias."""
         shape = self.mask.shape
         self.kernel = self.add_weight(shape=shape, initializer=self.initializer, name="kernel")
         self.bias = self.add_weight(shape=shape[1:], initializer="zeros", name="bias")
@@ -34,11 +34,18 @@ class MaskedDense(keras.layers.Layer):
 
 
 class MADE(keras.layers.Layer):
-    """An autoregressive network (Germain et al., 2015): output i reads the inputs before i alone.
+    """An autoregressive network: output i reads only the inputs before i.
 
-    Every unit has a degree: the input z_i has i = 1..latent, and a hidden unit reads units of at
-    most its own degree. Those of degree 0 read the context alone, which so reaches every output.
-    The outputs are zero at first.
+    Input z_i has degree i = 1..latent. A hidden unit reads units of at most its own degree, and
+    units of degree 0 read the context alone, so the context reaches every output. The outputs start
+    at zero.
+
+    Args:
+      latent_dim: dimensions of z.
+      outputs: number of output tensors.
+      width: units of each hidden layer.
+      depth: number of hidden layers.
+    Source: Germain et al. (2015).
     """
 
     def __init__(self, latent_dim: int, outputs: int, width: int, depth: int):
@@ -62,21 +69,28 @@ class MADE(keras.layers.Layer):
 class FlowEncoder(Encoder):
     """Draws of another encoder, then gated autoregressive steps in alternating order.
 
-    Each step takes z to g * z + (1 - g) * m with gates g and means m that an autoregressive network
-    reads from z and x, so that its Jacobian is triangular with g on the diagonal (Section 4 there).
-    The moments are those of the draws, as in `encoders.BlackBoxEncoder`.
+        base = encoders.GaussianEncoder(keras.layers.Identity(), latent_dim=8)
+        encoder = FlowEncoder(networks.DenseTrunk(256, 2), base, steps=4, width=128)
+        encoder(x, noise).log_prob  # [samples, batch]
+
+    A step maps z to g * z + (1 - g) * m. An autoregressive network computes the gates g and the
+    means m from z and x, so the Jacobian is triangular with g on its diagonal. The moments are
+    those of the draws.
 
     After a Gaussian the density is known: inverse autoregressive flow. After an implicit encoder it
-    is not; but log q - log r is the same before and after the steps, if r goes through them too,
-    and so an adaptive contrast may stay a Gaussian there and follow a q that no Gaussian does.
+    is not. But log q - log r is the same before and after the steps if r passes through them too,
+    so an adaptive contrast can stay a Gaussian before the steps.
 
     Args:
-      trunk: x -> features, which `base` reads in place of x.
-      base: the encoder whose draws are taken further.
-      steps: how many.
-      width: of the networks' hidden layers.
-      depth: number of these.
+      trunk: layer from x to the features that `base` and the steps read.
+      base: encoder of these features, whose draws the steps transform.
+      steps: their number.
+      width: units of each hidden layer of a step's network.
+      depth: number of these layers.
+    Source: Kingma et al. (2016), Section 4.
     """
+
+    moments_from_draws = True
 
     def __init__(
         self,
@@ -90,32 +104,32 @@ class FlowEncoder(Encoder):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim = base.latent_dim, base.noise_dim
         self.trunk, self.base = trunk, base
-        base.built = True  # for Keras, which expects a call of it as a whole
+        base.built = True  # Keras expects a call of the whole base, which never comes
         self.from_features = float32_dense(steps * width)
         self.steps = [MADE(base.latent_dim, 2, width, depth) for _ in range(steps)]
 
-    def parameters(self, x):
-        """Those of the base, and each step's [batch, width]."""
-        features = self.trunk(x)
+    def parameters(self, x, training=False):
+        """The parameters of the base, and a context [batch, width] for each step."""
+        features = self.trunk(x, training=training)
         contexts = tf.split(self.from_features(features), len(self.steps), -1)
-        return self.base.parameters(features), contexts
+        return self.base.parameters(features, training), contexts
 
     def draw(self, parameters, noise, training=False):
-        """The base's draws after all steps, with their own moments."""
-        of_base, contexts = parameters
-        base = self.base.draw(of_base, noise, training)
+        """Draws of the base after all steps, with their own moments."""
+        base_parameters, contexts = parameters
+        base = self.base.draw(base_parameters, noise, training)
         z, log_volume = base.z, tf.zeros(tf.shape(base.z)[:-1])
         for step, context in zip(self.steps, contexts, strict=True):
             m, logit = step(z, context)
             gate = tf.sigmoid(logit + OPEN)
             z = gate * z + (1.0 - gate) * m
             log_volume += tf.reduce_sum(tf.math.log_sigmoid(logit + OPEN), -1)
-            z = tf.reverse(z, [-1])  # the next step reads them in the other order
+            z = tf.reverse(z, [-1])  # the next step reads the latents in the other order
         log_prob = None if base.log_prob is None else base.log_prob - log_volume
         return Posterior(
             z, *moments_of_draws(z), log_prob=log_prob, base=base, log_volume=log_volume
         )
 
     def freezing(self):
-        """Within, graphs hold as numbers what the base's do."""
+        """Graphs traced inside the block hold the same constants as those of the base."""
         return self.base.freezing()

@@ -301,7 +301,7 @@ class AVB(Restorable, Trained):
         dual = self.adversary.trainable_variables if self.adversary is not None else []
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in self.primal_variables])
-            parameters = self.encoder.parameters(x)
+            parameters = self.encoder.parameters(x, training=True)
             with tape.stop_recording():
                 for i in range(1, self.adversary_steps if dual else 1):
                     self.dual_step(x, parameters, _TRAIN + 2 * i, weights)

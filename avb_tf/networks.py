@@ -1,26 +1,31 @@
-"""Keras networks without a method in them: trunks, decoders and adversaries.
+"""Keras networks that do not depend on the method: trunks, decoders and adversaries.
 
-Every network takes any number of leading dimensions before the one it works on, so that several
-noise draws per example pass through at the cost of one larger product. Images are
-`[..., height, width, channels]` of any size.
+Decoders and adversaries take any number of leading dimensions, so that several noise draws per
+example cost one larger product. Images are `[..., height, width, channels]` of any size.
 
-What a part gives to others is float32. Its inner layers compute in Keras's global dtype policy, so
-that under `mixed_bfloat16` the large products are in bfloat16 and no moment or density is.
+Outputs are float32. Inner layers compute in Keras's global dtype policy, so that under
+`mixed_bfloat16` the large products are in bfloat16 while moments and densities are not.
 """
 
 import abc
 import inspect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
+
+from avb_tf import replicas
 
 _register = keras.saving.register_keras_serializable("avb_tf")
 
 
 class Restorable:
-    """A Keras object that its constructor's arguments, other Keras objects among them, restore."""
+    """A Keras object that is restored from its constructor's arguments.
+
+    The arguments may be other Keras objects.
+    """
 
     _arguments: dict
 
@@ -37,11 +42,11 @@ class Restorable:
         return {k: keras.saving.serialize_keras_object(v) for k, v in self._arguments.items()}
 
     def get_build_config(self):
-        """Nothing: the model that holds the object builds it by running it."""
+        """None: the model that holds the object builds it by running it."""
 
     @classmethod
     def from_config(cls, config):
-        """The object that `get_config` described."""
+        """A new object from the config that `get_config` returned."""
         return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
 
@@ -52,7 +57,7 @@ def float32_dense(units: int, **kwargs) -> keras.layers.Dense:
 
 @_register
 class DenseStack(Restorable, keras.layers.Layer):
-    """Dense layers of equal width, [..., inputs] -> [..., width]; inputs are not flattened."""
+    """Dense layers of equal width on the last axis: [..., inputs] -> [..., width]."""
 
     def __init__(self, width: int, depth: int, activation: str = "relu", **kwargs):
         super().__init__(**kwargs)
@@ -60,7 +65,7 @@ class DenseStack(Restorable, keras.layers.Layer):
 
     def call(self, inputs):
         """[..., inputs] -> [..., width]."""
-        hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # TensorFlow fuses what is of rank 2
+        hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # bias and activation fuse at rank 2
         for layer in self.hidden:
             hidden = layer(hidden)
         return _unflatten(hidden, tf.shape(inputs)[:-1], hidden.shape[-1:])
@@ -68,7 +73,16 @@ class DenseStack(Restorable, keras.layers.Layer):
 
 @_register
 class DenseTrunk(Restorable, keras.layers.Layer):
-    """Features of x by dense layers: [batch, *event] in [0, 1] -> [batch, width]."""
+    """Features of x by dense layers: [batch, *event] in [0, 1] -> [batch, width].
+
+        trunk = DenseTrunk(width=300, depth=2)
+        trunk(x)  # [batch, 300]
+
+    Args:
+      width: units of each layer.
+      depth: number of layers; 0 returns x, flattened and centred.
+      activation: of every layer, a Keras name.
+    """
 
     def __init__(self, width: int, depth: int, activation: str = "relu", **kwargs):
         super().__init__(**kwargs)
@@ -82,9 +96,18 @@ class DenseTrunk(Restorable, keras.layers.Layer):
 
 @_register
 class ConvTrunk(Restorable, keras.layers.Layer):
-    """Features of an image by 5x5 convolutions, each of stride 2 unless given, then a dense layer.
+    """Features of an image by 5x5 convolutions: [batch, height, width, channels] in [0, 1] ->
+    [batch, features].
 
-    [batch, height, width, channels] in [0, 1] -> [batch, features].
+        trunk = ConvTrunk(filters=(32, 64), features=256)
+        trunk(x)  # [batch, 256]
+
+    Args:
+      filters: of each convolution, from the image inwards.
+      features: units of a last dense layer; 0 returns the flattened convolutions.
+      strides: of each convolution; 2 each by default.
+      activation: of every layer, a Keras name.
+      batch_norm: whether all convolutions but the last are followed by `BatchNorm`.
     """
 
     def __init__(
@@ -93,31 +116,93 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         features: int,
         strides: Sequence[int] = (),
         activation: str = "relu",
+        batch_norm: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.activation = keras.activations.get(activation)
+        normalised = [batch_norm and i < len(filters) - 1 for i in range(len(filters))]
         self.convolutions = [
-            keras.layers.Conv2D(n, 5, strides=stride, padding="same", activation=activation)
-            for n, stride in zip(filters, strides or [2] * len(filters), strict=True)
+            keras.layers.Conv2D(n, 5, strides=stride, padding="same", use_bias=not norm)
+            for n, stride, norm in zip(
+                filters, strides or [2] * len(filters), normalised, strict=True
+            )
         ]
+        self.norms = [BatchNorm() if norm else keras.layers.Identity() for norm in normalised]
         self.flatten = keras.layers.Flatten()
-        self.dense = keras.layers.Dense(features, activation=activation)
+        self.dense = keras.layers.Dense(features, activation=activation) if features else None
 
-    def call(self, x):
+    def call(self, x, training=False):
         """[batch, height, width, channels] -> [batch, features]."""
         hidden = 2.0 * x - 1.0
-        for layer in self.convolutions:
-            hidden = layer(hidden)
-        return self.dense(self.flatten(hidden))
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            hidden = self.activation(norm(convolution(hidden), training=training))
+        features = self.flatten(hidden)
+        return features if self.dense is None else self.dense(features)
+
+
+class BatchNorm(keras.layers.Layer):
+    """Batch normalisation over all axes but the last (Ioffe and Szegedy, 2015), on any replicas.
+
+    Training normalises by the moments of the whole batch over all replicas, so that a run does not
+    depend on their number. All other uses normalise by running averages, so that an example's
+    features do not depend on its batch. Keras's layer is not used because a batch with a NaN would
+    make its running averages NaN for good, where training only skips the step.
+    """
+
+    MOMENTUM, EPSILON = 0.999, 1e-3
+
+    def build(self, input_shape):
+        """Creates gain, offset and running averages, [channels] each."""
+        shape = input_shape[-1:]
+
+        def weight(name, initializer, **kwargs):
+            return self.add_weight(
+                shape=shape, name=name, initializer=initializer, autocast=False, **kwargs
+            )
+
+        running = {"trainable": False, "aggregation": "only_first_replica"}
+        self.gain, self.offset = weight("gain", "ones"), weight("offset", "zeros")
+        self.mean = weight("mean", "zeros", **running)
+        self.variance = weight("variance", "ones", **running)
+
+    def call(self, inputs, training=False):
+        """[..., channels] -> [..., channels]."""
+        mean, variance = self.mean.value, self.variance.value
+        if training:
+            mean, variance = self._batch_moments(tf.cast(inputs, tf.float32))
+            self._update(self.mean, mean)
+            self._update(self.variance, variance)
+        scale = self.gain * tf.math.rsqrt(variance + self.EPSILON)
+        shift = self.offset - mean * scale
+        return inputs * tf.cast(scale, inputs.dtype) + tf.cast(shift, inputs.dtype)
+
+    @staticmethod
+    def _batch_moments(inputs):
+        mean, variance = tf.nn.moments(inputs, list(range(inputs.shape.rank - 1)))
+        mean, variance = replicas.pooled_moments(
+            mean[:, tf.newaxis], variance[:, tf.newaxis, tf.newaxis]
+        )
+        return mean[:, 0], variance[:, 0, 0]
+
+    def _update(self, average, value):
+        moved = average.value + (1.0 - self.MOMENTUM) * (tf.stop_gradient(value) - average.value)
+        average.assign(tf.where(tf.math.is_finite(moved), moved, average.value))
 
 
 @_register
 class ResidualTrunk(Restorable, keras.layers.Layer):
-    """Features of x by residual blocks (He et al., 2016) on a linear layer of another trunk's.
+    """Features of x by residual blocks on another trunk: [batch, *event] -> [batch, width].
 
-    [batch, *event] -> [batch, width]. A block adds two dense layers of the features, normalised
-    over the layer, and changes nothing at first. Beside the blocks stands no activation but a last
-    relu.
+    A linear layer maps the other trunk's features to `width`. Each block adds a dense relu layer
+    and a linear one of the layer-normalised features; it starts as the identity. A relu ends the
+    trunk.
+
+    Args:
+      trunk: layer from x to features.
+      width: of the blocks.
+      blocks: their number.
+    Source: He et al. (2016).
     """
 
     def __init__(self, trunk: keras.layers.Layer, width: int, blocks: int, **kwargs):
@@ -129,9 +214,9 @@ class ResidualTrunk(Restorable, keras.layers.Layer):
         self.hidden = [dense(width, activation="relu") for _ in range(blocks)]
         self.changes = [dense(width, kernel_initializer="zeros") for _ in range(blocks)]
 
-    def call(self, x):
+    def call(self, x, training=False):
         """[batch, *event] -> [batch, width]."""
-        features = self.first(self.trunk(x))
+        features = self.first(self.trunk(x, training=training))
         for norm, hidden, change in zip(self.norms, self.hidden, self.changes, strict=True):
             features += change(hidden(norm(features)))
         return tf.nn.relu(features)
@@ -139,9 +224,14 @@ class ResidualTrunk(Restorable, keras.layers.Layer):
 
 @_register
 class DenseDecoder(Restorable, keras.Model):
-    """Likelihood parameters of x by dense layers.
+    """Likelihood parameters of x by dense layers: [..., latent] -> [..., *event, parameters].
 
-    [..., latent] -> [..., *event, parameters], `parameters` numbers for each dimension of x.
+    Args:
+      event_shape: shape of one x.
+      parameters: numbers for each dimension of x, as the likelihood needs.
+      width: units of each hidden layer.
+      depth: number of hidden layers.
+      activation: of the hidden layers, a Keras name.
     """
 
     def __init__(
@@ -165,11 +255,11 @@ class DenseDecoder(Restorable, keras.Model):
 
 @_register
 class ConvDecoder(Restorable, keras.Model):
-    """Likelihood parameters of an image by transposed 5x5 convolutions.
+    """Likelihood parameters of an image by transposed 5x5 convolutions: [..., latent] ->
+    [..., height, width, channels, parameters].
 
-    [..., latent] -> [..., height, width, channels, parameters]. `filters` and `strides` are those
-    of the trunk that it mirrors; sizes that the strides do not divide are cropped from the next
-    larger one.
+    The decoder mirrors the `ConvTrunk` with the same `filters` and `strides`. A size that the
+    strides do not divide is cropped from the next larger one.
     """
 
     def __init__(
@@ -212,9 +302,9 @@ class ConvDecoder(Restorable, keras.Model):
 class Adversary(Restorable, keras.Model):
     """T(x, z), the logit that learns log q(z|x) - log r(z|x) (paper, Section 3.1).
 
-    The condition (x, or the posterior's description, see `objectives.condition`) passes through
-    `features` once, for the posterior's and the contrast's samples alike; z comes whitened by the
-    contrast. `trunk` maps the condition [batch, ...] to [batch, features].
+    The condition is x or the posterior's description (`objectives.description`). It passes through
+    `features` once for the samples of posterior and contrast together; z is whitened by the
+    contrast.
     """
 
     def __init__(self, **kwargs):
@@ -222,11 +312,11 @@ class Adversary(Restorable, keras.Model):
 
     @abc.abstractmethod
     def features(self, condition):
-        """The condition's branch: [batch, ...] -> [batch, features]."""
+        """What `logits` needs of the condition [batch, ...], one row per example."""
 
     @abc.abstractmethod
     def logits(self, features, z):
-        """T: [batch, features], [samples, batch, latent] -> [samples, batch]."""
+        """T: features, z [samples, batch, latent] -> [samples, batch]."""
 
     def call(self, condition, z):
         """T: [batch, ...], [samples, batch, latent] -> [samples, batch]."""
@@ -237,8 +327,12 @@ class Adversary(Restorable, keras.Model):
 class ResidualAdversary(Adversary):
     """Residual blocks on z with the condition's features added; T = 0 at the start.
 
-    z enters with its squares, so that a change of scale, the commonest difference between q and
-    r, is linear in the input.
+    z enters with its squares, so that a difference in scale between q and r is linear in the input.
+
+    Args:
+      trunk: layer from the condition [batch, ...] to features.
+      width: of the blocks.
+      depth: number of blocks.
     """
 
     def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs):
@@ -263,13 +357,19 @@ class ResidualAdversary(Adversary):
 
 @_register
 class ConcatenatingAdversary(Adversary):
-    """Dense layers on the condition's features and z side by side."""
+    """Dense layers on the condition's features and z side by side.
+
+    Args:
+      trunk: layer from the condition [batch, ...] to features.
+      width: of the layers.
+      depth: number of layers.
+    """
 
     def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs):
         super().__init__(**kwargs)
         self.trunk = trunk
-        # The first layer on [features, z] is the sum of one on each: the features' part is the
-        # same for all samples and is computed once.
+        # A dense layer on [features, z] is the sum of one on each. The part of the features is the
+        # same for all samples, so it is computed once.
         self.from_features = keras.layers.Dense(width)
         self.from_z = keras.layers.Dense(width, use_bias=False)
         self.stack = DenseStack(width, depth - 1)
@@ -285,19 +385,29 @@ class ConcatenatingAdversary(Adversary):
 
 
 class WideDense(keras.layers.Layer):
-    """A dense layer for far more weights than rows, [rows, inputs] -> [rows, units].
+    """A dense layer with far more weights than rows: [rows, inputs] -> [rows, units].
 
-    The kernel stands on the left in forward and backward pass alike. On a CPU the gradient of
-    x @ W, a product with W^T on the right, runs at half the speed of the others.
+    The kernel is the left factor in the forward and the backward pass. On a CPU the gradient of
+    x @ W, a product with W^T on the right, runs at half the speed.
     """
 
-    def __init__(self, units: int, use_bias: bool = True, **kwargs):
+    def __init__(
+        self,
+        units: int,
+        use_bias: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.units, self.use_bias = units, use_bias
+        self.kernel_initializer = kernel_initializer
 
     def build(self, input_shape):
-        """The weights; the kernel is [units, inputs]."""
-        self.kernel = self.add_weight(shape=(self.units, input_shape[-1]), name="kernel")
+        """Creates the weights; the kernel is [units, inputs]."""
+        shape = (self.units, input_shape[-1])
+        self.kernel = self.add_weight(
+            shape=shape, initializer=self.kernel_initializer, name="kernel"
+        )
         self.bias = 0.0
         if self.use_bias:
             self.bias = self.add_weight(shape=(self.units,), initializer="zeros", name="bias")
@@ -307,12 +417,55 @@ class WideDense(keras.layers.Layer):
         return tf.transpose(tf.matmul(self.kernel, inputs, transpose_b=True)) + self.bias
 
 
+def tiny_normal() -> keras.initializers.Initializer:
+    """The authors' initialiser for z0, theta and t: outputs start near 0."""
+    return keras.initializers.TruncatedNormal(stddev=1e-5)
+
+
+@_register
+class FourTrunkAdversary(Adversary):
+    """T = <theta(x), s(z)> + t(x) + t(z) + |z|^2 / 2, each function a network of its own.
+
+        adversary = FourTrunkAdversary(width=1024, depth=3, products=8192)  # as published
+        adversary(x, z)  # x [batch, *event], z [samples, batch, latent] -> [samples, batch]
+
+    The last layer of s is linear, s(z) = W h(z) + b, so the product is <W^T theta(x), h(z)> +
+    <theta(x), b>. W, the largest weight, then multiplies each x once in place of every z.
+
+    Args:
+      width: units of each hidden layer.
+      depth: number of hidden layers in each of the four networks.
+      products: length of theta(x) and s(z).
+    Source: the adversary `conv0` in the authors' code for MNIST.
+    """
+
+    def __init__(self, width: int, depth: int, products: int, **kwargs):
+        super().__init__(**kwargs)
+        self.flatten = keras.layers.Flatten()
+        self.theta_stack, self.t_x_stack, self.s_stack, self.t_z_stack = (
+            DenseStack(width, depth, "leaky_relu") for _ in range(4)
+        )
+        self.theta = WideDense(products, kernel_initializer=tiny_normal())
+        self.s = WideDense(width, use_bias=False)  # its kernel is W^T
+        self.s_bias = float32_dense(1, use_bias=False, kernel_initializer="zeros")  # b
+        self.t_x, self.t_z = (float32_dense(1, kernel_initializer=tiny_normal()) for _ in range(2))
+
+    def features(self, condition):
+        """[batch, ...] -> W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
+        x = self.flatten(condition)
+        theta = tf.nn.elu(self.theta(self.theta_stack(x)))
+        return self.s(theta), self.s_bias(theta) + self.t_x(self.t_x_stack(x))
+
+    def logits(self, features, z):
+        """The pair of `features`, z [samples, batch, latent] -> [samples, batch]."""
+        return _factorised_t(features, self.s_stack(z), self.t_z(self.t_z_stack(z)), z)
+
+
 @_register
 class FactorisedAdversary(Adversary):
-    """T = <theta(x), s(z)> + t(x) + t(z) + |z|^2 / 2, as in the authors' experiments on MNIST.
+    """`FourTrunkAdversary` with one trunk for theta(x) and t(x) and one for s(z) and t(z).
 
-    The last layer of s is linear: with s(z) = W h(z) + b the product is <W^T theta(x), h(z)> +
-    <theta(x), b>. So W, the largest of all weights, meets each x once in place of every z.
+    No method makes it. It reads `.keras` files that earlier versions wrote for `avb_ac_paper`.
     """
 
     def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, products: int, **kwargs):
@@ -330,12 +483,17 @@ class FactorisedAdversary(Adversary):
         return self.s(theta), self.s_bias(theta) + self.t_features(hidden)
 
     def logits(self, features, z):
-        """The two of `features`, z [samples, batch, latent] -> [samples, batch]."""
-        slope, offset = features
+        """The pair of `features`, z [samples, batch, latent] -> [samples, batch]."""
         hidden = self.stack(z)
-        slope, h = (tf.cast(v, tf.float32) for v in (slope, hidden))  # a long sum
-        product = tf.einsum("bw,sbw->sb", slope, h)
-        return product + (offset + self.t_z(hidden))[..., 0] + 0.5 * tf.reduce_sum(z**2, -1)
+        return _factorised_t(features, hidden, self.t_z(hidden), z)
+
+
+def _factorised_t(features, h, t_z, z):
+    """<slope, h(z)> + offset + t(z) + |z|^2 / 2, [samples, batch]."""
+    slope, offset = features
+    slope, h = (tf.cast(v, tf.float32) for v in (slope, h))  # a sum over thousands of terms
+    product = tf.einsum("bw,sbw->sb", slope, h)
+    return product + (offset + t_z)[..., 0] + 0.5 * tf.reduce_sum(z**2, -1)
 
 
 def _unflatten(flat, leading, event):

@@ -19,6 +19,14 @@ VALUES = "per_example.npz"
 LOG_LIKELIHOODS = (
     "log_likelihood_quadrature", "log_likelihood_ais", "log_likelihood_iwae_5000",
 )  # fmt: skip
+# Estimates of data simulated from the model, not of the split. They check AIS itself.
+SIMULATED = (
+    "log_likelihood_simulated_bdmc_lower", "log_likelihood_simulated_bdmc_upper", "bdmc_gap",
+)  # fmt: skip
+_RENAMED = {  # names in the files of earlier versions
+    "log_likelihood_bdmc_lower": "log_likelihood_simulated_bdmc_lower",
+    "log_likelihood_bdmc_upper": "log_likelihood_simulated_bdmc_upper",
+}
 FIELDS = {
     "method", "data", "event_shape", "split", "step", "seconds", "config_hash", "estimates",
 }  # fmt: skip
@@ -62,7 +70,11 @@ def read(file: Path) -> dict[str, Any] | None:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.keys() >= FIELDS else None
+    if not (isinstance(found, dict) and found.keys() >= FIELDS):
+        return None
+    if isinstance(found["estimates"], dict):
+        found["estimates"] = {_RENAMED.get(k, k): v for k, v in found["estimates"].items()}
+    return found
 
 
 def save_values(workdir: Path, x, values: Mapping[str, np.ndarray]) -> None:
@@ -112,8 +124,15 @@ def siblings(workdir: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """The estimates of `runs` in nats, mean +- standard error, as Markdown: a column for a run."""
+    """The estimates of `runs` in nats, mean +- standard error, as Markdown: a column for a run.
+
+    Estimates of data simulated from the model come last, below a row that says so.
+    """
     names = list(dict.fromkeys(n for run in runs.values() for n in run["estimates"]))
+    simulated = [name for name in names if name in SIMULATED]
+    names = [name for name in names if name not in SIMULATED]
+    if simulated:
+        names += ["of data simulated from the model:", *simulated]
     columns = [["nats per example", *names, "steps"]]
     for run, found in runs.items():
         cells = [_cell(found["estimates"].get(name)) for name in names]

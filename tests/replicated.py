@@ -23,10 +23,15 @@ from configs import digits
 BATCH = 32
 
 
-def config(method):
-    """Everything that replicas might disagree on: dual steps, averages, clipping."""
+def config(variant):
+    """Everything that replicas might disagree on: dual steps, averages, clipping, batch norm.
+
+    `variant` is a method, or a method and a network as in `avb_ac_paper:conv`.
+    """
+    method, _, network = variant.partition(":")
     config = digits.get_config(method)
     config.model.update(width=16, bases=4, basis_width=8, adversary_width=16, products=8)
+    config.model.update(network=network or "dense", filters=(3, 4), strides=(2, 2))
     config.model.update(adversary_steps=2, ema_decay=0.9)
     config.optimizer.clip_norm = 5.0  # of gradients whose norm is some 20 at first
     config.batch_size = BATCH

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from avb_tf.posteriors import baselines
+from avb_tf.posteriors import baselines, tails
 from avb_tf.posteriors.start import Start
 
 MEAN = np.array([1.0, -2.0], np.float32)
 FACTOR = np.array([[1.0, 0.0], [0.8, 0.5]], np.float32)
-START = Start(np.zeros(2), np.eye(2), np.zeros([1, 2]))
+START = Start(np.zeros(2), np.eye(2), np.zeros([1, 2]), tails.light(2), 1)
 
 
 def target(unknown_to_xla):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import avb_tf
-from avb_tf import command_line
+from avb_tf import command_line, configs
 from avb_tf.command_line import main
 from avb_tf.errors import UserError
 from tests.commands import REPOSITORY, TINY, content, run, trained
@@ -102,6 +102,24 @@ def test_the_default_workdir_is_the_config_s_name(called, root):
     assert workdir == root / "runs/digits-avb_ac"
 
 
+@pytest.mark.parametrize("name", configs.names())
+def test_an_experiment_of_the_package_needs_no_path(name, called, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, workdir = called(f"--config={name}")
+    assert workdir == tmp_path / "runs" / config.name
+    assert config.name.replace("posterior-", "posteriors-").startswith(f"{name}-")
+
+
+def test_a_file_comes_before_an_experiment_of_that_name(called, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = (REPOSITORY / "configs/digits.py").read_text()
+    (tmp_path / "digits").write_text(source.replace("8000", "17"))
+    assert called("--config=digits:vae")[0].steps == 17
+    (tmp_path / "digits").unlink()
+    (tmp_path / "digits").mkdir()
+    assert called("--config=digits:vae")[0].steps == 8000
+
+
 def test_settings_come_in_any_form(called):
     config, _ = called(
         "--mode train --workdir new --config configs/digits.py:vae -config.steps 30 "
@@ -174,7 +192,7 @@ def test_training_leaves_a_whole_run(root):
     assert names == {"config.json", "checkpoints", "figures", "logs"}
     checkpoints = {path.name for path in (root / "run/checkpoints").iterdir()}
     # The one before the first step is what a run that fails early goes back to.
-    assert checkpoints == {f"step_{step:09d}.keras" for step in (0, 10, 20)}
+    assert checkpoints == {"README.md", *(f"step_{step:09d}.keras" for step in (0, 10, 20))}
 
 
 def test_a_finished_run_is_left_as_it_is(workdir, capsys):

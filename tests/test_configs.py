@@ -9,7 +9,9 @@ from avb_tf.commands import train
 from avb_tf.settings import methods
 from configs import celeba, mnist, mnist_4x4, mnist_conv
 
-NARROW = {"filters": (4, 8, 8, 8), "width": 16, "adversary_width": 16, "bases": 4, "basis_width": 8}
+NARROW = {
+    "filters": (4, 8, 8, 8), "width": 16, "adversary_width": 16, "bases": 4, "basis_width": 8,
+}  # fmt: skip
 
 
 def shorten(config, steps=2):

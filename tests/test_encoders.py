@@ -25,10 +25,14 @@ ENCODERS = {
     "black_box": lambda: BlackBoxEncoder(DenseTrunk(8, 1), LATENT, 4, 16, 3),
     "injected": lambda: BlackBoxEncoder(DenseTrunk(8, 1), LATENT, 4, 16, 3, True),
     "noise_basis": lambda: NoiseBasisEncoder(DenseTrunk(8, 1), LATENT, 2, 4, 8),
+    "published_basis": lambda: NoiseBasisEncoder(
+        DenseTrunk(8, 1), LATENT, 2, 4, 8, "elu", "positive"
+    ),
     "joint_basis": lambda: JointBasisEncoder(DenseTrunk(8, 1), LATENT, 4, 5, 8),
     "joint_basis_of_little_noise": lambda: JointBasisEncoder(DenseTrunk(8, 1), LATENT, 2, 5, 8),
 }
 GAUSSIAN = ["gaussian", "gaussian_full"]
+NOISE_BASES = ["noise_basis", "published_basis"]
 JOINT = ["joint_basis", "joint_basis_of_little_noise"]
 every_encoder = pytest.mark.parametrize("name", ENCODERS)
 
@@ -88,7 +92,7 @@ def test_shapes_are_those_of_the_contract(name):
     assert (posterior.log_prob is not None) == (name in GAUSSIAN)
 
 
-@pytest.mark.parametrize("name", [*GAUSSIAN, "noise_basis", *JOINT])
+@pytest.mark.parametrize("name", [*GAUSSIAN, *NOISE_BASES, *JOINT])
 @pytest.mark.parametrize("training", [True, False])
 def test_closed_form_moments_are_those_of_independent_draws(name, training):
     # In training the bases' moments are those of the batch, otherwise of 4096 Sobol points.
@@ -101,7 +105,7 @@ def test_closed_form_moments_are_those_of_independent_draws(name, training):
         assert_moments(z[:, i], known.mean[i], covariance(known)[i], known_from)
 
 
-@pytest.mark.parametrize("name", [*GAUSSIAN, "noise_basis", *JOINT])
+@pytest.mark.parametrize("name", [*GAUSSIAN, *NOISE_BASES, *JOINT])
 def test_outside_training_an_example_does_not_depend_on_its_batch_mates(name):
     encoder = randomised(name)
     noise = noise_for(encoder, 5)
@@ -214,16 +218,24 @@ def test_the_black_box_is_a_dense_network_of_features_and_noise_side_by_side():
     np.testing.assert_allclose(encoder(X, noise).z, hidden, rtol=1e-4, atol=1e-5)
 
 
-def test_noise_basis_is_the_sum_of_the_paper():
-    encoder = randomised("noise_basis")
+def elu(values):
+    return np.where(values > 0, values, np.expm1(values))
+
+
+@pytest.mark.parametrize("name", NOISE_BASES)
+def test_noise_basis_is_the_sum_of_the_paper(name):
+    encoder = randomised(name)
     noise, features = noise_for(encoder, 5), encoder.trunk(X)
     a = dense(encoder.coefficients, features).reshape(BATCH, 4, LATENT)
+    activation = relu if name == "noise_basis" else elu
+    if name == "published_basis":
+        a = elu(a - 5.0) + 1.0
     expected = dense(encoder.mean, features)
     weights = list(zip(encoder.kernels, encoder.biases, strict=True))
     for m, noise_m in enumerate(np.split(noise, 4, -1)):
         v = noise_m
         for i, (kernels, biases) in enumerate(weights):
-            v = (relu(v) if i else v) @ kernels[m] + biases[m]
+            v = (activation(v) if i else v) @ kernels[m] + biases[m]
         expected = expected + a[:, m] * v
     np.testing.assert_allclose(encoder(X, noise).z, expected, rtol=1e-4, atol=1e-5)
 

@@ -4,7 +4,7 @@ import numpy as np
 import scipy.stats
 
 from avb_tf.encoders import GaussianEncoder
-from avb_tf.likelihood_estimation import estimates, inference_gap, quadrature
+from avb_tf.likelihood_estimation import estimates, inference_gap
 from tests.linear_gaussian import SCALE, WEIGHT, LinearDecoder, set_posterior
 
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
@@ -18,10 +18,10 @@ def evaluate(model, directory):
     _, annealed = estimates.annealed(model, X, SIZES, directory)
     log_likelihood = found["log_likelihood_iwae_5000"].values
     elbo = estimates.bound(model, X)
-    inference_gap.bound_of_draws(model)(X[:1])
+    inference_gap.smoothed_bounds(model)(X[:1], 500, 10)
     estimates.bidirectional(model, 2, SIZES, directory)
-    estimates.inference_gap(model, X, log_likelihood, elbo, directory)
-    quadrature.posterior_divergence(model, X[:1], log_likelihood, draws=500)
+    own = estimates.own_bounds(model, X, elbo, directory)
+    estimates.inference_gap(model, X, log_likelihood, own, directory)
     return elbo, weighted.log_weights, annealed.log_weights
 
 
@@ -47,3 +47,58 @@ def test_a_second_evaluation_sees_new_weights_and_traces_nothing(
             assert (np.abs(ratios.mean(0) - 1.0) < 4.0 * error).all()
     # Data are simulated from the model without a graph.
     assert traced == ["decode"]
+
+
+def test_an_interval_of_the_elbo_makes_intervals_of_the_gaps():
+    lower, upper = np.array([[1.0, 2.0], [1.2, 2.2]]), np.array([[1.5, 2.5], [1.7, 2.7]])
+    own = estimates.OwnBounds(lower, upper, {"bound": "smoothed"})
+    gaps = own.below("gap", np.array([2.0, 3.0]))
+    assert gaps.keys() == {"gap_lower", "gap_upper"}
+    np.testing.assert_allclose(gaps["gap_lower"].values, [0.4, 0.4])
+    np.testing.assert_allclose(gaps["gap_upper"].values, [0.9, 0.9])
+    np.testing.assert_allclose(gaps["gap_upper"].repeats, [[1.0, 1.0], [0.8, 0.8]])
+    assert own.first(1).lower.shape == (2, 1)
+
+
+def test_the_aggregate_of_exact_posteriors_is_the_prior(linear_gaussian):
+    model, evidence = linear_gaussian
+    set_posterior(model, 1.0)
+    x = evidence.rvs(4000, random_state=0).astype(np.float32)
+    found = estimates.latent_space(model, x)
+    low, high = (found[f"kl_aggregate_posterior_{end}"] for end in ("lower", "upper"))
+    error = 4.0 * low.repeats.mean(1).std(ddof=1) / 2.0
+    assert low.values.mean() - error - 0.01 < 0.0 < high.values.mean() + error
+    assert high.values.mean() - low.values.mean() < 0.1
+    # -E log N(x; W z, SCALE) over z of the posterior of covariance C: its trace is tr(W C W^T).
+    covariance = np.linalg.inv(np.eye(2) + WEIGHT.T @ WEIGHT / SCALE**2)
+    residual = x - x @ WEIGHT @ covariance @ WEIGHT.T / SCALE**2
+    squares = (residual**2).sum(1) + np.trace(WEIGHT @ covariance @ WEIGHT.T)
+    exact = 0.5 * squares / SCALE**2 + 3 * np.log(SCALE * np.sqrt(2.0 * np.pi))
+    error = found["reconstruction_error"].values - exact
+    assert abs(error.mean()) < 4.0 * error.std() / np.sqrt(len(x))
+
+
+def test_the_aggregate_of_posteriors_that_ignore_x_has_their_divergence(linear_gaussian):
+    """q(z|x) = N(0, diag(0.5, 0.8)^2) for all x: KL in closed form."""
+    model, evidence = linear_gaussian
+    scales = np.array([0.5, 0.8])
+    weights = [np.zeros_like(w) for w in model.encoder.get_weights()]
+    weights[3] = np.log(scales)
+    model.encoder.set_weights(weights)
+    x = evidence.rvs(50, random_state=0).astype(np.float32)
+    found = estimates.latent_space(model, x)
+    exact = np.sum(0.5 * (scales**2 - 1.0) - np.log(scales))
+    low, high = (found[f"kl_aggregate_posterior_{end}"] for end in ("lower", "upper"))
+    error = 4.0 * low.repeats.mean(1).std(ddof=1) / 2.0 + 0.01
+    assert low.values.mean() - error < exact < high.values.mean() + error
+
+
+def test_a_known_elbo_makes_values_of_the_gaps(linear_gaussian, tmp_path):
+    model, _ = linear_gaussian
+    own = estimates.own_bounds(model, X, np.arange(4.0), tmp_path)
+    assert own.exact
+    assert own.first(2).exact
+    (gap,) = estimates.posterior_divergence(own, np.full(4, 5.0)).items()
+    assert gap[0] == "kl_q_exact_posterior"
+    np.testing.assert_allclose(gap[1].values, [5.0, 4.0, 3.0, 2.0])
+    assert estimates.smoothed_elbo(own) == {}

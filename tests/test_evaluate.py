@@ -72,7 +72,8 @@ def test_more_latents_are_estimated_by_ais(tmp_path, capsys, monkeypatch):
     assert iwae[0] < iwae[1] < iwae[2]
     assert found["bdmc_gap"]["count"] == 4
     assert found["bdmc_gap"]["mean"] == pytest.approx(
-        found["log_likelihood_bdmc_upper"]["mean"] - found["log_likelihood_bdmc_lower"]["mean"]
+        found["log_likelihood_simulated_bdmc_upper"]["mean"]
+        - found["log_likelihood_simulated_bdmc_lower"]["mean"]
     )
     with np.load(tmp_path / "evaluation" / "per_example.npz", allow_pickle=False) as values:
         assert len(np.unique(values["example"])) == len(values["elbo_adversary"])

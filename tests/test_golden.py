@@ -66,9 +66,15 @@ def test_a_run_is_resumed_and_evaluated_to_the_same_end(release, tmp_path):
     )
     assert found["config_hash"] == then["config_hash"]
     assert found["family"] == then["family"]
-    assert found["estimates"].keys() == then["estimates"].keys()
-    for name, estimate in found["estimates"].items():
-        assert estimate["mean"] == pytest.approx(then["estimates"][name]["mean"], abs=1e-4), name
+    # By nearest neighbours then, and as an interval that holds now.
+    divergence = then["estimates"].pop("kl_q_exact_posterior")["mean"]
+    lower, upper = (
+        found["estimates"].pop(f"kl_q_exact_posterior_{end}")["mean"] for end in ("lower", "upper")
+    )
+    assert lower - 0.1 < divergence < upper + 0.1
+    assert found["estimates"].keys() >= then["estimates"].keys()
+    for name, estimate in then["estimates"].items():
+        assert found["estimates"][name]["mean"] == pytest.approx(estimate["mean"], abs=1e-4), name
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)

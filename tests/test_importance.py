@@ -17,6 +17,7 @@ class Implicit(keras.Model):
     def __init__(self, encoder):
         super().__init__()
         self.encoder, self.latent_dim, self.noise_dim = encoder, 2, 2
+        self.moments_from_draws = False
 
     def call(self, x, noise, training=False):
         return self.encoder(x, noise, training=training)._replace(log_prob=None)

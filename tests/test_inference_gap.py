@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
+import tensorflow as tf
 
 from avb_tf import build
-from avb_tf.likelihood_estimation import entropy, inference_gap, quadrature
+from avb_tf.encoders import GaussianEncoder
+from avb_tf.likelihood_estimation import inference_gap, joint, quadrature
 from tests.linear_gaussian import SCALE, WEIGHT
 from tests.test_importance import X, set_posterior
 
@@ -77,20 +79,55 @@ def test_on_four_points_the_shape_part_matches_quadrature():
         assert log_likelihood[i] - full.bound[i] == pytest.approx(shape, abs=0.02)
 
 
-@pytest.mark.parametrize(("n", "bias"), [(2, 0.1), (8, 1.5)])
-def test_the_entropy_of_a_gaussian_and_of_a_cube(n, bias):
-    draws = np.random.default_rng(1).standard_normal((3000, n)) * 2.0
-    exact = n * (0.5 * np.log(2.0 * np.pi * np.e) + np.log(2.0))
-    assert entropy.entropy_beside_gaussian(draws) == pytest.approx(exact, abs=0.15)
-    cube = np.random.default_rng(1).uniform(0.0, 3.0, (3000, n))
-    # Neighbours near a wall are further away than the density says: many walls, much bias.
-    assert 0.0 < entropy.entropy_beside_gaussian(cube) - n * np.log(3.0) < bias
+class Hidden(GaussianEncoder):
+    """A Gaussian that hides its density."""
+
+    def draw(self, parameters, noise, training=False):
+        return super().draw(parameters, noise, training)._replace(log_prob=None)
 
 
-def test_the_bound_of_draws_is_the_elbo_where_that_is_known(linear_gaussian):
+@pytest.mark.parametrize("width", [0.5, 1.0])
+def test_the_interval_contains_the_elbo_of_a_gaussian(linear_gaussian, width):
+    """The noise keeps mean and covariance, so a Gaussian stays as it is."""
     model, evidence = linear_gaussian
-    set_posterior(model, 0.7)
-    kl = 0.5 * 2 * (0.49 - 1.0 - np.log(0.49))
-    found = inference_gap.bound_of_draws(model)(X)
-    np.testing.assert_allclose(found, evidence.logpdf(X) - kl, atol=0.15)
-    assert abs((found - evidence.logpdf(X) + kl).mean()) < 0.05
+    set_posterior(model, width)
+    kl = 0.5 * 2 * (width**2 - 1.0 - np.log(width**2))
+    model.averaged_encoder = Hidden(*model.encoder._arguments.values())
+    model.averaged_encoder(X, np.zeros((1, 6, 2), np.float32))
+    model.averaged_encoder.set_weights(model.encoder.get_weights())
+    interval = inference_gap.smoothed_bounds(model)(X, 20_000, 250)
+    assert interval.lower.shape == interval.upper.shape == (inference_gap.REPEATS, len(X))
+    truth = (evidence.logpdf(X) - kl).mean()
+    for end, sign in ((interval.lower, -1.0), (interval.upper, 1.0)):
+        means = end.mean(1)  # of each repeat
+        error = means.std(ddof=1) / np.sqrt(len(means)) + 0.005
+        assert sign * (means.mean() - truth) > -4.0 * error
+    assert 0.0 < (interval.upper - interval.lower).mean() < 0.1
+
+
+def test_the_posterior_of_a_wedge_has_no_bound_above_its_log_likelihood():
+    """q is uniform on a disc within each wedge of the plane: sharp walls, where q = 0 beyond."""
+    model, x = four_points_model(), np.eye(4, dtype=np.float32)
+    log_likelihood = quadrature.log_likelihood(model, x, 400)
+    directions = tf.constant(1.2 * Bent.LOGITS / 3.0)
+
+    def encode(x, count, seed=0):
+        noise = tf.random.stateless_uniform([count, 2], [seed, 0])
+        radius, angle = tf.sqrt(noise[:, 0]), 2.0 * np.pi * noise[:, 1]
+        disc = radius[:, tf.newaxis] * tf.stack([tf.cos(angle), tf.sin(angle)], -1)
+        return (disc + tf.matmul(x, directions))[:, tf.newaxis]
+
+    model.encode = encode
+    interval = inference_gap.smoothed_bounds(model)(x, 100_000, 250)
+    assert (interval.lower.mean(0) < log_likelihood).all()
+    # Independently: E[log p(x, z)] over the disc, and its entropy, log pi.
+    z = encode(tf.constant(x[:1]), 200_000, 5)
+    elbo = joint.log_joint(model, tf.constant(x[:1]), z).numpy().mean() + np.log(np.pi)
+    # The noise blurs the wall by a twentieth of its radius, which moves the ELBO by little.
+    assert interval.lower.mean(0)[0] - 0.1 < elbo < interval.upper.mean(0)[0] + 0.1
+
+
+def test_components_are_shared_by_the_examples_of_the_plane():
+    assert inference_gap.smoothing_sizes(8, 4)["components"] == inference_gap.COMPONENTS
+    few, many = (inference_gap.smoothing_sizes(2, n)["components"] for n in (4, 1000))
+    assert few > many >= inference_gap.COMPONENTS

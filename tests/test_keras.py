@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import keras
 import numpy as np
@@ -296,6 +297,7 @@ def with_likelihood(distribution):
 def test_a_likelihood_of_ones_own_is_saved(tmp_path):
     model = with_likelihood(laplace)  # not compiled
     model.save(tmp_path / "model.keras")
+    loaded: Any
     for loaded in (
         keras.models.load_model(tmp_path / "model.keras"),
         pickle.loads(pickle.dumps(model)),
@@ -313,6 +315,7 @@ def test_what_is_frozen_stays_frozen_in_a_file(tmp_path):
     model.compile(keras.optimizers.Adam(1e-2), run_eagerly=True)
     model.fit(X, batch_size=4, verbose=0)
     model.save(tmp_path / "model.keras")
+    loaded: Any
     for loaded in (
         keras.models.load_model(tmp_path / "model.keras"),
         pickle.loads(pickle.dumps(model)),

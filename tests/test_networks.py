@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from avb_tf import AVB, build, encoders, flows
+from avb_tf import AVB, UserError, build, encoders, flows
 from avb_tf.networks import (
+    BatchNorm,
     ConcatenatingAdversary,
     ConvDecoder,
     ConvTrunk,
@@ -16,6 +17,7 @@ from avb_tf.networks import (
     DenseStack,
     DenseTrunk,
     FactorisedAdversary,
+    FourTrunkAdversary,
     ResidualAdversary,
     ResidualTrunk,
 )
@@ -52,6 +54,7 @@ def relu(values):
 TRUNKS = {
     "dense": lambda: DenseTrunk(6, 2, "tanh"),
     "conv": lambda: ConvTrunk((3, 4), 6, activation="tanh"),
+    "normalised": lambda: ConvTrunk((3, 4), 6, activation="tanh", batch_norm=True),
 }
 
 
@@ -112,6 +115,58 @@ def test_residual_blocks_stand_for_dense_layers_and_after_convolutions():
         assert network == "conv" or not trunk.trunk.weights
 
 
+def test_convolutions_without_a_dense_layer_are_flattened():
+    trunk = ConvTrunk((3, 4), 0, (1, 2))
+    assert trunk(np.zeros((2, 5, 4, 1), np.float32)).shape == (2, 3 * 2 * 4)
+
+
+# Batch normalisation.
+
+ROWS = np.random.default_rng(3).normal(2.0, 3.0, (4, 5, 6, 3)).astype(np.float32)
+
+
+def test_batch_norm_in_training_has_the_moments_of_gain_and_offset():
+    norm = BatchNorm()
+    norm(ROWS)
+    norm.gain.assign([1.0, 2.0, 3.0])
+    norm.offset.assign([0.0, -1.0, 5.0])
+    outputs = np.asarray(norm(ROWS, training=True), np.float64).reshape(-1, 3)
+    variance = ROWS.reshape(-1, 3).var(0)
+    expected = np.array([1.0, 2.0, 3.0]) * np.sqrt(variance / (variance + norm.EPSILON))
+    np.testing.assert_allclose(outputs.mean(0), [0.0, -1.0, 5.0], atol=1e-5)
+    np.testing.assert_allclose(outputs.std(0), expected, rtol=1e-5)
+
+
+def test_running_averages_approach_the_moments_and_serve_outside_training():
+    norm = BatchNorm()
+    norm(ROWS)
+    for _ in range(10_000):
+        norm._update(norm.mean, tf.constant(ROWS.mean((0, 1, 2))))
+        norm._update(norm.variance, tf.constant(ROWS.var((0, 1, 2))))
+    np.testing.assert_allclose(norm(ROWS), norm(ROWS, training=True), rtol=1e-2, atol=1e-2)
+    np.testing.assert_array_equal(norm(ROWS)[:1], norm(ROWS[:1]))  # whatever its batch
+
+
+def test_one_step_moves_a_running_average_by_a_thousandth():
+    norm = BatchNorm()
+    norm(ROWS)
+    norm(ROWS, training=True)
+    np.testing.assert_allclose(norm.mean, 1e-3 * ROWS.mean((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(norm.variance, 1.0 + 1e-3 * (ROWS.var((0, 1, 2)) - 1.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_batch_that_is_not_finite_leaves_the_running_averages_finite(value):
+    norm, broken = BatchNorm(), ROWS.copy()
+    broken[0, 0, 0, 1] = value
+    norm(ROWS)
+    norm(broken, training=True)
+    for average, start in ((norm.mean, 0.0), (norm.variance, 1.0)):
+        assert average.numpy()[1] == start
+        assert np.isfinite(average).all()
+        assert (average.numpy()[[0, 2]] != start).all()
+
+
 DECODERS = [
     ("dense", (7,)),
     *[("dense", image) for image in IMAGES],
@@ -169,6 +224,7 @@ def test_the_dense_decoder_is_its_layers():
 ADVERSARIES = {
     "residual": lambda: ResidualAdversary(DenseTrunk(6, 1, "tanh"), 8, 2),
     "concatenating": lambda: ConcatenatingAdversary(DenseTrunk(6, 1, "tanh"), 8, 3),
+    "four_trunk": lambda: FourTrunkAdversary(8, 2, 5),
     "factorised": lambda: FactorisedAdversary(DenseTrunk(6, 1, "tanh"), 8, 2, 5),
 }
 every_adversary = pytest.mark.parametrize("name", ADVERSARIES)
@@ -244,7 +300,36 @@ def test_the_concatenating_adversary_is_a_dense_network_of_features_and_z_side_b
     np.testing.assert_allclose(adversary(CONDITION, Z), hidden[..., 0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_factorised_adversary_is_the_formula_of_the_authors():
+def leaky(values):
+    return np.where(values > 0, values, 0.2 * values)
+
+
+def stacked(stack, inputs, activation):
+    for layer in stack.hidden:
+        inputs = activation(dense(layer, inputs))
+    return inputs
+
+
+def test_the_four_trunk_adversary_is_the_formula_of_the_authors():
+    adversary = adversary_for("four_trunk")
+    of_x = stacked(adversary.theta_stack, CONDITION, leaky)
+    theta = of_x @ np.transpose(adversary.theta.kernel) + np.asarray(adversary.theta.bias)
+    theta = np.where(theta > 0, theta, np.expm1(theta))
+    of_z = stacked(adversary.s_stack, Z, leaky)
+    s = of_z @ np.asarray(adversary.s.kernel) + np.asarray(adversary.s_bias.kernel)[:, 0]
+    t_x = dense(adversary.t_x, stacked(adversary.t_x_stack, CONDITION, leaky))
+    t_z = dense(adversary.t_z, stacked(adversary.t_z_stack, Z, leaky))
+    expected = (theta * s).sum(-1) + t_x[:, 0] + t_z[..., 0] + 0.5 * (Z**2).sum(-1)
+    assert theta.shape[-1] == 5
+    np.testing.assert_allclose(adversary(CONDITION, Z), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_four_trunk_adversary_starts_at_half_the_square_of_z():
+    t = FourTrunkAdversary(64, 3, 256)(CONDITION, Z)
+    np.testing.assert_allclose(t, 0.5 * (Z**2).sum(-1), atol=1e-3)
+
+
+def test_the_factorised_adversary_of_earlier_versions_is_its_formula():
     adversary = adversary_for("factorised")
     x, hidden = adversary.trunk(CONDITION), Z
     for layer in adversary.stack.hidden:
@@ -279,6 +364,10 @@ RESTORABLE = {
     "DenseTrunk": (lambda: DenseTrunk(4, 2, "tanh"), [FLAT]),
     "ConvTrunk": (lambda: ConvTrunk([3, 4], 6, activation="tanh"), [IMAGE]),
     "ResidualTrunk": (lambda: ResidualTrunk(DenseTrunk(4, 1, "tanh"), 4, 2), [FLAT]),
+    "NormalisedConvTrunk": (
+        lambda: ConvTrunk([3, 4], 0, activation="elu", batch_norm=True),
+        [IMAGE],
+    ),
     "DenseDecoder": (lambda: DenseDecoder((3, 2), 2, 6, 2, "tanh"), [Z]),
     "ConvDecoder": (lambda: ConvDecoder((5, 4, 2), 1, [3, 4], [1, 2], "tanh"), [Z]),
     **{name: (lambda maker=maker: maker(), [CONDITION, Z]) for name, maker in ADVERSARIES.items()},
@@ -296,6 +385,10 @@ RESTORABLE = {
     ),
     "NoiseBasisEncoder": (
         lambda: encoders.NoiseBasisEncoder(DenseTrunk(4, 1), 2, 2, bases=3, width=4),
+        [FLAT, NOISE],
+    ),
+    "PublishedBasisEncoder": (
+        lambda: encoders.NoiseBasisEncoder(DenseTrunk(4, 1), 2, 2, 3, 4, "elu", "positive"),
         [FLAT, NOISE],
     ),
     "JointBasisEncoder": (
@@ -327,6 +420,59 @@ def test_a_configuration_restores_the_architecture_and_no_weights(name):
     assert not np.allclose(restored(*inputs)[0], expected[0])
     restored.set_weights(network.get_weights())
     tf.nest.map_structure(assert_close, restored(*inputs), expected)
+
+
+def test_a_model_of_the_networks_of_earlier_versions_survives_saving(tmp_path):
+    """Files hold the arguments given: those below are all that versions without the others had."""
+    adversary = FactorisedAdversary(DenseTrunk(6, 1), width=8, depth=2, products=5)
+    encoder = encoders.NoiseBasisEncoder(DenseTrunk(4, 1), 2, 3, 4, 5)
+    model = AVB((6,), encoder, DenseDecoder((6,), 1, 5, 1), adversary, contrast="diagonal",
+                condition="x", adversary_draws=4)  # fmt: skip
+    model.compile()
+    model.fit(np.round(FLAT), batch_size=3, verbose=0)
+    model.save(tmp_path / "model.keras")
+    restored = keras.models.load_model(tmp_path / "model.keras")
+    for x in (FLAT, np.round(FLAT)):
+        np.testing.assert_array_equal(restored.encode(x, 3), model.encode(x, 3))
+        np.testing.assert_array_equal(restored.log_ratios(x, 3), model.log_ratios(x, 3))
+
+
+# The authors' networks.
+
+AUTHORS = {  # weights that are trained, counted in the authors' code at 8 latents and 28 x 28
+    "dense": {"encoder": 979_216, "decoder": 328_984, "adversary": 26_818_562},
+    "conv": {"encoder": 8_328_392, "decoder": 4_528_641, "adversary": 26_818_562},
+}
+
+
+@pytest.mark.parametrize("network", AUTHORS)
+def test_the_papers_method_has_the_weights_of_the_authors_networks(network):
+    model = build("avb_ac_paper", (28, 28, 1), latent_dim=8, network=network)
+    counts = {
+        name: sum(int(np.prod(w.shape)) for w in getattr(model, name).trainable_variables)
+        for name in AUTHORS[network]
+    }
+    assert counts == AUTHORS[network]
+    running = 2 * (64 + 128 + 256) if network == "conv" else 0
+    assert sum(int(np.prod(w.shape)) for w in model.encoder.non_trainable_variables) == running
+
+
+@pytest.mark.parametrize("network", AUTHORS)
+def test_the_papers_method_starts_where_the_authors_do(network):
+    """z0 is near 0, each a(x) near exp(-5), and so z is small beside the prior's draws."""
+    model = build("avb_ac_paper", (8, 8, 1), latent_dim=2, network=network, adversary_width=8)
+    x = np.round(np.random.default_rng(1).random((6, 8, 8, 1))).astype(np.float32)
+    z0, a = (np.asarray(v) for v in model.encoder.parameters(x))
+    assert np.abs(z0).max() < 1e-2
+    assert a.shape == (6, 16, 2)
+    assert (a > 0.0).all()
+    assert np.median(a) == pytest.approx(np.exp(-5.0), rel=0.5)
+    assert model.posterior(x, 100).z.numpy().std() < 0.1
+
+
+def test_residual_blocks_do_not_fit_the_authors_networks():
+    with pytest.raises(UserError, match="residual_blocks is 2"):
+        build("avb_ac_paper", (6,), residual_blocks=2)
 
 
 @pytest.mark.parametrize(

@@ -38,36 +38,6 @@ def test_posterior_on_grid_is_a_density_with_the_exact_moments(linear_gaussian):
     np.testing.assert_allclose(np.einsum("ij,ijk->k", mass, z), mean, atol=1e-3)
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.3])
-def test_posterior_divergence_of_a_gaussian_is_its_closed_form(linear_gaussian, shift):
-    model, _ = linear_gaussian
-    x = np.array([[0.5, -0.2, 0.9], [0.1, 0.3, -0.8]], np.float32)
-    covariance = np.linalg.inv(np.eye(2) + WEIGHT.T @ WEIGHT / SCALE**2)
-    q_scale = np.diag([0.5, 0.4]).astype(np.float32)  # what the encoder is made to give
-    model.encoder.set_weights(
-        [
-            (WEIGHT / SCALE**2 @ covariance),
-            np.full(2, shift),
-            np.zeros((3, 2)),
-            np.log(np.diag(q_scale)),
-            np.zeros((3, 4)),
-            np.zeros(4),
-        ]
-    )
-    found = quadrature.posterior_divergence(
-        model, x, quadrature.log_likelihood(model, x), draws=20_000
-    )
-    ratio = np.linalg.solve(covariance, q_scale @ q_scale.T)
-    moved = np.full(2, shift)
-    exact = 0.5 * (
-        np.trace(ratio)
-        - 2
-        - np.linalg.slogdet(ratio)[1]
-        + moved @ np.linalg.solve(covariance, moved)
-    )
-    np.testing.assert_allclose(found, exact, atol=0.015)
-
-
 def test_another_number_of_latents_is_refused():
     model = build("vae", (3,), latent_dim=3, width=4)
     with pytest.raises(UserError, match="2 latents, found 3"):

@@ -167,10 +167,16 @@ def test_the_shares_of_the_noise_make_up_the_whole():
     )
 
 
-def test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers(tmp_path):
-    """Weights, averages, both optimizers and metrics after 50 steps, clipped, two dual steps each.
+@pytest.mark.parametrize(
+    ("variant", "steps", "workers"), [("avb_ac", 50, 2), ("avb_ac_paper:conv", 20, 0)]
+)
+def test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers(
+    variant, steps, workers, tmp_path
+):
+    """Weights, averages, both optimizers and metrics, clipped, two dual steps for each primal one.
 
-    Calls of the graph take 10 steps on one device, 1 on two, 10 on the workers.
+    Calls of the graph take 10 steps on one device, 1 on two, 10 on the workers. The convolutional
+    variant has batch normalisation, whose moments are those of the whole batch.
     """
 
     def start(name, strategy, calls, cluster=None, task=0):
@@ -178,15 +184,15 @@ def test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers(tmp_path):
         if cluster:
             environment["TF_CONFIG"] = tf_config({"worker": cluster}, "worker", task)
         out = tmp_path / f"{name}.npz"
-        command = [sys.executable, "-m", "tests.replicated", out, strategy, calls, "avb_ac", "50"]
+        command = [sys.executable, "-m", "tests.replicated", out, strategy, calls, variant, steps]
         process = subprocess.Popen(
             list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True
         )
         return out, process
 
-    cluster = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    cluster = [f"127.0.0.1:{port}" for port in free_ports(workers)]
     runs = [start("one", "one", 10), start("two", "mirrored", 1)]
-    runs += [start(f"worker_{i}", "auto", 10, cluster, i) for i in range(2)]
+    runs += [start(f"worker_{i}", "auto", 10, cluster, i) for i in range(workers)]
     found = []
     for out, process in runs:
         error = process.communicate(timeout=500)[1]

@@ -24,14 +24,9 @@ from avb_tf.data.source import array_split
 
 EVENT = (28, 28, 1)
 NETWORKS = {
-    "avb_ac, 300 wide": configuration.default(
-        "avb_ac", width=300, bases=32, adversary_width=256
-    ),
-    "the authors', dense": configuration.default(
-        "avb_ac_paper", width=300, adversary_width=1024, adversary_depth=3, products=8192,
-        adversary_draws=1,
-    ),
-}  # fmt: skip
+    "avb_ac, 300 wide": configuration.default("avb_ac", width=300, bases=32, adversary_width=256),
+    "the authors', dense": configuration.default("avb_ac_paper"),
+}
 BATCHES = (128, 1024)
 
 

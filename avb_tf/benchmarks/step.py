@@ -29,7 +29,7 @@ from avb_tf.errors import UserError
 from avb_tf.likelihood_estimation import ais
 from avb_tf.likelihoods import log_likelihood
 from avb_tf.model import AVB
-from avb_tf.networks import FactorisedAdversary
+from avb_tf.networks import FourTrunkAdversary
 from avb_tf.posteriors import fit as posteriors
 from avb_tf.serving.saved_model import SavedModel
 
@@ -118,14 +118,15 @@ def reference_step(model: AVB, x) -> None:
 
 def _plain_t(adversary: Any, condition, z):
     """The adversary's T [samples, batch], of the factorised one as its formula is written."""
-    if not isinstance(adversary, FactorisedAdversary):
+    if not isinstance(adversary, FourTrunkAdversary):
         return adversary(condition, z)
-    of_x, of_z = adversary.trunk(condition), adversary.stack(z)
+    x, h = adversary.flatten(condition), adversary.s_stack(z)
     bias: Any = adversary.s_bias.kernel
-    s = tf.matmul(of_z, tf.cast(adversary.s.kernel, of_z.dtype))
-    s, theta = tf.cast(s, tf.float32) + bias[:, 0], tf.cast(adversary.theta(of_x), tf.float32)
+    s = tf.cast(tf.matmul(h, tf.cast(adversary.s.kernel, h.dtype)), tf.float32) + bias[:, 0]
+    theta = tf.cast(tf.nn.elu(adversary.theta(adversary.theta_stack(x))), tf.float32)
     t = tf.reduce_sum(theta * s, -1) + 0.5 * tf.reduce_sum(z**2, -1)
-    return t + adversary.t_features(of_x)[:, 0] + adversary.t_z(of_z)[..., 0]
+    t_x, t_z = adversary.t_x(adversary.t_x_stack(x)), adversary.t_z(adversary.t_z_stack(z))
+    return t + t_x[:, 0] + t_z[..., 0]
 
 
 def seconds_of(

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+from avb_tf import proposal
 from avb_tf.likelihood_estimation import joint
 
 # Where T tells the contrast from q(z|x) this well, q and r hardly overlap: the ratio of their
@@ -77,9 +78,9 @@ class Monitor(keras.callbacks.Callback):
         shape = [ELBO_DRAWS, len(x), model.encoder.noise_dim]
         noise = tf.random.stateless_normal(shape, [_SEED, 0])
         elbo = tf.reduce_mean(model.terms(x, noise).elbo)
-        proposal = joint.widened_gaussian(model, x, _SEED)
-        z = proposal.sample(self.samples, seed=[_SEED, 1])
-        log_weights = joint.log_joint(model, x, z) - proposal.log_prob(z)
+        gaussian = proposal.widened_gaussian(model.averaged_encoder, x)
+        z = gaussian.sample(self.samples, seed=[_SEED, 1])
+        log_weights = joint.log_joint(model, x, z) - gaussian.log_prob(z)
         each = tf.reduce_logsumexp(log_weights, 0) - tf.math.log(float(self.samples))
         return elbo, tf.reduce_mean(each)
 

@@ -50,7 +50,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if model.likelihood.bits_per_dim:
         summaries |= _bits_per_dim(summaries, int(np.prod(model.event_shape)))
     warnings = _warnings(summaries)
-    values = {name: e.values for name, e in found.items() if not e.simulated}
+    values = {name: e.values for name, e in found.items() if e.of_examples}
     results.save_values(workdir, x, values)
     plain = configuration.resolve(config)
     results.save(
@@ -86,11 +86,21 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
     elbo = estimates.bound(model, x)
     name = "elbo" if model.adversary is None else "elbo_adversary"
     found = {name: Estimate(elbo, {"draws": estimates.DRAWS})}
+    found |= estimates.latent_space(model, x)
     planar = model.encoder.latent_dim == 2
     if planar:
-        found |= estimates.exact(model, x, settings.grid, settings.posteriors)
+        found |= estimates.exact(model, x, settings.grid)
     sizes = run.sizes(settings)
     subset = x[: sizes["subset"]]
+    posteriors = settings.posteriors if planar else 0
+    gap = min(sizes["gap"], len(subset))
+    own = None
+    if count := min(max(posteriors, gap), len(x)):
+        own = estimates.own_bounds(model, x[:count], elbo[:count], directory)
+        found |= estimates.smoothed_elbo(own)
+    if own and posteriors:
+        exact = found["log_likelihood_quadrature"].values[:posteriors]
+        found |= estimates.posterior_divergence(own.first(len(exact)), exact)
     chains = {name: sizes[f"ais.{name}"] for name in ("temperatures", "chains", "leapfrog_steps")}
     if planar and settings.ais.temperatures == -1:
         chains["temperatures"] = 0  # quadrature is exact
@@ -113,11 +123,11 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
         drawn["weights"] = estimate_figures.weights(weights)
     if sizes["simulated"] and chains["temperatures"]:
         found |= estimates.bidirectional(model, sizes["simulated"], chains, directory)
-    if gap := min(sizes["gap"], len(subset)):
+    if own and gap:
         known = [found[name].values for name in results.LOG_LIKELIHOODS if name in found]
         # Both AIS and importance sampling are bounds from below: the higher mean is the better.
         best = known[0][:gap] if planar else max((v[:gap] for v in known), key=np.mean)
-        found |= estimates.inference_gap(model, subset[:gap], best, elbo[:gap], directory)
+        found |= estimates.inference_gap(model, subset[:gap], best, own.first(gap), directory)
     return found, drawn
 
 

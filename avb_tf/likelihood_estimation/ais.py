@@ -1,16 +1,16 @@
 """Annealed importance sampling (Neal, 2001): log p(x) of any model, without the adversary.
 
-Forward chains from a tractable start bound log p(x) from below; reverse chains from an exact draw
-of p(z|x), which only data simulated from the model have, bound it from above (bidirectional Monte
-Carlo: Grosse, Ghahramani and Adams, 2015). All chains of all examples run in one call of a graph.
+Forward chains from a tractable start bound log p(x) from below. Reverse chains from an exact draw
+of p(z|x) bound it from above; only data simulated from the model have such a draw (bidirectional
+Monte Carlo: Grosse, Ghahramani and Adams, 2015). All chains of all examples run in one call.
 
-The transitions are Hamiltonian Monte Carlo of our own, not TFP's kernel: along the path
+The transitions are our own Hamiltonian Monte Carlo. Along the path
 
     log start(z) + beta * excess(z),   excess(z) = log p(x, z) - log start(z)
 
-neither the excess nor its gradient depends on beta, so both outlive a change of temperature and
-cost one evaluation for each leapfrog step. TFP's kernel caches the density at one beta: kept, it
-biases the chain, and made anew at each temperature it costs an evaluation more.
+neither the excess nor its gradient depends on beta. Both stay valid when the temperature changes,
+so a leapfrog step costs one evaluation. TFP's kernel caches the density at one beta: keeping the
+cache biases the chain, and renewing it costs one more evaluation per temperature.
 """
 
 from collections.abc import Callable
@@ -20,27 +20,28 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
+from avb_tf import proposal
 from avb_tf.likelihood_estimation import joint
 from avb_tf.model import AVB
 
-ROWS = 800  # chains of all examples in a call that keep the processor busy
-PILOT_CHAINS = 8  # enough for the mean acceptance that step sizes follow
+ROWS = 800  # chains of all examples in a call, which keep the processor busy
+PILOT_CHAINS = 8  # enough to estimate the mean acceptance
 INITIAL_STEP = 0.3  # in coordinates where the start is standard normal
 TARGET_ACCEPTANCE = 0.7
-_ADAPTATION = 0.2  # of the log step size, for each unit of acceptance too much or too little
+_ADAPTATION = 0.2  # change of the log step size per unit of excess acceptance
 
 
 class Chains(NamedTuple):
-    """What annealed chains leave, for K temperatures."""
+    """Results of annealed chains, for K temperatures."""
 
     log_weights: np.ndarray  # [chains, batch], in nats
-    z: np.ndarray  # [chains, batch, latent], where they ended
-    acceptance: np.ndarray  # [K, batch], the mean over chains at each temperature
-    step_size: np.ndarray  # [K, batch], used at each temperature
+    z: np.ndarray  # [chains, batch, latent], final states
+    acceptance: np.ndarray  # [K, batch], mean over chains at each temperature
+    step_size: np.ndarray  # [K, batch], at each temperature
 
 
 class Bidirectional(NamedTuple):
-    """Weights of chains for data simulated from a model."""
+    """Weights of chains for x simulated from a model."""
 
     x: np.ndarray  # [batch, *event]
     forward: np.ndarray  # [chains, batch], log weights for `lower_bound`
@@ -48,7 +49,7 @@ class Bidirectional(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where chains stand, in coordinates w that whiten the start."""
+    """States of the chains, in coordinates w that whiten the start."""
 
     w: tf.Tensor  # [chains, batch, latent]
     excess: tf.Tensor  # [chains, batch]
@@ -64,36 +65,39 @@ def sigmoid_schedule(temperatures: int, width: float = 4.0) -> np.ndarray:
 class Annealer:
     """Chains along (1 - beta) log start(z) + beta log p(x, z), in one compiled graph.
 
+        anneal = Annealer(log_joint)
+        chains = anneal(x, start, sigmoid_schedule(100), z, step_size)  # z ~ start
+        lower_bound(chains.log_weights)  # [batch], nats
+
     Args:
       log_joint: x [batch, ...], z [chains, batch, latent] -> log p(x, z), [chains, batch].
-      leapfrog_steps: of each transition.
+      leapfrog_steps: in each transition.
     """
 
     def __init__(self, log_joint: Callable, leapfrog_steps: int = 10):
         self.log_joint = log_joint
         self.leapfrog_steps = leapfrog_steps
-        # One graph for pilot, forward and reverse chains of any number.
+        # One graph serves pilot, forward and reverse chains of any number.
         self._compiled = tf.function(self._anneal, reduce_retracing=True)
 
     def __call__(self, x, start, betas, z, step_size, adapt: bool = False, seed=(0, 0)) -> Chains:
         """Chains from betas[0] to betas[-1].
 
         With ascending betas and z ~ start, the mean of exp(log_weights) is p(x) in expectation;
-        with descending ones and z ~ p(z|x) it is 1 / p(x). That holds for step sizes fixed
-        beforehand, not while they adapt: run once with `adapt`, then again with the step sizes
-        that it found.
+        with descending ones and z ~ p(z|x) it is 1 / p(x). This holds for fixed step sizes, not
+        while they adapt: run once with `adapt`, then again with the resulting step sizes.
 
         Args:
           x: [batch, ...].
           start: Gaussian with `loc` and `scale`, batch [batch], event [latent]; chains move in the
             coordinates that it whitens, so that one step size serves all latents of an example.
           betas: [K + 1], monotone.
-          z: [chains, batch, latent], where the chains begin.
+          z: [chains, batch, latent], initial states.
           step_size: of the leapfrog integrator, [K, batch].
-          adapt: whether step sizes follow the acceptance from the first on, on the way.
+          adapt: whether step sizes adapt to the acceptance along the way.
           seed: of momenta and acceptances, two integers.
         """
-        found = self._compiled(
+        outputs = self._compiled(
             tf.convert_to_tensor(x),
             tf.convert_to_tensor(start.loc),
             start.scale.to_dense(),
@@ -103,7 +107,7 @@ class Annealer:
             tf.constant(_ADAPTATION if adapt else 0.0),
             tf.constant(seed, tf.int32),
         )
-        return Chains(*(output.numpy() for output in found))
+        return Chains(*(output.numpy() for output in outputs))
 
     def _anneal(self, x, loc, scale_tril, betas, z, step_size, adaptation, seed):
         start = tfd.MultivariateNormalTriL(loc, scale_tril)
@@ -120,7 +124,7 @@ class Annealer:
             with tf.GradientTape() as tape:
                 tape.watch(w)
                 value = tf.ensure_shape(excess(w), w.shape[:-1])
-            # Loops keep shapes, and that of one example's batch is lost where it is broadcast.
+            # A loop needs static shapes, and broadcasting loses the one of a batch of 1.
             return _State(w, value, tf.ensure_shape(tape.gradient(value, w), w.shape))
 
         temperatures = tf.shape(step_size)[0]
@@ -144,11 +148,11 @@ class Annealer:
 
 
 def _transition(evaluated, state: _State, beta, size, leapfrog_steps: int, key):
-    """One step of HMC on -|w|^2 / 2 + beta * excess(w): the state, and the mean acceptance."""
+    """One HMC step on -|w|^2 / 2 + beta * excess(w): the new state and the mean acceptance."""
     step = size[tf.newaxis, :, tf.newaxis]
     momentum = tf.random.stateless_normal(tf.shape(state.w), key)
     moved, p = state, momentum + 0.5 * step * (beta * state.gradient - state.w)
-    # Only the gradient is used within the trajectory: the graph leaves the energies there out.
+    # The trajectory uses the gradient alone, so the graph prunes the energies inside it.
     w, gradient = state.w, state.gradient
     for _ in tf.range(leapfrog_steps - 1):
         w += step * p
@@ -165,18 +169,21 @@ def _transition(evaluated, state: _State, beta, size, leapfrog_steps: int, key):
     accepted = tf.math.log(uniform) < log_ratio  # false for a NaN energy
     probability = tf.exp(tf.minimum(log_ratio, 0.0))
     probability = tf.where(tf.math.is_nan(probability), 0.0, probability)
-    chosen = _State(
+    new = _State(
         tf.where(accepted[..., tf.newaxis], moved.w, state.w),
         tf.where(accepted, moved.excess, state.excess),
         tf.where(accepted[..., tf.newaxis], moved.gradient, state.gradient),
     )
-    return chosen, tf.reduce_mean(probability, 0)
+    return new, tf.reduce_mean(probability, 0)
 
 
 class AnnealedSampler:
     """AIS of a model: bounds on log p(x) from below and, for simulated x, from above.
 
-    The start is a Gaussian with the moments of q(z|x), widened (`joint.widened_gaussian`). A
+        sampler = AnnealedSampler(model, temperatures=100, chains=32)
+        lower_bound(sampler.forward(x).log_weights)  # [batch], nats
+
+    The start is a Gaussian with the moments of q(z|x), widened (`proposal.widened_gaussian`). A
     pilot run of a few chains adapts the step sizes of each example; they are then fixed and all
     chains run anew.
 
@@ -192,14 +199,14 @@ class AnnealedSampler:
         self._start = tf.function(self._moments, reduce_retracing=True)
 
     def forward(self, x, seed: int = 0) -> Chains:
-        """Chains whose `lower_bound` is one on log p(x), for x [batch, *event]."""
+        """Forward chains for x [batch, *event]; their `lower_bound` bounds log p(x)."""
         return self._forward(tf.convert_to_tensor(x), seed)[0]
 
     def bidirectional(self, count: int, seed: int = 0) -> Bidirectional:
         """Forward and reverse chains for `count` x simulated from the model.
 
-        The z that an x was drawn from is an exact draw of p(z|x); all reverse chains of the x
-        begin there.
+        The z that generated an x is an exact draw of p(z|x). All reverse chains of the x start
+        there.
         """
         z = self.model.prior.sample(count, seed=(seed, 10))
         outputs = self.model.averaged_decoder(z)
@@ -217,11 +224,11 @@ class AnnealedSampler:
         pilot_z = start.sample(min(PILOT_CHAINS, self.chains), seed=(seed, 0))
         pilot = self._anneal(x, start, self.betas, pilot_z, step_size, adapt=True, seed=(seed, 1))
         z = start.sample(self.chains, seed=(seed, 2))
-        found = self._anneal(x, start, self.betas, z, pilot.step_size, seed=(seed, 3))
-        return found, start
+        chains = self._anneal(x, start, self.betas, z, pilot.step_size, seed=(seed, 3))
+        return chains, start
 
     def _moments(self, x):
-        start = joint.widened_gaussian(self.model, x)
+        start = proposal.widened_gaussian(self.model.averaged_encoder, x)
         return start.loc, start.scale.to_dense()
 
 

@@ -1,4 +1,4 @@
-"""Long estimates, a chunk of examples at a time: each finished chunk is kept on disk."""
+"""Long estimates in chunks of examples; each finished chunk is saved to disk."""
 
 import hashlib
 import io
@@ -20,12 +20,12 @@ _Item = TypeVar("_Item")
 
 
 def fingerprint(model: AVB, x, settings: dict[str, Any]) -> str:
-    """Names what an estimate depends on: the model's weights, the examples and the settings."""
-    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    """A hash of everything that an estimate depends on: weights, examples and settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     weights = model.averaged_encoder.weights + model.averaged_decoder.weights
     for array in (*weights, x):
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()[:12]
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def run(
@@ -36,40 +36,40 @@ def run(
     label: str,
     size: int,
 ) -> tuple[Any, float]:
-    """What `compute` finds for `count` examples, and the seconds it took, those of before included.
+    """The results of `compute` for `count` examples, and the seconds it took over all calls.
 
-    What an earlier call finished in `directory` is not computed again: an interrupted evaluation
-    goes on where it stopped, with the same results.
+    Chunks that an earlier call finished in `directory` are read, not computed again: an interrupted
+    evaluation continues where it stopped, with the same results.
 
     Args:
-      record: a NamedTuple of arrays whose last axis is that of the examples.
+      record: a NamedTuple of arrays whose last axis is over examples.
       compute: (index of the chunk, its examples) -> record; a function of these alone.
-      directory: for nothing but the chunks of this estimate (see `fingerprint`).
+      directory: for the chunks of this estimate alone (see `fingerprint`).
       label: of the progress bar.
       size: examples in a chunk.
     """
     directory.mkdir(parents=True, exist_ok=True)
     slices = [slice(i, min(i + size, count)) for i in range(0, count, size)]
     files = [directory / f"chunk_{i:03d}.npz" for i in range(len(slices))]
-    found = {}
+    finished = {}
     for i, (file, part) in enumerate(zip(files, slices, strict=True)):
         if (done := _read(file, record, part.stop - part.start)) is not None:
-            found[i] = done
-    for i in tracked([i for i in range(len(slices)) if i not in found], label):
+            finished[i] = done
+    for i in tracked([i for i in range(len(slices)) if i not in finished], label):
         began = time.perf_counter()
         arrays = compute(i, slices[i])._asdict()
         arrays["seconds"] = np.array([time.perf_counter() - began])
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         write_atomically(files[i], buffer.getvalue())
-        found[i] = arrays
-    ordered = [found[i] for i in range(len(slices))]
+        finished[i] = arrays
+    ordered = [finished[i] for i in range(len(slices))]
     whole = [np.concatenate([part[name] for part in ordered], -1) for name in record._fields]
     return record(*whole), float(sum(part["seconds"][0] for part in ordered))
 
 
 def tracked(items: Sequence[_Item], label: str) -> Iterator[_Item]:
-    """The items, with a progress bar on what is done and the time that remains."""
+    """The items, with a progress bar that shows the remaining time."""
     if not items:
         return
     progress = keras.utils.Progbar(len(items), unit_name=label)
@@ -81,7 +81,7 @@ def tracked(items: Sequence[_Item], label: str) -> Iterator[_Item]:
 def _read(file: Path, record: Any, count: int) -> dict[str, np.ndarray] | None:
     """A finished chunk, or None where there is none or it is damaged."""
     try:
-        # Of the bytes: numpy leaves a damaged file open.
+        # Read the bytes first: numpy leaves a damaged file open.
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
             arrays = dict(archive)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):

@@ -1,4 +1,4 @@
-"""Estimates of log p(x) of a model: what each is called, its values and what they rest on."""
+"""Estimates of log p(x) and of bounds on it: their names, values and settings."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -6,48 +6,52 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import diagnostics
-from avb_tf.likelihood_estimation import ais, chunks, importance, joint, quadrature
+from avb_tf import diagnostics, proposal
+from avb_tf.likelihood_estimation import ais, chunks, entropy, importance, joint, quadrature
 from avb_tf.likelihood_estimation.inference_gap import (
+    COMPONENTS,
     DRAWS_PER_STEP,
-    LATENTS_LIMIT,
     best_gaussians,
-    bound_of_draws,
+    smoothed_bounds,
+    smoothing_sizes,
 )
 from avb_tf.model import AVB
 
-DRAWS = 64  # of z for each x in the bound
-SAMPLES = 5000  # of the tightest importance-weighted bound
-CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2500, SAMPLES)  # all divide it
+DRAWS = 64  # z for each x in the bound
+SAMPLES = 5000  # importance samples of the tightest bound
+CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2500, SAMPLES)  # each divides SAMPLES
 REPORTED = (1, 100, SAMPLES)
 _KEPT_WEIGHTS = 500  # importance weights of each example, for figures
-_STAGES = 10  # of an annealing, whose acceptance is reported
-_LARGEST = 2**21  # numbers of x for all chains of a chunk, which bounds the memory
+_EXAMPLES_SMOOTHED = 5  # in a chunk
+_AGGREGATE_REPEATS, _AGGREGATE_POINTS = 4, 500  # of q(z)
+_AGGREGATE_BATCH = 500  # x at a time
+_STAGES = 10  # parts of an annealing whose acceptance is reported
+_LARGEST = 2**21  # numbers of x for all chains of a chunk, to bound the memory
 
 _importance_sampler = joint.kept_for_the_last_model(importance.ImportanceSampler)
 _annealed_sampler = joint.kept_for_the_last_model(ais.AnnealedSampler)
 
 
 class Estimate(NamedTuple):
-    """Of one quantity, for each example."""
+    """Values of one quantity, one for each example."""
 
     values: np.ndarray  # [examples], in nats
     settings: dict[str, Any]
-    repeats: np.ndarray | None = None  # [repeats, examples], by independent draws
-    simulated: bool = False  # whether its examples were drawn from the model
+    repeats: np.ndarray | None = None  # [repeats, examples], from independent draws
+    of_examples: bool = True  # whether the values belong to the examples of the split
 
 
 class ImportanceWeights(NamedTuple):
-    """Of importance sampling; the examples last."""
+    """Results of importance sampling; the last axis is over examples."""
 
     bounds: np.ndarray  # [len(CURVE), repeats, examples]
-    effective_sample_size: np.ndarray  # [examples], of all draws
+    effective_sample_size: np.ndarray  # [examples], over all draws
     pareto_k: np.ndarray  # [examples]
     log_weights: np.ndarray  # [_KEPT_WEIGHTS, examples]
 
 
 class AnnealedWeights(NamedTuple):
-    """Of AIS; the examples last."""
+    """Results of AIS; the last axis is over examples."""
 
     log_weights: np.ndarray  # [chains, examples]
     acceptance: np.ndarray  # [temperatures, examples]
@@ -55,27 +59,58 @@ class AnnealedWeights(NamedTuple):
 
 
 class BidirectionalWeights(NamedTuple):
-    """Of AIS from both sides; the examples last."""
+    """Results of AIS from both sides; the last axis is over examples."""
 
     forward: np.ndarray  # [chains, examples]
     reverse: np.ndarray  # [chains, examples]
 
 
 class BestBounds(NamedTuple):
-    """Bounds on log p(x) of Gaussians optimised for each x, and q's own; [examples] each."""
+    """Bounds on log p(x) of Gaussians optimised for each x, [examples] each."""
 
     diagonal: np.ndarray
     full: np.ndarray
-    own: np.ndarray
+
+
+class OwnBounds(NamedTuple):
+    """The ELBO of a model's posterior in nats, as an interval or as a value.
+
+    Both ends are equal where the density is known.
+    """
+
+    lower: np.ndarray  # [repeats, examples]
+    upper: np.ndarray  # [repeats, examples]
+    settings: dict[str, Any]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the interval is a single value."""
+        return self.lower is self.upper
+
+    def first(self, count: int) -> "OwnBounds":
+        """The bounds of the first `count` examples."""
+        lower = self.lower[:, :count]
+        upper = lower if self.exact else self.upper[:, :count]
+        return OwnBounds(lower, upper, self.settings)
+
+    def below(self, name: str, values) -> dict[str, Estimate]:
+        """`values` [examples] less the ELBO: one estimate, or `<name>_lower` and `<name>_upper`."""
+        ends = {name: self.lower} if self.exact else {
+            f"{name}_lower": self.upper, f"{name}_upper": self.lower,
+        }  # fmt: skip
+        return {
+            end: Estimate(values - elbo.mean(0), self.settings, values - elbo)
+            for end, elbo in ends.items()
+        }
 
 
 def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
-    """The bound on log p(x) in nats, [count], with T as the model has it; the mean of `DRAWS` z.
+    """The bound on log p(x) in nats, [count], with the model's own T, over `DRAWS` z for each x.
 
     Args:
       model: any.
       x: [count, *event].
-      batch_size: of the chunks it is computed in.
+      batch_size: examples computed at a time.
       seed: of the noise.
     """
     terms = _terms(model)
@@ -89,8 +124,8 @@ def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
     return np.concatenate(means)
 
 
-def exact(model: AVB, x, grid: int, posteriors: int) -> dict[str, Estimate]:
-    """What only two latents allow: log p(x) by quadrature, and KL(q || p(z|x)) of a subset."""
+def exact(model: AVB, x, grid: int) -> dict[str, Estimate]:
+    """log p(x) by quadrature, which two latents allow."""
     parts = chunks.tracked(np.array_split(x, -(-len(x) // 500)), "batch of quadrature")
     pairs = [
         [quadrature.log_likelihood(model, part, n) for n in (grid, grid // 2)] for part in parts
@@ -98,17 +133,113 @@ def exact(model: AVB, x, grid: int, posteriors: int) -> dict[str, Estimate]:
     log_likelihood, coarse = np.concatenate(pairs, 1)
     change = float(np.abs(log_likelihood - coarse).max())
     settings = {"grid": grid, "largest_change_from_half_the_grid": change}
-    found = {"log_likelihood_quadrature": Estimate(log_likelihood, settings)}
-    if count := min(posteriors, len(x)):
-        divergence = quadrature.posterior_divergence(model, x[:count], log_likelihood)
-        found["kl_q_exact_posterior"] = Estimate(divergence, {})
-    return found
+    return {"log_likelihood_quadrature": Estimate(log_likelihood, settings)}
+
+
+def latent_space(model: AVB, x, batch_size: int = 100, seed: int = 0) -> dict[str, Estimate]:
+    """Reconstruction error and KL(q(z) || p(z)) in nats, as in Table 1 of the paper.
+
+    The reconstruction error is -E_q[log p(x|z)]. q(z) is the average of q(z|x) over the given x; it
+    has no density, so the KL is an interval for q(z) with a little noise (`entropy`).
+
+    Args:
+      model: any.
+      x: [count, *event].
+      batch_size: examples computed at a time.
+      seed: of the draws.
+    """
+    terms, encode = _terms(model), tf.function(model.encode, reduce_retracing=True)
+    errors = []
+    for i in range(0, len(x), batch_size):
+        chunk = tf.convert_to_tensor(x[i : i + batch_size])
+        shape = [DRAWS, len(chunk), model.encoder.noise_dim]
+        noise = tf.random.stateless_normal(shape, [seed, i // batch_size])
+        errors.append(-tf.reduce_mean(terms(chunk, noise).log_likelihood, 0))
+    generator, latents = np.random.default_rng(seed), model.encoder.latent_dim
+
+    def draws(count):
+        """z of x drawn with replacement, [count, latent]."""
+        parts = []
+        for _ in range(0, count, _AGGREGATE_BATCH):
+            rows = generator.integers(len(x), size=_AGGREGATE_BATCH)
+            key = tf.constant(generator.integers(2**31 - 1), tf.int32)
+            parts.append(encode(tf.constant(x[rows]), 1, key)[0])
+        return np.concatenate(parts)[:count].astype(np.float64)
+
+    lower, upper = np.empty((2, _AGGREGATE_REPEATS, _AGGREGATE_POINTS))
+    for repeat in range(_AGGREGATE_REPEATS):
+        pilot, own, others = map(draws, (4000, _AGGREGATE_POINTS, COMPONENTS))
+        noise = generator.standard_normal(own.shape)
+        points, log_q = entropy.at_smoothed_points(pilot, own, others, noise)
+        log_prior = model.prior.log_prob(tf.constant(points, tf.float32)).numpy()
+        lower[repeat], upper[repeat] = log_q.lower - log_prior, log_q.upper - log_prior
+    settings = {
+        "components": COMPONENTS,
+        "noise_scale": round(entropy.noise_scale(COMPONENTS, latents), 4),
+    }
+    ends = {"lower": lower, "upper": upper}
+    return {
+        "reconstruction_error": Estimate(np.concatenate(errors), {"draws": DRAWS}),
+        **{
+            f"kl_aggregate_posterior_{name}": Estimate(end.ravel(), settings, end, False)
+            for name, end in ends.items()
+        },
+    }
+
+
+def own_bounds(model: AVB, x, elbo, directory: Path) -> OwnBounds:
+    """The ELBO of the model's posterior without the adversary.
+
+    Where the density is known it is `elbo`. Elsewhere it is an interval for q with a little noise
+    added (`inference_gap.smoothed_bounds`): the smoothed q is a posterior like any other, so the
+    lower end is a lower bound on log p(x) too.
+
+    Args:
+      model: any.
+      x: [count, *event].
+      elbo: [count], the model's own bound.
+      directory: for finished chunks.
+    """
+    if model.adversary is None:
+        each = elbo[np.newaxis]
+        return OwnBounds(each, each, {"bound": "elbo"})
+    latents = model.encoder.latent_dim
+    draws, bounds = smoothing_sizes(latents, len(x)), smoothed_bounds(model)
+
+    def compute(index, part):
+        return bounds(x[part], **draws, seed=index)
+
+    interval, seconds = _run(
+        entropy.Bounds, compute, model, x, draws, directory, "smoothed", _EXAMPLES_SMOOTHED
+    )
+    settings = {
+        **draws,
+        "bound": "smoothed",
+        "noise_scale": round(entropy.noise_scale(draws["components"], latents), 4),
+        "seconds": round(seconds, 2),
+    }
+    return OwnBounds(interval.lower, interval.upper, settings)
+
+
+def smoothed_elbo(own: OwnBounds) -> dict[str, Estimate]:
+    """The interval itself, where it is one."""
+    if own.exact:
+        return {}
+    return {
+        "elbo_smoothed_lower": Estimate(own.lower.mean(0), own.settings, own.lower),
+        "elbo_smoothed_upper": Estimate(own.upper.mean(0), own.settings, own.upper),
+    }
+
+
+def posterior_divergence(own: OwnBounds, log_likelihood) -> dict[str, Estimate]:
+    """KL(q(z|x) || p(z|x)) in nats: exact log p(x) [count] less the ELBO of the posterior."""
+    return own.below("kl_q_exact_posterior", log_likelihood)
 
 
 def importance_weighted(
     model: AVB, x, repeats: int, directory: Path
 ) -> tuple[dict[str, Estimate], ImportanceWeights]:
-    """Bounds with 1, 100 and 5000 importance samples, and the weights that they come from."""
+    """Bounds with 1, 100 and 5000 importance samples, and their weights."""
     sampler = _importance_sampler(model)
 
     def compute(index, part):
@@ -122,30 +253,30 @@ def importance_weighted(
         )
 
     settings = {"repeats": repeats, "draws": SAMPLES, "proposal": sampler.proposal}
-    found, seconds = _run(ImportanceWeights, compute, model, x, settings, directory, "importance")
+    weights, seconds = _run(ImportanceWeights, compute, model, x, settings, directory, "importance")
     shared = {
         "proposal": sampler.proposal,
-        **_trust(found.effective_sample_size, found.pareto_k),
-        "seconds": round(seconds, 2),  # of all these bounds together
+        **_trust(weights.effective_sample_size, weights.pareto_k),
+        "seconds": round(seconds, 2),  # for all these bounds together
     }
     estimates = {}
     for samples in REPORTED:
-        values = found.bounds[CURVE.index(samples)]
+        values = weights.bounds[CURVE.index(samples)]
         settings = {"samples": samples, **shared}
         estimates[f"log_likelihood_iwae_{samples}"] = Estimate(values.mean(0), settings, values)
-    return estimates, found
+    return estimates, weights
 
 
 def annealed(
     model: AVB, x, sizes: dict[str, int], directory: Path
 ) -> tuple[dict[str, Estimate], AnnealedWeights]:
-    """AIS from below, and the weights that it comes from.
+    """The lower bound by AIS, and its weights.
 
     Args:
       model: any.
       x: [count, *event].
       sizes: temperatures, chains and leapfrog_steps.
-      directory: where finished chunks are kept.
+      directory: for finished chunks.
     """
     sampler = _annealed_sampler(model, **sizes)
 
@@ -153,7 +284,7 @@ def annealed(
         chains = sampler.forward(x[part], seed=index)
         return AnnealedWeights(chains.log_weights, chains.acceptance, chains.step_size)
 
-    found, seconds = _run(
+    weights, seconds = _run(
         AnnealedWeights,
         compute,
         model,
@@ -163,18 +294,18 @@ def annealed(
         "ais",
         _examples(model, sizes["chains"]),
     )
-    ess = diagnostics.effective_sample_size(found.log_weights)
-    stages = np.array_split(found.acceptance.mean(-1), min(_STAGES, sizes["temperatures"]))
+    ess = diagnostics.effective_sample_size(weights.log_weights)
+    stages = np.array_split(weights.acceptance.mean(-1), min(_STAGES, sizes["temperatures"]))
     settings = {
         **sizes,
-        "start": f"Gaussian of q's moments, {joint.WIDENING} times as wide",
+        "start": proposal.DESCRIPTION,
         "acceptance_by_temperature": [round(float(stage.mean()), 3) for stage in stages],
-        **_trust(ess, diagnostics.pareto_k(found.log_weights)),
+        **_trust(ess, diagnostics.pareto_k(weights.log_weights)),
         "seconds": round(seconds, 2),
     }
-    values = ais.lower_bound(found.log_weights)
-    estimate = Estimate(values, settings, _groups(ais.lower_bound, found.log_weights))
-    return {"log_likelihood_ais": estimate}, found
+    values = ais.lower_bound(weights.log_weights)
+    estimate = Estimate(values, settings, _groups(ais.lower_bound, weights.log_weights))
+    return {"log_likelihood_ais": estimate}, weights
 
 
 def bidirectional(
@@ -182,8 +313,8 @@ def bidirectional(
 ) -> dict[str, Estimate]:
     """AIS from below and from above for `count` examples simulated from the model, and the gap.
 
-    It is the only check on AIS itself: log p(x) of the simulated x lies between the two, and on
-    data like them AIS is at most the gap below the truth (Grosse et al., 2015).
+    log p(x) of the simulated x lies between the two, so on data like them AIS is at most the gap
+    below the truth (Grosse et al., 2015). The values are not comparable with those of test data.
     """
     sampler = _annealed_sampler(model, **sizes)
 
@@ -192,71 +323,64 @@ def bidirectional(
         return BidirectionalWeights(forward, reverse)
 
     settings = {**sizes, "simulated": count}
-    found, seconds = _run(
+    weights, seconds = _run(
         BidirectionalWeights, compute, model, np.zeros(count), settings, directory,
         "bidirectional", _examples(model, sizes["chains"]),
     )  # fmt: skip
     bounds = [
-        (bound(weights), _groups(bound, weights))
-        for bound, weights in (
-            (ais.lower_bound, found.forward),
-            (ais.upper_bound, found.reverse),
+        (bound(log_weights), _groups(bound, log_weights))
+        for bound, log_weights in (
+            (ais.lower_bound, weights.forward),
+            (ais.upper_bound, weights.reverse),
         )
     ]
     (lower, lowers), (upper, uppers) = bounds
     settings = {**sizes, "seconds": round(seconds, 2)}
     return {
-        "log_likelihood_bdmc_lower": Estimate(lower, settings, lowers, simulated=True),
-        "log_likelihood_bdmc_upper": Estimate(upper, settings, uppers, simulated=True),
-        "bdmc_gap": Estimate(upper - lower, settings, uppers - lowers, simulated=True),
+        "log_likelihood_simulated_bdmc_lower": Estimate(lower, settings, lowers, of_examples=False),
+        "log_likelihood_simulated_bdmc_upper": Estimate(upper, settings, uppers, of_examples=False),
+        "bdmc_gap": Estimate(upper - lower, settings, uppers - lowers, of_examples=False),
     }
 
 
-def inference_gap(model: AVB, x, log_likelihood, elbo, directory: Path) -> dict[str, Estimate]:
-    """log p(x) minus the bound, split as Cremer, Li and Duvenaud (2018) do.
+def inference_gap(
+    model: AVB, x, log_likelihood, own: OwnBounds, directory: Path
+) -> dict[str, Estimate]:
+    """log p(x) minus the ELBO, split into amortisation and shape.
 
-    gap_inference = gap_amortisation + gap_shape. The shape's part is what no Gaussian of full
-    covariance reaches, though optimised for the one x; amortisation's is what the best Gaussian
-    gains on q, below 0 where q is better than any. `gap_amortisation_diagonal` is what the best
-    diagonal Gaussian gains: Cremer's amortisation gap of a diagonal q.
+    gap_inference = gap_amortisation + gap_shape. No Gaussian of full covariance closes gap_shape,
+    even if it is optimised for the one x. gap_amortisation is what the best Gaussian gains on q; it
+    is negative where q is better than any Gaussian. `gap_amortisation_diagonal` is what the best
+    diagonal Gaussian gains: the amortisation gap of a diagonal q.
 
-    The bound of a q without a density is told by its draws (`bound_of_draws`), since the
-    adversary's own would hide the adversary's error in the gap. With too many latents for that
-    it is the adversary's, which `bound` says: the whole gap is then as wrong as the adversary.
+    Where `own` is an interval, the gaps that contain it are intervals too: `gap_inference_lower`
+    and `gap_inference_upper`. They are those of the smoothed posterior.
 
     Args:
       model: any.
       x: [count, *event].
-      log_likelihood: [count], the best estimate of log p(x); the gaps are no better than it.
-      elbo: [count], the model's own bound.
-      directory: where finished chunks are kept.
+      log_likelihood: [count], the best estimate of log p(x). If it is a lower bound, so are the
+        lower ends and `gap_shape`.
+      own: the ELBO of the model's posterior, of the same examples.
+      directory: for finished chunks.
+    Source: Cremer, Li and Duvenaud (2018).
     """
     best = best_gaussians(model)
-    told = "elbo" if model.adversary is None else "adversary"
-    if model.adversary is not None and model.encoder.latent_dim <= LATENTS_LIMIT:
-        told = "nearest neighbours"
-    of_draws = bound_of_draws(model)
 
     def compute(index, part):
         diagonal, full = best(x[part], index)
-        own = of_draws(x[part], index) if told == "nearest neighbours" else elbo[part]
-        return BestBounds(diagonal.bound, full.bound, own)
+        return BestBounds(diagonal.bound, full.bound)
 
-    settings = {"bound": told}
-    found, seconds = _run(
-        BestBounds, compute, model, x, settings, directory, "gap",
-        _examples(model, DRAWS_PER_STEP),
-    )  # fmt: skip
-    settings["seconds"] = round(seconds, 2)
-    values = {
-        "gap_inference": log_likelihood - found.own,
-        "gap_amortisation": found.full - found.own,
-        "gap_amortisation_diagonal": found.diagonal - found.own,
-        "gap_shape": log_likelihood - found.full,
+    gaussians, seconds = _run(
+        BestBounds, compute, model, x, {}, directory, "gap", _examples(model, DRAWS_PER_STEP)
+    )
+    shape = Estimate(log_likelihood - gaussians.full, {"seconds": round(seconds, 2)})
+    return {
+        **own.below("gap_inference", log_likelihood),
+        **own.below("gap_amortisation", gaussians.full),
+        **own.below("gap_amortisation_diagonal", gaussians.diagonal),
+        "gap_shape": shape,
     }
-    if told == "nearest neighbours":
-        values["elbo_nearest_neighbours"] = found.own
-    return {name: Estimate(value, settings) for name, value in values.items()}
 
 
 @joint.kept_for_the_last_model
@@ -271,7 +395,7 @@ def _run(record, compute, model, x, settings, directory, name, size=None):
 
 
 def _examples(model, rows: int) -> int:
-    """Of a chunk with `rows` z for each, by the memory that they need."""
+    """Examples in a chunk with `rows` z for each, as the memory allows."""
     return max(1, min(ais.ROWS // rows, _LARGEST // (rows * int(np.prod(model.event_shape)))))
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import proposal
 from avb_tf.likelihood_estimation import joint
 from avb_tf.model import AVB
 
@@ -12,10 +13,12 @@ _CHUNK = 2**23  # numbers in the largest intermediate tensor
 class ImportanceSampler:
     """log p(x, z) - log q'(z|x) for z ~ q'(z|x), in one compiled graph.
 
-    The proposal q' is the model's own q(z|x) where the encoder gives a `log_prob` for which
-    E_q[p(x, z) / exp(log_prob)] = p(x): its density, or what stands for it if q has auxiliary
-    variables. Of any other posterior only moments are known, and q' is a Gaussian with these,
-    widened (`joint.widened_gaussian`).
+        sampler = ImportanceSampler(model)
+        bounds(sampler.log_weights(x, draws=5000), samples=5000)  # [batch], nats
+
+    The proposal q' is the model's own q(z|x) where the encoder gives a `log_prob` with
+    E_q[p(x, z) / exp(log_prob)] = p(x): its density, or the stand-in of an auxiliary encoder.
+    Otherwise q' is a Gaussian with q's moments, widened (`proposal.widened_gaussian`).
 
     Args:
       model: any; its weights may change afterwards, its parts may not.
@@ -30,8 +33,8 @@ class ImportanceSampler:
 
     @property
     def proposal(self) -> str:
-        """What q' is, in words."""
-        return "q" if self.exact else f"Gaussian of q's moments, {joint.WIDENING} times as wide"
+        """q' in words."""
+        return "q" if self.exact else proposal.DESCRIPTION
 
     def log_weights(self, x, draws: int, seed: int = 0) -> np.ndarray:
         """[draws, batch] in nats, for x [batch, *event]; the draws are independent."""
@@ -39,14 +42,14 @@ class ImportanceSampler:
         per_call = max(1, _CHUNK // (len(x) * int(np.prod(self.model.event_shape))))
         calls = -(-draws // per_call)
         moments = () if self.exact else self._moments(x)
-        found = [
+        log_weights = [
             self._draw(x, tf.constant(per_call), tf.constant([seed, i]), *moments).numpy()
             for i in range(calls)
         ]
-        return np.concatenate(found)[:draws]
+        return np.concatenate(log_weights)[:draws]
 
     def _widened(self, x):
-        gaussian = joint.widened_gaussian(self.model, x)
+        gaussian = proposal.widened_gaussian(self.model.averaged_encoder, x)
         return gaussian.loc, gaussian.scale.to_dense()
 
     def _draw_exact(self, x, draws, seed):
@@ -65,7 +68,7 @@ class ImportanceSampler:
 
 
 def bounds(log_weights, samples: int) -> np.ndarray:
-    """The bound with `samples` importance samples, [batch]: the mean over groups of so many.
+    """The bound with `samples` importance samples, [batch]: the mean over groups of this size.
 
     Args:
       log_weights: [draws, batch], `draws` a multiple of `samples`.

@@ -1,8 +1,8 @@
-"""Where a model's bound on log p(x) loses: to amortisation, or to the shape of its posterior.
+"""The gap between log p(x) and a model's bound, split into amortisation and shape.
 
-Cremer, Li and Duvenaud (2018) split the gap by the best bound that any member of a family reaches
-when it is optimised for one x alone. Here the family is the Gaussians, of diagonal or of full
-covariance.
+Cremer, Li and Duvenaud (2018) split the gap by the best bound that a family of posteriors reaches
+when it is optimised for one x alone. Here the families are the Gaussians of diagonal and of full
+covariance. The bound of a posterior without a density comes as an interval (`entropy`).
 """
 
 import math
@@ -11,15 +11,19 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf.likelihood_estimation import joint
-from avb_tf.likelihood_estimation.entropy import entropy_beside_gaussian
+from avb_tf import proposal
+from avb_tf.likelihood_estimation import entropy, joint
 from avb_tf.model import AVB
 
 PAIRS = 8  # of antithetic draws for each start of each x in a step
 DRAWS_PER_STEP = 5 * 2 * PAIRS  # of each x, from all starts
-FRESH_DRAWS = 2000  # of the bound that is reported
-POSTERIOR_DRAWS = 3000  # of an implicit posterior, for its entropy
-LATENTS_LIMIT = 12  # up to which nearest neighbours tell an entropy
+FRESH_DRAWS = 2000  # for the reported bound
+REPEATS = 4  # independent intervals for each x
+COMPONENTS = 20_000  # draws of q whose mixture is the density, for each x and repeat
+PLANAR_COMPONENTS = 4_000_000  # the same with two latents, shared by all x
+POINTS = 30_000  # z at which the density is bounded, for each repeat, shared by all x
+_MOMENT_DRAWS = 4096  # of q, for the coordinates in which the noise is added
+_DRAWS_PER_CALL = 10_000
 _RATE = 0.05  # of Adam, in coordinates that whiten the start; falls to 0 as a cosine
 _BATCH = 250  # draws at a time
 
@@ -35,9 +39,12 @@ class Gaussians(NamedTuple):
 class BestGaussian:
     """The Gaussian q(z) of the largest E_q[log p(x, z) - log q(z)], for each x by itself.
 
-    Adam from several starts at once over means and Cholesky factors, all x in one compiled loop,
-    by gradients of the path alone (Roeder, Wu and Duvenaud, 2017), whose noise vanishes where q
-    is the posterior. Starts are compared, and the best one's bound is told, by fresh draws.
+        best = BestGaussian(model, full=True)
+        best(x, loc, scale_tril).bound  # [batch], in nats
+
+    Adam optimises means and Cholesky factors from several starts, all x in one compiled loop. It
+    uses path gradients (Roeder, Wu and Duvenaud, 2017), whose noise vanishes where q is the
+    posterior. Fresh draws select the best start, and more fresh draws give its bound.
 
     Args:
       model: any; its weights may change afterwards, its parts may not.
@@ -56,14 +63,14 @@ class BestGaussian:
         Args:
           x: [batch, *event].
           loc: [starts, batch, latent].
-          scale_tril: [starts, batch, latent, latent]; diagonal if the family is.
+          scale_tril: [starts, batch, latent, latent]; diagonal for the diagonal family.
           seed: of the draws.
         """
         x = tf.convert_to_tensor(x)
         loc, scale_tril = self._climb(x, loc, scale_tril, tf.constant([seed, 0]))
         compared = self._bound(x, loc, scale_tril, _BATCH, (seed, 1))
-        best, each = np.argmax(compared, 0), np.arange(len(x))
-        loc, scale_tril = loc.numpy()[best, each], scale_tril.numpy()[best, each]
+        start, example = np.argmax(compared, 0), np.arange(len(x))
+        loc, scale_tril = loc.numpy()[start, example], scale_tril.numpy()[start, example]
         bound = self._bound(x, loc[np.newaxis], scale_tril[np.newaxis], FRESH_DRAWS, (seed, 2))
         return Gaussians(loc, scale_tril, bound[0])
 
@@ -88,8 +95,7 @@ class BestGaussian:
 
     def _optimise(self, x, loc, scale_tril, seed):
         """Adam on the mean and the Cholesky factor, in coordinates that whiten each start."""
-        # The i-th row of the square holds row i of the factor, its diagonal as a logarithm, and
-        # a last column the mean.
+        # Row i: row i of the factor, with the logarithm of its diagonal, then entry i of the mean.
         first = tf.zeros(tf.concat([tf.shape(scale_tril)[:-1], [loc.shape[-1] + 1]], 0))
         parameters, mean, square = first, first, first
         for i in tf.range(self.steps):
@@ -134,16 +140,19 @@ def best_gaussians(model: AVB, steps: int = 300):
     """x [batch, *event], seed -> the best of diagonal and of full covariance, as `Gaussians`.
 
     Starts: q's moments; its mean at half the width; two draws of q at half the width, for a
-    posterior of several modes. The full one also starts from the diagonal one.
+    posterior with several modes. The full Gaussian also starts from the best diagonal one.
     """
     diagonal, full = BestGaussian(model, False, steps), BestGaussian(model, True, steps)
-    moments = tf.function(lambda x: model.posterior(x, joint.MOMENT_DRAWS), reduce_retracing=True)
+
+    @tf.function(reduce_retracing=True)
+    def moments(x):
+        return *proposal.moments(model.averaged_encoder, x), model.encode(x, 2)
 
     def run(x, seed: int = 0) -> tuple[Gaussians, Gaussians]:
-        posterior = moments(tf.convert_to_tensor(x))
-        loc = tf.stack([posterior.mean, posterior.mean, posterior.z[0], posterior.z[1]])
+        mean, scale_tril, z = moments(tf.convert_to_tensor(x))
+        loc = tf.stack([mean, mean, z[0], z[1]])
         halves = tf.reshape([1.0, 0.5, 0.5, 0.5], [4, 1, 1, 1])
-        scale = halves * posterior.scale_tril
+        scale = halves * scale_tril
         deviations = tf.linalg.diag(tf.norm(scale, axis=-1))
         narrow = diagonal(x, loc, deviations, seed)
         loc = tf.concat([loc, narrow.loc[np.newaxis]], 0)
@@ -153,25 +162,58 @@ def best_gaussians(model: AVB, steps: int = 300):
     return run
 
 
-@joint.kept_for_the_last_model
-def bound_of_draws(model: AVB):
-    """x [batch, *event], seed -> the bound of an implicit posterior without the adversary, [batch].
+def smoothing_sizes(latents: int, examples: int) -> dict[str, int]:
+    """Draws for each of `examples` x in a repeat: of the mixture, and points to evaluate it at.
 
-    E_q[log p(x, z)] over draws, and q's entropy by their nearest neighbours, corrected by what
-    that estimate makes of a Gaussian. For up to `LATENTS_LIMIT` latents.
+    With two latents few examples get more components, as sharp edges need little noise.
+    """
+    components = COMPONENTS
+    if latents <= 2:
+        components = int(np.clip(PLANAR_COMPONENTS // examples, COMPONENTS, 1_000_000))
+    return {"components": components, "points": int(np.clip(POINTS // examples, 100, 250))}
+
+
+@joint.kept_for_the_last_model
+def smoothed_bounds(model: AVB):
+    """x [batch, *event], sizes, seed -> bounds on the ELBO of q with a little noise added.
+
+    The function returns `entropy.Bounds` of [REPEATS, batch] in nats. In coordinates that whiten q
+    the noise has the scale `entropy.noise_scale`, and keeps mean and covariance. The smoothed
+    posterior is a posterior like any other, so its ELBO is at most log p(x), and so is the lower
+    end of the interval in expectation. The interval holds in expectation over all draws; repeats
+    are independent.
     """
 
     @tf.function(reduce_retracing=True)
-    def draw(x, seed):
-        z = model.encode(x, POSTERIOR_DRAWS, seed)
-        return z, tf.reduce_mean(joint.log_joint(model, x, z), 0)
+    def draw(x, count, seed):
+        return model.encode(x, count, seed)[:, 0]
 
-    def run(x, seed: int = 0) -> np.ndarray:
-        found = []
-        for i in range(len(x)):
-            z, log_joint = draw(tf.convert_to_tensor(x[i : i + 1]), tf.constant(1000 * seed + i))
-            draws = z.numpy()[:, 0].astype(np.float64)
-            found.append(log_joint.numpy()[0] + entropy_beside_gaussian(draws))
-        return np.array(found)
+    @tf.function(reduce_retracing=True)
+    def log_joint(x, z):
+        return joint.log_joint(model, x, z[:, tf.newaxis])[:, 0]
+
+    def draws(x, count, seed):
+        """[count, latent]; calls of one size, so that one graph serves all counts."""
+        calls = -(-count // _DRAWS_PER_CALL)
+        size = min(count, _DRAWS_PER_CALL)
+        parts = [draw(x, tf.constant(size), tf.constant(seed + i)).numpy() for i in range(calls)]
+        return np.concatenate(parts)[:count].astype(np.float64)
+
+    def interval(x, components, points, seed):
+        """One repeat for x [1, *event]."""
+        pilot, z = draws(x, _MOMENT_DRAWS, seed), draws(x, points + components, seed + 1)
+        noise = np.random.default_rng(seed).standard_normal((points, z.shape[1]))
+        v, log_q = entropy.at_smoothed_points(pilot, z[:points], z[points:], noise)
+        log_p = log_joint(x, tf.constant(v, tf.float32)).numpy().astype(np.float64)
+        return np.mean(log_p - log_q.upper), np.mean(log_p - log_q.lower)
+
+    def run(x, components: int, points: int, seed: int = 0) -> entropy.Bounds:
+        lower_upper = np.empty((2, REPEATS, len(x)))
+        for i, repeat in np.ndindex(len(x), REPEATS):
+            key = 10_000 * (REPEATS * (len(x) * seed + i) + repeat)
+            lower_upper[:, repeat, i] = interval(
+                tf.convert_to_tensor(x[i : i + 1]), components, points, key
+            )
+        return entropy.Bounds(*lower_upper)
 
     return run

@@ -4,8 +4,6 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf.errors import UserError
-from avb_tf.likelihood_estimation import chunks, joint
-from avb_tf.likelihood_estimation.entropy import entropy
 from avb_tf.likelihoods import pairwise_log_likelihood
 from avb_tf.model import AVB
 
@@ -20,9 +18,9 @@ def log_likelihood(model: AVB, x, grid: int = 400) -> np.ndarray:
       model: with latent_dim 2.
       x: [batch, *event].
       grid: points along a side; the error is negligible where their distance, 12 / grid, is well
-        below the width of the posteriors. Compare two sizes to know.
+        below the width of the posteriors. Compare two sizes to see the error.
     Raises:
-      UserError: the model has not two latents.
+      UserError: the model does not have two latents.
     """
     if model.encoder.latent_dim != 2:
         raise UserError(
@@ -54,43 +52,6 @@ def posterior_on_grid(model: AVB, x, mean, scale, log_evidence: float, cells: in
     z = (mean + w @ np.transpose(scale)).astype(np.float32)
     log_joint = _log_joint(model, x[np.newaxis], tf.constant(z))[0]
     return z.reshape(cells, cells, 2), np.reshape(log_joint, [cells, cells]) - log_evidence
-
-
-def posterior_divergence(
-    model: AVB, x, log_evidence, draws: int = 5000, seed: int = 0
-) -> np.ndarray:
-    """KL(q(z|x) || p(z|x)) in nats, [batch], for a posterior of which only draws are known.
-
-    log p(z|x) = log p(x, z) - log p(x) is exact, its mean is over draws of q, and q's entropy
-    comes from a nearest-neighbour estimate of its density at them. The same for every method.
-
-    Args:
-      model: with latent_dim 2.
-      x: [batch, *event].
-      log_evidence: log p(x), [batch], by `log_likelihood`.
-      draws: of q for each x.
-      seed: of the draws.
-    """
-    draw = _draws_of_one(model, draws)
-    divergences = []
-    x = tf.convert_to_tensor(x)
-    for i in chunks.tracked(range(len(x)), "posterior"):
-        z, log_joint = draw(x[i : i + 1], tf.constant(seed + i))
-        log_posterior = log_joint.numpy() - log_evidence[i]
-        divergences.append(-entropy(z.numpy().astype(np.float64)) - np.mean(log_posterior))
-    return np.array(divergences)
-
-
-@joint.kept_for_the_last_model
-def _draws_of_one(model, draws):
-    """x [1, *event], seed -> draws of q [draws, 2] and their log p(x, z) [draws]."""
-
-    @tf.function  # leaves out what of the posterior is not asked for
-    def draw(one, seed):
-        z = model.encode(one, draws, seed)[:, 0]
-        return z, _log_joint(model, one, z)[0]
-
-    return draw
 
 
 def _grid(cells: int, half_width: float):

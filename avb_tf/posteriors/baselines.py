@@ -1,6 +1,7 @@
 """What a user would reach for otherwise, on the same target: Gaussian VI and NUTS, both TFP's.
 
-All work in the coordinates of a `Start`, which spares them the search for location and scale. XLA
+All work in the coordinates of a `Start`, which spares them the search for location and scale and
+makes heavy tails Gaussian. XLA
 runs long chains several times faster than TensorFlow, where it knows all ops of the model.
 """
 
@@ -44,7 +45,8 @@ def gaussian(
       steps: of Adam, its rate falling from 0.05 to 0.
       seed: of everything.
     """
-    tril = start.scale_tril if full_rank else np.diag(np.linalg.norm(start.scale_tril, axis=1))
+    if not full_rank:
+        start = start._replace(scale_tril=np.diag(start.deviations))
 
     def fitted(jit_compile):
         tf.random.set_seed(seed)  # the surrogate starts anywhere
@@ -52,7 +54,7 @@ def gaussian(
             [target.dim], "tril" if full_rank else "diag", dtype=target.dtype
         )
         tfp.vi.fit_surrogate_posterior(
-            _standardised(target, start.mean, tril),
+            _standardised(target, start),
             surrogate,
             tf_keras.optimizers.Adam(tf_keras.optimizers.schedules.CosineDecay(0.05, steps)),
             steps,
@@ -62,7 +64,8 @@ def gaussian(
         )
         return surrogate
 
-    return start.mean + _by_xla(fitted).sample(draws, seed=seed).numpy() @ tril.T
+    z = _by_xla(fitted).sample(draws, seed=seed)
+    return np.asarray(start.place(z, target.dtype)[0], np.float64)
 
 
 def nuts(
@@ -78,7 +81,7 @@ def nuts(
       adaptation: transitions before the draws.
       seed: of everything.
     """
-    log_density = _standardised(target, start.mean, start.scale_tril)
+    log_density = _standardised(target, start)
 
     def run():
         return tfp.experimental.mcmc.windowed_adaptive_nuts(
@@ -96,7 +99,8 @@ def nuts(
     states, _ = _by_xla(lambda jit: tf.function(run, autograph=False, jit_compile=jit)())
     z = np.asarray(states[0], np.float64)  # [draws, chains, dim]
     r_hat, size = diagnostics.convergence(np.moveaxis(z, 0, 1))
-    u = start.mean + np.moveaxis(z, 0, 1).reshape(-1, target.dim) @ start.scale_tril.T
+    flat = tf.constant(np.moveaxis(z, 0, 1).reshape(-1, target.dim), target.dtype)
+    u = np.asarray(start.place(flat, target.dtype)[0], np.float64)
     return Chains(u, float(np.max(r_hat)), float(np.min(size)))
 
 
@@ -137,12 +141,9 @@ class _Density(tfd.Distribution):
         return tfb.Identity()
 
 
-def _standardised(target, mean, tril):
-    mean, tril = (tf.constant(v, target.dtype) for v in (mean, tril))
-
+def _standardised(target, start):
     def log_density(z):
-        flat = tf.reshape(z, [-1, target.dim])
-        density = target.log_density(mean + tf.linalg.matvec(tril, flat))
-        return tf.reshape(density, tf.shape(z)[:-1])
+        u, volume = start.place(tf.reshape(z, [-1, target.dim]), target.dtype)
+        return tf.reshape(target.log_density(u) + volume, tf.shape(z)[:-1])
 
     return log_density

@@ -54,10 +54,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
             **config.fit,
         )
         fit.save(workdir / FIT)
-    evidence = fit.log_evidence
     print(f"{workdir}: {fit.steps} steps in {fit.seconds:.0f} s")
     print(fit.diagnostics())
-    print(f"log evidence {evidence.value:.3f} +- {evidence.standard_error:.3f} nats")
+    print(f"log evidence {fit.log_evidence} nats")
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -1,6 +1,7 @@
 """What a user may hand in, as a `Target`: a TFP joint distribution, a log density, minibatches."""
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,8 +11,11 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
+from tensorflow_probability.python.distributions import joint_distribution
+from tensorflow_probability.python.experimental.distributions import joint_distribution_pinned
 
 from avb_tf.errors import UserError
+from avb_tf.posteriors import constraints
 from avb_tf.posteriors.target import Structure, Target, check_continuous, first_line
 
 _PINNED = tfp.experimental.distributions.JointDistributionPinned
@@ -109,10 +113,48 @@ def pin(joint, observed):
             f"observed is of type {type(observed).__name__}; expected a dict by name, or a "
             f"sequence of {len(names)} with None where unknown"
         )
+    if set(observed) == set(names):
+        raise UserError(
+            f"all parts are observed, {', '.join(names)}; expected one at least that is not: it is "
+            "what the posterior is of"
+        )
+    _check_observed(joint, observed)
     try:
         return joint.experimental_pin(**observed)
     except Exception as error:  # whatever TFP or a user's joint raises
-        raise UserError(f"the joint cannot be conditioned: {first_line(error)}") from error
+        raise UserError(
+            f"the joint cannot be conditioned ({type(error).__name__}: {first_line(error)}); "
+            "expected values that fit it: check the joint by itself, such as by `joint.sample()`"
+        ) from error
+
+
+def _check_observed(joint, observed):
+    """Refuses an observed value that has a NaN or lacks dimensions of its part.
+
+    Raises:
+      UserError: the first of them, by name.
+    """
+    for name, value in observed.items():
+        value = np.asarray(value)
+        if value.dtype.kind == "f" and (missing := np.argwhere(np.isnan(value))).size:
+            place = list(map(int, missing[0]))
+            raise UserError(
+                f"observed '{name}' is NaN at {place} and {len(missing)} of {value.size} values "
+                "are; expected numbers: leave missing values out of data and model"
+            )
+        try:
+            shapes = joint._model_flatten(joint.event_shape)
+        except Exception:  # a joint that fails here is told where it is read
+            return
+        shape = dict(zip(joint._flat_resolve_names(), shapes, strict=True))[name]
+        if not isinstance(shape, tf.TensorShape) or shape.rank is None:
+            continue
+        rank = shape.rank
+        if value.ndim < rank or not shape.is_compatible_with(value.shape[value.ndim - rank :]):
+            raise UserError(
+                f"observed '{name}' has shape {value.shape}; expected {tuple(shape)}, that of "
+                "a draw of it"
+            )
 
 
 def of_joint(pinned, of_batch=None) -> Target:
@@ -121,27 +163,57 @@ def of_joint(pinned, of_batch=None) -> Target:
     Raises:
       UserError: a part without a default bijector, or one that `Target` refuses.
     """
-    check_continuous(pinned.dtype)
     try:
-        bijector = pinned.experimental_default_event_space_bijector()
-        bijector.inverse_event_shape(pinned.event_shape)
-    except Exception as error:  # TFP's own depend on what is missing
+        check_continuous(pinned.dtype)
+        bijector = _bijector(pinned)
+        shapes, dtypes = pinned.event_shape, pinned.dtype
+        bijector.inverse_event_shape(shapes)
+    except UserError:
+        raise
+    except Exception as error:  # whatever TFP or a user's joint raises
         raise UserError(
-            "a part of the joint has no default bijector to its support; expected a distribution "
-            "with `experimental_default_event_space_bijector`, or a log density with `bijector`"
+            f"the joint cannot be read ({type(error).__name__}: {first_line(error)}); expected "
+            "distributions of known shapes: check them one by one, such as by `joint.sample()`"
         ) from error
     observed = {name: np.asarray(value) for name, value in pinned.pins.items()}
     target = Target(
         pinned.unnormalized_log_prob,
         bijector,
-        pinned.event_shape,
-        pinned.dtype,
+        shapes,
+        dtypes,
         observed,
         of_batch,
+        functools.partial(_prior, pinned),
     )
     if not isinstance(pinned.dtype, Mapping):
         target.names = list(pinned._flat_resolve_names())  # as `observed` has them
     return target
+
+
+def _bijector(pinned):
+    """From unconstrained parameters to those of a pinned joint, each part's checked.
+
+    TFP's composition of the parts' bijectors, with `constraints.of_distribution` for each: a part's
+    support may depend on another part.
+    """
+    parts = pinned._get_single_sample_distributions()
+    for name, part in zip(pinned._flat_resolve_names(), parts, strict=True):
+        if not isinstance(part, tfd.JointDistribution):  # one within another is told by `Target`
+            constraints.checked(name, part)
+    if pinned.use_vectorized_map:
+        return joint_distribution_pinned._DefaultJointBijectorAutoBatchedWithPins(
+            pinned, bijector_fn=constraints.of_distribution
+        )
+    return joint_distribution._DefaultJointBijector(pinned, bijector_fn=constraints.of_distribution)
+
+
+def _prior(pinned, count, seed):
+    """Draws of the prior in the structure of the pinned joint's parameters, [count, ...]."""
+    joint = pinned.distribution
+    drawn = joint._model_flatten(joint.sample(count, seed=(seed, 0)))
+    by_name = dict(zip(joint._flat_resolve_names(), drawn, strict=True))
+    parameters = [by_name[name] for name in pinned._flat_resolve_names()]
+    return tf.nest.pack_sequence_as(pinned.dtype, parameters)
 
 
 def of_batches(model: Any, data, batch_size: int) -> Target:

@@ -20,7 +20,7 @@ class NormalEncoder(Encoder):
         super().__init__(**kwargs)
         self.latent_dim = self.noise_dim = latent_dim
 
-    def parameters(self, x):
+    def parameters(self, x, training=False):
         """The same for every x."""
         zeros = tf.zeros([tf.shape(x)[0], self.latent_dim])
         return zeros, tf.linalg.diag(tf.ones_like(zeros))
@@ -51,13 +51,16 @@ class GatedEncoder(Encoder):
         self.stacks = [DenseStack(width, 2, "tanh") for _ in count]
         self.gates = [dense(2 * latent_dim, kernel_initializer="zeros") for _ in count]
 
-    def parameters(self, x):
+    def parameters(self, x, training=False):
         """Nothing: x is fixed."""
         return ()
 
     def draw(self, parameters, noise, training=False):
         """z for noise [samples, 1, noise_dim], with its moments."""
         z = self.z(noise)
+        if not self.stacks:  # z is the noise: no estimate of its moments is as exact
+            zeros = tf.zeros([1, self.latent_dim])
+            return Posterior(z, zeros, tf.linalg.diag(zeros + 1.0))
         moments_of = z if training else self.z(tf.constant(fixed_noise(self.noise_dim)))
         return Posterior(z, *moments_of_draws(moments_of))
 

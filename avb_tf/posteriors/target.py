@@ -31,22 +31,26 @@ class Target:
       observed: what the model was conditioned on, by name, for the record.
     """
 
-    def __init__(self, log_prob, bijector, shapes, dtypes, observed=None, of_batch=None):
-        """From the functions of one draw.
+    def __init__(
+        self, log_prob, bijector, shapes, dtypes, observed=None, of_batch=None, prior=None
+    ):
+        """From a density and the bijector to its support.
 
         Args:
-          log_prob: (parameters of one draw, in their structure) -> a scalar, in nats.
+          log_prob: parameters in their structure -> log density in nats: of one draw alone, a
+            scalar; of a batch alone, [n]; or of either, by broadcasting.
           bijector: from unconstrained parameters to these, in their structure.
           shapes: of the parameters, a structure of `tf.TensorShape`.
           dtypes: of the parameters, likewise.
           observed: a dict of arrays.
           of_batch: generator of random numbers -> a function like `log_prob`, unbiased for it.
+          prior: (count, seed) -> draws of the prior, [count, ...] in the parameters' structure.
         Raises:
           UserError: a parameter that is discrete or whose shape is not known, or a density that
             does not give one number for a draw.
         """
         self._log_prob, self._bijector, self._dtypes = log_prob, bijector, dtypes
-        self._of_batch = of_batch
+        self._of_batch, self._prior = of_batch, prior
         self.observed = observed or {}
         self.names = _names(dtypes)
         check_continuous(dtypes)
@@ -58,12 +62,11 @@ class Target:
         )
         self.sizes = [shape.num_elements() for shape in self._free_shapes]
         self.dim = sum(self.sizes)
-        self._check_one_draw()
-        self._together = all(map(self._batches_like_singles, (self._log_density, self._parameters)))
+        self._lift = self._lifted()
 
     def log_density(self, u):
         """log p(data, parameters) + log |d parameters / du| in nats, [n, dim] -> [n]."""
-        return self._log_density(u) if self._together else _one_by_one(self._log_density, u)
+        return self._lift(self._log_density, u)
 
     def estimator(self, seed: int):
         """A function like `log_density`, unbiased for it, of a new minibatch at every call."""
@@ -73,13 +76,13 @@ class Target:
 
         def estimate(u):
             density = functools.partial(self._log_density, log_prob=of_batch(generator))
-            return density(u) if self._together else _one_by_one(density, u)
+            return self._lift(density, u)
 
         return estimate
 
     def constrain(self, u):
         """The model's parameters, [n, dim] -> [n, ...] in the model's structure and dtypes."""
-        return self._parameters(u) if self._together else _one_by_one(self._parameters, u)
+        return self._lift(self._parameters, u)
 
     def unconstrain(self, parameters):
         """The inverse of `constrain`."""
@@ -87,6 +90,16 @@ class Target:
         flat = tf.nest.flatten(self._bijector.inverse(typed))
         parts = zip(flat, self.sizes, strict=True)
         return np.concatenate([np.reshape(part, [len(part), size]) for part, size in parts], -1)
+
+    def prior_draws(self, count: int, seed: int) -> np.ndarray:
+        """Unconstrained draws of the prior, [at most count, dim]; none where it is not known."""
+        if self._prior is None:
+            return np.zeros([0, self.dim])
+        try:
+            u = np.asarray(self.unconstrain(self._prior(count, seed)), np.float64)
+        except Exception:  # a joint may have a density that cannot be drawn from
+            return np.zeros([0, self.dim])
+        return u[np.isfinite(u).all(1)]
 
     def coordinates(self) -> list[str]:
         """A name for each entry of u, such as "theta[3]"."""
@@ -134,16 +147,38 @@ class Target:
         density = (log_prob or self._log_prob)(self._bijector.forward(free))
         return tf.cast(density, self.dtype) + tf.cast(volume, self.dtype)
 
-    def _check_one_draw(self):
-        @tf.function(autograph=False)
-        def with_gradient(u):
-            with tf.GradientTape() as tape:
-                tape.watch(u)
-                density = self._log_density(u)
-            return density, tape.gradient(density, u)
+    def _lifted(self):
+        """How functions of this model are taken over a batch: (function, u [n, dim]) -> [n, ...].
 
+        Raises:
+          UserError: the density is neither of one draw nor of a batch.
+        """
         try:
-            density, gradient = with_gradient(tf.zeros([self.dim], self.dtype))
+            self._check_one_draw()
+        except UserError:
+            if self._takes_batches_alone():
+                return _directly
+            raise
+        lifts = [_one_by_one, _in_a_loop]
+        if all(map(self._broadcasts, (self._log_density, self._parameters))):
+            lifts = [_directly, *lifts]
+        cause: Exception | None = None
+        for lift in lifts:
+            try:
+                if self._agrees(lift):
+                    return lift
+            except Exception as error:  # whatever a user's code raises
+                cause = error
+        raise UserError(
+            f"the log density fails at several draws ({type(cause).__name__}: "
+            f"{first_line(cause)}); expected TensorFlow's operations, that do what they do to one"
+        ) from cause
+
+    def _check_one_draw(self):
+        try:
+            density, gradient = _compiled_gradient(self._log_density)(
+                tf.zeros([self.dim], self.dtype)
+            )
         except Exception as error:  # whatever a user's code raises
             raise UserError(
                 f"the log density fails at one draw ({type(error).__name__}: "
@@ -156,26 +191,81 @@ class Target:
                 "number: sum over data and parameters (tfd.Independent, tfd.Sample), and fit "
                 "several data sets one after the other"
             )
-
         if gradient is None:
             raise UserError(
                 "the log density has no gradient; expected TensorFlow's operations on the "
                 "parameters, which it depends on"
             )
 
-    def _batches_like_singles(self, function) -> bool:
-        """Whether `function` of a batch is what it is of each draw: many models broadcast."""
-        u = tf.random.stateless_normal([3, self.dim], [0, 0], dtype=self.dtype)
+    def _takes_batches_alone(self) -> bool:
+        """Whether the density maps [n, dim] to [n], row by row, though it refuses one draw."""
+        u = self._trial_draws()
+        try:
+            density, gradient = _compiled_gradient(self._log_density)(u)
+            rows = [self._log_density(row[tf.newaxis]) for row in u]
+        except Exception:  # whatever a user's code raises
+            return False
+        alike = density.shape == (3,) and all(row.shape == (1,) for row in rows)
+        return alike and gradient is not None and _close(density, tf.concat(rows, 0))
+
+    def _broadcasts(self, function) -> bool:
+        """Whether `function` of a batch is what it is of each draw."""
+        u = self._trial_draws()
         singles = [tf.nest.flatten(function(one)) for one in u]
         try:
             batch = tf.nest.flatten(function(u))
         except Exception:  # whatever a user's code raises
             return False
         return all(
-            part.shape == (3, *single[0].shape)
-            and np.allclose(part, tf.stack(single), rtol=1e-4, atol=1e-4, equal_nan=True)
+            part.shape == (3, *single[0].shape) and _close(part, tf.stack(single))
             for part, single in zip(batch, zip(*singles, strict=True), strict=True)
         )
+
+    def _agrees(self, lift) -> bool:
+        """Whether density and gradient of a batch, of a size not known in advance, are right."""
+        u = self._trial_draws()
+        batch = tf.TensorSpec([None, self.dim], self.dtype)
+        together = _compiled_gradient(functools.partial(lift, self._log_density), [batch])(u)
+        gradient_of_one = _compiled_gradient(self._log_density)
+        return all(map(_close, together, zip(*map(gradient_of_one, u), strict=True)))
+
+    def _trial_draws(self):
+        return tf.random.stateless_normal([3, self.dim], [0, 0], dtype=self.dtype)
+
+
+def value_and_gradient(function, x):
+    """`function` of x and its gradient by x, dense; None where there is none."""
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = function(x)
+    gradient = tape.gradient(value, x)
+    # Indexing gives IndexedSlices, which neither numpy nor `tf.where` take.
+    return value, None if gradient is None else tf.convert_to_tensor(gradient)
+
+
+def _compiled_gradient(function, signature=None):
+    return tf.function(
+        lambda x: value_and_gradient(function, x), input_signature=signature, autograph=False
+    )
+
+
+def _close(x, y) -> bool:
+    return np.allclose(x, y, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def _directly(function, u):
+    return function(u)
+
+
+def _one_by_one(function, u):
+    return tf.vectorized_map(function, u)
+
+
+def _in_a_loop(function, u):
+    signature = tf.nest.map_structure(
+        tf.TensorSpec.from_tensor, function(tf.zeros(u.shape[1:], u.dtype))
+    )
+    return tf.map_fn(function, u, fn_output_signature=signature)
 
 
 class _Loaded:
@@ -199,6 +289,10 @@ class _Loaded:
     def estimator(self, seed):
         del seed
         return self.log_density
+
+    def prior_draws(self, count, seed):
+        del count, seed
+        return np.zeros([0, self.dim])
 
 
 load = _Loaded
@@ -244,10 +338,6 @@ def _ranks_and_shapes(shapes, dtypes):
     """Structure of ranks, and list of shapes."""
     flat = [tf.TensorShape(shape) for shape in tf.nest.flatten(shapes)]
     return tf.nest.pack_sequence_as(dtypes, [shape.rank for shape in flat]), flat
-
-
-def _one_by_one(function, u):
-    return tf.vectorized_map(function, u)
 
 
 def first_line(error) -> str:

@@ -11,15 +11,13 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.stats
 import tensorflow as tf
-from tensorflow_probability import distributions as tfd
 
+from avb_tf import proposal
+from avb_tf.encoders import sobol_normal
 from avb_tf.likelihoods import log_likelihood
 
 ELBO_DRAWS = 64  # of z for each x in the bound
-MOMENT_DRAWS = 256  # for moments of a posterior of which only draws are known
-WIDENING = 1.2  # of a Gaussian proposal: one too narrow misses mass without a sign of it
 _CHUNK = 32  # draws that are decoded at once, which bounds the memory
 _POSTERIOR, _PRIOR = 0, 1  # streams of a seed
 
@@ -158,28 +156,28 @@ def elbo(model, x):
 def importance_weighted(model, x, samples: int):
     """log p(x) in nats by importance sampling, without T, [batch].
 
-    The proposal is q(z|x) where its density is known, and otherwise the Gaussian with q's mean and
-    covariance, widened. A lower bound in the mean over proposals (Burda et al., 2016).
+    The proposal is q(z|x) where its density is known, and otherwise `proposal.widened_gaussian`, as
+    in evaluation. A lower bound in the mean over proposals (Burda et al., 2016).
     """
-    noise_dim, latent = model.encoder.noise_dim, model.encoder.latent_dim
-    posterior = model.averaged_encoder(x, _points(MOMENT_DRAWS, noise_dim, x))
-    proposal = tfd.MultivariateNormalTriL(posterior.mean, WIDENING * posterior.scale_tril)
+    encoder = model.averaged_encoder
+    exact = encoder(x, _points(1, encoder.noise_dim, x)).log_prob is not None
+    gaussian = None if exact else proposal.widened_gaussian(encoder, x)
 
     def weigh(noise):
         """log p(x, z) - log q(z), [chunk, batch], for noise [chunk, dim]."""
         noise = _over(noise, x)
-        if posterior.log_prob is None:
-            columns = proposal.scale.matmul(tf.transpose(noise, [1, 2, 0]))
-            z = proposal.loc + tf.transpose(columns, [2, 0, 1])
-            log_q = proposal.log_prob(z)
+        if gaussian is None:
+            posterior = encoder(x, noise)
+            z, log_q = posterior.z, posterior.log_prob
         else:
-            drawn = model.averaged_encoder(x, noise)
-            z, log_q = drawn.z, drawn.log_prob
+            columns = gaussian.scale.matmul(tf.transpose(noise, [1, 2, 0]))
+            z = gaussian.loc + tf.transpose(columns, [2, 0, 1])
+            log_q = gaussian.log_prob(z)
         log_p = log_likelihood(model.likelihood, model.averaged_decoder(z), x)
         return log_p + model.prior.log_prob(z) - log_q
 
-    dim = latent if posterior.log_prob is None else noise_dim
-    noise = _sobol(-(-samples // _CHUNK) * _CHUNK, dim).reshape(-1, _CHUNK, dim)
+    dim = encoder.noise_dim if exact else encoder.latent_dim
+    noise = sobol_normal(-(-samples // _CHUNK) * _CHUNK, dim).reshape(-1, _CHUNK, dim)
     weights = tf.map_fn(
         weigh, tf.constant(noise), parallel_iterations=1,
         fn_output_signature=tf.TensorSpec([_CHUNK, None]),
@@ -226,21 +224,14 @@ def _draw(model, x, seed):
 
 
 def _mean(model, x):
-    return model.averaged_encoder(x, _points(MOMENT_DRAWS, model.encoder.noise_dim, x)).mean
+    return proposal.moments(model.averaged_encoder, x)[0]
 
 
 def _points(count, dim, x):
-    return _over(_sobol(count, dim), x)
+    return _over(sobol_normal(count, dim), x)
 
 
 def _over(noise, x):
     """[count, dim] -> [count, batch, dim], the same for every row of x."""
     count, dim = noise.shape
     return tf.broadcast_to(noise[:, tf.newaxis], [count, tf.shape(x)[0], dim])
-
-
-@functools.cache
-def _sobol(count: int, dim: int) -> np.ndarray:
-    """Standard normal points, the same at every call, [count, dim]."""
-    points = scipy.stats.qmc.MultivariateNormalQMC(np.zeros(dim), rng=0)
-    return points.random(count).astype(np.float32)

@@ -187,7 +187,7 @@ def full_disks(folder, whole, places, mounted, **job):
     for place in places:
         flags, space, quota = PLACES[place]
         workdir = shutil.copytree(whole, folder / f"full_disk_{list(PLACES).index(place)}")
-        for checkpoint in sorted((workdir / checkpoints.DIRECTORY).iterdir())[1:]:
+        for checkpoint in sorted((workdir / checkpoints.DIRECTORY).glob("*.keras"))[1:]:
             if place != "export":  # so that there is something left to train
                 checkpoint.unlink()
         disk = workdir / place

@@ -1,6 +1,6 @@
 """The authors' networks on MNIST's shapes, for timing.
 
-python main.py --config=configs/benchmark.py:mlp --mode=benchmark
+avb-tf --config=benchmark:mlp --mode=benchmark
 
 `mlp` is dense, `conv` convolutional; both have the authors' noise bases and factorised adversary.
 """
@@ -9,11 +9,8 @@ from avb_tf import configuration
 
 
 def get_config(networks="mlp"):
-    config = configuration.default(
-        "avb_ac_paper", latent_dim=8, network="conv" if networks == "conv" else "dense", width=300,
-        filters=(64, 128, 256, 512), strides=(1, 1, 2, 2), adversary_width=1024, adversary_depth=3,
-        products=8192, adversary_draws=1,
-    )  # fmt: skip
+    network = "conv" if networks == "conv" else "dense"
+    config = configuration.default("avb_ac_paper", latent_dim=8, network=network)
     config.name = f"benchmark-{networks}"
     config.data.name = "mnist"
     if networks == "conv":  # or the monitor takes a minute of an epoch of twenty

@@ -1,7 +1,7 @@
 """Posteriors of fixed models, fitted by `avb_tf.fit_posterior` and set beside NUTS and Gaussians.
 
-python main.py --config=configs/posteriors.py:eight_schools --mode=train_and_evaluate
-python main.py --config=configs/posteriors.py --config.model=path.py:function
+avb-tf --config=posteriors:eight_schools --mode=train_and_evaluate
+avb-tf --config=posteriors --config.model=path.py:function
 
 The part after the colon is a function of this file that returns a model; your own file's function
 may return a pinned TFP joint distribution, a pair (joint, observed), or a `Problem`.
@@ -239,8 +239,8 @@ def logistic_regression():
     from sklearn.datasets import load_breast_cancer
     from tensorflow_probability import distributions as tfd
 
-    data = load_breast_cancer()
-    x = data.data[:150, :10]
+    x, y = map(np.asarray, load_breast_cancer(return_X_y=True))
+    x = x[:150, :10]
     x = np.concatenate([np.ones([150, 1]), (x - x.mean(0)) / x.std(0)], 1).astype(np.float32)
     joint = tfd.JointDistributionNamed(
         {
@@ -248,7 +248,7 @@ def logistic_regression():
             "y": lambda beta: tfd.Independent(tfd.Bernoulli(logits=tf.linalg.matvec(x, beta)), 1),
         }
     )
-    return joint, {"y": data.target[:150].astype(np.int32)}
+    return joint, {"y": y[:150].astype(np.int32)}
 
 
 def gaussian_process():

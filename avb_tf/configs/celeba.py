@@ -1,6 +1,6 @@
 """Faces at 64 x 64, 64 latents, convolutional networks: for an accelerator, not run here.
 
-  python main.py --config=configs/celeba.py:avb_ac --config.data.path=img_align_celeba
+  avb-tf --config=celeba:avb_ac --config.data.path=img_align_celeba
 
 The path is a folder of PNG or JPEG. Batch, learning rates, number of steps and filters are those of
 the authors' experiment on CelebA, which has prior contrast (`:avb`).
@@ -12,7 +12,7 @@ from avb_tf import configuration
 def get_config(method="avb_ac"):
     config = configuration.default(
         method, latent_dim=64, likelihood="normal", network="conv", filters=(64, 128, 256, 512),
-        width=512, bases=64, adversary_width=512, adversary_draws=4,
+        strides=(2, 2, 2, 2), width=512, bases=64, adversary_width=512, adversary_draws=4,
     )  # fmt: skip
     if method == "avb":
         config.model.noise_dim = 128

@@ -1,6 +1,6 @@
 """The paper's toy (Section 5.1, Figures 4 and 5): four points in R^4, two latents.
 
-python main.py --config=configs/four_points.py:avb --mode=train_and_evaluate
+avb-tf --config=four_points:avb --mode=train_and_evaluate
 
 Expect, in 2 minutes on two cores, a mean log p(x) by quadrature of -1.393 to -1.395 nats with
 avb and, within 1 minute, -1.568 with vae (three seeds, `make seeds`).

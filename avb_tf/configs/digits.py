@@ -1,6 +1,6 @@
 """scikit-learn's 8x8 digits with two latents: small enough for exact numbers.
 
-python main.py --config=configs/digits.py:avb_ac --mode=train_and_evaluate
+avb-tf --config=digits:avb_ac --mode=train_and_evaluate
 
 Expect, in 3 minutes on two cores, a test log p(x) by quadrature of -22.54 to -22.60 nats with
 avb_ac and, within 1 minute, -22.67 to -22.69 with vae (three seeds, `make seeds`).

@@ -1,0 +1,97 @@
+"""The models of a fit: AVB over standardised z, and the chart's trainer before it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from avb_tf.likelihoods import Likelihood
+from avb_tf.model import AVB
+from avb_tf.networks import DenseStack, ResidualAdversary
+from avb_tf.posteriors.sampler import Chart, GatedEncoder, NormalEncoder, Plain, log_normal
+from avb_tf.posteriors.start import Start
+from avb_tf.posteriors.target import Target, value_and_gradient
+
+NOWHERE = -1e4  # nats, for the average where the density is not finite
+
+
+def avb(
+    target: Target, start: Start, seed: int, settings: dict[str, Any], charted: bool, emerged=1.0
+) -> AVB:
+    """The model of z, where u = start.place(chart(z)).
+
+    Args:
+      target: the posterior.
+      start: coordinates in which it is standard.
+      seed: of the noise in training.
+      settings: of the fit.
+      charted: whether there is a chart.
+      emerged: how far the posterior has emerged from N(0, I), in [0, 1].
+    """
+    s = settings
+    encoder = GatedEncoder(target.dim, s["noise_dim"], s["blocks"], s["width"])
+    decoder = Chart(target.dim, s["chart_steps"], s["chart_width"]) if charted else Plain()
+    adversary = ResidualAdversary(DenseStack(1, 1), s["adversary_width"], s["adversary_depth"])
+    return _model(target, start, seed, settings, encoder, decoder, adversary, emerged)
+
+
+def chart_trainer(
+    target: Target, start: Start, seed: int, settings: dict[str, Any], emerged
+) -> AVB:
+    """A VAE whose decoder is the chart, with nothing for the encoder to learn."""
+    chart = Chart(target.dim, settings["chart_steps"], settings["chart_width"])
+    encoder = NormalEncoder(target.dim)
+    return _model(target, start, seed, settings, encoder, chart, None, emerged)
+
+
+def _model(target, start, seed, settings, encoder, decoder, adversary, emerged):
+    """The AVB whose log p(x, z) is `emerged` parts the model's and the rest a Gaussian."""
+    density = density_of(target, start, target.estimator(seed))
+
+    class Joint:
+        """p(x, z) as a distribution of x, which is fixed and within the density."""
+
+        def __init__(self, outputs):
+            self.outputs = outputs
+
+        def log_prob(self, x):
+            del x
+            coordinates, volume = self.outputs[:, 0, :-1], self.outputs[:, 0, -1]
+            annealed = emerged * density(coordinates) + (1.0 - emerged) * log_normal(coordinates)
+            return (annealed + volume)[:, tf.newaxis, tf.newaxis]
+
+    return AVB(
+        (1,),
+        encoder,
+        decoder,
+        adversary,
+        likelihood=Likelihood(0, Joint, None, False, False),
+        prior=False,
+        condition="x",
+        draws=settings["draws"],
+        adversary_draws=settings["draws"],
+        adversary_steps=settings["adversary_steps"],
+        ema_decay=settings["ema_decay"],
+        seed=seed,
+    )
+
+
+def density_of(target: Target, start: Start, log_density) -> Callable[[Any], Any]:
+    """log p(data, z) in nats, of standardised z [n, dim] -> [n], by that of u [n, dim].
+
+    Where the model's density is not finite, z is drawn towards the centre instead.
+    """
+
+    def of_z(z):
+        u, volume = start.place(z, target.dtype)
+        return tf.cast(log_density(u) + volume, tf.float32)
+
+    @tf.custom_gradient
+    def standardised(z):
+        density, slope = value_and_gradient(of_z, z)
+        finite = tf.math.is_finite(density) & tf.reduce_all(tf.math.is_finite(slope), -1)
+        slope = tf.where(finite[:, tf.newaxis], slope, -z)
+        density = tf.where(finite, density, NOWHERE)
+        return density, lambda upstream: upstream[:, tf.newaxis] * slope
+
+    return standardised

@@ -1,0 +1,355 @@
+"""Bijectors from R^n to the supports of TFP's distributions, checked before they are used.
+
+    bijector = constraints.checked("R", tfd.LKJ(3, 1.0))  # from R^3
+
+TFP's own bijectors are taken, except for those that are wrong or do not work: correlation matrices
+(a log determinant that is off), Wishart matrices (a softplus applied twice), simplexes
+(`SoftmaxCentered` fails on current numpy), intervals with one infinite end (NaN).
+"""
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
+
+from avb_tf.errors import UserError
+from avb_tf.posteriors.target import first_line, value_and_gradient
+
+_DRAWS = 512  # of the prior, which have to survive the inverse and back
+_MANY = 2048  # draws that check a density against its own draws
+_STANDARD_ERRORS = 7.0  # by which it may be off
+_LARGEST_JACOBIAN = 64  # rows of a Jacobian that is computed to check a log determinant
+_SIMPLEXES = (tfd.Dirichlet, tfd.FlatDirichlet, tfd.RelaxedOneHotCategorical)
+_SPHERES = (tfd.VonMisesFisher, tfd.PowerSpherical, tfd.SphericalUniform)
+_WISHARTS = (tfd.WishartTriL, tfd.WishartLinearOperator)
+
+
+class CorrelationOuterProduct(tfb.Bijector):
+    """Correlation matrices R = L L^T from their Cholesky factors L, whose rows have norm 1.
+
+        bijector = tfb.Chain([CorrelationOuterProduct(), tfb.CorrelationCholesky()])
+        bijector.forward(tf.zeros([3]))  # the identity, [3, 3]
+
+    TFP's `CholeskyOuterProduct` counts the diagonal of L as free, which it is not here. The volume
+    is that of the strictly lower entries, by which the density of `tfd.LKJ` is defined:
+    dR_ij / dL_ij = L_jj for i > j, and the Jacobian is triangular.
+    """
+
+    def __init__(self, name="correlation_outer_product"):
+        parameters = dict(locals())
+        super().__init__(forward_min_event_ndims=2, parameters=parameters, name=name)
+
+    def _forward(self, x):
+        product = tf.matmul(x, x, transpose_b=True)
+        return tf.linalg.set_diag(product, tf.ones_like(tf.linalg.diag_part(product)))
+
+    def _inverse(self, y):
+        return tf.linalg.cholesky(y)
+
+    def _forward_log_det_jacobian(self, x):
+        diagonal = tf.linalg.diag_part(x)
+        size = diagonal.shape[-1]
+        return tf.linalg.matvec(
+            tf.math.log(diagonal)[..., tf.newaxis, :],
+            tf.range(size - 1, -1, -1, dtype=diagonal.dtype),
+        )[..., 0]
+
+
+class VolumeOf(tfb.Bijector):
+    """The identity with another bijector's log determinant.
+
+    For distributions of Cholesky factors whose `log_prob` is the density of the matrix, as TFP's
+    with `input_output_cholesky` is.
+    """
+
+    def __init__(self, bijector, name="volume_of"):
+        parameters = dict(locals())
+        self._bijector = bijector
+        super().__init__(forward_min_event_ndims=2, parameters=parameters, name=name)
+
+    def _forward(self, x):
+        return x
+
+    def _inverse(self, y):
+        return y
+
+    def _forward_log_det_jacobian(self, x):
+        return self._bijector.forward_log_det_jacobian(x, event_ndims=2)
+
+
+def simplex():
+    """From R^n to n + 1 probabilities: stick-breaking, uniform at 0."""
+    return tfb.IteratedSigmoidCentered()
+
+
+def cholesky_factor():
+    """From R^(n (n + 1) / 2) to lower triangular [n, n] with a positive diagonal."""
+    return tfb.FillScaleTriL(diag_bijector=tfb.Softplus(), diag_shift=None)
+
+
+def covariance():
+    """From R^(n (n + 1) / 2) to positive definite [n, n]."""
+    return tfb.Chain([tfb.CholeskyOuterProduct(), cholesky_factor()])
+
+
+def correlation_factor():
+    """From R^(n (n - 1) / 2) to Cholesky factors of correlation matrices.
+
+    `CorrelationCholesky` alone has tails as heavy as Student's t with 2 degrees of freedom for a
+    uniform correlation; after sinh, r = tanh(u), they are exponential.
+    """
+    return tfb.Chain([tfb.CorrelationCholesky(), tfb.Sinh()])
+
+
+def correlation():
+    """From R^(n (n - 1) / 2) to correlation matrices [n, n]."""
+    return tfb.Chain([CorrelationOuterProduct(), correlation_factor()])
+
+
+def interval(low, high):
+    """From R to (low, high) where one end is infinite, or None where none is known to be.
+
+    TFP's sigmoid between limits gives NaN there.
+    """
+    low, high = (tf.get_static_value(end) for end in (low, high))
+    if low is None or high is None:
+        return None
+    below, above = np.isneginf(low).all(), np.isposinf(high).all()
+    if below and above:
+        return tfb.Identity()
+    if above and np.isfinite(low).all():
+        return tfb.Chain([tfb.Shift(low), tfb.Softplus()])
+    if below and np.isfinite(high).all():
+        return tfb.Chain([tfb.Shift(high), tfb.Scale(np.array(-1.0, high.dtype)), tfb.Softplus()])
+    return None
+
+
+def of_distribution(distribution):
+    """The bijector from R^n to the support of a distribution, or None where there is none.
+
+    Ours replaces TFP's at any depth, such as in `tfd.Sample(tfd.Dirichlet(...), 3)`.
+    """
+    return _corrected(distribution).experimental_default_event_space_bijector()
+
+
+def _own(distribution):
+    """Our bijector for a distribution's support, or None where TFP's is right."""
+    if isinstance(distribution, _SIMPLEXES):
+        return simplex()
+    if isinstance(distribution, tfd.ExpRelaxedOneHotCategorical):
+        return tfb.Chain([tfb.Log(), simplex()])
+    if isinstance(distribution, tfd.CholeskyLKJ):
+        return correlation_factor()
+    if isinstance(distribution, tfd.LKJ):
+        if distribution.input_output_cholesky:
+            return tfb.Chain([VolumeOf(CorrelationOuterProduct()), correlation_factor()])
+        return correlation()
+    if isinstance(distribution, _WISHARTS):
+        if distribution.input_output_cholesky:
+            return tfb.Chain([VolumeOf(tfb.CholeskyOuterProduct()), cholesky_factor()])
+        return covariance()
+    if isinstance(distribution, tfd.TruncatedNormal | tfd.TruncatedCauchy):
+        return interval(distribution.low, distribution.high)
+    if isinstance(distribution, tfd.Blockwise):
+        return _blocks(distribution.distributions)
+    if isinstance(distribution, tfd.MixtureSameFamily):
+        return _shared([distribution.components_distribution])
+    if isinstance(distribution, tfd.Mixture):
+        return _shared(distribution.components)
+    return None
+
+
+def _blocks(components):
+    """The bijectors of a `tfd.Blockwise`, side by side, or None where one changes sizes."""
+    bijectors = [of_distribution(component) for component in components]
+    if any(one is None or one.forward_min_event_ndims != 0 for one in bijectors):
+        return None
+    sizes = [component.event_shape.num_elements() for component in components]
+    return tfb.Blockwise(bijectors, block_sizes=sizes)
+
+
+def _shared(components):
+    """The bijector that all components of a mixture have, or None where their supports differ."""
+    bijectors = [of_distribution(component) for component in components]
+    alike = all(type(one) is type(bijectors[0]) for one in bijectors)
+    if not alike or bijectors[0] is None:
+        return None
+    # A bijector with a batch, such as that of Uniform(0, [1, 2]), differs between components.
+    free = [tf.TensorShape(one.experimental_batch_shape()).rank == 0 for one in bijectors]
+    known = not any(tf.nest.flatten([_limits(one) for one in bijectors]))
+    return bijectors[0] if all(free) and known else None
+
+
+def _limits(bijector):
+    """The numbers that a bijector was built from, other than flags and names."""
+    return [
+        value is not None and not isinstance(value, bool | str)
+        for value in bijector.parameters.values()
+    ]
+
+
+def _corrected(distribution):
+    """The distribution with our bijectors in place of TFP's."""
+    bijector = _own(distribution)
+    if bijector is not None:
+        methods = {"_default_event_space_bijector": lambda self: bijector}
+        kind = type(distribution)
+        return type(kind.__name__, (kind,), methods)(**distribution.parameters)
+    inner = getattr(distribution, "distribution", None)
+    if isinstance(inner, tfd.Distribution) and "distribution" in distribution.parameters:
+        corrected = _corrected(inner)
+        if corrected is not inner:
+            return distribution.copy(distribution=corrected)
+    return distribution
+
+
+def checked(name: str, distribution):
+    """The bijector from R^n to a distribution's support, after checks.
+
+    Draws of the prior have to survive the inverse and back, and the volume has to be right: by
+    automatic differentiation where the bijector works on each number by itself; where numbers
+    depend on each other, as in a matrix, the density has to be that of its own draws.
+
+    Args:
+      name: of the parameter, for the message.
+      distribution: of a single draw.
+    Raises:
+      UserError: there is none, or it is wrong.
+    """
+    kind = f"'{name}' ({type(distribution).__name__})"
+    if isinstance(distribution, _SPHERES):
+        raise UserError(
+            f"{kind} lies on a sphere, to which no R^n is mapped one to one; expected an angle, or "
+            "a Gaussian vector that the model normalises"
+        )
+    try:
+        bijector = of_distribution(distribution)
+        if bijector is not None:
+            _check_inverse(kind, distribution, bijector)
+            _check_volume(kind, distribution, bijector)
+    except UserError:
+        raise
+    except Exception as error:  # bijectors and distributions raise many kinds
+        raise UserError(
+            f"the bijector of {kind} fails ({type(error).__name__}: {first_line(error)}); expected "
+            "one from R^n to its support: give a log density with `bijector`"
+        ) from error
+    if bijector is None:
+        raise UserError(
+            f"{kind} has no default bijector to its support; expected a continuous distribution "
+            "with `experimental_default_event_space_bijector`, or a log density with `bijector`"
+        )
+    return bijector
+
+
+def _draws(distribution, count):
+    """Draws of the prior, [count, ...], or None where it has a density alone."""
+    try:
+        draws = distribution.sample(count, seed=(0, 1)).numpy()
+    except Exception:  # whatever a user's own distribution raises
+        return None
+    return draws if np.isfinite(draws).any() else None
+
+
+def _check_inverse(kind, distribution, bijector):
+    draws = _draws(distribution, _DRAWS)
+    if draws is None:
+        return
+    free = np.asarray(bijector.inverse(draws))
+    back = np.asarray(bijector.forward(tf.constant(free)), np.float64)
+    drawn = np.isfinite(draws).reshape(_DRAWS, -1).all(1)
+    outside = drawn & np.isnan(free).reshape(_DRAWS, -1).any(1)
+    inside = drawn & np.isfinite(free).reshape(_DRAWS, -1).all(1)  # not at the edge of a float
+    wrong = True
+    if inside.any():
+        scale = np.abs(draws[inside]) + np.std(draws[inside], 0) + 1e-6
+        wrong = not (np.abs(back[inside] - draws[inside]) <= 1e-2 * scale).all()
+    if wrong or outside.mean() > 0.01:
+        raise UserError(
+            f"the bijector of {kind} does not give its own draws back; expected one that reaches "
+            "the whole support: give a log density with `bijector`"
+        )
+
+
+def _check_volume(kind, distribution, bijector):
+    shape = bijector.inverse_event_shape(distribution.event_shape)
+    if bijector.forward_min_event_ndims != 0:
+        size = shape.num_elements()
+        draws = _draws(distribution, max(256, min(_MANY, 2 * 10**6 // max(1, size))))
+        if draws is not None:
+            return _check_own_draws(kind, distribution, bijector, draws)
+        if size > _LARGEST_JACOBIAN:
+            return None
+    free = tf.random.stateless_normal(shape, (0, 1), dtype=distribution.dtype)
+    return _check_log_determinant(kind, distribution, bijector, free)
+
+
+def _check_own_draws(kind, distribution, bijector, draws):
+    """Holds a density against its own draws by what is true of any density.
+
+    E[score] = 0 and E[u score] = -1 for each coordinate of unconstrained u. Where the values are
+    redundant, as in a simplex, this depends on no convention about their volume.
+    """
+    free = np.asarray(bijector.inverse(draws))
+    ranks = bijector.inverse_event_ndims(distribution.event_shape.rank)
+
+    def log_density(u):
+        volume = bijector.forward_log_det_jacobian(u, event_ndims=ranks)
+        return distribution.log_prob(bijector.forward(u)) + volume
+
+    score = np.asarray(value_and_gradient(log_density, tf.constant(free))[1], np.float64)
+    free, score = (v.reshape(len(draws), -1) for v in (free.astype(np.float64), score))
+    usable = np.isfinite(free).all(1) & np.isfinite(score).all(1)
+    if usable.mean() < 0.99:  # draws at the edge of a float, without which the means are biased
+        return
+    for moment, expected in ((score, 0.0), (free * score, -1.0)):
+        error = moment[usable].std(0) / np.sqrt(usable.sum()) + 1e-3
+        off = np.abs(moment[usable].mean(0) - expected) / error
+        if off.max() > _STANDARD_ERRORS:
+            raise UserError(
+                f"the bijector of {kind} has a log determinant under which the density is not that "
+                f"of its own draws, by {off.max():.0f} standard errors; expected one that fits: "
+                "give a log density with `bijector`"
+            )
+
+
+def _check_log_determinant(kind, distribution, bijector, free):
+    """Compares with automatic differentiation at unconstrained `free`."""
+    ranks = bijector.inverse_event_ndims(distribution.event_shape.rank)
+    stated = np.sum(bijector.forward_log_det_jacobian(free, event_ndims=ranks))
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(free)
+        image = bijector.forward(tf.identity(free))
+    if bijector.forward_min_event_ndims == 0:
+        with np.errstate(divide="ignore"):
+            volume = np.log(np.abs(tape.gradient(image, free))).sum()
+    else:
+        jacobian = np.asarray(tape.jacobian(image, free, experimental_use_pfor=False), np.float64)
+        rows = _independent(np.asarray(image, np.float64), free.shape.num_elements())
+        if rows is None:
+            return
+        volume = np.linalg.slogdet(jacobian.reshape(len(rows), -1)[rows])[1]
+    if not np.isfinite(volume) or abs(volume - stated) > 1e-2 * (1.0 + abs(volume)):
+        raise UserError(
+            f"the bijector of {kind} has the log determinant {stated:.4f} where automatic "
+            f"differentiation gives {volume:.4f}; expected the same: give a log density with "
+            "`bijector`"
+        )
+
+
+def _independent(image, count):
+    """Which entries of a constrained value determine it, as a mask of the flat value, or None.
+
+    They are those by which TFP's densities are defined: all but the last of a simplex, the lower
+    triangle of a matrix, without its diagonal where that is given by the rest.
+    """
+    mask = np.ones(image.shape, bool)
+    if mask.sum() == count:
+        return mask.ravel()
+    if image.ndim >= 2 and image.shape[-1] == image.shape[-2]:
+        for diagonal in (0, -1):
+            lower = mask & np.tri(image.shape[-1], k=diagonal, dtype=bool)
+            if lower.sum() == count:
+                return lower.ravel()
+    mask[..., -1] = False
+    return mask.ravel() if mask.sum() == count else None

@@ -1,0 +1,149 @@
+"""The start of a posterior of hundreds of dimensions: no covariance in full.
+
+A Gaussian with a diagonal covariance is fitted by its bound on the evidence, not by the highest
+density, which in a hierarchical model is where all effects are equal. Chains from its draws then
+give means, scales, and the few directions of correlations that stand out of the noise of as many
+states.
+"""
+
+import time
+
+import numpy as np
+
+from avb_tf.errors import UserError
+from avb_tf.posteriors import hmc
+
+CHAINS = 64
+ROUNDS = 12  # of the chains, with the scales of all taken anew after each
+TRANSITIONS = 12  # in a round
+LEAPFROGS = 8  # in a transition
+KEPT = 16, 64  # states of each chain, at least and at most
+THINNED = 4  # transitions from one kept state to the next
+RANK = 20  # directions of correlations, at most
+_ROWS = 512  # evaluations at once
+_DRAWS = 16  # of a step of the Gaussian
+_STEPS = 1500  # of the Gaussian, at most
+_RATE = 0.1  # of Adam, in standard deviations, falling to a hundredth
+
+
+def gaussian(scores, dim: int, points: np.ndarray, rng, deadline: float):
+    """The Gaussian of a diagonal covariance with the best bound, from any of points [n, dim].
+
+    Adam moves the mean in units of the standard deviations, and the logarithms of these.
+
+    Returns:
+      Mean [dim] and standard deviations [dim], or None where the density is finite nowhere near.
+    """
+    best, highest = None, -np.inf
+    began = time.monotonic()
+    for i, point in enumerate(points):
+        until = began + (i + 1) / len(points) * (deadline - began)
+        mean, scale, bound = _mean_field(scores, point.copy(), rng, until)
+        if np.isfinite(bound) and bound > highest:
+            best, highest = (mean, scale), bound
+    return best
+
+
+def _mean_field(scores, mean, rng, deadline):
+    log_scale = np.log(_scales(scores, mean))
+    moments = np.zeros([2, 2, len(mean)])  # Adam's, of both gradients
+    bound, began = -np.inf, time.monotonic()
+    for step in range(1, _STEPS + 1):
+        share = max(step / _STEPS, (time.monotonic() - began) / (deadline - began))
+        if share > 1.0:
+            break
+        half = rng.normal(size=[_DRAWS // 2, len(mean)])
+        noise = np.concatenate([half, -half])
+        scale = np.exp(log_scale)
+        density, score = scores(mean + scale * noise)
+        usable = np.isfinite(density) & np.isfinite(score).all(1)
+        if not usable.any():
+            log_scale -= 0.5
+            continue
+        whitened = score[usable] * scale
+        gradient = np.stack([whitened.mean(0), (whitened * noise[usable]).mean(0) + 1.0])
+        moments[0] += 0.1 * (gradient - moments[0])
+        moments[1] += 0.01 * (gradient**2 - moments[1])
+        corrected = moments[0] / (1.0 - 0.9**step), moments[1] / (1.0 - 0.99**step)
+        rate = _RATE * 0.01**share
+        move = rate * corrected[0] / (np.sqrt(corrected[1]) + 1e-12)
+        mean += scale * move[0]
+        log_scale += move[1]
+        now = density[usable].mean() + log_scale.sum()
+        bound = now if not np.isfinite(bound) else bound + 0.05 * (now - bound)
+    return mean, np.exp(log_scale), bound
+
+
+def _scales(scores, x):
+    """1 / sqrt of the curvature along each coordinate, by differences of the gradient, [dim]."""
+    dim = len(x)
+    scale = np.ones(dim)
+    size = np.full(dim, 1e-2)
+    for _ in range(2):
+        curvature = np.empty(dim)
+        for rows in np.array_split(np.arange(dim), -(-dim // _ROWS)):
+            step = np.zeros([len(rows), dim])
+            step[np.arange(len(rows)), rows] = size[rows]
+            ahead, behind = scores(x + step)[1], scores(x - step)[1]
+            column = np.arange(len(rows)), rows
+            curvature[rows] = (behind[column] - ahead[column]) / (2.0 * size[rows])
+        usable = np.isfinite(curvature) & (curvature > 0)
+        scale = np.where(usable, np.clip(curvature, 1e-12, 1e24), 1.0) ** -0.5
+        size = np.clip(0.1 * scale, 1e-6, 1.0)
+    return scale
+
+
+def states(scores, dim: int, points: np.ndarray, rng, deadline: float) -> np.ndarray:
+    """States of chains [chains, kept, dim].
+
+    Raises:
+      UserError: the density is finite nowhere near.
+    """
+    began = time.monotonic()
+    best = gaussian(scores, dim, points, rng, began + 0.4 * (deadline - began))
+    if best is None:
+        raise UserError(
+            "the log density is not finite wherever the fit started; expected a finite number near "
+            "0 in unconstrained space: check the model at a plausible value of its parameters"
+        )
+    mean, scale = best
+    draws = mean + scale * rng.normal(size=[CHAINS, dim])
+    density = scores(draws)[0]
+    usable = np.flatnonzero(np.isfinite(density))
+    draws = draws[rng.choice(usable, CHAINS)]
+    step_size: float | np.ndarray = 0.1
+    for _ in range(ROUNDS):
+        since = time.monotonic()
+        chains = hmc.run_chains(
+            scores, draws, scale, TRANSITIONS, LEAPFROGS, step_size, rng, adapt=True
+        )
+        draws, step_size = chains.states[-1], chains.step_size
+        scale = chains.states[-4:].reshape(-1, dim).std(0)
+        lasted = (time.monotonic() - since) / TRANSITIONS
+        if time.monotonic() > began + 0.6 * (deadline - began):
+            break
+    affordable = (deadline - time.monotonic()) / (lasted * THINNED)
+    kept = int(np.clip(affordable, *KEPT))
+    exact = hmc.run_chains(scores, draws, scale, kept * THINNED, LEAPFROGS, step_size, rng)
+    return np.swapaxes(exact.states[THINNED - 1 :: THINNED], 0, 1)
+
+
+def directions(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where states z [n, dim] of unit variances vary by more or less than chance.
+
+    Chance is the edge of the Marchenko-Pastur law for as many independent states.
+
+    Returns:
+      Orthonormal directions [dim, rank], and standard deviations along them [rank].
+    """
+    count, dim = z.shape
+    left, values, _ = np.linalg.svd(z.T / np.sqrt(count), full_matrices=False)
+    edge = 1.0 + np.sqrt(dim / count)
+    rank = min(RANK, int((values > 1.1 * edge).sum()))
+    # The noise adds to a large eigenvalue l about l (dim / count) / (l - 1).
+    squares = values[:rank] ** 2
+    for _ in range(3):
+        true = np.maximum(squares, 1.0 + 1e-6)
+        shrunk = values[:rank] ** 2 / (1.0 + dim / count / np.maximum(true - 1.0, 0.1))
+        squares = np.maximum(shrunk, 1.0)
+    return left[:, :rank], np.sqrt(squares)

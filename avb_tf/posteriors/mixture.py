@@ -1,0 +1,118 @@
+"""Mixtures of Student t distributions: a density that is known, near a set of draws.
+
+They stand in for a posterior where an exact density is needed: as proposals of jumps between
+modes, as what an unknown mode would exceed, and as one side of a bridge to the evidence.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import linalg, special
+
+DEGREES = 5.0  # of freedom: tails heavier than a Gaussian's, with a finite covariance
+_LARGEST_WORK = 2 * 10**5  # components times squared dimensions
+_ROUNDS = 4  # of expectation maximisation
+
+
+class Mixture(NamedTuple):
+    """Components of equal degrees of freedom.
+
+    mixture = Mixture(np.ones(1), np.zeros([1, 2]), np.eye(2)[np.newaxis])
+    mixture.log_density(mixture.draw(10, np.random.default_rng(0)))  # [10]
+    """
+
+    weights: np.ndarray  # [components], which sum to 1
+    means: np.ndarray  # [components, dim]
+    roots: np.ndarray  # [components, dim, dim], lower triangular: covariance = root root^T
+    degrees: float = DEGREES  # infinity: Gaussians
+
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Independent draws, [count, dim]."""
+        component = rng.choice(len(self.weights), count, p=self.weights)
+        noise = rng.normal(size=[count, self.means.shape[1]])
+        if np.isfinite(self.degrees):
+            noise *= np.sqrt(self._scale(rng.chisquare(self.degrees, [count, 1])))
+        moved = np.empty_like(noise)
+        for k in np.unique(component):
+            moved[component == k] = noise[component == k] @ self.roots[k].T
+        return self.means[component] + moved
+
+    def _scale(self, chi_square):
+        """The roots are those of covariances, not of t's scale matrices."""
+        return (self.degrees - 2.0) / chi_square
+
+    def log_densities(self, x: np.ndarray) -> np.ndarray:
+        """Of each component by itself, with its weight, in nats, [components, n]."""
+        dim = x.shape[1]
+        columns = []
+        for weight, mean, root in zip(self.weights, self.means, self.roots, strict=True):
+            squares = (linalg.solve_triangular(root, (x - mean).T, lower=True) ** 2).sum(0)
+            volume = np.log(np.diag(root)).sum()
+            columns.append(np.log(weight) - volume + self._log_kernel(squares, dim))
+        return np.stack(columns)
+
+    @property
+    def log_peak(self) -> float:
+        """Log density of a component of unit covariance at its mean, in nats."""
+        return float(self._log_kernel(0.0, self.means.shape[1]))
+
+    def _log_kernel(self, squares, dim):
+        if not np.isfinite(self.degrees):
+            return -0.5 * squares - 0.5 * dim * np.log(2.0 * np.pi)
+        nu = self.degrees
+        constant = special.gammaln(0.5 * (nu + dim)) - special.gammaln(0.5 * nu)
+        constant -= 0.5 * dim * np.log((nu - 2.0) * np.pi)
+        return constant - 0.5 * (nu + dim) * np.log1p(squares / (nu - 2.0))
+
+    def log_density(self, x: np.ndarray) -> np.ndarray:
+        """In nats, [n, dim] -> [n]."""
+        return np.logaddexp.reduce(self.log_densities(x))
+
+
+def largest(dim: int) -> int:
+    """How many components are affordable in `dim` dimensions."""
+    return int(np.clip(_LARGEST_WORK // dim**2, 1, 64))
+
+
+def of_gaussians(gaussians, degrees=np.inf) -> Mixture:
+    """Equal weights of Gaussians, given as (mean, symmetric root of the covariance)."""
+    means = np.stack([mean for mean, _ in gaussians])
+    roots = np.stack([lower(root @ root.T) for _, root in gaussians])
+    return Mixture(np.full(len(means), 1.0 / len(means)), means, roots, degrees)
+
+
+def lower(covariance: np.ndarray) -> np.ndarray:
+    """The Cholesky factor of a matrix that rounding may have left indefinite."""
+    values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
+    root = vectors * np.sqrt(np.maximum(values, max(1e-15 * values[-1], 1e-300)))
+    factor = np.linalg.qr(root.T)[1].T
+    return factor * np.sign(np.diag(factor))
+
+
+def fitted(x: np.ndarray, initial: Mixture) -> Mixture:
+    """A mixture fitted to draws x [n, dim] by expectation maximisation from `initial`.
+
+    A component shrinks towards the covariance it came with, as if that had been seen on dim + 2
+    draws, so that one of few draws stays a proper density. None loses all of its weight: a mode
+    that a few draws miss can still be jumped to.
+    """
+    count, dim = x.shape
+    trust = dim + 2.0
+    weights, means, roots = initial.weights, initial.means, initial.roots
+    priors = roots @ np.swapaxes(roots, 1, 2)
+    for _ in range(_ROUNDS):
+        joint = Mixture(weights, means, roots, np.inf).log_densities(x)
+        responsibility = np.exp(joint - np.logaddexp.reduce(joint))
+        mass = responsibility.sum(1)
+        new_means, covariances = [], []
+        for share, total, mean, prior in zip(responsibility, mass, means, priors, strict=True):
+            middle = (share @ x + mean) / (total + 1.0)
+            centred = x - middle
+            scatter = (share[:, np.newaxis] * centred).T @ centred
+            new_means.append(middle)
+            covariances.append((scatter + trust * prior) / (total + trust))
+        means = np.stack(new_means)
+        roots = np.stack([lower(covariance) for covariance in covariances])
+        weights = mass / count + 0.02 / len(mass)
+        weights /= weights.sum()
+    return Mixture(weights, means, roots, DEGREES)

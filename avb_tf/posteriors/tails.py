@@ -1,0 +1,140 @@
+"""Coordinates in which heavy tails are Gaussian ones.
+
+A Gaussian through a smooth network has Gaussian tails, and a posterior with the tails of a Student
+t would be fitted by none, nor explored by short chains. Where the density falls like a power, its
+coordinate is v, Gaussian in the tails, with
+
+    u = location + scale * sign(v) (erfc(|v| / sqrt 2)^-weight - 1) / weight
+
+which has tails like |u|^(-1 - 1 / weight). Source: Hickling and Prangle (2024), "Flexible tails for
+normalizing flows".
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from scipy import special
+from tensorflow_probability import distributions as tfd
+
+_LIGHT = 0.06  # weight below which a tail is left alone: t with 16 degrees of freedom
+_HEAVIEST = 2.0
+_DISTANCES = 10.0 ** np.arange(2.0, 6.0)  # in scales, where slopes are measured
+
+
+class Tails(NamedTuple):
+    """Of each coordinate.
+
+    tails = Tails(np.zeros(1), np.ones(1), np.full([2, 1], 0.5))  # as heavy as t with 2 degrees
+    u, volume = tails.forward(tf.constant([[3.0]]))
+    """
+
+    location: np.ndarray  # [dim]
+    scale: np.ndarray  # [dim]
+    weight: np.ndarray  # [2, dim], of the lower and the upper tail; 0: the identity
+
+    @property
+    def heavy(self) -> np.ndarray:
+        """[dim], whether a coordinate is transformed."""
+        return np.any(self.weight > 0, axis=0)
+
+    def forward(self, v):
+        """u and log |du / dv| for v [..., dim]: [..., dim] and [...]."""
+        if not self.heavy.any():
+            return v, tf.zeros(tf.shape(v)[:-1], v.dtype)
+        location, scale, heavy = (tf.constant(x, v.dtype) for x in self._flat())
+        lower, upper = (tf.constant(w, v.dtype) for w in self._safe())
+        weight = tf.where(v < 0, lower, upper)
+        size = tf.abs(v)
+        log_tail = _log_erfc(size)
+        u = location + scale * tf.sign(v) * tf.math.expm1(-weight * log_tail) / weight
+        slope = 0.5 * np.log(2.0 / np.pi) - 0.5 * size**2 - (weight + 1.0) * log_tail
+        is_heavy = heavy > 0
+        log_slope = tf.where(is_heavy, slope + tf.math.log(scale), 0.0)
+        return tf.where(is_heavy, u, v), tf.reduce_sum(log_slope, -1)
+
+    def inverse(self, u: np.ndarray) -> np.ndarray:
+        """v for u [n, dim], in float64."""
+        location, scale, heavy = self._flat()
+        lower, upper = self._safe()
+        y = (u - location) / scale
+        weight = np.where(y < 0, lower, upper)
+        log_tail = -np.log1p(weight * np.abs(y)) / weight
+        v = np.sign(y) * -special.ndtri_exp(log_tail - np.log(2.0))
+        return np.where(heavy > 0, v, u)
+
+    def _flat(self):
+        return self.location, self.scale, self.heavy.astype(np.float64)
+
+    def _safe(self):
+        """Weights, with a light tail beside a heavy one as light as is told apart."""
+        return np.maximum(self.weight, 0.5 * _LIGHT)
+
+
+def _log_erfc(size):
+    """log erfc(size / sqrt 2), size >= 0."""
+    normal = tfd.Normal(tf.zeros([], size.dtype), tf.ones([], size.dtype))
+    return np.log(2.0) + normal.log_cdf(-size)
+
+
+def light(dim: int) -> Tails:
+    """No coordinate transformed."""
+    return Tails(np.zeros(dim), np.ones(dim), np.zeros([2, dim]))
+
+
+def slopes(log_density, x: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """d log p / d log distance, far out along lines, both ways.
+
+    Args:
+      log_density: [n, dim] -> [n], in nats.
+      x: [dim], where the lines cross.
+      directions: [lines, dim], each a standard deviation long, roughly.
+    Returns:
+      [2, lines, distances - 1], from one distance to the next, against the direction first; minus
+      infinity where the density is not finite.
+    """
+    signs = np.array([-1.0, 1.0])[:, np.newaxis, np.newaxis, np.newaxis]
+    points = x + signs * _DISTANCES[:, np.newaxis] * directions[:, np.newaxis]
+    density = log_density(points.reshape(-1, len(x))).reshape(points.shape[:-1])
+    density = np.where(np.isfinite(density), density, -np.inf)
+    with np.errstate(invalid="ignore"):
+        steps = np.diff(density, axis=-1) / np.log(10.0)
+    return np.where(np.isnan(steps), -np.inf, steps)
+
+
+def improper(slopes: np.ndarray, dim: int = 1) -> np.ndarray:
+    """[lines], whether the density's integral diverges at either end of a line.
+
+    Args:
+      slopes: as `slopes` gives them.
+      dim: of the cone around a line in which the density falls alike; 1 for a line by itself.
+    """
+    return (slopes[..., -2:].max(-1) > -1.02 * dim).any(0)
+
+
+def of_slopes(slopes: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:
+    """Tails as heavy as the density's own along each coordinate."""
+    power = -slopes[..., 0] - 1.0  # of u in P(|u| > distance), near the bulk
+    far = -slopes[..., -1] - 1.0
+    power = np.where(np.isfinite(far) & (far < 50.0), np.minimum(power, far), np.inf)
+    return of_weights(1.0 / np.maximum(power, 1e-3), location, scale)
+
+
+def of_weights(weight, location, scale) -> Tails:
+    """Tails of given weights [2, dim], light ones left alone."""
+    weight = np.where(weight < _LIGHT, 0.0, np.minimum(weight, _HEAVIEST))
+    return Tails(location, scale, weight)
+
+
+def estimated(u: np.ndarray) -> Tails:
+    """Tails of draws u [n, dim], by Hill's estimator on a twentieth of the draws of each side."""
+    location = np.median(u, 0)
+    scale = np.subtract(*np.quantile(u, [0.75, 0.25], axis=0)) / 1.35
+    y = (u - location) / np.maximum(scale, 1e-300)
+    count = max(20, len(u) // 20)
+    weights = []
+    for side in (-y, y):
+        largest = np.sort(side, 0)[-count - 1 :]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weights.append(np.mean(np.log(largest[1:] / largest[0]), 0))
+    return Tails(location, scale, np.nan_to_num(np.stack(weights)))

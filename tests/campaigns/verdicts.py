@@ -1,0 +1,151 @@
+"""The error rate of the verdict: fits of targets whose draws are known exactly.
+
+    .venv/bin/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6
+
+A fit is false trust where the verdict is "trust" and a classifier tells the fit's draws from exact
+ones with an accuracy above 0.55, or a mode's share is off by more than 0.1. What is finished is not
+done again: each fit is a file, and each target a process of its own, since TensorFlow keeps all
+graphs. `table.md` has all of them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ACCURACY, SHARE = 0.55, 0.1
+DRAWS = 3000  # half of them teach the classifiers, the other half are told apart
+
+
+def measured(name: str, seconds: float, seed: int) -> dict:
+    """One fit beside the truth."""
+    import numpy as np
+    import tensorflow as tf
+
+    import avb_tf
+    from avb_tf.posteriors import comparison, verdict
+    from tests.campaigns.verdict_targets import TARGETS
+
+    truth = TARGETS[name]()
+    began = time.monotonic()
+    try:
+        fit = avb_tf.fit_posterior(
+            truth.model, truth.observed, shape=truth.shape, seconds=seconds, seed=seed,
+            dtype="float64", verbose=False,
+        )  # fmt: skip
+    except avb_tf.UserError as error:
+        return {"verdict": "refused", "reason": str(error), "seconds": time.monotonic() - began}
+    taken = time.monotonic() - began
+    diagnostics = fit.diagnostics()
+    exact = tf.nest.map_structure(
+        np.asarray, truth.draw(DRAWS, np.random.default_rng(10_000 + seed))
+    )
+    reference, u = fit.target.unconstrain(exact), fit.unconstrained(DRAWS, seed=1)
+    shares = None
+    if truth.modes is not None:
+        nearest = [
+            np.linalg.norm(x[:, np.newaxis] - truth.modes, axis=-1).argmin(1)
+            for x in (u, reference)
+        ]
+        counts = [np.bincount(k, minlength=len(truth.modes)) / DRAWS for k in nearest]
+        shares = float(np.abs(counts[0] - counts[1]).max())
+    return {
+        "verdict": diagnostics.verdict,
+        "reason": diagnostics.reason,
+        "distance": diagnostics.distance,
+        "seconds": taken,
+        "steps": fit.steps,
+        "c2st": 0.5 + 0.5 * verdict.classified(u, reference, DRAWS),
+        "sliced_wasserstein": comparison.sliced_wasserstein(u, reference),
+        "share_off": shares,
+        "log_evidence": list(fit.log_evidence),
+        "exact_log_evidence": truth.log_evidence,
+    }
+
+
+def false_trust(row: dict) -> bool:
+    """Whether a verdict of trust is contradicted by the truth."""
+    off = row.get("share_off") or 0.0
+    return row["verdict"] == "trust" and (row["c2st"] > ACCURACY or off > SHARE)
+
+
+def file_of(directory: Path, name: str, seconds: float, seed: int) -> Path:
+    """Where a fit is kept."""
+    plain = "".join(c if c.isalnum() else "_" for c in name)
+    return directory / f"{plain}-{seconds:g}s-{seed}.json"
+
+
+def table(directory: Path) -> str:
+    """All finished fits as Markdown, and the counts."""
+    from avb_tf import tables
+
+    rows = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+    columns = {
+        "target": [row["target"] for row in rows],
+        "seconds": [f"{row['limit']:g}" for row in rows],
+        "taken": [f"{row['seconds']:.0f}" for row in rows],
+        "seed": [str(row["seed"]) for row in rows],
+        "verdict": [row["verdict"] + (" FALSE" if false_trust(row) else "") for row in rows],
+        "distance": [f"{row['distance']:.2f}" if "distance" in row else "" for row in rows],
+        "C2ST": [f"{row['c2st']:.3f}" if "c2st" in row else "" for row in rows],
+        "SW2": [f"{row['sliced_wasserstein']:.3f}" if "c2st" in row else "" for row in rows],
+        "share off": [f"{row['share_off']:.2f}" if row.get("share_off") else "" for row in rows],
+        "evidence, in errors": [_errors(row) for row in rows],
+    }
+    verdicts = [row["verdict"] for row in rows]
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
+    false = sum(map(false_trust, rows))
+    summary = f"{len(rows)} fits: {counts}; {false} of them false trust."
+    return tables.aligned([[k, *v] for k, v in columns.items()]) + "\n\n" + summary + "\n"
+
+
+def _errors(row):
+    """How many stated errors the evidence is off."""
+    value, error = row.get("log_evidence", [0.0, float("inf")])
+    exact = row.get("exact_log_evidence")
+    if exact is None or error == float("inf"):
+        return "unknown"
+    return f"{(value - exact) / error:+.1f}"
+
+
+def main() -> None:
+    """Runs what is not finished yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 6.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", nargs="+", help="names of targets")
+    parser.add_argument("--here", action="store_true", help="in this process")
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    from tests.campaigns.verdict_targets import TARGETS
+
+    for name in options.only or TARGETS:
+        missing = [
+            (seconds, seed)
+            for seconds in options.seconds
+            for seed in options.seeds
+            if not file_of(options.directory, name, seconds, seed).exists()
+        ]
+        if missing and not options.here:
+            arguments = [sys.executable, "-m", "tests.campaigns.verdicts", str(options.directory)]
+            arguments += ["--here", "--only", name, "--seconds", *map(str, options.seconds)]
+            arguments += ["--seeds", *map(str, options.seeds)]
+            subprocess.run(arguments, env=os.environ, check=False)
+            continue
+        for seconds, seed in missing:
+            row = {"target": name, "limit": seconds, "seed": seed}
+            row |= measured(name, seconds, seed)
+            file_of(options.directory, name, seconds, seed).write_text(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+    if not options.here:
+        text = table(options.directory)
+        (options.directory / "table.md").write_text(text)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

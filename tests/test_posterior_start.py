@@ -1,0 +1,315 @@
+"""Where a fit starts: modes, tails, scales, the evidence; against closed forms and quadrature."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import integrate, stats
+from tensorflow_probability import distributions as tfd
+
+from avb_tf import UserError
+from avb_tf.posteriors import evidence, hmc, large, mixture, models, search, start, tails
+
+
+def states(target, **settings):
+    """The chains' states before the constraint, [n, dim], and the start they are of."""
+    begun = start.find(target, **settings)
+    u = begun.place(tf.constant(begun.z, target.dtype), target.dtype)[0]
+    return np.asarray(u, np.float64), begun
+
+
+def right(estimate, exact):
+    """Whether an estimate of the evidence is within four of its errors, which is small."""
+    return abs(estimate.value - exact) < 4.0 * estimate.standard_error < 0.4
+
+
+def mixture_of(centres, widths, weights):
+    centres = np.asarray(centres, np.float32)
+    deviations = np.reshape(widths, [-1, 1]) * np.ones_like(centres)
+    density = tfd.MixtureSameFamily(
+        tfd.Categorical(probs=np.float32(weights)),
+        tfd.MultivariateNormalDiag(centres, deviations.astype(np.float32)),
+    )
+    return models.make(density.log_prob, shape=[centres.shape[1]])
+
+
+# Modes.
+
+
+@pytest.mark.parametrize(
+    ("centres", "widths", "weights"),
+    [
+        ([[0, 0], [3, 3]], [1.0, 0.02], [0.5, 0.5]),  # a needle beside a wide one
+        ([[0, 0], [0.5, 0.5]], [1.0, 0.03], [0.7, 0.3]),  # and within it
+        ([[-30, 0, 0], [30, 0, 0]], [1.0, 0.5], [0.2, 0.8]),  # far apart
+        ([[0, 0, 0, 0], [4, 0, 0, 0], [0, 9, 0, 0]], [1.0, 0.5, 2.0], [0.2, 0.3, 0.5]),
+    ],
+)
+def test_modes_of_unequal_widths_have_their_shares(centres, widths, weights):
+    u, begun = states(mixture_of(centres, widths, weights))
+    distance = np.linalg.norm(u[:, np.newaxis] - np.asarray(centres), axis=-1)
+    dim = len(centres[0])
+    nearest = (np.log(weights) - 0.5 * (distance / widths) ** 2 - dim * np.log(widths)).argmax(1)
+    shares = np.bincount(nearest, minlength=len(weights)) / len(u)
+    np.testing.assert_allclose(shares, weights, atol=0.06)
+    assert right(begun.log_evidence, 0.0)
+
+
+def test_twenty_five_modes_on_a_grid():
+    centres = [[4.0 * i, 4.0 * j] for i in range(-2, 3) for j in range(-2, 3)]
+    u, begun = states(mixture_of(centres, np.full(25, 0.3), np.full(25, 0.04)))
+    nearest = np.linalg.norm(u[:, np.newaxis] - np.asarray(centres), axis=-1).argmin(1)
+    shares = np.bincount(nearest, minlength=25) / len(u)
+    np.testing.assert_allclose(shares, 0.04, atol=0.025)
+    assert right(begun.log_evidence, 0.0)
+
+
+def test_newtons_method_finds_modes_from_afar_whatever_the_units():
+    sd = np.array([1e-3, 1.0, 1e3])
+    target = models.make(
+        lambda x: -0.5 * tf.reduce_sum(((x - 5.0 * sd) / sd) ** 2, -1), shape=[3], dtype="float64"
+    )
+    scores = hmc.scores(target.log_density, target.dtype)
+    points = sd * np.random.default_rng(0).normal(size=[10, 3]) * 100.0
+    maxima = search.climb(scores, points)
+    np.testing.assert_allclose(maxima / sd, 5.0, atol=0.05)
+    modes = search.modes(scores, maxima)
+    assert len(modes.x) == 1
+    np.testing.assert_allclose(modes.roots[0], np.diag(sd), rtol=1e-3, atol=1e-4)
+    exact = np.log(sd).sum() + 1.5 * np.log(2.0 * np.pi)
+    assert modes.log_mass[0] == pytest.approx(exact, abs=1e-2)
+
+
+# Tails.
+
+
+def test_coordinates_of_heavy_tails_and_their_inverse():
+    one = tails.Tails(np.array([1.0, 0.0]), np.array([2.0, 1.0]), np.array([[0.5, 0.0]] * 2))
+    v = np.array([[-4.0, 1.0], [-0.3, 2.0], [0.2, 0.0], [5.0, -3.0]])
+    with tf.GradientTape() as tape:
+        x = tf.constant(v)
+        tape.watch(x)
+        u, volume = one.forward(x)
+    jacobian = tape.batch_jacobian(u, x)
+    np.testing.assert_allclose(volume, np.linalg.slogdet(jacobian)[1], atol=1e-8)
+    np.testing.assert_allclose(one.inverse(u.numpy()), v, atol=1e-8)
+    np.testing.assert_array_equal(u[:, 1], v[:, 1])  # a light one stays
+
+
+def test_slopes_tell_tails_apart():
+    def heaviness(distribution):
+        scores = hmc.scores(lambda x: distribution.log_prob(x[..., 0]), tf.float64)
+        slopes = tails.slopes(lambda x: scores(x)[0], np.zeros(1), np.ones([1, 1]))
+        assert not tails.improper(slopes).any()
+        return tails.of_slopes(slopes, np.zeros(1), np.ones(1)).weight.max()
+
+    one = np.float64(1.0)
+    for degrees in (1.0, 2.0, 4.0):
+        assert heaviness(tfd.StudentT(degrees * one, 0.0, one)) == pytest.approx(
+            1.0 / degrees, rel=0.02
+        )
+    for light in (tfd.Normal(0.0 * one, one), tfd.Laplace(0.0 * one, one), tfd.Gumbel(one, one)):
+        assert heaviness(light) == 0.0
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_student_t_with_two_degrees_has_its_quantiles(together):
+    one = tfd.StudentT(2.0, 0.0, 1.0)
+    several = tfd.MultivariateStudentTLinearOperator(
+        2.0, tf.zeros(5), tf.linalg.LinearOperatorIdentity(5)
+    )
+    density = several.log_prob if together else lambda x: tf.reduce_sum(one.log_prob(x), -1)
+    u, begun = states(models.make(density, shape=[5]))
+    assert begun.tails.heavy.all()
+    for level in (0.75, 0.95, 0.99):
+        exact = stats.t(2.0).ppf(level)
+        error = np.sqrt(level * (1 - level) / 1000.0) / stats.t(2.0).pdf(exact)
+        found = np.quantile(u, level, axis=0).mean()
+        assert found == pytest.approx(exact, abs=4.0 * error / np.sqrt(1 if together else 5))
+    assert right(begun.log_evidence, 0.0)
+
+
+def test_a_proper_posterior_with_a_pole_and_heavy_tails_is_not_called_improper():
+    y = np.array([0.1, -0.3, 0.2, 0.0, 6.0], np.float32)
+    joint = tfd.JointDistributionNamed(
+        {
+            "w": tfd.Sample(tfd.Horseshoe(0.1), 5),
+            "y": lambda w: tfd.Independent(tfd.Normal(w, 1.0), 1),
+        }
+    )
+    u, begun = states(models.make(joint, {"y": y}))
+    prior = tfd.Horseshoe(np.float64(0.1))
+    half = np.concatenate([np.geomspace(1e-9, 1.0, 4001), np.linspace(1.0, 40.0, 8001)[1:]])
+    w = np.concatenate([-half[::-1], half])
+    evidences, means = [], []
+    for one in y:
+        density = np.exp(prior.log_prob(w)) * stats.norm.pdf(one, w)
+        evidences.append(integrate.trapezoid(density, w))
+        means.append(integrate.trapezoid(w * density, w) / evidences[-1])
+    assert right(begun.log_evidence, np.log(evidences).sum())
+    np.testing.assert_allclose(u.mean(0), means, atol=0.3)
+
+
+@pytest.mark.parametrize(
+    "density",
+    [
+        lambda x: -tf.square(x[..., 0] + x[..., 1]),  # flat along an oblique line
+        lambda x: -tf.math.log1p(tf.reduce_sum(x**2, -1)),  # 1 / r^2 in the plane
+        lambda x: -0.5 * tf.math.log1p(x[..., 0] ** 2) - x[..., 1] ** 2,
+    ],
+)
+def test_an_integral_that_diverges_is_refused(density):
+    with pytest.raises(UserError, match="runs away"):
+        start.find(models.make(density, shape=[2]))
+
+
+# Scales.
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
+def test_unscaled_columns(scale):
+    rng = np.random.default_rng(0)
+    x = (scale * rng.normal(size=(100, 5))).astype(np.float32)
+    y = (x @ np.ones(5, np.float32) + rng.normal(size=100)).astype(np.float32)
+    joint = tfd.JointDistributionNamed(
+        {
+            "b": tfd.Sample(tfd.Normal(0.0, 10.0), 5),
+            "s": tfd.HalfNormal(10.0),
+            "y": lambda b, s: tfd.Independent(
+                tfd.Normal(tf.linalg.matvec(x, b), s[..., tf.newaxis]), 1
+            ),
+        }
+    )
+    u, _ = states(models.make(joint, {"y": y}))
+    b = u[:, :5]
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    precision = x.T @ x
+    mean = np.linalg.solve(precision, x.T @ y)
+    # Student's t with 95 degrees of freedom, but for priors that say next to nothing.
+    sd = np.sqrt(np.diag(np.linalg.inv(precision)) * np.sum((y - x @ mean) ** 2) / 95 * 95 / 93)
+    np.testing.assert_allclose((b.mean(0) - mean) / sd, 0.0, atol=0.2)
+    np.testing.assert_allclose(b.std(0) / sd, 1.0, atol=0.12)
+
+
+# The evidence.
+
+
+def test_the_evidence_of_what_the_prior_hardly_allows():
+    """Uniform(0, 1) and an observation at 2 of sd 0.2: Phi(-5) - Phi(-10) = e^-15.065."""
+    joint = tfd.JointDistributionNamed(
+        {"p": tfd.Uniform(0.0, 1.0), "y": lambda p: tfd.Normal(p, 0.2)}
+    )
+    _, begun = states(models.make(joint, {"y": np.float32(2.0)}))
+    assert right(begun.log_evidence, np.log(stats.norm.cdf(-5.0) - stats.norm.cdf(-10.0)))
+
+
+def test_the_error_of_a_bridge_holds_for_correlated_chains():
+    """p = N(0, 1), chains with autocorrelation 0.8; g = N(0.5, 1.2^2); the normaliser is e^2."""
+    proposal = stats.norm(0.5, 1.2)
+    off = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=[64, 1])
+        chain = [x]
+        for _ in range(15):
+            chain.append(0.8 * chain[-1] + 0.6 * rng.normal(size=[64, 1]))
+        at_states, drawn = np.concatenate(chain, 1), proposal.rvs(1000, random_state=rng)
+
+        def log_ratio(x):
+            return 2.0 + stats.norm.logpdf(x) - proposal.logpdf(x)
+
+        estimate = evidence.bridge(log_ratio(drawn), log_ratio(at_states))
+        off.append((estimate.value - 2.0) / estimate.standard_error)
+    off = np.abs(off)
+    assert np.mean(off < 3.0) > 0.97
+    assert np.mean(off < 1.0) < 0.9  # and the error is no larger than it has to be
+
+
+def test_a_bridge_between_what_does_not_overlap_is_unknown():
+    rng = np.random.default_rng(0)
+    apart = stats.norm(40.0, 1.0)
+
+    def log_ratio(x):
+        return stats.norm.logpdf(x) - apart.logpdf(x)
+
+    x = apart.rvs(1000, random_state=rng)
+    estimate = evidence.bridge(log_ratio(x), log_ratio(rng.normal(size=[64, 16])))
+    assert estimate == evidence.UNKNOWN or not np.isfinite(estimate.standard_error)
+    assert str(evidence.UNKNOWN) == "unknown"
+
+
+def test_evidences_of_closed_forms_are_within_their_errors():
+    off = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        y = rng.normal(size=[4, 2]).astype(np.float32)
+        joint = tfd.JointDistributionNamed(
+            {
+                "m": tfd.Sample(tfd.Normal(0.0, 2.0), 2),
+                "y": lambda m: tfd.Sample(tfd.Independent(tfd.Normal(m, 1.0), 1), 4),
+            }
+        )
+        estimate = start.find(models.make(joint, {"y": y}), seed, steps=10).log_evidence
+        covariance = np.eye(4) + 4.0 * np.ones([4, 4])
+        exact = stats.multivariate_normal(np.zeros(4), covariance).logpdf(y.T).sum()
+        off.append((estimate.value - exact) / estimate.standard_error)
+    assert np.all(np.abs(off) < 4.0)
+
+
+# Mixtures and many dimensions.
+
+
+def test_a_mixture_has_the_density_of_its_draws():
+    rng = np.random.default_rng(0)
+    two = mixture.Mixture(
+        np.array([0.3, 0.7]), np.array([[0.0, 0.0], [3.0, -1.0]]),
+        np.stack([np.eye(2), [[0.5, 0.0], [0.4, 0.2]]]),
+    )  # fmt: skip
+    scipy = [
+        stats.multivariate_t(mean, root @ root.T * 3.0 / 5.0, df=5.0)
+        for mean, root in zip(two.means, two.roots, strict=True)
+    ]
+    x = two.draw(1000, rng)
+    exact = np.log(sum(w * one.pdf(x) for w, one in zip(two.weights, scipy, strict=True)))
+    np.testing.assert_allclose(two.log_density(x), exact, atol=1e-10)
+    fitted = mixture.fitted(x, two)
+    np.testing.assert_allclose(fitted.weights, two.weights, atol=0.06)
+    np.testing.assert_allclose(x.mean(0), two.weights @ two.means, atol=0.15)
+
+
+def test_directions_that_stand_out_of_the_noise():
+    rng = np.random.default_rng(0)
+    direction = np.ones(300) / np.sqrt(300.0)
+    z = rng.normal(size=[2000, 300])
+    assert large.directions(z)[0].shape == (300, 0)
+    z += np.outer(z @ direction, direction) * 4.0  # sd 5 along it
+    directions, stretch = large.directions(z)
+    assert directions.shape == (300, 1)
+    assert abs(directions[:, 0] @ direction) > 0.99
+    assert stretch[0] == pytest.approx(5.0, rel=0.06)
+
+
+def test_three_hundred_correlated_dimensions(tmp_path):
+    """Scales from 0.1 to 10 and one direction of correlation: moments in closed form."""
+    rng = np.random.default_rng(0)
+    dim = 300
+    direction = rng.normal(size=dim) / np.sqrt(dim)
+    mean, sd = rng.normal(size=dim), np.geomspace(0.1, 10.0, dim)
+
+    def log_density(x):  # covariance D (I + 24 v v^T) D for a unit vector v
+        z = (x - mean) / sd
+        along = tf.linalg.matvec(z, direction / np.linalg.norm(direction))
+        return -0.5 * (tf.reduce_sum(z**2, -1) - (1.0 - 1.0 / 25.0) * along**2)
+
+    u, begun = states(models.make(log_density, shape=[dim], dtype="float64"), seconds=30.0)
+    unit = direction / np.linalg.norm(direction)
+    exact = sd * np.sqrt(1.0 + 24.0 * unit**2)
+    np.testing.assert_allclose((u.mean(0) - mean) / exact, 0.0, atol=0.2)
+    np.testing.assert_allclose(u.std(0) / exact, 1.0, atol=0.15)
+    np.testing.assert_allclose(begun.deviations, u.std(0), rtol=0.1)
+    begun.save(tmp_path / "start.npz")
+    again = start.load(tmp_path / "start.npz")
+    z = np.random.default_rng(1).normal(size=[3, dim])
+    places = [one.place(tf.constant(z), tf.float64) for one in (begun, again)]
+    np.testing.assert_array_equal(places[0][0], places[1][0])
+    matrix = np.asarray(begun.place(tf.constant(np.eye(dim)), tf.float64)[0]) - begun.mean
+    assert float(places[0][1][0]) == pytest.approx(np.linalg.slogdet(matrix)[1], abs=1e-6)
