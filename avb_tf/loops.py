@@ -36,16 +36,17 @@ def of_resident(model, step: Step) -> Callable[[Any], Logs]:
     def indexed(i, rows, indices):
         step(read(rows, indices, i))
 
-    loop: Any
     if model.loop_is_compiled:
-        loop = _program(model, indexed, model.resident.stride)
+        loop: Any = _program(model, indexed, model.resident.stride)
     else:
         if not model.run_eagerly:
             indexed = tf.function(indexed, autograph=False, jit_compile=model.jit_compile)
 
-        def loop(count, rows, indices):
+        def one_by_one(count, rows, indices):
             for i in tf.range(count):
                 strategy.run(indexed, (i, rows, indices))
+
+        loop = one_by_one
 
     def run(iterator, rows):
         indices, counts = next(iterator)
