@@ -1,21 +1,29 @@
 """Likelihoods p(x|z), TFP distributions of x given the decoder's output."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
+import keras
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
+from avb_tf.errors import UserError
+
 SCALE_FLOOR = 1e-2  # smallest scale; without it the density of a constant pixel is unbounded
 LEVELS = 256.0  # intensities of an 8-bit image
 
+_register = keras.saving.register_keras_serializable("avb_tf")
 
-class Likelihood(NamedTuple):
+
+@_register
+@dataclass(frozen=True)
+class Likelihood:
     """p(x|z), given the decoder's output [..., *event, parameters].
 
-    Make one for a likelihood of your own; its entry in `LIKELIHOODS` gives it a name, which a saved
-    model needs:
+    Make one for a likelihood of your own. A saved model needs its name in `LIKELIHOODS`, or both
+    functions registered with Keras:
 
         avb_tf.likelihoods.LIKELIHOODS["laplace"] = avb_tf.likelihoods.Likelihood(
             parameters=1,
@@ -33,9 +41,10 @@ class Likelihood(NamedTuple):
     Attributes:
       parameters: numbers for each dimension of x; 0 if the decoder's output has another shape.
       distribution: decoder's output -> TFP distribution with batch [..., *event] and event [].
-      mean: decoder's output -> E[x|z], [..., *event] in [0, 1].
+      mean: decoder's output -> E[x|z], [..., *event].
       binary: whether the data are binarised.
       bits_per_dim: whether to report bits per dimension, too, as is usual for 256 levels.
+      unit: whether x has to lie in [0, 1], bytes being divided by 255.
     """
 
     parameters: int
@@ -43,17 +52,42 @@ class Likelihood(NamedTuple):
     mean: Callable[[tf.Tensor], tf.Tensor]
     binary: bool
     bits_per_dim: bool
+    unit: bool = True
+
+    def get_config(self):
+        """The fields, for `.keras` files.
+
+        Raises:
+          UserError: a function is not registered with Keras, so that no file can name it.
+        """
+        for function in (self.distribution, self.mean):
+            name = keras.saving.get_registered_name(function)
+            if keras.saving.get_registered_object(name) is None:
+                raise UserError(
+                    f"the likelihood's function {function.__name__} is not registered; decorate it "
+                    "with @keras.saving.register_keras_serializable() to save the model"
+                )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: keras.saving.serialize_keras_object(v) for k, v in values.items()}
+
+    @classmethod
+    def from_config(cls, config):
+        """The likelihood that `get_config` described."""
+        return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
 
+@_register
 def _bernoulli(outputs):
     return tfd.Bernoulli(logits=outputs[..., 0])
 
 
+@_register
 def _normal(outputs):
     scale = SCALE_FLOOR + tf.nn.softplus(outputs[..., 1])
     return tfd.Normal(tf.sigmoid(outputs[..., 0]), scale)
 
 
+@_register
 def _logistic(outputs):
     scale = (SCALE_FLOOR + tf.nn.softplus(outputs[..., 1])) * (LEVELS - 1.0)
     logistic = tfd.Logistic(tf.sigmoid(outputs[..., 0]) * (LEVELS - 1.0), scale)
@@ -75,6 +109,7 @@ class _Levels:
         return self.levels.sample(seed=seed) / (LEVELS - 1.0)
 
 
+@_register
 def _sigmoid_mean(outputs):
     return tf.sigmoid(outputs[..., 0])
 

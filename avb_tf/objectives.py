@@ -37,6 +37,11 @@ class Terms(NamedTuple):
         return self.log_likelihood - self.kl
 
 
+def mean(values: tf.Tensor, weights: tf.Tensor | None = None) -> tf.Tensor:
+    """Mean of `values` [..., batch], in which an example counts `weights` [batch] times."""
+    return tf.reduce_mean(values if weights is None else weights * values)
+
+
 def adversary_loss(t_posterior: tf.Tensor, t_contrast: tf.Tensor) -> tf.Tensor:
     """Logistic loss; its minimiser is T = log q(z|x) - log r(z|x) (paper, Proposition 1).
 

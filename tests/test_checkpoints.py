@@ -70,7 +70,7 @@ def test_a_loaded_model_equals_the_saved_one(model, saved):
         pairs = zip(_get(model, variables), _get(loaded, variables), strict=True)
         for ours, theirs in pairs:
             np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_array_equal(model.sample(3), loaded.sample(3))
+    np.testing.assert_array_equal(model.sample(3, seed=0), loaded.sample(3, seed=0))
 
 
 def _get(model, name):

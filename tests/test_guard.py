@@ -71,14 +71,14 @@ def test_a_streak_of_skipped_steps_inside_a_graph_call_is_detected():
     model = make("vae")
     model.patience = 3
     bad = np.full((16, 6), np.nan, np.float32)
-    data = [batch(), bad, bad, batch(), bad, bad, bad, batch()]
-    model.steps_per_execution = 4
+    data = [batch(), bad, bad, batch(), batch(), bad, bad, bad, batch()]
     for name, rows in (("short", data[:4]), ("long", data[4:])):
+        model.steps_per_execution = len(rows)
         x = tf.data.Dataset.from_tensor_slices(np.concatenate(rows)).batch(16)
         told = contextlib.nullcontext() if name == "short" else pytest.raises(DivergenceError)
         with told as error:
             model.fit(x, shuffle=False, verbose=0, callbacks=[Guard()])
-    assert "in 3 steps up to 8" in str(error.value)
+    assert "in 3 steps up to 9" in str(error.value)
 
 
 def test_a_non_finite_gradient_of_a_finite_loss_is_detected(monkeypatch):

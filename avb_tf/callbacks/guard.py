@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from absl import logging
 
 from avb_tf import replicas
 from avb_tf.errors import DivergenceError
@@ -34,22 +33,19 @@ class Guard(keras.callbacks.Callback):
         self.enabled = enabled
         self.first = None  # ELBO of the first step
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None):
-        """Counts skipped steps from here on."""
-        self.skipped = int(self.model.skipped.numpy())
-
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
         """Checks the running mean: a non-finite step that is not skipped makes it non-finite."""
         step = int(self.model.step.numpy())
         if (count := int(self.model.skipped_in_a_row.numpy())) >= self.model.patience:
             raise DivergenceError(f"loss or gradient is not finite in {count} steps up to {step}")
-        if not math.isfinite(elbo := (logs or {})["elbo"]):
+        elbo = (logs or {})["elbo"]  # NaN as well if every step so far was skipped
+        if not math.isfinite(elbo) and int(self.model.means["elbo"].count.numpy()):
             raise DivergenceError(f"elbo is {elbo} at step {step}")
-        if self.first is None and not count:
+        if self.first is None and not count and math.isfinite(elbo):
             self.first = elbo
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
-        """Reports skipped steps and checks whether the ELBO has dropped too far."""
+        """Checks whether the ELBO has dropped too far."""
         elbo, size = (logs or {})["elbo"], math.prod(self.model.event_shape)
         if self.enabled and self.first is not None:
             lowest = self.first - EXPLODED * (abs(self.first) + size)
@@ -58,12 +54,6 @@ class Guard(keras.callbacks.Callback):
                     f"elbo is {elbo:.3g} up to step {int(self.model.step.numpy())}, from "
                     f"{self.first:.3g} at the first step"
                 )
-        before, self.skipped = self.skipped, int(self.model.skipped.numpy())
-        if self.skipped > before:
-            logging.warning(
-                "skipped %d of the steps up to %d, whose loss or gradient is not finite; %d in all",
-                self.skipped - before, int(self.model.step.numpy()), self.skipped,
-            )  # fmt: skip
 
 
 class SaveWhenTerminated(keras.callbacks.Callback):

@@ -17,7 +17,7 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
       UserError: there is no checkpoint.
     """
     model = checkpoints.load(workdir)
-    draws = np.asarray(model.sample(64))
+    draws = np.asarray(model.sample(64, seed=0))
     buffer = io.BytesIO()
     np.save(buffer, draws, allow_pickle=False)
     files.write_atomically(workdir / "samples.npy", buffer.getvalue())

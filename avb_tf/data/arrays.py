@@ -80,24 +80,42 @@ def source(name: str, place: str, examples: dict[str, Examples], seed: int = 0) 
     return Source(name, x.shape[1:], **splits)
 
 
+def check_values(place: str, x: np.ndarray, unit: bool = True) -> None:
+    """Checks that x holds bytes of 0..255, or floats in [0, 1]; any finite ones unless `unit`.
+
+    Raises:
+      UserError: it does not, is empty, or holds NaN.
+    """
+    byte = unit and x.dtype == np.uint8
+    if not byte and not np.issubdtype(x.dtype, np.floating):
+        expected = "uint8, or float in [0, 1]" if unit else "float"
+        raise UserError(f"{place} is of type {x.dtype}; expected {expected}; convert it")
+    if x.size == 0:
+        raise UserError(f"{place} has shape {x.shape}; expected at least one example and value")
+    low, high = x.min(), x.max()
+    if byte:
+        if len(x) > 1 and high == 1:
+            raise UserError(
+                f"{place} is of type uint8 and runs from {low} to 1; expected bytes of 0..255, "
+                "which are divided by 255; convert x of 0 and 1 to float32"
+            )
+    elif np.isnan(low):
+        expected = "values in [0, 1]" if unit else "finite values"
+        raise UserError(f"{place} contains NaN; expected {expected}; remove or fill them")
+    elif not unit:
+        if not np.isfinite([low, high]).all():
+            raise UserError(f"{place} runs from {low} to {high}; expected finite values; mend them")
+    elif low < 0 or high > 1:
+        raise UserError(f"{place} runs from {low} to {high}; expected [0, 1]; rescale it")
+
+
 def _checked_x(place: str, x: np.ndarray) -> np.ndarray:
-    if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
-        raise UserError(
-            f"{place} is of type {x.dtype}; expected uint8, or float in [0, 1]; convert it"
-        )
     if x.ndim not in (2, 3, 4):
         raise UserError(
             f"{place} has shape {x.shape}; expected [n, d], [n, height, width] or "
             "[n, height, width, channels]; reshape it"
         )
-    if x.size == 0:
-        raise UserError(f"{place} has shape {x.shape}; expected at least one example and value")
-    if x.dtype != np.uint8:
-        low, high = x.min(), x.max()
-        if np.isnan(low):
-            raise UserError(f"{place} contains NaN; expected values in [0, 1]; remove or fill them")
-        if low < 0 or high > 1:
-            raise UserError(f"{place} runs from {low} to {high}; expected [0, 1]; rescale it")
+    check_values(place, x)
     return x[..., np.newaxis] if x.ndim == 3 else x
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -15,12 +15,13 @@ class Stored(NamedTuple):
     """Examples in memory in their stored form, and the function that decodes them.
 
     Attributes:
-      rows: [size, ...], in host memory.
-      decode: rows [n, ...] -> x, float32 [n, *event] in [0, 1]; TensorFlow operations only.
+      rows: [size, ...], in host memory; with weights, a pair of x and weights [size].
+      decode: rows [n, ...] -> x, float32 [n, *event], or (x, None, weights); TensorFlow
+        operations only.
     """
 
-    rows: tf.Tensor
-    decode: Callable[[tf.Tensor], tf.Tensor]
+    rows: Any
+    decode: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Split:
     """
 
     size: int
-    read: Callable[[tf.Tensor], tf.Tensor]
+    read: Callable[[tf.Tensor], Any]
     labels: np.ndarray | None = None
     stored: Stored | None = None
 
@@ -64,21 +65,36 @@ def data_path(path: str) -> str:
     return path or os.environ.get("AVB_TF_DATA_DIR", "")
 
 
-def array_split(x: np.ndarray, labels: np.ndarray | None = None) -> Split:
+def array_split(
+    x: np.ndarray, labels: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> Split:
     """A split of an array in memory; uint8 is converted to float only when it is read.
 
     Args:
       x: [size, *event], uint8 in 0..255 or float in [0, 1].
       labels: integer [size], or None.
+      weights: of the examples in training, float32 [size], or None.
     """
     with tf.device("CPU:0"):  # tf.data runs there; from a GPU every batch would be copied back
-        values = tf.constant(x if x.dtype == np.uint8 else x.astype(np.float32))
+        rows = tf.constant(x if x.dtype == np.uint8 else x.astype(np.float32))
+        rows = rows if weights is None else (rows, tf.constant(weights))
+    decode = decoded if weights is None else _decoded_and_weighted
 
-    def read(indices: tf.Tensor) -> tf.Tensor:
-        return decoded(tf.gather(values, indices))
+    def read(indices: tf.Tensor) -> Any:
+        return decode(gather(rows, indices))
 
     labels = None if labels is None else labels.astype(np.int64)
-    return Split(len(x), read, labels, Stored(values, decoded))
+    return Split(len(x), read, labels, Stored(rows, decode))
+
+
+def gather(rows: Any, indices: tf.Tensor) -> Any:
+    """The rows at `indices`, of each tensor."""
+    return tf.nest.map_structure(lambda tensor: tf.gather(tensor, indices), rows)
+
+
+def _decoded_and_weighted(rows: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, None, tf.Tensor]:
+    x, weights = rows
+    return decoded(x), None, weights
 
 
 def decoded(rows: tf.Tensor) -> tf.Tensor:

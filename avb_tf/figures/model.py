@@ -26,7 +26,8 @@ def of_model(model: AVB, x: np.ndarray, labels: np.ndarray | None = None) -> dic
     """
     figures = {}
     if len(model.event_shape) == 3:
-        figures["samples"] = image_grid(np.asarray(model.sample(64)), "Samples: E[x|z], z ~ p(z)")
+        samples = np.asarray(model.sample(64, seed=0))
+        figures["samples"] = image_grid(samples, "Samples: E[x|z], z ~ p(z)")
         figures["reconstructions"] = reconstructions(model, x[:16])
         figures["interpolations"] = interpolations(model, x[:8], x[-8:])
         if model.encoder.latent_dim == 2:
