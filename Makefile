@@ -7,8 +7,8 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors verdicts setup demo test test-browser test-gpu load board lint seeds mnist faults bench bench-ais \
-  bench-replicas release-check docs clean
+.PHONY: posteriors verdicts setup demo test test-fast coverage test-browser test-gpu load board lint seeds mnist \
+  faults bench bench-ais bench-replicas release-check docs clean
 
 setup: $(VENV)/installed
 
@@ -42,6 +42,15 @@ runs/%/results.json:
 test: setup
 	$(BIN)/python -m pytest
 
+# Without the tests that train, export or start processes (SLOW in tests/conftest.py).
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
+
+# Reported, not enforced; the lines are in runs/coverage/index.html. FAST=1 runs the fast tests only.
+coverage: setup
+	$(BIN)/python -m pytest --cov=avb_tf --cov-report=term:skip-covered \
+	  --cov-report=html:runs/coverage $(if $(FAST),-m "not slow and not browser and not gpu")
+
 # In headless Chromium, Debian's package; screenshots are kept in runs/artefacts/.
 test-browser: setup
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y chromium; }
@@ -64,7 +73,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The README's table, three seeds each.
+# The first table of docs/evidence/results.md, three seeds each.
 seeds: setup
 	@$(MAKE) --no-print-directory -j2 \
 	  $(foreach seed,0 1 2,$(COMPARED:%=runs/seeds/%-$(seed)/results.json))

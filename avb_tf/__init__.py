@@ -1,10 +1,12 @@
 """Adversarial Variational Bayes (Mescheder, Nowozin and Geiger, 2017) in TensorFlow and Keras.
 
-`build` makes a model by name; `AVB` takes parts of one's own. The names load on first use, so that
-the command line can answer without TensorFlow.
+`build` makes a model by name; `AVB` takes your own parts. The names are imported on first use, so
+that the command line starts without TensorFlow.
 """
 
-import importlib
+import importlib.abc
+import importlib.util
+import sys
 from typing import TYPE_CHECKING
 
 from avb_tf.errors import UserError
@@ -21,6 +23,41 @@ __all__ = [
     "AVB", "UserError", "__version__", "build", "fit_posterior", "from_hub", "load_model",
     "load_posterior", "push_to_hub",
 ]  # fmt: skip
+
+
+class _WithKeras(importlib.abc.MetaPathFinder):
+    """Registers our classes as Keras is imported, so that its `load_model` knows them.
+
+    Importing them with this package would import TensorFlow.
+    """
+
+    def find_spec(self, fullname, path=None, target=None):
+        """The spec of Keras, which registers our classes once Keras is there."""
+        if fullname != "keras":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("keras")
+        if spec is not None and spec.loader is not None and not _importing():
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module):
+                execute(module)
+                importlib.import_module("avb_tf.model")
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def _importing() -> bool:
+    """Whether it is a module of ours that imports Keras; importing the model would be circular."""
+    ours = [module for name, module in sys.modules.items() if name.startswith("avb_tf.")]
+    return any(getattr(module.__spec__, "_initializing", False) for module in ours)
+
+
+if "keras" not in sys.modules:
+    sys.meta_path.insert(0, _WithKeras())
+else:
+    importlib.import_module("avb_tf.model")
 
 _HOME = {
     "AVB": "avb_tf.model",

@@ -1,36 +1,43 @@
-"""Names -> parts: the model that a method and its settings describe."""
+"""Builds the model that a method and its settings describe."""
 
+import inspect
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import keras
 
-from avb_tf import auxiliary, encoders, flows, networks
-from avb_tf.contrast import CONTRASTS
+from avb_tf import auxiliary, encoders, flows, networks, parts
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS
 from avb_tf.model import AVB
-from avb_tf.settings.methods import settings
+from avb_tf.settings import methods
 
 _TRAINING = (
     "draws", "adversary_draws", "adversary_steps", "kl_annealing_steps", "ema_decay", "seed",
 )  # fmt: skip
 
-
-# Encoders of whose moments nothing is known but what their draws tell.
-_MOMENTS_OF_DRAWS = ("black_box", "injected", "auxiliary")
+# Encoders whose moments are estimated from their draws (`Encoder.moments_from_draws`).
+_SAMPLE_MOMENTS = ("black_box", "injected", "auxiliary")
 
 
 def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
-    """A model by name, ready for `compile` and `fit`.
+    """Makes a model by the name of its method, ready for `compile` and `fit`.
 
-    Args:
-      method: a name in `settings.methods.METHODS`.
-      event_shape: shape of one example: (features,) or (height, width, channels).
-      **changes: to the settings in `settings.methods.SETTINGS`, which says what each means.
-    Raises:
-      UserError: a name that does not exist, or parts that do not fit each other.
+            model = avb_tf.build("avb_ac", (28, 28, 1), latent_dim=8, network="conv")
+            model.compile()
+            model.fit(x)  # x [examples, 28, 28, 1] in [0, 1]
+
+        Args:
+          method: vae, avb, avb_ac, avb_flow, avb_ac_paper, iaf, auxvae or aae.
+          event_shape: shape of one example, (features,) or (height, width, channels).
+          **changes: settings that differ from the method's. All settings, with their defaults:
+
+    {settings}
+        Returns:
+          An `AVB`.
+        Raises:
+          UserError: a name is unknown, or the parts do not fit each other.
     """
     s = checked(method, **changes)
     if s.network == "conv" and len(event_shape) != 3:
@@ -51,40 +58,41 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
 
 
 def checked(method: str, **changes: Any) -> SimpleNamespace:
-    """All settings of `method`, with `changes`, as far as they fit whatever the data.
+    """All settings of `method`, with `changes`, after the checks that need no data.
 
+    Args:
+      method: a name in `settings.methods.METHODS`.
+      **changes: settings that differ from the method's.
     Raises:
-      UserError: a name that does not exist, or parts that do not fit each other.
+      UserError: a name is unknown, or the parts do not fit each other.
     """
-    s = SimpleNamespace(**settings(method, **changes))
-    _check(s, "likelihood", LIKELIHOODS)
-    _check(s, "contrast", CONTRASTS)
-    _check(s, "condition", ("x", "posterior", "none"))
-    _check(s, "network", ("dense", "conv"))
+    s = SimpleNamespace(**methods.settings(method, **changes))
+    parts.check_names(s.likelihood, s.contrast, s.condition)
+    parts.check_choice("network", s.network, ("dense", "conv"))
     if _as_published(s) and s.residual_blocks:
         raise UserError(
-            f"residual_blocks is {s.residual_blocks} with encoder 'noise_basis'; expected 0, as "
-            "the authors' networks have none"
+            f"residual_blocks is {s.residual_blocks} with encoder 'noise_basis'; expected 0, "
+            "because the authors' networks have none"
         )
-    needed = {"prior": 1, "diagonal": 2, "full": s.latent_dim + 1}[s.contrast]
-    samples = s.draws if s.adversary == "none" else max(s.draws, s.adversary_draws)
-    if s.encoder in _MOMENTS_OF_DRAWS and samples < needed:
-        raise UserError(
-            f"draws is {s.draws} and adversary_draws {s.adversary_draws}, with adversary "
-            f"'{s.adversary}' {samples} an example; expected at least {needed} for the moments of "
-            f"encoder '{s.encoder}' under contrast '{s.contrast}'"
-        )
-    if s.flow_steps and s.flow_width < s.latent_dim:
-        raise UserError(
-            f"flow_width is {s.flow_width}; expected at least the {s.latent_dim} of latent_dim, "
-            "or a step reads some of the latents nowhere"
-        )
+    if s.encoder in _SAMPLE_MOMENTS:
+        learned = s.adversary != "none"
+        parts.check_draws(s.draws, s.adversary_draws, learned, s.contrast, s.latent_dim, s.encoder)
+    if s.flow_steps:
+        parts.check_flow(s.flow_width, s.latent_dim)
     return s
 
 
-def _check(s, name, known):
-    if getattr(s, name) not in known:
-        raise UserError(f"{name} is '{getattr(s, name)}'; expected one of {', '.join(known)}")
+def _signature() -> inspect.Signature:
+    """`build`'s signature with every setting as a keyword, for `help` and editors."""
+    positional = list(inspect.signature(build).parameters.values())[:2]
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+        for name, value in methods.SETTINGS.items()
+    ]
+    return inspect.Signature([*positional, *keywords], return_annotation=AVB)
+
+
+setattr(build, "__signature__", _signature())  # noqa: B010 (pyright rejects the attribute)
 
 
 def _as_published(s) -> bool:
@@ -124,7 +132,7 @@ def _decoder(s, event_shape) -> keras.Model:
 def _encoder(s) -> encoders.Encoder:
     trunk = _encoder_trunk(s)
     if s.flow_steps:
-        base = _base(s, keras.layers.Identity())  # of the trunk's features
+        base = _base(s, keras.layers.Identity())  # it reads the trunk's features
         return flows.FlowEncoder(trunk, base, s.flow_steps, s.flow_width)
     return _base(s, trunk)
 
@@ -142,7 +150,7 @@ def _base(s, trunk) -> encoders.Encoder:
         "joint_basis": lambda: encoders.JointBasisEncoder(*basis, s.basis_activation),
         "auxiliary": lambda: auxiliary.AuxiliaryEncoder(*black_box),
     }
-    _check(s, "encoder", makers)
+    parts.check_choice("encoder", s.encoder, makers)
     return makers[s.encoder]()
 
 
@@ -155,5 +163,5 @@ def _adversary(s) -> networks.Adversary | None:
         "concatenating": lambda: networks.ConcatenatingAdversary(trunk, width, depth),
         "factorised": lambda: networks.FourTrunkAdversary(width, depth, s.products),
     }
-    _check(s, "adversary", makers)
+    parts.check_choice("adversary", s.adversary, makers)
     return makers[s.adversary]()

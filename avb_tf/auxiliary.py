@@ -1,5 +1,7 @@
 """Auxiliary deep generative models (Maaløe et al., 2016): a latent a makes q(z|x) a mixture."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
@@ -19,7 +21,7 @@ class ConditionalGaussian(keras.layers.Layer):
         self.stack = DenseStack(width, depth - 1)
         self.mean, self.log_scale = float32_dense(dim), float32_dense(dim)
 
-    def call(self, context, latent):
+    def call(self, context: tf.Tensor, latent: tf.Tensor):
         """Context [batch, width] of x, latent [samples, batch, n] -> a Gaussian."""
         hidden = self.stack(tf.nn.relu(context + self.from_latent(latent)))
         return _gaussian(self.mean(hidden), self.log_scale(hidden))
@@ -69,11 +71,11 @@ class AuxiliaryEncoder(Encoder):
         self.latent = ConditionalGaussian(latent_dim, width, depth)
         self.auxiliary = ConditionalGaussian(auxiliary_dim, width, depth)
 
-    def parameters(self, x, training=False):
+    def parameters(self, x: tf.Tensor, training: bool = False):
         """Mean and log scale of q(a|x) [batch, auxiliary], and two contexts [batch, width]."""
         return tf.split(self.from_features(self.trunk(x, training=training)), self.sizes, -1)
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """Draws of a, then of z given a, with `log_prob` as above and the moments of the draws."""
         mean, log_scale, for_latent, for_auxiliary = parameters
         noise_a, noise_z = tf.split(noise, [self.auxiliary_dim, self.latent_dim], -1)

@@ -1,4 +1,4 @@
-"""Checkpoints: one `.keras` file each, with the weights, their averages and both optimizers."""
+"""Checkpoints: `.keras` files with the weights, their averages and both optimizers' state."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from avb_tf.errors import DivergenceError, UserError
 from avb_tf.model import AVB
 
 DIRECTORY = "checkpoints"
-_MEMBERS = {"config.json", "model.weights.h5"}  # of the archive, or of a folder of its parts
+_MEMBERS = {"config.json", "model.weights.h5"}  # files in the archive or the unzipped folder
 _USAGE = """\
 import avb_tf
 
@@ -26,27 +26,32 @@ x_new = model.sample(64)"""
 
 
 def save(model: AVB, workdir: Path, keep: int) -> Path:
-    """Writes the model at its step, whole or not at all, and keeps the newest `keep`.
+    """Writes a checkpoint atomically, with a model card, and deletes all but the newest `keep`.
 
-    Beside them lies a model card.
-
+    Args:
+      model: a compiled model.
+      workdir: the run's directory.
+      keep: number of checkpoints to keep.
+    Returns:
+      The checkpoint's path.
     Raises:
-      DivergenceError: a weight is no number; nothing is written.
-      OSError: there is no space, or no permission; the older ones stay.
+      DivergenceError: a weight is not finite; nothing is written.
+      OSError: the disk is full or not writable; the older checkpoints stay.
     """
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o is not None]
     for variable in [*model.variables, *(v for o in optimizers for v in o.variables)]:
         if not np.isfinite(variable.numpy()).all():
-            raise DivergenceError(f"{variable.path} is no number at step {int(model.step.numpy())}")
+            step = int(model.step.numpy())
+            raise DivergenceError(f"{variable.path} is not finite at step {step}")
     directory = workdir / DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
     path = path_of(workdir, int(model.step.numpy()))
-    # One name: what a process left that was killed while it wrote is overwritten.
+    # A fixed name, so that the leftover of a killed process is overwritten.
     temporary = directory / "partial.keras"
     try:
         model.save(temporary)
         with open(temporary, "rb") as written:
-            os.fsync(written)  # a name may reach the disk before what it names
+            os.fsync(written)  # otherwise the rename may reach the disk before the content
         os.replace(temporary, path)
         write_card(model, workdir)
     except OSError as error:
@@ -59,16 +64,18 @@ def save(model: AVB, workdir: Path, keep: int) -> Path:
 
 
 def write_card(model: AVB, workdir: Path) -> None:
-    """Writes the model card of the workdir's checkpoints, with its config and its results."""
+    """Writes the model card next to the workdir's checkpoints."""
     text = card(model, workdir, path_of(workdir, int(model.step.numpy())).name)
     files.write_atomically(workdir / DIRECTORY / model_card.FILE, text)
 
 
 def card(model: AVB, workdir: Path, name: str) -> str:
-    """A model card, with the config and the results of `workdir` where it has them.
+    """A model card with the config and results of `workdir`, as far as they exist.
 
     Args:
-      name: what the card tells readers to load.
+      model: the model that the card describes.
+      workdir: the run's directory.
+      name: file or address that the card tells readers to load.
     """
     config = configuration.read(workdir) if (workdir / configuration.FILE).exists() else None
     return model_card.text(
@@ -81,45 +88,50 @@ def card(model: AVB, workdir: Path, name: str) -> str:
 
 
 def newest_step(workdir: Path) -> int:
-    """The step that the newest checkpoint's name has, whole or not; -1 where there is none."""
+    """The step in the newest checkpoint's name, even if it is damaged; -1 if there is none."""
     return max(map(step_of, _paths(workdir)), default=-1)
 
 
 def latest(workdir: Path) -> Path | None:
-    """The newest whole checkpoint, or None. Damaged ones are set aside for it, with a warning.
+    """The newest intact checkpoint, or None if there are no checkpoints.
+
+    Newer damaged checkpoints are renamed, with a warning.
 
     Raises:
-      UserError: all are damaged; they stay where they are.
+      UserError: all checkpoints are damaged; they are not renamed.
     """
     paths = _paths(workdir)
-    damaged = list(itertools.takewhile(lambda path: not _whole(path), paths))
+    damaged = list(itertools.takewhile(lambda path: not _intact(path), paths))
     if paths and damaged == paths:
         raise UserError(
-            f"{workdir / DIRECTORY} holds only damaged checkpoints; expected a whole one; restore "
-            "it, or remove the directory to train anew"
+            f"{workdir / DIRECTORY} holds only damaged checkpoints; expected an intact one; "
+            "restore it, or remove the directory to train anew"
         )
     for path in damaged:
         aside = path.with_suffix(".damaged")
         os.replace(path, aside)
-        logging.warning("%s is damaged; set aside as %s, trying the one before", path, aside.name)
+        logging.warning("%s is damaged; renamed it to %s, using an older one", path, aside.name)
     return paths[len(damaged)] if paths else None
 
 
 def restore(model: AVB, path: Path) -> None:
-    """Gives `model` the state in `path`.
+    """Loads the state in `path` into `model`.
 
+    Args:
+      model: a compiled model of the same parts.
+      path: of the checkpoint.
     Raises:
-      UserError: it is not there, not this program's, or of another model.
+      UserError: the file is missing, damaged or of another model.
     """
     with _explained(path):
         model.load_weights(path)
 
 
 def load(workdir: Path) -> AVB:
-    """The model of the newest checkpoint.
+    """The model of the workdir's newest checkpoint.
 
     Raises:
-      UserError: there is none, or it is not this program's.
+      UserError: there is no checkpoint, or it cannot be loaded.
     """
     path = latest(workdir)
     if path is None:
@@ -128,7 +140,7 @@ def load(workdir: Path) -> AVB:
 
 
 def load_model(path: str | Path) -> AVB:
-    """A trained model, ready to use and to train on.
+    """Loads a trained model, ready to use or to train further.
 
         model = avb_tf.load_model("runs/digits-avb_ac")  # of its newest checkpoint
         model = avb_tf.load_model("model.keras")
@@ -136,11 +148,11 @@ def load_model(path: str | Path) -> AVB:
 
     Args:
       path: a `.keras` file, the workdir of a run, or a folder written by
-        `model.save(folder, zipped=False)`. Loading runs no code that the file brings.
+        `model.save(folder, zipped=False)`. Loading never runs code from the file.
     Returns:
-      The model with both optimizers in the state in which they were saved.
+      The model with the saved state of both optimizers.
     Raises:
-      UserError: there is no model, or it is damaged or not of this program.
+      UserError: there is no model, or it is damaged or not an `AVB`.
     """
     path = Path(path)
     unpacked = path.is_dir() and _MEMBERS.issubset(file.name for file in path.iterdir())
@@ -149,7 +161,7 @@ def load_model(path: str | Path) -> AVB:
 
 def _loaded(path: Path) -> AVB:
     with _explained(path):
-        model = keras.models.load_model(path, safe_mode=True)  # runs nothing that the file brings
+        model = keras.models.load_model(path, safe_mode=True)  # never runs code from the file
         if not isinstance(model, AVB):
             raise TypeError(f"it holds a {type(model).__name__}")
     return model
@@ -159,7 +171,7 @@ def _loaded(path: Path) -> AVB:
 def _explained(path: Path):
     try:
         yield
-    except Exception as error:  # Keras raises what it meets
+    except Exception as error:  # Keras raises many kinds
         raise UserError(
             f"{path} cannot be loaded ({error!s:.200}); expected a checkpoint of this program; "
             "remove it to use the one before"
@@ -167,12 +179,12 @@ def _explained(path: Path):
 
 
 def path_of(workdir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """The path of the checkpoint of a step."""
     return workdir / DIRECTORY / f"step_{step:09d}.keras"
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint."""
+    """The step in a checkpoint's name."""
     return int(path.stem.removeprefix("step_"))
 
 
@@ -182,10 +194,10 @@ def _paths(workdir: Path) -> list[Path]:
     return sorted((p for p in paths if re.fullmatch(r"step_\d+\.keras", p.name)), reverse=True)
 
 
-def _whole(path: Path) -> bool:
+def _intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
-            # Reads all, against the checksums within, which do not cover the names.
+            # `testzip` verifies the content's checksums, which do not cover the file names.
             return archive.testzip() is None and _MEMBERS.issubset(archive.namelist())
     except Exception:  # zipfile and zlib raise many kinds on a damaged header
         return False

@@ -1,4 +1,4 @@
-"""The command line: absl flags, and nothing that needs TensorFlow before they are parsed."""
+"""The command line: parses absl flags before it imports anything that needs TensorFlow."""
 
 import contextlib
 import hashlib
@@ -26,11 +26,11 @@ USAGE = """Adversarial Variational Bayes.
   avb-tf --workdir=runs/digits-avb_ac --mode=evaluate
   avb-tf --workdir=runs --mode=compare
 
-Any field of the config is a flag too, such as --config.steps=2000; `avb_tf/settings/` lists them.
-Once a run has been started its workdir knows its config. The same command again resumes it.
+Every field of the config is also a flag, such as --config.steps=2000; `avb_tf/settings/` lists
+them. A started run keeps its config in its workdir. Repeating the same command resumes the run.
 """
 
-# Mode -> the function that runs it, called with (config, workdir).
+# Mode -> its function, called with (config, workdir).
 MODES = {
     "train": "avb_tf.commands.train:train",
     "evaluate": "avb_tf.commands.evaluate:evaluate",
@@ -53,11 +53,18 @@ POSTERIOR_MODES = {
     "serve_check": "avb_tf.serving.check:serve_check",
 }
 
-_DRIVER = Path("/proc/driver/nvidia/gpus")  # of NVIDIA's driver: a folder for each GPU
+_DRIVER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a folder here for each GPU
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; a user's mistake is one line on stderr and exit status 2."""
+    """Runs the command line; a user's mistake gives one line on stderr and exit status 2.
+
+    Args:
+      argv: program name and arguments; sys.argv by default.
+    Raises:
+      SystemExit: with status 2 after a user's mistake, 75 if another worker stopped, and 143
+        after SIGTERM.
+    """
     argv = list(sys.argv if argv is None else argv)
     values = _define_flags()
     if {"--help", "-h", "-help"} & set(argv[1:]):
@@ -71,16 +78,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         of_posterior = configuration.kind(config) is posterior
         modes = POSTERIOR_MODES if of_posterior else MODES
         if values.mode not in modes:
-            raise UserError(f"--mode={values.mode} is of no use here; expected {', '.join(modes)}")
+            raise UserError(
+                f"--mode={values.mode} does not apply to method '{config and config.method}'; "
+                f"expected one of {', '.join(modes)}"
+            )
         module, function = modes[values.mode].split(":")
         extra = {"baseline": values.baseline} if values.baseline else {}
         if threads := config and config.get("threads_per_op"):
-            # TensorFlow reads it once, when it starts.
+            # TensorFlow reads the variable only when it starts.
             os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
         _cache_programs()
         alone = of_posterior or values.mode not in ("train", "train_and_evaluate")
         if alone and "TF_CONFIG" in os.environ and not _imported("avb_tf.replicas").is_chief():
-            print(f"--mode={values.mode} is left to the first worker of TF_CONFIG")
+            print(f"--mode={values.mode} runs only on the first worker of TF_CONFIG")
             return
         getattr(_imported(module), function)(config, workdir, **extra)
     except (UserError, OSError) as error:
@@ -88,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         status = 2
         if isinstance(error, WorkerLostError):
-            error, status = UserError(f"{error}; start all workers again to go on"), os.EX_TEMPFAIL
+            error, status = UserError(f"{error}; restart all workers to resume"), os.EX_TEMPFAIL
         elif isinstance(error, OSError):
             error = UserError(f"{error}; check that path, and the space on its disk")
         print(f"avb-tf: {error}", file=sys.stderr)
@@ -96,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _cache_programs() -> None:
-    """Lets XLA keep what it compiles for a GPU: later commands start in half the time.
+    """Makes XLA cache the programs that it compiles for a GPU, so that later commands start faster.
 
-    A program is for one version of TensorFlow and one kind of GPU, which the driver tells before
-    TensorFlow is imported.
+    A cached program fits one version of TensorFlow and one GPU model. The driver names the model
+    without importing TensorFlow.
     """
     gpus = [file.read_text() for file in sorted(_DRIVER.glob("*/information"))]
     if not gpus or "TF_XLA_FLAGS" in os.environ:
@@ -108,16 +118,16 @@ def _cache_programs() -> None:
     kind = f"{importlib.metadata.version('tensorflow')}\n" + "\n".join(models)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = home / "avb_tf" / f"xla-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
-    with contextlib.suppress(OSError):  # a home that cannot be written to
+    with contextlib.suppress(OSError):  # the home directory is not writable
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.environ["TF_XLA_FLAGS"] = f"--tf_xla_persistent_cache_directory={cache}"
 
 
 def _imported(module: str) -> ModuleType:
-    """The module. TensorFlow logs nothing that would bury a mistake's one line, unless asked to."""
+    """Imports a module; silences TensorFlow's log, unless TF_CPP_MIN_LOG_LEVEL asks for it."""
     if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") != "3":
         return importlib.import_module(module)
-    # What TensorFlow 2.21 logs while it is imported heeds no setting (tensorflow#100442).
+    # TensorFlow 2.21 ignores that setting while it is imported (tensorflow#100442).
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -130,7 +140,7 @@ def _imported(module: str) -> ModuleType:
 
 def _define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    values.set_gnu_getopt(True)  # in --config.steps 5 the 5 ends no flags, see `_parse`
+    values.set_gnu_getopt(True)  # so that the 5 of --config.steps 5 does not end the flags
     flags.DEFINE_string(
         "config",
         None,
@@ -157,17 +167,17 @@ def _define_flags() -> flags.FlagValues:
 def _parse(
     values: flags.FlagValues, argv: list[str]
 ) -> tuple[ml_collections.ConfigDict | None, Path]:
-    """The config, None for the runs that `compare` finds, and the workdir that the flags name.
+    """The config, or None for --mode=compare, and the workdir.
 
     Raises:
-      UserError: flags or a config that do not exist or do not fit.
+      UserError: a flag or a config is unknown or invalid.
     """
     names = [argument.partition("=")[0].lstrip("-") for argument in argv[1:]]
     early = names[: names.index("config")] if "config" in names else []
     if early := [name for name in early if name.startswith("config.")]:
         raise UserError(f"--{early[0]} stands before --config; put --config=FILE first")
     try:
-        rest = values(argv, known_only=True)  # all but --config.FIELD, which the config defines
+        rest = values(argv, known_only=True)  # the config defines --config.FIELD
         if values.baseline and values.mode != "benchmark":
             raise UserError(f"--baseline is for --mode=benchmark, found --mode={values.mode}")
         if values.mode == "compare":
@@ -180,14 +190,14 @@ def _parse(
         stray = values(rest)[1:]
     except (UserError, OSError):
         raise
-    except Exception as error:  # whatever the flag libraries raise
+    except Exception as error:  # the flag libraries raise many kinds
         raise UserError(_explain(error)) from error
     if stray:
         raise UserError(f"stray argument '{stray[0]}'; settings look like --config.steps=2000")
-    if config.get("method") != method:  # the settings stay those of the other one
+    if config.get("method") != method:  # the settings would remain the old method's
         raise UserError(
-            f"--config.method is '{config.method}', and the config is one of '{method}'; "
-            "expected the method after --config=FILE and a colon"
+            f"--config.method is '{config.method}', but the config is for '{method}'; "
+            "expected the method after a colon, --config=FILE:METHOD"
         )
     configuration.validate(config)
     if configuration.kind(config) is posterior and not config.name:
@@ -200,17 +210,17 @@ def _parse(
 
 
 def _compared(values: flags.FlagValues, rest: list[str]) -> Path:
-    """The directory of the runs to compare; they bring their own configs."""
+    """The directory of the runs to compare; each run has its own config."""
     if rest or values.config or not values.workdir:
-        found = rest[0] if rest else f"--config={values.config}" if values.config else "neither"
+        other = rest[0] if rest else f"--config={values.config}" if values.config else "neither"
         raise UserError(
-            f"--mode=compare takes --workdir=DIR, the directory of the runs, alone; found {found}"
+            f"--mode=compare takes only --workdir=DIR, the directory of the runs; found {other}"
         )
     return Path(values.workdir).resolve()
 
 
 def _config(argument: str | None, workdir: str | None) -> ml_collections.ConfigDict:
-    """The config of `argument`, FILE or FILE:METHOD, or else of a workdir."""
+    """The config of `argument`, FILE or FILE:METHOD; without it, the workdir's config."""
     if argument is None and workdir is not None:
         return configuration.load(Path(workdir))
     if argument is None:
@@ -230,7 +240,7 @@ def _config(argument: str | None, workdir: str | None) -> ml_collections.ConfigD
         config = get_config(method) if method else get_config()
     except UserError:
         raise
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # a user's code may raise anything
         raise UserError(
             f"{file} raised {type(error).__name__}: {error}; "
             "expected Python with a function get_config, see configs/"
@@ -244,10 +254,10 @@ def _config(argument: str | None, workdir: str | None) -> ml_collections.ConfigD
 
 
 def _explain(error: BaseException) -> str:
-    """One line from what the flag libraries raised."""
+    """One line about an error of the flag libraries."""
     while error.args and isinstance(error.args[0], Exception):  # a KeyError in an AttributeError
         error = error.args[0]
-    # The message itself where there is one: str of a KeyError would quote it.
+    # `str` of a KeyError would quote the message.
     text = "; ".join(str(error.args[0] if error.args else error).splitlines())
     if isinstance(error, LookupError):
         return f"unknown field of the config: {text}; `avb_tf/settings/` lists them"

@@ -1,10 +1,11 @@
-"""Everything that shapes a run: its config of either kind, and the config's file in the workdir."""
+"""Configs of models and of posteriors: checks, hashes, and the file in the workdir."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import ml_collections
 
@@ -13,44 +14,46 @@ from avb_tf.errors import UserError
 from avb_tf.settings import posterior, run
 
 FILE = "config.json"
-# Fields that may differ between training and a later command: data may move, and so may the run.
+# Fields that may change between training and a later command, which may run on another machine.
 LATER = (
     "eval", "export", "profile_steps", "data.path", "strategy", "threads_per_op", "tf32",
     "resident_megabytes",
 )  # fmt: skip
-default = run.default  # config files start from it
+default = run.default  # the starting point of a config file
 
 
-def kind(config) -> ModuleType:
-    """`settings.posterior` or `settings.run`: the fields of such a config, and their checks."""
+def kind(config: Mapping | ml_collections.ConfigDict | None) -> ModuleType:
+    """`settings.posterior` or `settings.run`, the module with the config's fields and checks."""
     has_method = isinstance(config, Mapping | ml_collections.ConfigDict)
     return posterior if has_method and config.get("method") == posterior.METHOD else run
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks what can be checked without data.
+    """Checks a config as far as possible without data.
 
+    Args:
+      config: of a model or of a posterior.
     Raises:
-      UserError: the first field that is missing, unknown, of another type or out of range.
+      UserError: a field is missing, unknown, of another type or out of range.
     """
     _check_fields(config.to_dict(), kind(config).template().to_dict())
     kind(config).validate(config)
 
 
-def _check_fields(found, expected: dict, name: str = "config") -> None:
-    """Compares names and types; an int may stand for a float, and a list for a tuple."""
-    if not isinstance(found, dict):
-        raise UserError(f"{name} is {found!r:.50}; expected the fields {', '.join(expected)}")
-    for key in sorted(found.keys() ^ expected.keys()):
+def _check_fields(fields: Any, expected: dict, name: str = "config") -> None:
+    """Compares names and types; an int is accepted as a float, and a list as a tuple."""
+    if not isinstance(fields, dict):
+        raise UserError(f"{name} is {fields!r:.50}; expected the fields {', '.join(expected)}")
+    for key in sorted(fields.keys() ^ expected.keys()):
         has = "no" if key in expected else "an unknown"
         raise UserError(f"{name} has {has} field '{key}'; expected those of configuration.default")
     for key, value in expected.items():
         stand_in = {float: int, tuple: list}.get(type(value))
         if isinstance(value, dict):
-            _check_fields(found[key], value, f"{name}.{key}")
-        elif type(found[key]) not in (type(value), stand_in):
+            _check_fields(fields[key], value, f"{name}.{key}")
+        elif type(fields[key]) not in (type(value), stand_in):
             raise UserError(
-                f"{name}.{key} is {found[key]!r:.50}; expected a value of type "
+                f"{name}.{key} is {fields[key]!r:.50}; expected a value of type "
                 f"{type(value).__name__}"
             )
 
@@ -61,7 +64,12 @@ def resolve(config: ml_collections.ConfigDict) -> dict:
 
 
 def digest(config: dict, without: tuple[str, ...] = ()) -> str:
-    """Names a run by all that shaped its training, but for the fields in `without`."""
+    """A hash of all fields that affect training, except those in `without`.
+
+    Args:
+      config: plain values, as `resolve` returns them.
+      without: names of fields to leave out, such as "model.seed".
+    """
     kept = sorted(
         item for item in flat(config).items() if not _later(item[0]) and item[0] not in without
     )
@@ -69,12 +77,12 @@ def digest(config: dict, without: tuple[str, ...] = ()) -> str:
 
 
 def flat(config: dict, prefix: str = "") -> dict:
-    """{"data.name": ...} of {"data": {"name": ...}}."""
-    found = {}
+    """Flattens a nested config: {"data": {"name": ...}} -> {"data.name": ...}."""
+    fields = {}
     for key, value in config.items():
         nested = isinstance(value, dict)
-        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return found
+        fields |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return fields
 
 
 def _later(name: str) -> bool:
@@ -82,18 +90,21 @@ def _later(name: str) -> bool:
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Compares `config` with the workdir's, if it has one.
+    """Compares `config` with the workdir's config, if there is one.
 
+    Args:
+      config: of the run to start or to resume.
+      workdir: the run's directory.
     Raises:
       UserError: the workdir holds another run.
     """
     if not (workdir / FILE).exists():
         return
-    plain, found = flat(resolve(config)), flat(read(workdir))
-    for name in ("method", *sorted(plain)):  # first: the fields depend on it
-        if plain[name] != found.get(name) and not _later(name):
+    plain, saved = flat(resolve(config)), flat(read(workdir))
+    for name in ("method", *sorted(plain)):  # the method first, because the fields depend on it
+        if plain[name] != saved.get(name) and not _later(name):
             raise UserError(
-                f"{workdir} holds a run with config.{name} = {found[name]}, found {plain[name]}; "
+                f"{workdir} holds a run with config.{name} = {saved[name]}, found {plain[name]}; "
                 "choose another --workdir, or the run's own config to resume it"
             )
 
@@ -101,6 +112,9 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
 def save(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes `config.json`.
 
+    Args:
+      config: the run's config.
+      workdir: the run's directory; created if missing.
     Raises:
       UserError: the workdir holds another run, or cannot be written.
     """
@@ -119,7 +133,7 @@ def read(workdir: Path) -> dict:
     """The plain values of the workdir's config.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: the file is missing or damaged.
     """
     file = workdir / FILE
     try:
@@ -131,14 +145,21 @@ def read(workdir: Path) -> dict:
         raise UserError(
             f"{workdir} has no {FILE}; expected the workdir of a run, train one first"
         ) from error
-    except (OSError, ValueError) as error:  # UserError, JSON's and Unicode's are ValueErrors
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # UserError and the errors of JSON and Unicode are ValueErrors
         raise UserError(f"cannot use {file}: {error}; restore it or train anew") from error
     return config
 
 
 def load(workdir: Path) -> ml_collections.ConfigDict:
-    """The workdir's config (see `read`), as a ConfigDict."""
-    found = read(workdir)
-    config = kind(found).template()
-    config.update(found)  # in place of its own values; lists become tuples again
+    """The workdir's config as a ConfigDict.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    saved = read(workdir)
+    config = kind(saved).template()
+    config.update(saved)  # converts JSON's lists back to tuples
     return config

@@ -1,11 +1,12 @@
-"""The contrast r(z|x): what the adversary compares q(z|x) with.
+"""The contrast r(z|x), the distribution that the adversary compares q(z|x) with.
 
-A choice is a function from a `Posterior` to a TFP distribution of batch [batch], event [latent].
-The moments carry gradient. T is then a function of z whitened by r, whose scale no move of the
-encoder's mean and covariance can change, and by E_q[grad T] = 0 (paper, Proposition 2) in whitened
-coordinates the gradient of the bound stays right.
+Each contrast is a function from a `Posterior` to a TFP distribution with batch [batch] and event
+[latent]. The moments carry gradients: T reads z whitened by r, whose scale does not depend on the
+encoder's mean and covariance. The gradient of the bound stays unbiased, because E_q[grad T] = 0
+(paper, Proposition 2) also holds in whitened coordinates.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -14,57 +15,76 @@ from tensorflow_probability import distributions as tfd
 from avb_tf.encoders import Posterior
 
 
-def prior(latent_dim: int):
+def prior(latent_dim: int) -> Any:
     """p(z): the standard normal, batch [], event [latent]."""
     return tfd.MultivariateNormalDiag(tf.zeros(latent_dim), tf.ones(latent_dim))
 
 
-def prior_contrast(posterior: Posterior):
+def prior_contrast(posterior: Posterior) -> Any:
     """r(z|x) = p(z): plain AVB (paper, Section 3.1)."""
     zeros = tf.zeros_like(posterior.mean)
     return tfd.MultivariateNormalDiag(zeros, tf.ones_like(zeros))
 
 
-def diagonal_contrast(posterior: Posterior):
+def diagonal_contrast(posterior: Posterior) -> Any:
     """A Gaussian with q's mean and variances: adaptive contrast (paper, Section 4)."""
     variance = tf.reduce_sum(posterior.scale_tril**2, -1)
     return tfd.MultivariateNormalDiag(posterior.mean, tf.sqrt(variance))
 
 
-def full_contrast(posterior: Posterior):
-    """A Gaussian with q's mean and covariance, so that T has only q's shape to learn."""
+def full_contrast(posterior: Posterior) -> Any:
+    """A Gaussian with q's mean and covariance, so that T only has to learn q's shape."""
     return tfd.MultivariateNormalTriL(posterior.mean, posterior.scale_tril)
 
 
-CONTRASTS = {"prior": prior_contrast, "diagonal": diagonal_contrast, "full": full_contrast}
+CONTRASTS: dict[str, Callable[[Posterior], Any]] = {
+    "prior": prior_contrast,
+    "diagonal": diagonal_contrast,
+    "full": full_contrast,
+}
 
 
-def whiten(z, r):
-    """z in the coordinates where r is standard normal, [samples, batch, latent] likewise."""
-    columns = tf.transpose(z - r.loc, [1, 2, 0])  # solve takes the samples as right-hand sides
+def whiten(z: tf.Tensor, r: Any) -> tf.Tensor:
+    """z in the coordinates where r is standard normal, [samples, batch, latent].
+
+    Args:
+      z: [samples, batch, latent].
+      r: a Gaussian with batch [batch] and event [latent].
+    """
+    columns = tf.transpose(z - r.loc, [1, 2, 0])  # the samples are right-hand sides of `solve`
     return tf.transpose(r.scale.solve(columns), [2, 0, 1])
 
 
-def compare(posterior: Posterior, choice):
-    """(q, r) where T compares the two, r by `choice` of `CONTRASTS`.
+def compare(posterior: Posterior, contrast: Callable[[Posterior], Any]) -> tuple[Posterior, Any]:
+    """q and r in the coordinates where T compares them.
 
-    An adaptive r goes through q's flow with it, if q has one, so that T may be had before the flow:
-    there r is a Gaussian. The prior stands after it.
+    If q has a flow, an adaptive r passes through the same flow. The flow does not change
+    log q - log r, so T compares the two before it, where r is a Gaussian. The prior is compared
+    after the flow.
+
+    Args:
+      posterior: draws and moments of q(z|x).
+      contrast: a function in `CONTRASTS`.
     """
-    before = posterior.base is not None and choice is not prior_contrast
-    q = posterior.base if before else posterior
-    return q, choice(q)
+    q = posterior
+    if posterior.base is not None and contrast is not prior_contrast:
+        q = posterior.base
+    return q, contrast(q)
 
 
-def divergence(r, p, after_flow: Posterior | None = None):
-    """E_q[log r(z|x) - log p(z)] in nats, [batch], without a draw where q has no flow.
+def divergence(r: Any, p: Any, after_flow: Posterior | None = None) -> tf.Tensor:
+    """E_q[log r(z|x) - log p(z)] in nats, [batch].
 
-    Both logs are quadratic in z and r has those of q's moments that its own quadratic form sees,
-    so the expectation under q is the one under r: KL(r || p), in closed form. Without p, which
-    then counts as 1, it is minus the entropy of r.
+    Without a flow it is exact. Both logs are quadratic in z, and r shares the moments of q that
+    its quadratic form depends on, so the expectation under q equals the one under r: KL(r || p).
 
-    An r that goes through a flow is a Gaussian before it, so that the first log stays in closed
-    form but for the flow's volume; that and the second are means over the draws `after_flow`.
+    With a flow, r is a Gaussian before it. The entropy of r stays in closed form; the flow's
+    volume and log p(z) are means over the draws of q after the flow.
+
+    Args:
+      r: a Gaussian with batch [batch] and event [latent].
+      p: the prior; None leaves log p(z) out.
+      after_flow: q after its flow, or None if q has none.
     """
     if after_flow is not None:
         log_p = 0.0 if p is None else p.log_prob(after_flow.z)

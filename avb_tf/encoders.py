@@ -28,44 +28,89 @@ MOMENT_POINTS = 4096  # Sobol points for the noise bases' moments outside traini
 
 
 class Posterior(NamedTuple):
-    """Draws of q(z|x) for a batch of x, its moments, and its density where that is known."""
+    """Draws of q(z|x) for a batch of x, with its moments and, if known, its density.
 
-    z: tf.Tensor  # [samples, batch, latent]
-    mean: tf.Tensor  # [batch, latent]
-    scale_tril: tf.Tensor  # [batch, latent, latent], Cholesky factor of q's covariance
-    columns: tf.Tensor | None = None  # [batch, latent, bases], z = mean + columns @ noise features
-    # [samples, batch], log q(z|x) where it is known, or its stand-in (`auxiliary`)
+    Attributes:
+      z: [samples, batch, latent], draws of q(z|x).
+      mean: [batch, latent], mean of q(z|x).
+      scale_tril: [batch, latent, latent], Cholesky factor of q's covariance.
+      columns: [batch, latent, bases] if z = mean + columns @ features(noise), else None; an
+        adversary with condition "posterior" reads them.
+      log_prob: [samples, batch], log q(z|x) at z in nats, or None if it is not known. `auxiliary`
+        has an upper bound in its place.
+      base: the posterior before a flow's steps, or None without a flow.
+      log_volume: [samples, batch], log |dz / dz_base| of the flow's steps, or None.
+    """
+
+    z: tf.Tensor
+    mean: tf.Tensor
+    scale_tril: tf.Tensor
+    columns: tf.Tensor | None = None
     log_prob: tf.Tensor | None = None
-    base: "Posterior | None" = None  # before the steps of a flow
-    log_volume: tf.Tensor | None = None  # [samples, batch], log |dz / dz_base|
+    base: "Posterior | None" = None
+    log_volume: tf.Tensor | None = None
 
 
 class Encoder(Restorable, keras.Model):
-    """q(z|x) as a Keras model; a subclass defines `parameters` and `draw`.
+    """Base class of q(z|x): a function of x and standard normal noise.
 
-        posterior = encoder(x, noise)  # x [batch, *event], noise [samples, batch, noise_dim]
-        posterior.z                    # [samples, batch, latent]
+    Subclass it for an encoder of your own: set `latent_dim` and `noise_dim`, and implement
+    `parameters` and `draw`. Each z must depend only on its own x and noise. So must the moments
+    outside training, unless `moments_from_draws` is True.
 
-    The noise is standard normal. Each z is a function of its own x and noise alone. So are the
-    moments outside training, unless they are estimated from the draws.
+        @keras.saving.register_keras_serializable("example")  # so that a saved model can be loaded
+        class LaplaceEncoder(avb_tf.encoders.Encoder):
+            def __init__(self, trunk, latent_dim, **kwargs):
+                super().__init__(**kwargs)
+                self.latent_dim = self.noise_dim = latent_dim
+                self.trunk = trunk
+                self.location = keras.layers.Dense(latent_dim)
+                self.log_scale = keras.layers.Dense(latent_dim)
+
+            def parameters(self, x, training=False):  # [batch, *event]
+                features = self.trunk(x, training=training)
+                return self.location(features), tf.exp(self.log_scale(features))
+
+            def draw(self, parameters, noise, training=False):  # [samples, batch, noise_dim]
+                location, scale = parameters  # each [batch, latent]
+                uniform = tfp.distributions.Normal(0.0, 1.0).cdf(noise)
+                laplace = tfp.distributions.Laplace(location, scale)
+                z = laplace.quantile(tf.clip_by_value(uniform, 1e-6, 1.0 - 1e-6))
+                return avb_tf.encoders.Posterior(
+                    z,
+                    mean=location,
+                    scale_tril=tf.linalg.diag(2.0**0.5 * scale),
+                    log_prob=tf.reduce_sum(laplace.log_prob(z), -1),
+                )
+
+        trunk = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(32, "relu")])
+        encoder = LaplaceEncoder(trunk, latent_dim=2)
+        decoder = avb_tf.networks.DenseDecoder((6,), 1, 32, 1)
+        model = avb_tf.AVB((6,), encoder, decoder)  # the density is known: no adversary
+
+    Attributes:
+      latent_dim: dimensions of z.
+      noise_dim: noise that one draw of z needs.
+      moments_from_draws: whether `mean` and `scale_tril` are estimated from the draws in `z`, so
+        that an adaptive contrast needs several draws for each x.
     """
 
     latent_dim: int
     noise_dim: int
-    moments_from_draws = False  # whether `mean` and `scale_tril` are estimated from the draws
+    moments_from_draws: bool = False
 
     def __init__(self, **kwargs):
         super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
-    def parameters(self, x, training: bool = False) -> Any:
+    def parameters(self, x: tf.Tensor, training: bool = False) -> Any:
         """Everything in q(z|x) that depends on x [batch, *event], shared by all draws."""
 
     @abc.abstractmethod
-    def draw(self, parameters, noise, training: bool = False) -> Posterior:
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Draws of z for `parameters` and noise [samples, batch, noise_dim]."""
 
-    def call(self, x, noise, training=False):
+    def call(self, x: tf.Tensor, noise: tf.Tensor, training: bool = False):
         """x [batch, *event], noise [samples, batch, noise_dim] -> Posterior."""
         return self.draw(self.parameters(x, training), noise, training)
 
@@ -105,7 +150,7 @@ class GaussianEncoder(Encoder):
         if full_covariance:
             self.off_diagonal = float32_dense(latent_dim**2, kernel_initializer="zeros")
 
-    def parameters(self, x, training=False):
+    def parameters(self, x: tf.Tensor, training: bool = False):
         """Mean [batch, latent] and Cholesky factor [batch, latent, latent]."""
         features = self.trunk(x, training=training)
         scale_tril = tf.linalg.diag(tf.exp(self.log_scale(features)) + VARIANCE_FLOOR**0.5)
@@ -114,7 +159,7 @@ class GaussianEncoder(Encoder):
             scale_tril += tf.linalg.band_part(square, -1, 0) - tf.linalg.band_part(square, 0, 0)
         return self.mean(features), scale_tril
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """Draws of the Gaussian, with their log density."""
         mean, scale_tril = parameters
         z = mean + tf.einsum("bij,sbj->sbi", scale_tril, noise)
@@ -163,11 +208,11 @@ class BlackBoxEncoder(Encoder):
         self.hidden = [keras.layers.Dense(width) for _ in range(depth - 1)]
         self.head = float32_dense(latent_dim)
 
-    def parameters(self, x, training=False):
+    def parameters(self, x: tf.Tensor, training: bool = False):
         """The part of the first layer that depends on x, [batch, width]."""
         return self.from_features(self.trunk(x, training=training))
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """Outputs of the network, with their own moments."""
         hidden = tf.nn.relu(parameters + self.from_noise[0](noise))
         for i, layer in enumerate(self.hidden, start=1):
@@ -267,13 +312,13 @@ class NoiseBasisEncoder(BasisEncoder):
             for i, outputs in enumerate(shape[1:])
         ]
 
-    def parameters(self, x, training=False):
+    def parameters(self, x: tf.Tensor, training: bool = False):
         """z0 [batch, latent] and the coefficients a [batch, bases, latent]."""
         features = self.trunk(x, training=training)
         a = tf.reshape(self.coefficients(features), [-1, self.bases, self.latent_dim])
         return self.mean(features), tf.nn.elu(a - 5.0) + 1.0 if self.positive else a
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """Sums of the bases of noise [samples, batch, bases * noise_dim], with their moments."""
         z0, a = parameters
         v = self._bases(noise)
@@ -337,7 +382,7 @@ class JointBasisEncoder(BasisEncoder):
         self.stack = DenseStack(width, 2, activation)
         self.basis = float32_dense(bases)
 
-    def parameters(self, x, training=False):
+    def parameters(self, x: tf.Tensor, training: bool = False):
         """z0 [batch, latent] and W [batch, latent, noise_dim + bases]."""
         features = self.trunk(x, training=training)
         scale = tf.exp(self.log_scale(features))[..., tf.newaxis]
@@ -347,7 +392,7 @@ class JointBasisEncoder(BasisEncoder):
         # Without the root a step would move z further the more functions there are.
         return self.mean(features), scale * (identity + functions**-0.5 * a)
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """Sums of functions of the noise, with their moments."""
         z0, columns = parameters
         v = self._bases(noise)
@@ -411,7 +456,7 @@ def _moments(draws):
     return mean, tf.matmul(centred, centred, transpose_a=True) / count
 
 
-def moments_of_draws(z):
+def moments_of_draws(z: tf.Tensor):
     """Mean and Cholesky factor of the covariance of z [samples, batch, latent], per example."""
     mean, covariance = _moments(tf.transpose(z, [1, 0, 2]))
     return mean, _cholesky(covariance)

@@ -1,17 +1,20 @@
-"""The exceptions with a meaning of their own."""
+"""Exceptions of this package."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: what was found, what was expected, what to do."""
+    """A mistake that the user can correct.
+
+    Args:
+      message: what was found, what was expected and what to do; line breaks are removed.
+    """
 
     def __init__(self, message: str):
-        """Makes one line of `message`, whatever it quotes."""
         super().__init__(" ".join(message.splitlines()))
 
 
 class DivergenceError(ArithmeticError):
-    """Training has left the numbers; going back to a checkpoint may help."""
+    """Training diverged; a rollback to a checkpoint may help."""
 
 
 class WorkerLostError(ConnectionError):
-    """Another worker of the job is gone; the job has to be started again."""
+    """Another worker of the job has stopped; the job must be restarted."""

@@ -1,11 +1,13 @@
 """Inverse autoregressive flow (Kingma et al., 2016), after any encoder."""
 
 import itertools
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import parts
 from avb_tf.encoders import Encoder, Posterior, moments_of_draws
 from avb_tf.networks import float32_dense
 
@@ -22,13 +24,13 @@ class MaskedDense(keras.layers.Layer):
         self.mask = mask.astype(np.float32)
         self.initializer = initializer
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any):
         """Creates kernel and bias."""
         shape = self.mask.shape
         self.kernel = self.add_weight(shape=shape, initializer=self.initializer, name="kernel")
         self.bias = self.add_weight(shape=shape[1:], initializer="zeros", name="bias")
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor):
         """[..., inputs] -> [..., outputs]."""
         return tf.matmul(inputs, self.kernel * self.mask) + self.bias
 
@@ -57,7 +59,7 @@ class MADE(keras.layers.Layer):
         reads = inputs > hidden[:, None]
         self.head = MaskedDense(np.tile(reads, outputs), initializer="zeros")
 
-    def call(self, z, context):
+    def call(self, z: tf.Tensor, context: tf.Tensor):
         """z [samples, batch, latent], context [batch, width] -> `outputs` tensors like z."""
         hidden = tf.nn.relu(self.hidden[0](z) + context)
         for layer in self.hidden[1:]:
@@ -102,19 +104,20 @@ class FlowEncoder(Encoder):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        parts.check_flow(width, base.latent_dim)
         self.latent_dim, self.noise_dim = base.latent_dim, base.noise_dim
         self.trunk, self.base = trunk, base
         base.built = True  # Keras expects a call of the whole base, which never comes
         self.from_features = float32_dense(steps * width)
         self.steps = [MADE(base.latent_dim, 2, width, depth) for _ in range(steps)]
 
-    def parameters(self, x, training=False):
+    def parameters(self, x: tf.Tensor, training: bool = False):
         """The parameters of the base, and a context [batch, width] for each step."""
         features = self.trunk(x, training=training)
         contexts = tf.split(self.from_features(features), len(self.steps), -1)
         return self.base.parameters(features, training), contexts
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
         """Draws of the base after all steps, with their own moments."""
         base_parameters, contexts = parameters
         base = self.base.draw(base_parameters, noise, training)

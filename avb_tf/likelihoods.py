@@ -1,45 +1,103 @@
-"""Likelihoods: the decoder's output as a TFP distribution of x."""
+"""Likelihoods p(x|z), TFP distributions of x given the decoder's output."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
+import keras
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
-SCALE_FLOOR = 1e-2  # of an intensity in [0, 1]: without it the density of a flat pixel is unbounded
-LEVELS = 256.0
+from avb_tf.errors import UserError
+
+SCALE_FLOOR = 1e-2  # smallest scale; without it the density of a constant pixel is unbounded
+LEVELS = 256.0  # intensities of an 8-bit image
+
+_register = keras.saving.register_keras_serializable("avb_tf")
 
 
-class Likelihood(NamedTuple):
-    """p(x|z), given the decoder's output [..., *event, parameters]."""
+@_register
+@dataclass(frozen=True)
+class Likelihood:
+    """p(x|z), given the decoder's output [..., *event, parameters].
 
-    parameters: int  # numbers for each dimension of x
-    distribution: Callable[[tf.Tensor], Any]  # of batch [..., *event], event []
-    mean: Callable[[tf.Tensor], tf.Tensor]  # [..., *event] in [0, 1]
-    binary: bool  # the data are to be binarised
-    bits_per_dim: bool  # a mass over 256 levels, usually told in bits per dimension
+    Make one for a likelihood of your own. A saved model needs its name in `LIKELIHOODS`, or both
+    functions registered with Keras:
+
+        avb_tf.likelihoods.LIKELIHOODS["laplace"] = avb_tf.likelihoods.Likelihood(
+            parameters=1,
+            distribution=lambda outputs: tfp.distributions.Laplace(
+                tf.sigmoid(outputs[..., 0]), 0.1
+            ),
+            mean=lambda outputs: tf.sigmoid(outputs[..., 0]),
+            binary=False,
+            bits_per_dim=False,
+        )
+        encoder = avb_tf.encoders.GaussianEncoder(avb_tf.networks.DenseTrunk(32, 1), latent_dim=2)
+        decoder = avb_tf.networks.DenseDecoder((6,), 1, 32, 1)  # 1 parameter
+        model = avb_tf.AVB((6,), encoder, decoder, likelihood="laplace")
+
+    Attributes:
+      parameters: numbers for each dimension of x; 0 if the decoder's output has another shape.
+      distribution: decoder's output -> TFP distribution with batch [..., *event] and event [].
+      mean: decoder's output -> E[x|z], [..., *event].
+      binary: whether the data are binarised.
+      bits_per_dim: whether to report bits per dimension, too, as is usual for 256 levels.
+      unit: whether x has to lie in [0, 1], bytes being divided by 255.
+    """
+
+    parameters: int
+    distribution: Callable[[tf.Tensor], Any]
+    mean: Callable[[tf.Tensor], tf.Tensor]
+    binary: bool
+    bits_per_dim: bool
+    unit: bool = True
+
+    def get_config(self):
+        """The fields, for `.keras` files.
+
+        Raises:
+          UserError: a function is not registered with Keras, so that no file can name it.
+        """
+        for function in (self.distribution, self.mean):
+            name = keras.saving.get_registered_name(function)
+            if keras.saving.get_registered_object(name) is None:
+                raise UserError(
+                    f"the likelihood's function {function.__name__} is not registered; decorate it "
+                    "with @keras.saving.register_keras_serializable() to save the model"
+                )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: keras.saving.serialize_keras_object(v) for k, v in values.items()}
+
+    @classmethod
+    def from_config(cls, config):
+        """The likelihood that `get_config` described."""
+        return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
 
+@_register
 def _bernoulli(outputs):
     return tfd.Bernoulli(logits=outputs[..., 0])
 
 
+@_register
 def _normal(outputs):
     scale = SCALE_FLOOR + tf.nn.softplus(outputs[..., 1])
     return tfd.Normal(tf.sigmoid(outputs[..., 0]), scale)
 
 
+@_register
 def _logistic(outputs):
     scale = (SCALE_FLOOR + tf.nn.softplus(outputs[..., 1])) * (LEVELS - 1.0)
     logistic = tfd.Logistic(tf.sigmoid(outputs[..., 0]) * (LEVELS - 1.0), scale)
-    # QuantizedDistribution rounds up; moved by half a level it rounds to the nearest.
+    # QuantizedDistribution rounds up; a shift by half a level makes it round to the nearest.
     centred = tfd.TransformedDistribution(logistic, tfb.Shift(-0.5))
     return _Levels(tfd.QuantizedDistribution(centred, low=0.0, high=LEVELS - 1.0))
 
 
 class _Levels:
-    """A distribution over the levels 0..255 that takes x in [0, 1]."""
+    """A distribution over the levels 0..255, for x in [0, 1]."""
 
     def __init__(self, levels):
         self.levels = levels
@@ -51,6 +109,7 @@ class _Levels:
         return self.levels.sample(seed=seed) / (LEVELS - 1.0)
 
 
+@_register
 def _sigmoid_mean(outputs):
     return tf.sigmoid(outputs[..., 0])
 
@@ -62,7 +121,7 @@ LIKELIHOODS = {
 }
 
 
-def log_likelihood(likelihood: Likelihood, outputs, x):
+def log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
     """log p(x|z) in nats, summed over x's dimensions.
 
     Args:
@@ -72,7 +131,7 @@ def log_likelihood(likelihood: Likelihood, outputs, x):
     Returns:
       [..., batch].
     """
-    if likelihood.binary:  # half the work of TFP's Bernoulli, which takes two softplus
+    if likelihood.binary:  # half the work of TFP's Bernoulli, which computes softplus twice
         log_prob = x * outputs[..., 0] - tf.nn.softplus(outputs[..., 0])
     else:
         log_prob = likelihood.distribution(outputs).log_prob(x)
@@ -80,7 +139,7 @@ def log_likelihood(likelihood: Likelihood, outputs, x):
     return tf.reduce_sum(log_prob, axis=list(range(-event, 0)))
 
 
-def pairwise_log_likelihood(likelihood: Likelihood, outputs, x):
+def pairwise_log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
     """log p(x_i|z_j) in nats for every pair, [batch, points].
 
     Args:
@@ -88,7 +147,7 @@ def pairwise_log_likelihood(likelihood: Likelihood, outputs, x):
       outputs: [points, *event, parameters], the decoder's output.
       x: [batch, *event].
     """
-    if likelihood.binary:  # linear in x: a product in place of batch * points * event terms
+    if likelihood.binary:  # linear in x: one matrix product instead of batch * points * event terms
         logits = tf.reshape(outputs, [tf.shape(outputs)[0], -1])
         linear = tf.matmul(tf.reshape(x, [tf.shape(x)[0], -1]), logits, transpose_b=True)
         return linear - tf.reduce_sum(tf.nn.softplus(logits), -1)

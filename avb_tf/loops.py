@@ -4,6 +4,7 @@ Keras's own reduce the logs over replicas, which fails for scalars with several 
 a way that fails for several replicas.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ def of_stream(model, step: Step) -> Callable[[Any], Logs]:
             on_replica(next(iterator))
         return model.get_metrics_result()
 
-    return _called_with_count(model, run)
+    return _called_with_count(model, run, model.training_calls)
 
 
 def of_resident(model, step: Step) -> Callable[[Any], Logs]:
@@ -36,14 +37,16 @@ def of_resident(model, step: Step) -> Callable[[Any], Logs]:
         step(read(rows, indices, i))
 
     if model.loop_is_compiled:
-        loop = _program(model, indexed, model.resident.stride)
+        loop: Any = _program(model, indexed, model.resident.stride)
     else:
         if not model.run_eagerly:
             indexed = tf.function(indexed, autograph=False, jit_compile=model.jit_compile)
 
-        def loop(count, rows, indices):
+        def one_by_one(count, rows, indices):
             for i in tf.range(count):
                 strategy.run(indexed, (i, rows, indices))
+
+        loop = one_by_one
 
     def run(iterator, rows):
         indices, counts = next(iterator)
@@ -71,14 +74,50 @@ def of_finite(model, step: Step) -> Callable[[Any], Logs]:
             on_replica(batch.get_value())
         return model.get_metrics_result()
 
-    return _called_with_count(model, run)
+    return _called_with_count(model, run, model.test_calls)
 
 
-def _called_with_count(model, run):
+class Calls:
+    """How many steps each call of a graph takes, so that an epoch has no more than it should."""
+
+    def __init__(self):
+        self.begin(None)
+
+    def begin(self, steps_per_epoch: int | None) -> None:
+        """From here on an epoch has so many steps; None where the data tell."""
+        self.steps_per_epoch = self.left = steps_per_epoch
+
+    def next(self, most: int) -> int:
+        """Steps of the next call, `most` unless the epoch ends before."""
+        if self.left is None:
+            return most
+        count = min(most, self.left)
+        self.left = self.left - count or self.steps_per_epoch
+        return count
+
+
+def _called_with_count(model, run, calls: Calls):
     if not model.run_eagerly:
         run = tf.function(run, reduce_retracing=True)
-    # A tensor: another count is no other graph.
-    return lambda iterator: run(iterator, tf.constant(model.steps_per_execution))
+
+    def call(iterator):
+        if inspect.isgenerator(iterator):  # of `train_on_batch`
+            batch: Any = next(iterator)
+            x, _, weights = batch
+            iterator, count = _single(model, x, weights), 1
+        else:
+            count = calls.next(model.steps_per_execution)
+        return run(iterator, tf.constant(count))  # a tensor: another count is no other graph
+
+    return call
+
+
+def _single(model, x, weights) -> Any:
+    """Iterator over the one batch, in shares of the replicas."""
+    tensors = (x,) if weights is None else (x, weights)
+    batch = tf.data.Dataset.from_tensor_slices(tensors).batch(len(x))
+    batch = batch.map(lambda x, *weights: (x, None, *weights))
+    return iter(model.distribute_strategy.experimental_distribute_dataset(batch))
 
 
 def _on_replica(model, step):

@@ -4,32 +4,33 @@ A method is an encoder, a contrast and an adversary (none where q's density is k
 encoder and decoder, dual means the adversary, as in the paper's Algorithm 1.
 """
 
-import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import auxiliary, flows, loops, objectives, optimizers, replicas, schedules
+from avb_tf import auxiliary, flows, objectives, optimizers, parts, replicas, schedules
 from avb_tf import contrast as contrasts
-from avb_tf.data import pipeline, resident
-from avb_tf.data.source import Split, array_split
+from avb_tf.data import checks
 from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS, Likelihood, log_likelihood
 from avb_tf.networks import Adversary, Restorable
+from avb_tf.training import Trained
 
 # Saved models may hold any of our parts and schedules: whoever loads one has them registered.
 __all__ = ["AVB", "auxiliary", "flows", "schedules"]
 
 # Streams of randomness within a step. Noises come in pairs; further dual steps go on from _TRAIN.
 _BINARISE, _TEST, _, _TRAIN = range(4)
+_NOT_TAKEN = {"loss", "metrics", "weighted_metrics", "loss_weights"}  # arguments of `compile`
 
 
 @keras.saving.register_keras_serializable("avb_tf")
-class AVB(Restorable, keras.Model):
+class AVB(Restorable, Trained):
     """A latent-variable model trained by Adversarial Variational Bayes, or as a VAE.
 
     Trains on x [batch, *event] in [0, 1]; labels that come with x are ignored. A binary likelihood
@@ -78,8 +79,21 @@ class AVB(Restorable, keras.Model):
         prior: bool = True,
         **kwargs,
     ):
+        policy = keras.config.dtype_policy().name
+        if policy in ("float64", "float16", "bfloat16"):
+            raise UserError(
+                f"Keras's dtype policy is '{policy}'; moments and densities are float32; expected "
+                "'float32', 'mixed_float16' or 'mixed_bfloat16' in keras.config.set_dtype_policy"
+            )
         super().__init__(autocast=False, **kwargs)  # the parts cast what they compute
         self.event_shape = tuple(event_shape)
+        parts.check_names(likelihood, contrast, condition)
+        # With a flow, an adaptive contrast has the moments of the base.
+        contrasted = encoder.base if isinstance(encoder, flows.FlowEncoder) else encoder
+        if contrasted.moments_from_draws:
+            name, latent_dim = type(encoder).__name__, encoder.latent_dim
+            learned = adversary is not None
+            parts.check_draws(draws, adversary_draws, learned, contrast, latent_dim, name)
         known = isinstance(likelihood, str)
         self.likelihood = LIKELIHOODS[likelihood] if known else likelihood
         self.contrast = contrasts.CONTRASTS[contrast]
@@ -104,8 +118,6 @@ class AVB(Restorable, keras.Model):
         names = ["elbo", "log_likelihood", "kl"]
         names += ["adversary_loss", "adversary_accuracy"] if adversary else []
         self.means = {name: keras.metrics.Mean(name=name) for name in names}
-        self.resident: resident.Resident | None = None  # the examples that `fit` keeps on devices
-        self.resident_megabytes: float = resident.MEGABYTES  # that these may take
         self._create_weights()
 
     def _counter(self, name):
@@ -117,13 +129,20 @@ class AVB(Restorable, keras.Model):
         )  # fmt: skip
 
     def _create_weights(self):
-        """Runs every part once: all weights exist before an optimizer or a checkpoint sees them."""
-        x = tf.zeros([1, *self.event_shape])
-        noise = tf.zeros([self.encoder.latent_dim + 1, 1, self.encoder.noise_dim])
+        """Runs every part once to create all weights, and checks the shapes of the outputs."""
+        samples, batch = self.encoder.latent_dim + 1, 2
+        x = tf.zeros([batch, *self.event_shape])
+        noise = tf.zeros([samples, batch, self.encoder.noise_dim])
         for training in (False, True):
             encoder, decoder = self._networks(training)
-            decoder(encoder(x, noise).z)
+            posterior = encoder(x, noise)
+            parts.check_posterior(encoder, posterior, samples, batch)
+            outputs = decoder(posterior.z)
         posterior = self.encoder(x, noise)
+        if self.likelihood.parameters:  # 0: the likelihood reads any output
+            expected = [samples, batch, *self.event_shape, self.likelihood.parameters]
+            name = f"decoder {type(self.decoder).__name__}: output"
+            parts.check_shape(name, outputs, expected, "[samples, batch, *event, parameters]")
         if self.adversary is None and posterior.log_prob is None:
             raise UserError(
                 f"{type(self.encoder).__name__} does not know its density and there is no "
@@ -137,7 +156,9 @@ class AVB(Restorable, keras.Model):
                     f"adaptive contrast too; {type(self.encoder).__name__} gives no description "
                     "here. Use condition 'x'."
                 )
-            self.adversary(self.condition_of(x, q, r), q.z)
+            t = self.adversary(self.condition_of(x, q, r), q.z)
+            name = f"adversary {type(self.adversary).__name__}: T"
+            parts.check_shape(name, t, [samples, batch], "[samples, batch]")
         for weight, average in self._averages():
             average.assign(weight)
         self.built = True
@@ -156,14 +177,38 @@ class AVB(Restorable, keras.Model):
         """Trainable weights of encoder and decoder."""
         return self.encoder.trainable_variables + self.decoder.trainable_variables
 
-    def compile(self, optimizer=None, adversary_optimizer=None, **kwargs):
+    def get_config(self):
+        """The constructor's arguments, and which layers are not to be trained."""
+        layers = self._flatten_layers()
+        frozen = [i for i, layer in enumerate(layers) if not layer.trainable]
+        return {**super().get_config(), "frozen": frozen}
+
+    @classmethod
+    def from_config(cls, config):
+        """The model that `get_config` described."""
+        frozen = set(config.get("frozen", ()))
+        model = super().from_config({k: v for k, v in config.items() if k != "frozen"})
+        for i, layer in enumerate(model._flatten_layers()):
+            if i in frozen:
+                layer.trainable = False
+        return model
+
+    def compile(self, optimizer: Any = None, adversary_optimizer: Any = None, **kwargs):
         """Configures training.
 
         Args:
           optimizer: of encoder and decoder; Adam at 5e-4 unless given.
           adversary_optimizer: of the adversary, which must keep ahead; Adam at 1.5e-3 unless given.
           **kwargs: of `keras.Model.compile`, such as steps_per_execution.
+        Raises:
+          UserError: a loss or metrics, which a model that is its own loss has no use for.
         """
+        for name in _NOT_TAKEN & kwargs.keys():
+            if kwargs[name] is not None:
+                raise UserError(
+                    f"compile({name}=...) has no use here: the loss is -ELBO, and the metrics are "
+                    f"its terms; leave {name} out"
+                )
         super().compile(optimizer=optimizer or optimizers.Adam(5e-4), **kwargs)
         # Built here, each over its own weights: Keras would build one over all of them.
         self.optimizer.build(self.primal_variables)
@@ -177,20 +222,27 @@ class AVB(Restorable, keras.Model):
             self.adversary_optimizer.build(self.adversary.trainable_variables)
 
     def get_compile_config(self):
-        """Both optimizers, for `.keras` files."""
+        """Both optimizers, for `.keras` files; None of a model that is not compiled."""
+        if not self.compiled:
+            return None
         both = {"optimizer": self.optimizer, "adversary_optimizer": self.adversary_optimizer}
         return {k: keras.saving.serialize_keras_object(v) for k, v in both.items()}
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]):
         """Compiles as saved; the optimizers' state is loaded next."""
         self.compile(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
     # The bound.
 
-    def terms(self, x, noise, training: bool = False) -> objectives.Terms:
-        """The terms of the bound for x [batch, *event], noise [samples, batch, noise_dim].
+    def terms(
+        self, x: np.ndarray | tf.Tensor, noise: np.ndarray | tf.Tensor, training: bool = False
+    ) -> objectives.Terms:
+        """The terms of the bound, with the averaged networks unless in training.
 
-        By the averaged networks, unless in training.
+        Args:
+          x: [batch, *event].
+          noise: [samples, batch, noise_dim], standard normal.
+          training: whether to use the trained networks, as a training step does.
         """
         encoder, decoder = self._networks(training)
         posterior = encoder(x, noise, training=training)
@@ -209,7 +261,7 @@ class AVB(Restorable, keras.Model):
         contrast_kl = contrasts.divergence(r, self.prior, after_flow)
         return objectives.Terms(reconstruction, contrast_kl, t), t_contrast
 
-    def _t(self, x, q: Posterior, r, contrast_noise=None):
+    def _t(self, x, q: Posterior, r, contrast_noise=None) -> Any:
         """T at the z of q and, where r is N(0, I), at `contrast_noise`."""
         if self.adversary is None:
             return objectives.exact_t(q, r), None
@@ -224,7 +276,7 @@ class AVB(Restorable, keras.Model):
             return self.encoder, self.decoder
         return self.averaged_encoder, self.averaged_decoder
 
-    def condition_of(self, x, posterior: Posterior, r):
+    def condition_of(self, x: np.ndarray | tf.Tensor, posterior: Posterior, r: Any):
         """What the adversary reads beside z."""
         if self.condition == "none":
             return tf.zeros([tf.shape(x)[0], 1])  # the same for all
@@ -236,7 +288,7 @@ class AVB(Restorable, keras.Model):
         seed = replicas.stream_seed(self.seed, self.step.value, stream)
         return replicas.rows(tf.random.stateless_normal, shape, seed, axis=1)
 
-    def noises(self, x, stream):
+    def noises(self, x: np.ndarray | tf.Tensor, stream: int):
         """The encoder's noise, and the whitened draws of the contrast."""
         return (
             self._noise(x, stream, self.encoder.noise_dim),
@@ -244,7 +296,7 @@ class AVB(Restorable, keras.Model):
         )
 
     def _inputs(self, data):
-        x = tf.cast(keras.utils.unpack_x_y_sample_weight(data)[0], tf.float32)
+        x = checks.as_examples(keras.utils.unpack_x_y_sample_weight(data)[0], self.event_shape)
         if self.likelihood.binary:
             seed = replicas.stream_seed(self.seed, self.step.value, _BINARISE)
             uniform = replicas.rows(
@@ -253,31 +305,38 @@ class AVB(Restorable, keras.Model):
             x = tf.where(uniform < x, 1.0, 0.0 * x)  # a nan stays one, or nobody would know of it
         return x
 
+    def _examples(self, x):
+        """x as float32 [batch, *event], bytes scaled to [0, 1]; checked where it has a value."""
+        if not tf.is_symbolic_tensor(x):
+            x = self.checked(x)
+        return checks.as_examples(x, self.event_shape)
+
     # Training.
 
-    def train_step(self, data):
+    def train_step(self, data: Any):
         """Algorithm 1: dual steps, the last of them together with the primal step.
 
         The encoder does not move before the primal step, so x passes through it once. What each
         step does not share is its noise.
         """
-        x = self._inputs(data)
+        x, weights = self._inputs(data), _weights(data)
         dual = self.adversary.trainable_variables if self.adversary is not None else []
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in self.primal_variables])
             parameters = self.encoder.parameters(x, training=True)
             with tape.stop_recording():
                 for i in range(1, self.adversary_steps if dual else 1):
-                    self.dual_step(x, parameters, _TRAIN + 2 * i)
+                    self.dual_step(x, parameters, _TRAIN + 2 * i, weights)
             tape.watch([v.value for v in dual])
             noise, contrast_noise = self.noises(x, _TRAIN)
             posterior = self.encoder.draw(parameters, noise, training=True)
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
-            kl = self._kl_weight() * tf.reduce_mean(terms.kl)
-            loss: Any = self._share() * (kl - tf.reduce_mean(terms.log_likelihood))
+            kl = self._kl_weight() * objectives.mean(terms.kl, weights)
+            log_likelihood = objectives.mean(terms.log_likelihood, weights)
+            loss: Any = self._share() * (kl - log_likelihood)
             loss = self.optimizer.scale_loss(loss)
             if dual:
-                adversary_loss = self._adversary_loss(terms.t, t_contrast)
+                adversary_loss = self._adversary_loss(terms.t, t_contrast, weights)
         # T counts as fixed in the first, z in the second: neither's gradient is of the other.
         gradients = self._gradients(tape, loss, self.primal_variables)
         dual_gradients = self._gradients(tape, adversary_loss, dual) if dual else []
@@ -293,10 +352,12 @@ class AVB(Restorable, keras.Model):
         row = self.skipped_in_a_row.value
         over = applied & (row < self.patience)
         self.skipped_in_a_row.assign(tf.where(over, tf.zeros_like(row), row + skipped))
-        self._record(terms, t_contrast, applied)
+        self._record(terms, t_contrast, weights, applied)
         return self.get_metrics_result()
 
-    def dual_step(self, x, parameters, stream):
+    def dual_step(
+        self, x: np.ndarray | tf.Tensor, parameters: Any, stream: int, weights: Any = None
+    ):
         """One step of the adversary, for the encoder's `parameters` of x."""
         noise, contrast_noise = self.noises(x, stream)
         posterior = self.encoder.draw(parameters, noise, training=True)
@@ -304,7 +365,8 @@ class AVB(Restorable, keras.Model):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in variables])
             q, r = contrasts.compare(posterior, self.contrast)
-            loss = self._adversary_loss(*self._t(x, q, r, contrast_noise))
+            t_posterior, t_contrast = self._t(x, q, r, contrast_noise)
+            loss = self._adversary_loss(t_posterior, t_contrast, weights)
         gradients = self._gradients(tape, loss, variables)
         applied = self._all_finite(x, loss, *gradients)
         self._apply(self.adversary_optimizer, gradients, variables, applied)
@@ -346,18 +408,19 @@ class AVB(Restorable, keras.Model):
         rest = {id(v): v for other in others for v in other.variables if id(v) not in known}
         return groups + [[variable] for variable in rest.values()]
 
-    def _all_finite(self, *tensors):
+    def _all_finite(self, *tensors) -> Any:
         """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`.
 
         x is among them, for a relu may make a number of a nan.
         """
         return replicas.all_finite(*tensors) if self.skip_non_finite else tf.constant(True)
 
-    def _adversary_loss(self, t_posterior, t_contrast) -> Any:
-        loss = self._share() * tf.reduce_mean(objectives.adversary_loss(t_posterior, t_contrast))
+    def _adversary_loss(self, t_posterior, t_contrast, weights) -> Any:
+        losses = objectives.adversary_loss(t_posterior, t_contrast)
+        loss = self._share() * objectives.mean(losses, weights)
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
-    def average(self, applied):
+    def average(self, applied: tf.Tensor):
         """Moves the averaged weights towards the trained ones, unless the step was skipped."""
         if not self.ema_decay:
             return
@@ -383,133 +446,97 @@ class AVB(Restorable, keras.Model):
             return 1.0
         return tf.minimum(1.0, tf.cast(self.step + 1, tf.float32) / self.kl_annealing_steps)
 
-    def _record(self, terms: objectives.Terms, t_contrast, applied=True):
+    def _record(self, terms: objectives.Terms, t_contrast, weights=None, applied=True):
         reconstruction = tf.reduce_mean(terms.log_likelihood, 0)
         kl = tf.reduce_mean(terms.kl, 0)
         values = {"elbo": reconstruction - kl, "log_likelihood": reconstruction, "kl": kl}
         if self.adversary is not None:
             for name in ("adversary_loss", "adversary_accuracy"):
-                values[name] = getattr(objectives, name)(terms.t, t_contrast)
+                of_draws = getattr(objectives, name)(terms.t, t_contrast)
+                values[name] = tf.reduce_mean(of_draws, 0)
         for name, value in values.items():
             # Of a step that is skipped no number is left.
             value = tf.where(applied, value, 0.0)
-            weight = tf.cast(tf.broadcast_to(applied, tf.shape(value)), tf.float32)
-            self.means[name].update_state(value, weight)
+            weight = tf.ones_like(value) if weights is None else weights
+            self.means[name].update_state(value, tf.where(applied, weight, 0.0))
 
-    def test_step(self, data):
+    def test_step(self, data: Any):
         """The bound, its terms and the adversary's state, by the averaged networks."""
         x = self._inputs(data)
         noise, contrast_noise = self.noises(x, _TEST)
         posterior = self.averaged_encoder(x, noise)
-        self._record(
-            *self._terms(x, posterior, self.averaged_decoder, self.samples, contrast_noise)
-        )
+        terms = self._terms(x, posterior, self.averaged_decoder, self.samples, contrast_noise)
+        self._record(*terms, _weights(data))
         return self.get_metrics_result()
 
     def get_metrics_result(self):
-        """The running means since the epoch began."""
-        return {name: mean.result() for name, mean in self.means.items()}
-
-    def fit(self, x=None, *args, **kwargs):
-        """As `keras.Model.fit`; x may also be a `data.Split`.
-
-        An array or a split of at most `resident_megabytes` is copied to the device once, and
-        a call of the graph, `steps_per_execution` steps, gathers its batches there. Their order is
-        a function of `seed` and the step, so that a resumed run goes on with the batches of the
-        uninterrupted one. Batches are full and run on across epochs.
-        """
-        arguments = inspect.signature(keras.Model.fit).bind(self, x, *args, **kwargs).arguments
-        del arguments["self"]
-        before, self.resident = self.resident, None
-        if isinstance(x, (np.ndarray, tf.Tensor, Split)):
-            arguments = self._put(arguments)
-        if resident.traced(before) != resident.traced(self.resident):
-            self.train_function = None
-        try:
-            return super().fit(**arguments)
-        finally:
-            if self.resident is not None:  # the examples themselves need not be kept
-                self.resident = self.resident._replace(rows=None, calls=None)
-
-    def _put(self, arguments):
-        """The arguments of `fit` with batches in place of an array or a split."""
-        x, validation_split = arguments.pop("x"), arguments.pop("validation_split", 0.0)
-        if not isinstance(x, Split):
-            if validation_split and arguments.get("validation_data") is None:
-                size = int(len(x) * (1.0 - validation_split))
-                x, arguments["validation_data"] = x[:size], (x[size:],)
-            x = array_split(np.asarray(x))
-        batch_size = min(arguments.pop("batch_size", None) or 32, x.size)
-        steps = arguments.pop("steps_per_epoch", None) or -(-x.size // batch_size)
-        order = {
-            "seed": self.seed,
-            "first_step": int(self.step.numpy()),
-            "shuffle": arguments.pop("shuffle", True),
+        """The running means since the epoch began, NaN where no step counted; loss is -ELBO."""
+        means = {
+            name: tf.where(mean.count.value > 0, mean.result(), np.nan)
+            for name, mean in self.means.items()
         }
-        strategy = self.distribute_strategy
-        if resident.fits(x, self.resident_megabytes):
-            self.resident = resident.put(
-                x, strategy, batch_size, **order, steps_per_epoch=steps,
-                steps_per_call=self.steps_per_execution,
-            )  # fmt: skip
-            batches = self.resident.calls
-        else:
-            batches = strategy.distribute_datasets_from_function(
-                lambda context: pipeline.training_batches(x, batch_size, **order, context=context)
-            )
-        return arguments | {"x": batches, "steps_per_epoch": steps, "shuffle": False}
-
-    def make_train_function(self, force=False):
-        """The graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
-        if self.train_function is None or force:
-            make = loops.of_stream if self.resident is None else loops.of_resident
-            self.train_function = make(self, self.train_step)
-        return self.train_function
-
-    def make_test_function(self, force=False):
-        """The graph that `evaluate` calls: as that of `fit`, but that the data may end within."""
-        if self.test_function is None or force:
-            self.test_function = loops.of_finite(self, self.test_step)
-        return self.test_function
+        return {"loss": -means["elbo"], **means}
 
     # Use. All by the averaged networks; the same seed gives the same draws.
 
-    def call(self, x):
+    def call(self, x: np.ndarray | tf.Tensor):
         """Reconstructions of x, [batch, *event]; `predict` calls this."""
         return self.reconstruct(x)
 
-    def posterior(self, x, samples: int = 1, seed: int = 0) -> Posterior:
-        """`samples` draws of q(z|x) for x [batch, *event], with what is known of q."""
-        x = tf.convert_to_tensor(x, tf.float32)
+    def posterior(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0) -> Posterior:
+        """Draws of q(z|x) with its moments and, if known, its density.
+
+        Args:
+          x: [batch, *event] in [0, 1].
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
+        x = self._examples(x)
         shape = [samples, tf.shape(x)[0], self.encoder.noise_dim]
         noise = tf.random.stateless_normal(shape, [seed, 0])
         return self.averaged_encoder(x, noise)
 
-    def encode(self, x, samples: int = 1, seed: int = 0):
-        """z ~ q(z|x), [samples, batch, latent]."""
+    def encode(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
+        """z ~ q(z|x), [samples, batch, latent].
+
+        Args:
+          x: [batch, *event] in [0, 1].
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
         return self.posterior(x, samples, seed).z
 
-    def log_ratios(self, x, samples: int = 1, seed: int = 0):
-        """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary."""
+    def log_ratios(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
+        """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary.
+
+        Args:
+          x: [batch, *event] in [0, 1].
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
         posterior = self.posterior(x, samples, seed)
         noise = tf.random.stateless_normal(tf.shape(posterior.z), [seed, 2])
         q, r = contrasts.compare(posterior, self.contrast)
-        return self._t(tf.convert_to_tensor(x), q, r, noise)
+        return self._t(self._examples(x), q, r, noise)
 
-    def decode(self, z):
+    def decode(self, z: np.ndarray | tf.Tensor):
         """E[x|z] for z [..., latent], [..., *event] in [0, 1]."""
         return self.likelihood.mean(self.averaged_decoder(tf.convert_to_tensor(z, tf.float32)))
 
-    def sample(self, count: int, seed: int = 0):
-        """E[x|z] for `count` draws of z from the prior, [count, *event]."""
+    def sample(self, count: int, seed: int | None = None):
+        """E[x|z] for `count` draws of z from the prior, [count, *event].
+
+        A seed gives the same draws at every call; without one every call draws anew.
+        """
+        seed = int(np.random.SeedSequence().generate_state(1)[0] >> 1) if seed is None else seed
         shape = [count, self.encoder.latent_dim]
         return self.decode(tf.random.stateless_normal(shape, [seed, 1]))
 
-    def reconstruct(self, x, seed: int = 0):
+    def reconstruct(self, x: np.ndarray | tf.Tensor, seed: int = 0):
         """E[x'|z] for one z ~ q(z|x) per example, [batch, *event]."""
         return self.decode(self.encode(x, 1, seed)[0])
 
-    def export(self, directory, **settings):
+    def export(self, directory: str | Path, **settings: Any):
         """Writes `<directory>/<version>/` for TensorFlow Serving, in place of Keras's one endpoint.
 
         The settings are those of `serving.writing.export`. Needs the extra [serving].
@@ -517,6 +544,12 @@ class AVB(Restorable, keras.Model):
         from avb_tf.serving import writing
 
         return writing.export(self, directory, **settings)
+
+
+def _weights(data):
+    """The weights of the examples that Keras passes as `data`, float32 [batch], or None."""
+    weights = keras.utils.unpack_x_y_sample_weight(data)[2]
+    return None if weights is None else tf.cast(weights, tf.float32)
 
 
 def _move(strategy, weights, averages, decay):

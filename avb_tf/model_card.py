@@ -18,7 +18,7 @@ def packages() -> dict[str, str]:
     return {"avb_tf": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def facts(model, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def facts(model: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The first table of an `AVB`'s card; method, data and likelihood are the config's."""
     kind = {}
     if config:

@@ -45,7 +45,7 @@ class Restorable:
         """None: the model that holds the object builds it by running it."""
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]):
         """A new object from the config that `get_config` returned."""
         return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
@@ -63,7 +63,7 @@ class DenseStack(Restorable, keras.layers.Layer):
         super().__init__(**kwargs)
         self.hidden = [keras.layers.Dense(width, activation=activation) for _ in range(depth)]
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor):
         """[..., inputs] -> [..., width]."""
         hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # bias and activation fuse at rank 2
         for layer in self.hidden:
@@ -89,7 +89,7 @@ class DenseTrunk(Restorable, keras.layers.Layer):
         self.flatten = keras.layers.Flatten()
         self.stack = DenseStack(width, depth, activation)
 
-    def call(self, x):
+    def call(self, x: tf.Tensor):
         """[batch, *event] -> [batch, width]."""
         return self.stack(2.0 * self.flatten(x) - 1.0)
 
@@ -132,7 +132,7 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         self.flatten = keras.layers.Flatten()
         self.dense = keras.layers.Dense(features, activation=activation) if features else None
 
-    def call(self, x, training=False):
+    def call(self, x: tf.Tensor, training: bool = False):
         """[batch, height, width, channels] -> [batch, features]."""
         hidden = 2.0 * x - 1.0
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
@@ -152,7 +152,7 @@ class BatchNorm(keras.layers.Layer):
 
     MOMENTUM, EPSILON = 0.999, 1e-3
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any):
         """Creates gain, offset and running averages, [channels] each."""
         shape = input_shape[-1:]
 
@@ -166,7 +166,7 @@ class BatchNorm(keras.layers.Layer):
         self.mean = weight("mean", "zeros", **running)
         self.variance = weight("variance", "ones", **running)
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: tf.Tensor, training: bool = False):
         """[..., channels] -> [..., channels]."""
         mean, variance = self.mean.value, self.variance.value
         if training:
@@ -214,7 +214,7 @@ class ResidualTrunk(Restorable, keras.layers.Layer):
         self.hidden = [dense(width, activation="relu") for _ in range(blocks)]
         self.changes = [dense(width, kernel_initializer="zeros") for _ in range(blocks)]
 
-    def call(self, x, training=False):
+    def call(self, x: tf.Tensor, training: bool = False):
         """[batch, *event] -> [batch, width]."""
         features = self.first(self.trunk(x, training=training))
         for norm, hidden, change in zip(self.norms, self.hidden, self.changes, strict=True):
@@ -248,7 +248,7 @@ class DenseDecoder(Restorable, keras.Model):
         self.stack = DenseStack(width, depth, activation)
         self.head = float32_dense(math.prod(self.output_event))
 
-    def call(self, z):
+    def call(self, z: tf.Tensor):
         """[..., latent] -> [..., *event, parameters]."""
         return _unflatten(self.head(self.stack(z)), tf.shape(z)[:-1], self.output_event)
 
@@ -287,7 +287,7 @@ class ConvDecoder(Restorable, keras.Model):
             channels * parameters, 5, first, padding="same", dtype="float32"
         )
 
-    def call(self, z):
+    def call(self, z: tf.Tensor):
         """[..., latent] -> [..., height, width, channels, parameters]."""
         flat = tf.reshape(z, [-1, z.shape[-1]])
         hidden = tf.reshape(self.dense(flat), [-1, *self.start])
@@ -300,25 +300,46 @@ class ConvDecoder(Restorable, keras.Model):
 
 
 class Adversary(Restorable, keras.Model):
-    """T(x, z), the logit that learns log q(z|x) - log r(z|x) (paper, Section 3.1).
+    """Base class of T(x, z), the logit that learns log q(z|x) - log r(z|x) (paper, Section 3.1).
 
-    The condition is x or the posterior's description (`objectives.description`). It passes through
-    `features` once for the samples of posterior and contrast together; z is whitened by the
-    contrast.
+    Subclass it for an adversary of your own and implement `features` and `logits`. The condition
+    is x, or q's description (`objectives.description`). It passes through `features` once for the
+    draws of both q and r. z is whitened by the contrast.
+
+        @keras.saving.register_keras_serializable("example")  # so that a saved model can be loaded
+        class QuadraticAdversary(avb_tf.networks.Adversary):
+            def __init__(self, latent_dim, **kwargs):
+                super().__init__(**kwargs)
+                self.latent_dim = latent_dim
+                self.flatten = keras.layers.Flatten()
+                self.coefficients = keras.layers.Dense(2 * latent_dim + 1)
+
+            def features(self, condition):  # [batch, ...]
+                return self.coefficients(self.flatten(condition))
+
+            def logits(self, features, z):  # z [samples, batch, latent]
+                linear, quadratic, constant = tf.split(features, [self.latent_dim] * 2 + [1], -1)
+                return tf.reduce_sum(linear * z + quadratic * z**2, -1) + constant[:, 0]
+
+        trunk = avb_tf.networks.DenseTrunk(32, 1)
+        encoder = avb_tf.encoders.BlackBoxEncoder(trunk, 2, noise_dim=4, width=32, depth=2)
+        decoder = avb_tf.networks.DenseDecoder((6,), 1, 32, 1)
+        adversary = QuadraticAdversary(latent_dim=2)
+        model = avb_tf.AVB((6,), encoder, decoder, adversary, contrast="prior", condition="x")
     """
 
     def __init__(self, **kwargs):
         super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
-    def features(self, condition):
+    def features(self, condition: tf.Tensor):
         """What `logits` needs of the condition [batch, ...], one row per example."""
 
     @abc.abstractmethod
-    def logits(self, features, z):
+    def logits(self, features: Any, z: tf.Tensor):
         """T: features, z [samples, batch, latent] -> [samples, batch]."""
 
-    def call(self, condition, z):
+    def call(self, condition: tf.Tensor, z: tf.Tensor):
         """T: [batch, ...], [samples, batch, latent] -> [samples, batch]."""
         return self.logits(self.features(condition), z)
 
@@ -343,11 +364,11 @@ class ResidualAdversary(Adversary):
         self.blocks = [keras.layers.Dense(width) for _ in range(depth)]
         self.head = float32_dense(1, kernel_initializer="zeros")
 
-    def features(self, condition):
+    def features(self, condition: tf.Tensor):
         """[batch, ...] -> [batch, width]."""
         return self.from_features(self.trunk(condition))
 
-    def logits(self, features, z):
+    def logits(self, features: Any, z: tf.Tensor):
         """[batch, width], [samples, batch, latent] -> [samples, batch]."""
         hidden = self.from_z(tf.concat([z, z**2], -1)) + features
         for block in self.blocks:
@@ -375,11 +396,11 @@ class ConcatenatingAdversary(Adversary):
         self.stack = DenseStack(width, depth - 1)
         self.head = float32_dense(1)
 
-    def features(self, condition):
+    def features(self, condition: tf.Tensor):
         """[batch, ...] -> [batch, width]."""
         return self.from_features(self.trunk(condition))
 
-    def logits(self, features, z):
+    def logits(self, features: Any, z: tf.Tensor):
         """[batch, width], [samples, batch, latent] -> [samples, batch]."""
         return self.head(self.stack(tf.nn.relu(features + self.from_z(z))))[..., 0]
 
@@ -402,7 +423,7 @@ class WideDense(keras.layers.Layer):
         self.units, self.use_bias = units, use_bias
         self.kernel_initializer = kernel_initializer
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any):
         """Creates the weights; the kernel is [units, inputs]."""
         shape = (self.units, input_shape[-1])
         self.kernel = self.add_weight(
@@ -412,7 +433,7 @@ class WideDense(keras.layers.Layer):
         if self.use_bias:
             self.bias = self.add_weight(shape=(self.units,), initializer="zeros", name="bias")
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor):
         """[rows, inputs] -> [rows, units]."""
         return tf.transpose(tf.matmul(self.kernel, inputs, transpose_b=True)) + self.bias
 
@@ -450,13 +471,13 @@ class FourTrunkAdversary(Adversary):
         self.s_bias = float32_dense(1, use_bias=False, kernel_initializer="zeros")  # b
         self.t_x, self.t_z = (float32_dense(1, kernel_initializer=tiny_normal()) for _ in range(2))
 
-    def features(self, condition):
+    def features(self, condition: tf.Tensor):
         """[batch, ...] -> W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
         x = self.flatten(condition)
         theta = tf.nn.elu(self.theta(self.theta_stack(x)))
         return self.s(theta), self.s_bias(theta) + self.t_x(self.t_x_stack(x))
 
-    def logits(self, features, z):
+    def logits(self, features: Any, z: tf.Tensor):
         """The pair of `features`, z [samples, batch, latent] -> [samples, batch]."""
         return _factorised_t(features, self.s_stack(z), self.t_z(self.t_z_stack(z)), z)
 
@@ -476,13 +497,13 @@ class FactorisedAdversary(Adversary):
         self.s = WideDense(width, use_bias=False)  # its kernel is W^T
         self.s_bias = float32_dense(1, use_bias=False, kernel_initializer="zeros")  # b
 
-    def features(self, condition):
+    def features(self, condition: tf.Tensor):
         """[batch, ...] -> W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
         hidden = self.trunk(condition)
         theta = self.theta(hidden)
         return self.s(theta), self.s_bias(theta) + self.t_features(hidden)
 
-    def logits(self, features, z):
+    def logits(self, features: Any, z: tf.Tensor):
         """The pair of `features`, z [samples, batch, latent] -> [samples, batch]."""
         hidden = self.stack(z)
         return _factorised_t(features, hidden, self.t_z(hidden), z)

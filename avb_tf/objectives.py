@@ -5,7 +5,7 @@
 with T = log q(z|x) - log r(z|x), learned or exact.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -14,54 +14,74 @@ from avb_tf.encoders import Posterior
 
 
 class Terms(NamedTuple):
-    """Terms of the bound, in nats."""
+    """Terms of the bound, in nats.
 
-    log_likelihood: tf.Tensor  # [samples, batch], log p(x|z) at z ~ q(z|x)
-    contrast_kl: tf.Tensor  # [batch], E_q[log r(z|x) - log p(z)]
-    t: tf.Tensor  # [samples, batch], log q(z|x) - log r(z|x), learned or exact
+    Attributes:
+      log_likelihood: [samples, batch], log p(x|z) at z ~ q(z|x).
+      contrast_kl: [batch], E_q[log r(z|x) - log p(z)].
+      t: [samples, batch], log q(z|x) - log r(z|x), learned or exact.
+    """
+
+    log_likelihood: tf.Tensor
+    contrast_kl: tf.Tensor
+    t: tf.Tensor
 
     @property
-    def kl(self):
-        """[samples, batch], whose mean over samples estimates KL(q(z|x) || p(z))."""
+    def kl(self) -> tf.Tensor:
+        """[samples, batch]; the mean over samples estimates KL(q(z|x) || p(z))."""
         return self.contrast_kl + self.t
 
     @property
-    def elbo(self):
-        """[samples, batch], whose mean over samples estimates the bound on log p(x)."""
+    def elbo(self) -> tf.Tensor:
+        """[samples, batch]; the mean over samples estimates the bound on log p(x)."""
         return self.log_likelihood - self.kl
 
 
-def adversary_loss(t_posterior, t_contrast):
-    """Logistic loss, whose minimiser is T = log q(z|x) - log r(z|x) (paper, Proposition 1).
+def mean(values: tf.Tensor, weights: tf.Tensor | None = None) -> tf.Tensor:
+    """Mean of `values` [..., batch], in which an example counts `weights` [batch] times."""
+    return tf.reduce_mean(values if weights is None else weights * values)
+
+
+def adversary_loss(t_posterior: tf.Tensor, t_contrast: tf.Tensor) -> tf.Tensor:
+    """Logistic loss; its minimiser is T = log q(z|x) - log r(z|x) (paper, Proposition 1).
 
     Args:
       t_posterior: [...], T(x, z) at z ~ q(z|x).
       t_contrast: [...], T(x, z) at z ~ r(z|x).
     Returns:
-      [...], 2 log 2 where T = 0.
+      [...] in nats, 2 log 2 where T = 0.
     """
     return tf.nn.softplus(-t_posterior) + tf.nn.softplus(t_contrast)
 
 
-def adversary_accuracy(t_posterior, t_contrast):
-    """Share of samples [...] that the sign of T tells apart: 1/2 where q = r, 1 if saturated."""
+def adversary_accuracy(t_posterior: tf.Tensor, t_contrast: tf.Tensor) -> tf.Tensor:
+    """Share of samples, [...], that the sign of T classifies correctly; 1/2 if q = r.
+
+    Args:
+      t_posterior: [...], T(x, z) at z ~ q(z|x).
+      t_contrast: [...], T(x, z) at z ~ r(z|x).
+    """
     right = tf.cast(t_posterior > 0, tf.float32) + tf.cast(t_contrast < 0, tf.float32)
-    # At T = 0, the start of some adversaries, neither side is told apart.
+    # T = 0, where some adversaries start, counts as half right.
     ties = tf.cast(t_posterior == 0, tf.float32) + tf.cast(t_contrast == 0, tf.float32)
     return 0.5 * (right + 0.5 * ties)
 
 
-def exact_t(posterior: Posterior, r):
-    """T = log q(z|x) - log r(z|x), [samples, batch], of an encoder whose density is known."""
+def exact_t(posterior: Posterior, r: Any) -> tf.Tensor:
+    """T = log q(z|x) - log r(z|x), [samples, batch], for a posterior with a known density."""
     return posterior.log_prob - r.log_prob(posterior.z)
 
 
-def description(posterior: Posterior, r):
-    """What tells q(.|x) from r(.|x) in r's coordinates, [batch, latent * (1 + bases)].
+def description(posterior: Posterior, r: Any) -> tf.Tensor:
+    """Whitened mean and columns of q(z|x), [batch, latent * (1 + bases)], for the adversary.
 
-    Where z = mean + columns @ v(noise), the whitened z is distributed as its whitened mean and
-    columns say, and x matters through nothing else. An adversary that reads them, and not x,
-    needs to learn no encoder of its own and follows this one at once when it moves.
+    If z = mean + columns @ v(noise), then the distribution of the whitened z depends on x only
+    through its whitened mean and columns. An adversary that reads these instead of x does not
+    have to learn an encoder of its own, and it follows every change of the encoder at once.
+
+    Args:
+      posterior: a posterior with `columns`.
+      r: a Gaussian with batch [batch] and event [latent].
     """
     mean = contrast.whiten(posterior.mean[tf.newaxis], r)[0]
     columns = r.scale.solve(posterior.columns)

@@ -1,4 +1,4 @@
-"""results.json: what an evaluation found, and tables of it."""
+"""results.json, the summary of an evaluation, and tables of it."""
 
 import hashlib
 import io
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from avb_tf import files, tables
 
 FILE = "results.json"
-EVALUATION = "evaluation"  # below the workdir: values for each example, and finished chunks
+EVALUATION = "evaluation"  # folder in the workdir: values of each example, and finished chunks
 VALUES = "per_example.npz"
-# log p(x) without the adversary, the most trustworthy first.
+# Estimates of log p(x) that do not use the adversary, the most trustworthy first.
 LOG_LIKELIHOODS = (
     "log_likelihood_quadrature", "log_likelihood_ais", "log_likelihood_iwae_5000",
 )  # fmt: skip
@@ -32,31 +33,32 @@ FIELDS = {
 }  # fmt: skip
 
 
-def estimate(values, repeats=None, **settings: Any) -> dict[str, Any]:
-    """Mean of per-example `values` in nats, its standard errors, and settings.
+def estimate(
+    values: npt.ArrayLike, repeats: npt.ArrayLike | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Mean of per-example `values` in nats, with its standard errors.
 
     Args:
       values: [examples].
-      repeats: [repeats, examples] or None, the same by independent draws; how far their means
-        differ is the error of the estimate itself, apart from the choice of the examples.
-      **settings: kept beside.
+      repeats: [repeats, examples] or None, repeated estimates from independent draws. The spread
+        of their means is the estimator's own error, apart from the choice of the examples.
+      **settings: added to the summary.
     """
     values = np.asarray(values, np.float64)
-    found = {
+    summary = {
         "mean": float(values.mean()),
         "standard_error": standard_error(values),
         "count": len(values),
     }
-    if repeats is not None and len(repeats) > 1:
-        means = np.mean(repeats, -1, np.float64)
-        found |= {"standard_error_over_repeats": standard_error(means), "repeats": len(means)}
-    return found | settings
+    if repeats is not None and len(means := np.asarray(repeats, np.float64).mean(-1)) > 1:
+        summary |= {"standard_error_over_repeats": standard_error(means), "repeats": len(means)}
+    return summary | settings
 
 
-def standard_error(values) -> float:
-    """Of the mean of `values` [count]; 0 for a single one."""
-    count = len(values)
-    return float(np.std(values, ddof=1) / np.sqrt(count)) if count > 1 else 0.0
+def standard_error(values: npt.ArrayLike) -> float:
+    """The standard error of the mean of `values` [count]; 0 for a single value."""
+    values = np.asarray(values)
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def save(workdir: Path, results: dict[str, Any]) -> None:
@@ -65,25 +67,25 @@ def save(workdir: Path, results: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> dict[str, Any] | None:
-    """The results in `file`, or None where it holds no run's."""
+    """The results in `file`, or None if it is missing or not the results of a run."""
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    if not (isinstance(found, dict) and found.keys() >= FIELDS):
+    if not (isinstance(content, dict) and content.keys() >= FIELDS):
         return None
-    if isinstance(found["estimates"], dict):
-        found["estimates"] = {_RENAMED.get(k, k): v for k, v in found["estimates"].items()}
-    return found
+    if isinstance(content["estimates"], dict):
+        content["estimates"] = {_RENAMED.get(k, k): v for k, v in content["estimates"].items()}
+    return content
 
 
-def save_values(workdir: Path, x, values: Mapping[str, np.ndarray]) -> None:
-    """Writes the values of each example, by estimate.
+def save_values(workdir: Path, x: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+    """Writes the estimates' values for each example.
 
     Args:
-      workdir: of the run.
-      x: [count, *event]; the hash of an example tells whether that of another run is the same.
-      values: by estimate, [n], those of the first n examples.
+      workdir: the run's directory.
+      x: [count, *event]; a hash of each example is saved, to match it with those of other runs.
+      values: estimate -> [n], for the first n examples.
     """
     names = [hashlib.sha256(one.tobytes()).digest()[:8] for one in np.ascontiguousarray(x)]
     buffer = io.BytesIO()
@@ -94,39 +96,45 @@ def save_values(workdir: Path, x, values: Mapping[str, np.ndarray]) -> None:
 
 
 def load_values(workdir: Path) -> dict[str, np.ndarray]:
-    """What `save_values` wrote; empty where it is lost or damaged."""
+    """Reads the file that `save_values` wrote; empty if it is missing or damaged."""
     try:
         content = (workdir / EVALUATION / VALUES).read_bytes()
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            found = dict(archive)
+            values = dict(archive)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return {}
-    return found if "example" in found else {}
+    return values if "example" in values else {}
 
 
 def best_log_likelihood(estimates: Mapping[str, Any]) -> str | None:
-    """The name of the most trustworthy estimate of log p(x) there is."""
+    """The name of the most trustworthy estimate of log p(x) among `estimates`, or None."""
     return next((name for name in LOG_LIKELIHOODS if name in estimates), None)
 
 
 def siblings(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Results of all runs beside `workdir`, itself included, that evaluated the same data.
+    """Results of all runs next to `workdir` that evaluated the same data, and its own.
 
-    By the name of their directory. What is not the results of a run is left out.
+    Args:
+      workdir: an evaluated run's directory.
+    Returns:
+      Name of the directory -> its results.
     """
-    found = {}
+    runs = {}
     for file in sorted(workdir.parent.glob(f"*/{FILE}")):
         if (run := read(file)) is not None:
-            found[file.parent.name] = run
+            runs[file.parent.name] = run
     same = ("data", "event_shape", "split")
-    own = found[workdir.name]
-    return {name: run for name, run in found.items() if all(run[k] == own[k] for k in same)}
+    own = runs[workdir.name]
+    return {name: run for name, run in runs.items() if all(run[k] == own[k] for k in same)}
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """The estimates of `runs` in nats, mean +- standard error, as Markdown: a column for a run.
+    """A Markdown table of estimates in nats, mean +- standard error, with a column for each run.
 
     Estimates of data simulated from the model come last, below a row that says so.
+
+    Args:
+      runs: name of a run -> content of results.json.
     """
     names = list(dict.fromkeys(n for run in runs.values() for n in run["estimates"]))
     simulated = [name for name in names if name in SIMULATED]
@@ -134,14 +142,18 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
     if simulated:
         names += ["of data simulated from the model:", *simulated]
     columns = [["nats per example", *names, "steps"]]
-    for run, found in runs.items():
-        cells = [_cell(found["estimates"].get(name)) for name in names]
-        columns.append([run, *cells, f"{found['step']:,}"])
+    for name_of_run, run in runs.items():
+        cells = [_cell(run["estimates"].get(name)) for name in names]
+        columns.append([name_of_run, *cells, f"{run['step']:,}"])
     return tables.aligned(columns)
 
 
-def quality(found: dict[str, Any]) -> str:
-    """What the estimates of one run rest on, as Markdown: a row for each that says so."""
+def quality(run: dict[str, Any]) -> str:
+    """A Markdown table of how reliable one run's estimates are.
+
+    Args:
+      run: content of results.json.
+    """
     columns = {
         "standard_error_over_repeats": ("error of repeats", ".4f"),
         "effective_sample_size": ("effective samples", ".1f"),
@@ -151,15 +163,15 @@ def quality(found: dict[str, Any]) -> str:
     }
     rows = {
         name: row
-        for name, row in found["estimates"].items()
+        for name, row in run["estimates"].items()
         if row.keys() & columns.keys() and not name.startswith("bits_per_dim")
     }
-    cells = [["what it rests on", *rows]]
+    cells = [["reliability", *rows]]
     for name, (title, form) in columns.items():
         values = [row.get(name) for row in rows.values()]
         cells.append([title, *("" if v is None else format(v, form) for v in values)])
     return tables.aligned(cells)
 
 
-def _cell(found: dict[str, Any] | None) -> str:
-    return f"{found['mean']:.4f} +- {found['standard_error']:.4f}" if found else ""
+def _cell(summary: dict[str, Any] | None) -> str:
+    return f"{summary['mean']:.4f} +- {summary['standard_error']:.4f}" if summary else ""

@@ -1,4 +1,6 @@
-"""Learning rates as functions of the step."""
+"""Learning-rate schedules."""
+
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -8,8 +10,15 @@ import tensorflow as tf
 class DelayedCosine(keras.optimizers.schedules.LearningRateSchedule):
     """Zero for `delay` steps, then half a cosine from `start` to `final * start` at `steps`.
 
-    With a delay the adversary learns on a frozen encoder first. `final` 1 keeps the rate. Each of
-    the `rollbacks` (an integer variable) so far multiplies the rate by `factor`.
+        rate = DelayedCosine(1e-3, steps=10_000, final=0.02)
+
+    Args:
+      start: rate after the delay.
+      steps: step at which the rate reaches `final * start`.
+      final: share of `start` that remains at the end; 1: a constant rate.
+      delay: steps at a rate of zero, in which the adversary learns on a frozen encoder.
+      factor: multiplies the rate for each rollback.
+      rollbacks: integer variable, the number of rollbacks so far, or None.
     """
 
     def __init__(
@@ -25,7 +34,7 @@ class DelayedCosine(keras.optimizers.schedules.LearningRateSchedule):
         self.start, self.steps, self.final, self.delay = start, steps, final, delay
         self.factor, self.rollbacks = factor, rollbacks
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> tf.Tensor:
         """The rate at `step`, a scalar."""
         step = tf.cast(step, tf.float32)
         progress = tf.clip_by_value((step - self.delay) / max(1, self.steps - self.delay), 0.0, 1.0)
@@ -35,8 +44,8 @@ class DelayedCosine(keras.optimizers.schedules.LearningRateSchedule):
             rate *= self.factor ** tf.cast(self.rollbacks.value, tf.float32)
         return tf.where(step < self.delay, 0.0, rate)
 
-    def get_config(self):
-        """The constructor's arguments, the rollbacks so far in `start`."""
+    def get_config(self) -> dict[str, Any]:
+        """The constructor's arguments; the rollbacks so far are included in `start`."""
         config = {k: getattr(self, k) for k in ("start", "steps", "final", "delay")}
         if self.rollbacks is not None:
             config["start"] *= self.factor ** int(self.rollbacks.numpy())

@@ -1,8 +1,12 @@
-"""Tables in Markdown."""
+"""Markdown tables."""
 
 
 def aligned(columns: list[list[str]]) -> str:
-    """A Markdown table of columns whose first cells are the header."""
+    """A Markdown table with padded cells.
+
+    Args:
+      columns: of equal length; the first cell of each is its header.
+    """
     widths = [max(map(len, column)) for column in columns]
     lines = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"

@@ -27,7 +27,7 @@ class Page:
             f"--enable-unsafe-swiftshader --remote-debugging-pipe 3<&{theirs_in} 4>&{theirs_out}"
         )
         self.process = subprocess.Popen(
-            ["bash", "-c", f"exec {flags}"],  # sh knows descriptors of one digit only
+            ["bash", "-c", f"exec {flags}"],  # sh supports only one-digit descriptors
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -85,13 +85,13 @@ class Page:
         self.wait("document.readyState === 'complete'")
 
     def evaluate(self, expression):
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        if "exceptionDetails" in found:
-            raise RuntimeError(str(found["exceptionDetails"])[:500])
-        return found["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(str(answer["exceptionDetails"])[:500])
+        return answer["result"].get("value")
 
     def wait(self, expression, seconds=60):
-        """Until the expression holds."""
+        """Waits until the expression is true."""
         end = time.monotonic() + seconds
         while not self.evaluate(expression):
             assert time.monotonic() < end, f"{expression} did not come true"

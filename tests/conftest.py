@@ -1,6 +1,6 @@
 import os
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # its log goes past pytest's capture
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # pytest does not capture its log
 os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # tests run two at a time, and their layers are small
 
 from pathlib import Path
@@ -13,6 +13,21 @@ from tests import linear_gaussian as linear_gaussian_model
 # Read here, since tests of the data remove the variable from their environment.
 DATA_FOLDERS = (os.environ.get("AVB_TF_DATA_DIR"), Path(__file__).parents[2] / "shared/data")
 
+# Files whose tests train, export or start processes; `make test-fast` leaves them out.
+SLOW = (
+    "ais", "baselines", "benchmarks_*", "checkpoints", "command_line", "compare", "draw",
+    "estimates", "evaluate", "explore", "export*", "faults", "golden", "guard", "hub",
+    "inference_gap", "loops", "mistakes", "model", "monitor", "posterior*", "precision", "replicas",
+    "serving_*", "tensorboard", "train",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Marks all tests of the slow files."""
+    for item in items:
+        if any(item.path.match(f"test_{name}.py") for name in SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def linear_gaussian(monkeypatch):
@@ -22,7 +37,7 @@ def linear_gaussian(monkeypatch):
 
 @pytest.fixture(scope="session")
 def artefacts():
-    """Where screenshots are kept."""
+    """Folder for screenshots."""
     return Path(os.environ.get("AVB_TF_ARTEFACTS", "runs/artefacts")).absolute()
 
 
@@ -44,7 +59,7 @@ def small_mnist(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def full_mnist():
-    """The full MNIST, where this machine has it."""
+    """The full MNIST; skips without it."""
     files = [Path(folder) / "mnist.npz" for folder in DATA_FOLDERS if folder]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
@@ -54,5 +69,5 @@ def full_mnist():
 
 @pytest.fixture(params=["small", "full"])
 def mnist_path(request):
-    """Each of the two, by itself."""
+    """Path of the small and of the full MNIST, in turn."""
     return request.getfixturevalue(f"{request.param}_mnist")

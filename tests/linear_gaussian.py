@@ -31,8 +31,8 @@ def _mean(outputs):
 
 
 def make(monkeypatch):
-    """The model, untrained, and the distribution of x."""
-    linear = likelihoods.Likelihood(1, _normal, _mean, binary=False, bits_per_dim=False)
+    """The untrained model and the distribution of x."""
+    linear = likelihoods.Likelihood(1, _normal, _mean, False, False, unit=False)
     monkeypatch.setitem(likelihoods.LIKELIHOODS, "linear", linear)
     encoder = GaussianEncoder(keras.layers.Flatten(), 2, full_covariance=True)
     decoder = LinearDecoder()

@@ -24,7 +24,7 @@ BATCH = 32
 
 
 def config(variant):
-    """Everything that replicas might disagree on: dual steps, averages, clipping, batch norm.
+    """A config with all that replicas may disagree on: dual steps, averages, clipping, batch norm.
 
     `variant` is a method, or a method and a network as in `avb_ac_paper:conv`.
     """
@@ -33,7 +33,7 @@ def config(variant):
     config.model.update(width=16, bases=4, basis_width=8, adversary_width=16, products=8)
     config.model.update(network=network or "dense", filters=(3, 4), strides=(2, 2))
     config.model.update(adversary_steps=2, ema_decay=0.9)
-    config.optimizer.clip_norm = 5.0  # of gradients whose norm is some 20 at first
+    config.optimizer.clip_norm = 5.0  # the gradients' norm is about 20 at first
     config.batch_size = BATCH
     return config
 
@@ -62,12 +62,12 @@ def main(out, name, steps_per_execution, method, steps):
     ).history
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
     variables = model.weights + [v for o in optimizers for v in o.variables]
-    found = {f"{i:03d} {v.path}": keras.ops.convert_to_numpy(v) for i, v in enumerate(variables)}
+    state = {f"{i:03d} {v.path}": keras.ops.convert_to_numpy(v) for i, v in enumerate(variables)}
     metrics = {f"metric {k}": v[-1] for k, v in history.items()}
     model.evaluate(pipeline.evaluation_batches(source.validation, BATCH, True), verbose=0)
     count = keras.ops.convert_to_numpy(model.means["elbo"].count)
-    found["count"] = np.array([count, source.validation.size])
-    np.savez(out, **found, **metrics)
+    state["count"] = np.array([count, source.validation.size])
+    np.savez(out, **state, **metrics)
 
 
 if __name__ == "__main__":

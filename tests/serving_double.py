@@ -95,7 +95,7 @@ def rest_request(body: dict, dtypes: dict[str, np.dtype]) -> dict[str, np.ndarra
 
 
 def rest_response(outputs: dict[str, np.ndarray], row_form: bool) -> dict:
-    """The body of an answer: a single output goes without its name."""
+    """The body of an answer; a single output has no name."""
     columns = {name: values.tolist() for name, values in outputs.items()}
     if len(columns) == 1:
         (values,) = columns.values()

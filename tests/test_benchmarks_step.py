@@ -86,10 +86,10 @@ def test_a_benchmark_is_written_and_compared(tmp_path, capsys, monkeypatch):
     (tmp_path / "before.json").write_text('{"machine: matmul float32 GFLOP/s": 4.0}')
     benchmark.benchmark(config, tmp_path, str(tmp_path / "before.json"))
     assert f"{2.0:12.4g}     0.50 x" in capsys.readouterr().out
-    found = json.loads((tmp_path / benchmark.FILE).read_text())
-    assert all(math.isfinite(value) and value > 0 for value in found.values())
-    percent = 100.0 * found["step: GFLOP/s"] / 2.0
-    assert found["step: % of the float32 matmul peak"] == pytest.approx(percent)
+    measured = json.loads((tmp_path / benchmark.FILE).read_text())
+    assert all(math.isfinite(value) and value > 0 for value in measured.values())
+    percent = 100.0 * measured["step: GFLOP/s"] / 2.0
+    assert measured["step: % of the float32 matmul peak"] == pytest.approx(percent)
 
 
 def once(*functions, **_):

@@ -1,4 +1,4 @@
-"""The command line: its flags, and the commands one after another."""
+"""The command line: its flags, and its commands in sequence."""
 
 import importlib.metadata
 import json
@@ -21,7 +21,7 @@ from tests.commands import REPOSITORY, TINY, content, run, trained
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a finished run, `run`, and one that has only begun."""
+    """A folder with a finished run, `run`, and an unfinished one."""
     root = tmp_path_factory.mktemp("root")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -55,7 +55,7 @@ def test_help_needs_no_tensorflow():
         assert word in shown.stdout
 
 
-def test_every_way_in_is_one_function():
+def test_all_entry_points_call_the_same_function():
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="avb-tf")
     assert script.load() is main
     assert runpy.run_path(str(REPOSITORY / "main.py"))["main"] is main
@@ -63,7 +63,7 @@ def test_every_way_in_is_one_function():
 
 
 @pytest.mark.parametrize("command", ["--version", "--mode=train --version"])
-def test_the_version_is_that_of_the_package(command, capsys):
+def test_the_version_flag_prints_the_package_version(command, capsys):
     run(command)
     assert capsys.readouterr().out == f"avb-tf {avb_tf.__version__}\n"
     assert importlib.metadata.version("avb_tf") == avb_tf.__version__
@@ -79,24 +79,24 @@ def test_the_package_lists_its_public_names_without_tensorflow():
     assert all(getattr(avb_tf, name) for name in avb_tf.__all__)
 
 
-# What the flags lead to: the config and the workdir that a mode is called with.
+# The config and the workdir that a mode is called with.
 
 
 @pytest.fixture
 def called(root, monkeypatch):
-    """Runs a command line up to its mode; returns what that would be called with."""
+    """Parses a command line; returns the arguments of its mode, which is not run."""
 
     def record(line):
-        found = []
-        mode = SimpleNamespace(train=lambda *arguments: found.extend(arguments))
+        calls = []
+        mode = SimpleNamespace(train=lambda *arguments: calls.extend(arguments))
         monkeypatch.setattr(command_line, "_imported", lambda module: mode)
         run(line)
-        return found
+        return calls
 
     return record
 
 
-def test_the_default_workdir_is_the_config_s_name(called, root):
+def test_the_default_workdir_is_named_after_the_config(called, root):
     config, workdir = called("--config=configs/digits.py:avb_ac")
     assert config.method == "avb_ac"
     assert workdir == root / "runs/digits-avb_ac"
@@ -120,7 +120,7 @@ def test_a_file_comes_before_an_experiment_of_that_name(called, tmp_path, monkey
     assert called("--config=digits:vae")[0].steps == 8000
 
 
-def test_settings_come_in_any_form(called):
+def test_settings_in_every_flag_syntax(called):
     config, _ = called(
         "--mode train --workdir new --config configs/digits.py:vae -config.steps 30 "
         "--config.model.filters=(8,16) --config.optimizer.learning_rate=1 --config.steps=40"
@@ -136,9 +136,7 @@ def test_a_workdir_knows_its_config(called, root):
     assert workdir == root / "run"
 
 
-def test_modes_that_do_not_train_together_are_left_to_the_first_worker(
-    tmp_path, monkeypatch, capsys
-):
+def test_modes_other_than_training_run_only_on_the_first_worker(tmp_path, monkeypatch, capsys):
     cluster = {"worker": ["a:1", "b:1"]}
     task = {"cluster": cluster, "task": {"type": "worker", "index": 1}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(task))
@@ -146,12 +144,12 @@ def test_modes_that_do_not_train_together_are_left_to_the_first_worker(
         command_line.main(
             ["avb-tf", "--config=configs/digits.py:vae", f"--workdir={tmp_path}", f"--mode={mode}"]
         )
-        assert f"--mode={mode} is left to the first worker" in capsys.readouterr().out
+        assert f"--mode={mode} runs only on the first worker" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
 def test_threads_of_small_networks_are_set_before_tensorflow_starts(root):
-    """TensorFlow has no getter for what it took from the environment: its threads are counted."""
+    """TensorFlow has no getter for this setting, so the test counts its threads."""
     code = (
         "import os, sys, types; from avb_tf import command_line\n"
         "def count(config, workdir):\n"
@@ -174,12 +172,12 @@ def test_threads_of_small_networks_are_set_before_tensorflow_starts(root):
     assert threads(9) - threads(1) == 8
 
 
-# One command after another.
+# Commands in sequence.
 
 
 @pytest.fixture
 def workdir(root, tmp_path):
-    """A copy of the finished run, alone in its folder."""
+    """A copy of the finished run in a folder of its own."""
     return shutil.copytree(root / "run", tmp_path / "vae")
 
 
@@ -187,15 +185,15 @@ def results(workdir):
     return json.loads((workdir / "results.json").read_text())
 
 
-def test_training_leaves_a_whole_run(root):
+def test_training_writes_all_files_of_a_run(root):
     names = {path.name for path in (root / "run").iterdir()}
     assert names == {"config.json", "checkpoints", "figures", "logs"}
     checkpoints = {path.name for path in (root / "run/checkpoints").iterdir()}
-    # The one before the first step is what a run that fails early goes back to.
+    # A run that diverges early returns to the checkpoint from before the first step.
     assert checkpoints == {"README.md", *(f"step_{step:09d}.keras" for step in (0, 10, 20))}
 
 
-def test_a_finished_run_is_left_as_it_is(workdir, capsys):
+def test_a_finished_run_is_not_trained_again(workdir, capsys):
     before = content(workdir)
     run(f"--config=configs/digits.py:vae --workdir={workdir} {TINY}")
     assert "at step 20 of 20" in capsys.readouterr().out
@@ -205,24 +203,28 @@ def test_a_finished_run_is_left_as_it_is(workdir, capsys):
 def test_later_commands_need_only_the_workdir(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     run("--workdir=. --mode=evaluate")
-    found = results(workdir)
-    assert found.keys() >= {
+    evaluation = results(workdir)
+    assert evaluation.keys() >= {
         "method", "data", "event_shape", "split", "step", "seconds", "config_hash", "estimates",
     }  # fmt: skip
-    assert (found["method"], found["data"], found["split"]) == ("vae", "digits", "test")
-    assert found["step"] == 20
+    assert (evaluation["method"], evaluation["data"], evaluation["split"]) == (
+        "vae",
+        "digits",
+        "test",
+    )
+    assert evaluation["step"] == 20
     counts = {"elbo": 20, "log_likelihood_quadrature": 20, "kl_q_exact_posterior": 2}
-    assert found["estimates"].keys() >= counts.keys()
-    for estimate in found["estimates"].values():
+    assert evaluation["estimates"].keys() >= counts.keys()
+    for estimate in evaluation["estimates"].values():
         assert np.isfinite([estimate["mean"], estimate["standard_error"]]).all()
-    assert {name: found["estimates"][name]["count"] for name in counts} == counts
+    assert {name: evaluation["estimates"][name]["count"] for name in counts} == counts
 
     before = (workdir / "config.json").read_bytes()
     run("--config.eval.grid=50 --workdir=. --mode=evaluate")
     again = results(workdir)
     assert again["estimates"]["log_likelihood_quadrature"]["grid"] == 50
-    assert again["config_hash"] == found["config_hash"]
-    assert again["estimates"]["elbo"] == found["estimates"]["elbo"]
+    assert again["config_hash"] == evaluation["config_hash"]
+    assert again["estimates"]["elbo"] == evaluation["estimates"]["elbo"]
     assert (workdir / "config.json").read_bytes() == before
 
     run("--workdir=. --mode=sample")
@@ -232,7 +234,7 @@ def test_later_commands_need_only_the_workdir(workdir, monkeypatch):
     assert samples.max() <= 1
 
 
-def test_methods_side_by_side(workdir, capsys):
+def test_compare_prints_all_methods(workdir, capsys):
     (workdir.parent / "broken").mkdir()
     (workdir.parent / "broken/results.json").write_text("{")
     run(f"--workdir={workdir} --mode=evaluate")
@@ -247,7 +249,7 @@ def test_methods_side_by_side(workdir, capsys):
     assert {path.stem for path in workdir.parent.glob("*.png")} == drawn
 
 
-def test_three_examples_are_data_enough(root, tmp_path):
+def test_three_examples_are_enough_data(root, tmp_path):
     np.savez(tmp_path / "three.npz", x_train=np.eye(3))
     run(
         f"--config=configs/four_points.py:avb --workdir={tmp_path}/run --mode=train_and_evaluate "

@@ -1,4 +1,4 @@
-"""Runs in one table: seeds together, and methods paired by example."""
+"""The comparison: runs grouped by seed, and methods paired by example."""
 
 import json
 
@@ -14,7 +14,7 @@ X = np.random.default_rng(0).random((40, 3)).astype(np.float32)
 
 
 def make(directory, method="vae", seed=0, shift=0.0, data="digits", x=X, **changes):
-    """A finished run, whose log p(x) are those of seed 0 of the vae, shifted and with noise."""
+    """A finished run; its log p(x) are the vae's at seed 0 plus a shift and noise."""
     noise = np.random.default_rng(seed).normal(0.0, 0.01, len(x))
     values = 10.0 * x[:, 0] + shift + noise
     directory.mkdir(parents=True)
@@ -22,11 +22,11 @@ def make(directory, method="vae", seed=0, shift=0.0, data="digits", x=X, **chang
         "elbo": results.estimate(values - 1.0),
         "log_likelihood_ais": results.estimate(values),
     }
-    found = {name: 0 for name in results.FIELDS} | {
+    content = {name: 0 for name in results.FIELDS} | {
         "method": method, "data": data, "event_shape": [3], "split": "test", "step": 7,
         "family": method, "estimates": estimates, **changes,
     }  # fmt: skip
-    results.save(directory, found)
+    results.save(directory, content)
     results.save_values(directory, x, {"log_likelihood_ais": values})
 
 
@@ -58,7 +58,7 @@ def test_seeds_are_grouped_and_methods_paired_by_example(tmp_path, capsys):
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_training_logged_is_drawn_for_each_data_set(tmp_path):
+def test_training_curves_are_drawn_for_each_data_set(tmp_path):
     for data in ("digits", "tfds:mnist", "untrained"):
         make(tmp_path / data.replace(":", "-"), data=data)
     for name in ("digits", "tfds-mnist"):
@@ -68,8 +68,8 @@ def test_what_training_logged_is_drawn_for_each_data_set(tmp_path):
                 tf.summary.scalar(training_curves.BOUND, -1.0 / step)
         writer.close()
     compared(tmp_path)
-    found = {path.name for path in tmp_path.glob("training_*.png")}
-    assert found == {"training_digits.png", "training_tfds_mnist.png"}
+    figures = {path.name for path in tmp_path.glob("training_*.png")}
+    assert figures == {"training_digits.png", "training_tfds_mnist.png"}
 
 
 def test_only_common_examples_are_paired(tmp_path):
@@ -81,7 +81,7 @@ def test_only_common_examples_are_paired(tmp_path):
     assert {row["method"]: row for row in compared(tmp_path)}["iaf"]["above_vae"] is None
 
 
-def test_examples_that_are_alike_are_paired_each(tmp_path):
+def test_duplicate_examples_are_paired_one_by_one(tmp_path):
     x = X[np.repeat(np.arange(10), 4)]
     make(tmp_path / "a", x=x)
     make(tmp_path / "b", "avb", x=x, shift=1.0)
@@ -96,7 +96,7 @@ def test_another_configuration_is_another_row(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["results", "values"])
-def test_what_is_damaged_is_left_out(tmp_path, damage):
+def test_damaged_results_are_ignored(tmp_path, damage):
     make(tmp_path / "a")
     make(tmp_path / "b", "avb")
     file = results.FILE if damage == "results" else f"{results.EVALUATION}/{results.VALUES}"
@@ -110,13 +110,13 @@ def test_what_is_damaged_is_left_out(tmp_path, damage):
     ("flags", "said"),
     [
         (["--workdir={}"], "holds no finished runs"),
-        ([], "takes --workdir=DIR"),
+        ([], "takes only --workdir=DIR"),
         (["--workdir={}", "--config=configs/digits.py"], "found --config=configs/digits.py"),
         (["--workdir={}", "stray"], "found stray"),
         (["--workdir={}", "--config.steps=3"], "found --config.steps=3"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, capsys, flags, said):
+def test_a_mistake_gives_one_line(tmp_path, capsys, flags, said):
     argv = ["avb-tf", "--mode=compare", *(flag.format(tmp_path) for flag in flags)]
     with pytest.raises(SystemExit) as error:
         command_line.main(argv)
@@ -127,20 +127,20 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, flags, said):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_standard_error_of_the_difference_covers_the_truth():
+def test_the_standard_error_of_a_difference_covers_the_true_value():
     generator, inside = np.random.default_rng(0), 0
     for _ in range(200):
         examples = generator.normal(0.0, 3.0, 60)
 
         def side(shift, examples=examples):
             return [
-                compare.Run("", {"method": ""}, {
+                compare.EvaluatedRun("", {"method": ""}, {
                     "example": np.arange(60),
                     "e": examples + shift + generator.normal(0, 0.2) + generator.normal(0, 0.5, 60),
                 })
                 for _ in range(4)
             ]  # fmt: skip
 
-        found = compare._paired(side(0.3), side(0.0), "e")
-        inside += abs(found["mean"] - 0.3) < 2.0 * found["standard_error"]
-    assert inside / 200 > 0.88  # 0.95 for a normal one; the seeds are few
+        difference = compare._paired(side(0.3), side(0.0), "e")
+        inside += abs(difference["mean"] - 0.3) < 2.0 * difference["standard_error"]
+    assert inside / 200 > 0.88  # 0.95 for a normal distribution; there are few seeds

@@ -1,4 +1,4 @@
-"""Configs are valid; of those for an accelerator a few steps, with networks made narrow."""
+"""Config files are valid; those for an accelerator train a few steps with narrow networks."""
 
 import keras
 import numpy as np
@@ -44,7 +44,7 @@ def test_celeba_trains_on_a_folder_of_images(tmp_path):
 
 
 @pytest.mark.parametrize("latents", ["", "-32"])
-def test_mnist_conv_trains_with_the_authors_networks_made_narrow(latents, tmp_path):
+def test_mnist_conv_trains_with_narrow_versions_of_the_authors_networks(latents, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "x.npz", x_train=rng.integers(0, 256, (30, 28, 28, 1), np.uint8))
     config = shorten(mnist_conv.get_config(f"avb_ac_paper{latents}"))

@@ -1,4 +1,4 @@
-"""The config: its checks, its file in the workdir, and what makes two runs the same."""
+"""The config: its checks, its file in the workdir, and the comparison of two runs."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_an_unknown_setting_is_named():
         configuration.default("vae", wdith=3)
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_a_loaded_config_equals_the_saved_one(tmp_path):
     config = changed("model.filters", (4, 8, 16))
     configuration.save(config, tmp_path / "runs/new")
     loaded = configuration.load(tmp_path / "runs/new")
@@ -71,7 +71,7 @@ def test_another_run_is_refused_with_its_first_difference(tmp_path, name, value)
 @pytest.mark.parametrize(
     ("name", "value"), [("eval.split", "train"), ("eval.grid", 50), ("data.path", "moved")]
 )
-def test_evaluation_may_differ(tmp_path, name, value):
+def test_fields_that_a_later_command_may_change(tmp_path, name, value):
     configuration.save(configuration.default("avb_ac"), tmp_path)
     other = changed(name, value)
     assert digest(other) == digest(configuration.default("avb_ac"))
@@ -86,7 +86,7 @@ def test_the_digest_does_not_depend_on_order():
 
 
 @pytest.mark.parametrize(
-    ("damage", "found"),
+    ("damage", "fault"),
     [
         (lambda plain: plain.pop("optimizer"), "config has no field 'optimizer'"),
         (lambda plain: plain["data"].pop("seed"), "config.data has no field 'seed'"),
@@ -98,31 +98,31 @@ def test_the_digest_does_not_depend_on_order():
         (lambda plain: plain["model"].update(filters="many"), "config.model.filters is 'many'"),
     ],
 )
-def test_a_damaged_file_is_named_with_its_first_fault(tmp_path, damage, found):
+def test_a_damaged_file_is_named_with_its_first_fault(tmp_path, damage, fault):
     plain = configuration.resolve(configuration.default("vae"))
     damage(plain)
     (tmp_path / configuration.FILE).write_text(json.dumps(plain))
     with pytest.raises(UserError) as caught:
         configuration.load(tmp_path)
     assert str(tmp_path / configuration.FILE) in str(caught.value)
-    assert found in str(caught.value)
+    assert fault in str(caught.value)
 
 
-def test_a_whole_number_may_stand_for_a_float(tmp_path):
+def test_an_int_is_accepted_as_a_float(tmp_path):
     plain = configuration.resolve(configuration.default("vae"))
     plain["optimizer"]["clip_norm"] = 5
     (tmp_path / configuration.FILE).write_text(json.dumps(plain))
     assert configuration.load(tmp_path).optimizer.clip_norm == 5.0
 
 
-def test_a_budget_sets_the_sizes_that_a_config_does_not():
+def test_a_budget_sets_the_sizes_that_the_config_leaves_open():
     settings = configuration.default("vae").eval
     assert run.sizes(settings) == run.BUDGETS["standard"]
     settings.budget = "paper"
     settings.subset, settings.ais.chains = 7, 3
-    found = run.sizes(settings)
+    sizes = run.sizes(settings)
     own = {"subset": 7, "ais.chains": 3}
-    assert found == run.BUDGETS["paper"] | own
+    assert sizes == run.BUDGETS["paper"] | own
     authors = {"subset": 320, "ais.temperatures": 2000, "ais.chains": 8, "ais.leapfrog_steps": 30}
     assert all(run.BUDGETS["paper"][name] >= size for name, size in authors.items())
     for name, size in run.BUDGETS["quick"].items():

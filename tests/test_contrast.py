@@ -1,4 +1,4 @@
-"""Contrasts: density, whitening and divergence are of one Gaussian, that of q's moments."""
+"""Contrasts: density, whitening and divergence of a Gaussian with q's moments."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ every_contrast = pytest.mark.parametrize("name", CONTRASTS)
 
 
 def contrast(name):
-    """r for two posteriors that are not those of the prior."""
+    """r for two posteriors that differ from the prior."""
     mean, scale_tril = tf.constant(MEAN), tf.constant(SCALE_TRIL)
     return CONTRASTS[name](Posterior(mean[tf.newaxis], mean, scale_tril))
 
@@ -68,7 +68,7 @@ def test_the_density_of_r_is_the_standard_normal_of_whitened_z_over_the_scale(na
     ],
     ids=CONTRASTS,
 )
-def test_r_has_the_moments_that_its_name_says(name, mean, covariance):
+def test_the_moments_of_r(name, mean, covariance):
     r = contrast(name)
     np.testing.assert_allclose(r.mean(), mean)
     np.testing.assert_allclose(r.covariance(), covariance, rtol=1e-5, atol=1e-7)
@@ -81,7 +81,7 @@ def test_the_prior_is_standard_normal():
 
 
 @every_contrast
-def test_the_divergence_is_the_mean_log_ratio_under_a_q_that_is_no_gaussian(name):
+def test_the_divergence_is_the_mean_log_ratio_under_a_non_gaussian_q(name):
     encoder, draws = JointBasisEncoder(DenseTrunk(8, 1), 3, 4, 5, 8), 50_000
     noise = np.random.default_rng(3).standard_normal((draws, len(X), 4), np.float32)
     encoder(X, noise[:1])
@@ -106,12 +106,12 @@ def test_the_divergence_is_the_mean_log_ratio_under_a_q_that_is_no_gaussian(name
     ids=CONTRASTS,
 )
 def test_the_divergence_is_the_closed_form(name, expected):
-    found = divergence(contrast(name), prior(3))
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    actual = divergence(contrast(name), prior(3))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def nearly_a_point(name):
-    """An encoder that makes the same z of any noise, or nearly so, and its noise."""
+    """An encoder that maps all noise to nearly the same z, and its noise."""
     makers = {
         "gaussian": lambda: GaussianEncoder(DenseTrunk(8, 1), 3),
         "black_box": lambda: BlackBoxEncoder(DenseTrunk(8, 1), 3, 4, 8, 2),

@@ -1,4 +1,4 @@
-"""Every source: what it returns, and what it says about data that it cannot take."""
+"""Every source: its splits, and its messages about unsuitable data."""
 
 import gzip
 import io
@@ -67,11 +67,11 @@ def assert_same(source, other):
 
 def assert_disjoint_and_complete(source, examples):
     """The splits together hold each of the distinct `examples` [n, *event] once."""
-    found = np.concatenate([content(split).reshape(split.size, -1) for split in splits(source)])
+    x = np.concatenate([content(split).reshape(split.size, -1) for split in splits(source)])
     expected = examples.reshape(len(examples), -1)
     assert len(np.unique(expected, axis=0)) == len(expected)
-    np.testing.assert_allclose(np.unique(found, axis=0), np.unique(expected, axis=0), atol=1e-6)
-    assert len(found) == len(expected)
+    np.testing.assert_allclose(np.unique(x, axis=0), np.unique(expected, axis=0), atol=1e-6)
+    assert len(x) == len(expected)
 
 
 def npz(folder, name="a.npz", /, **arrays):
@@ -119,7 +119,7 @@ def test_four_points_are_the_one_hot_vectors_in_every_split():
         np.testing.assert_array_equal(split.labels, [0, 1, 2, 3])
 
 
-def test_digits_are_split_in_one_fixed_way():
+def test_the_splits_of_digits_are_fixed():
     from sklearn.datasets import load_digits
 
     source = load("digits")
@@ -204,7 +204,7 @@ def test_npz_cuts_missing_splits_by_the_seed(tmp_path, shape, event_shape):
     assert (content(load("npz", tmp_path, seed=2).test) != content(source.test)).any()
 
 
-def test_npz_keeps_the_splits_that_are_there(tmp_path, monkeypatch):
+def test_npz_keeps_existing_splits(tmp_path, monkeypatch):
     x = RNG.random((25, 3), dtype=np.float32)
     npz(tmp_path, x_train=x[:20], x_test=x[20:])
     monkeypatch.setenv("AVB_TF_DATA_DIR", str(tmp_path))
@@ -223,9 +223,9 @@ def test_images_are_cut_by_the_seed_and_searched_recursively(tmp_path):
     source = load("images", tmp_path)
     assert source.event_shape == (8, 8, 3)
     assert sizes(source) == (16, 2, 2)
-    found = np.concatenate([content(split) for split in splits(source)])
-    assert len(np.unique(found.reshape(20, -1), axis=0)) == 20
-    assert 0 <= found.min() < found.max() <= 1
+    images = np.concatenate([content(split) for split in splits(source)])
+    assert len(np.unique(images.reshape(20, -1), axis=0)) == 20
+    assert 0 <= images.min() < images.max() <= 1
     assert_same(load("images", tmp_path), source)
     assert (content(load("images", tmp_path, seed=1).test) != content(source.test)).any()
     batch = source.train.read(tf.constant([5, 5, 0], tf.int64)).numpy()
@@ -235,7 +235,7 @@ def test_images_are_cut_by_the_seed_and_searched_recursively(tmp_path):
 @pytest.mark.parametrize(("form", "suffix"), [("PNG", ".PNG"), ("JPEG", ".jpg"), ("JPEG", ".jpeg")])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_are_cropped_to_the_central_square(tmp_path, form, suffix, channels):
-    # White outside the central 16 x 16 square, which is grey: none of the white may be left.
+    # White outside the central 16 x 16 square, which is grey: no white may remain.
     pixels = np.full((16, 48, 3), 255, np.uint8)
     pixels[:, 16:32] = 102
     for i, image in enumerate([pixels, pixels.transpose(1, 0, 2), pixels]):
@@ -247,7 +247,7 @@ def test_images_are_cropped_to_the_central_square(tmp_path, form, suffix, channe
         np.testing.assert_allclose(x, 0.4, atol=2 / 255)
 
 
-def test_an_unreadable_image_is_left_out_with_a_warning(tmp_path, caplog):
+def test_an_unreadable_image_is_skipped_with_a_warning(tmp_path, caplog):
     write_images(tmp_path, 6)
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])  # its header is intact
@@ -347,10 +347,10 @@ def test_mnist_of_4x4_is_white_where_a_quarter_is_ink(mnist_path):
     assert sizes(small) == sizes(whole)
     np.testing.assert_array_equal(small.test.labels, whole.test.labels)
     squares = content(whole.test)[..., 0].reshape(-1, 4, 7, 4, 7).mean((2, 4))
-    found = content(small.test)[..., 0]
+    pixels = content(small.test)[..., 0]
     clear = np.abs(squares - 0.25) > 1e-5
     assert clear.mean() > 0.999
-    np.testing.assert_array_equal(found[clear], (squares > 0.25)[clear])
+    np.testing.assert_array_equal(pixels[clear], (squares > 0.25)[clear])
 
 
 MISTAKES = {
@@ -444,7 +444,7 @@ SETTINGS = {"seed": {"seed": -1}, "channels": {"channels": 2}, "image size": {"i
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_one_line(tmp_path, mistake):
+def test_a_mistake_gives_one_line(tmp_path, mistake):
     name, write, message = MISTAKES[mistake]
     path = write(tmp_path)
     with pytest.raises(UserError, match=message) as caught:

@@ -13,9 +13,9 @@ from avb_tf import diagnostics
 def test_pareto_k_of_pareto_weights_is_their_shape(k):
     # If U is uniform, U^-k has a Pareto tail of shape k.
     log_weights = -k * np.log(np.random.default_rng(0).uniform(size=(20_000, 8)))
-    found = diagnostics.pareto_k(log_weights)
-    assert found.shape == (8,)
-    assert abs(found.mean() - k) < 0.05
+    shapes = diagnostics.pareto_k(log_weights)
+    assert shapes.shape == (8,)
+    assert abs(shapes.mean() - k) < 0.05
 
 
 @pytest.mark.parametrize(("width", "flagged"), [(0.5, True), (1.0, False), (1.3, False)])
@@ -27,14 +27,14 @@ def test_a_proposal_half_too_narrow_is_flagged(width, flagged):
     assert ((k > diagnostics.PARETO_K_LIMIT) == flagged).all()
 
 
-def test_pareto_k_where_there_is_no_tail_to_fit():
+def test_pareto_k_without_a_tail():
     log_weights = np.random.default_rng(0).standard_normal((100, 5))
     log_weights[:, 0] = 3.0
     log_weights[7, 1:4] = np.nan, np.inf, -np.inf
-    found = diagnostics.pareto_k(log_weights)
-    assert found[0] == 0.0
-    assert np.isinf(found[1:3]).all()
-    assert np.isfinite(found[3:]).all()
+    k = diagnostics.pareto_k(log_weights)
+    assert k[0] == 0.0
+    assert np.isinf(k[1:3]).all()
+    assert np.isfinite(k[3:]).all()
     assert np.isnan(diagnostics.pareto_k(log_weights[:16])).all()
 
 
@@ -51,7 +51,7 @@ def test_effective_sample_size():
     np.testing.assert_allclose(diagnostics.effective_sample_size(log_weights), [10, 5, 1])
 
 
-def test_arviz_is_imported_when_needed_and_in_silence():
+def test_arviz_is_imported_on_first_use_without_a_warning():
     code = (
         "import sys, warnings; warnings.simplefilter('error', FutureWarning)\n"
         "from avb_tf import diagnostics\n"

@@ -1,4 +1,4 @@
-"""Figures for papers: which there are, in both formats, and the curves of training."""
+"""--mode=figures: which figures it writes, in both formats, and the training curves."""
 
 import numpy as np
 import tensorflow as tf
@@ -18,15 +18,15 @@ def test_every_figure_is_written_as_png_and_as_pdf(tmp_path):
     command_line.main(["x", f"--workdir={path}", "--mode=figures"])
     names = ["interpolations", "latent_space", "manifold", "posteriors", "reconstructions",
              "samples", "training"]  # fmt: skip
-    found = sorted(file.name for file in (path / "figures").iterdir())
-    assert found == sorted(f"{name}.{kind}" for name in names for kind in ("png", "pdf"))
+    names_of_files = sorted(file.name for file in (path / "figures").iterdir())
+    assert names_of_files == sorted(f"{name}.{kind}" for name in names for kind in ("png", "pdf"))
     for file in (path / "figures").iterdir():
         assert file.read_bytes().startswith(b"%PDF" if file.suffix == ".pdf" else b"\x89PNG")
     command_line.main(["x", f"--workdir={path}", "--mode=explore"])
     assert "const model = {" in (path / "explorer.html").read_text()
 
 
-def test_curves_are_those_of_the_logs_and_a_run_without_logs_has_none(tmp_path):
+def test_training_curves_show_the_logs_and_need_them(tmp_path):
     assert training_figures.of_run(tmp_path) is None
     writer = tf.summary.create_file_writer(str(tmp_path / "logs" / "validation"))
     for step, value in [(10, -3.0), (20, -2.0)]:

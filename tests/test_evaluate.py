@@ -1,4 +1,4 @@
-"""What `evaluate` reports, against independent computations."""
+"""`evaluate` against independent computations."""
 
 import json
 
@@ -16,23 +16,23 @@ TINY = {"width": 16, "bases": 4, "basis_width": 8, "adversary_width": 16}
 
 
 def config(method="avb_ac", **changes):
-    found = digits.get_config(method)
-    found.steps, found.log_every, found.checkpoint_every, found.figures_every = 20, 10, 20, 0
-    found.model.update(TINY | changes)
-    found.eval.update({"grid": 40, "posteriors": 2, "subset": 3, "repeats": 1, "gap": 0})
-    return found
+    config_of_run = digits.get_config(method)
+    config_of_run.update({"steps": 20, "log_every": 10, "checkpoint_every": 20, "figures_every": 0})
+    config_of_run.model.update(TINY | changes)
+    config_of_run.eval.update({"grid": 40, "posteriors": 2, "subset": 3, "repeats": 1, "gap": 0})
+    return config_of_run
 
 
 def test_an_estimate_is_a_mean_with_its_standard_error():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    found = results.estimate(values, grid=7)
-    assert found["mean"] == pytest.approx(values.mean())
-    assert found["standard_error"] == pytest.approx(np.std(values, ddof=1) / 20)
-    assert (found["count"], found["grid"]) == (400, 7)
+    summary = results.estimate(values, grid=7)
+    assert summary["mean"] == pytest.approx(values.mean())
+    assert summary["standard_error"] == pytest.approx(np.std(values, ddof=1) / 20)
+    assert (summary["count"], summary["grid"]) == (400, 7)
     assert results.estimate([1.0])["standard_error"] == 0.0
 
 
-def test_the_bound_is_the_mean_of_its_terms_whatever_the_chunks():
+def test_the_bound_is_the_mean_of_its_terms_for_every_chunk_size():
     model = train.create(config("vae"), (8, 8, 1))
     x = pipeline.examples(digits_data.load().test, 6, binary=True)
     posterior = model.posterior(x, samples=4000)
@@ -41,11 +41,11 @@ def test_the_bound_is_the_mean_of_its_terms_whatever_the_chunks():
     variance = np.asarray(posterior.scale_tril).diagonal(axis1=1, axis2=2) ** 2
     kl = 0.5 * (variance + np.asarray(posterior.mean) ** 2 - 1.0 - np.log(variance)).sum(1)
     expected = log_likelihood.mean(0) - kl
-    # `bound` takes 64 draws of its own, here against 4000.
+    # `bound` uses 64 draws, the reference 4000.
     error = log_likelihood.std(0) * np.sqrt(1 / estimates.DRAWS + 1 / 4000)
     for batch_size in (6, 4):
-        found = estimates.bound(model, x, batch_size)
-        assert (np.abs(found - expected) < 5 * error).all()
+        bound = estimates.bound(model, x, batch_size)
+        assert (np.abs(bound - expected) < 5 * error).all()
 
 
 AIS = {"temperatures": 10, "chains": 4, "leapfrog_steps": 3}
@@ -58,54 +58,54 @@ def test_more_latents_are_estimated_by_ais(tmp_path, capsys, monkeypatch):
     changed.eval.update({"subset": 5, "simulated": 4, "gap": 0})
     changed.eval.ais.update(AIS)
     evaluate.train_and_evaluate(changed, tmp_path)
-    found = json.loads((tmp_path / results.FILE).read_text())["estimates"]
-    annealed = found["log_likelihood_ais"]
+    by_name = json.loads((tmp_path / results.FILE).read_text())["estimates"]
+    annealed = by_name["log_likelihood_ais"]
     assert {k: annealed[k] for k in AIS} == AIS
     assert len(annealed["acceptance_by_temperature"]) == 10
     names = ["elbo_of_the_same_examples", "log_likelihood_ais"]
     names += [f"log_likelihood_iwae_{k}" for k in (1, 100, 5000)]
     for name in names:
-        assert found[name]["count"] == 5
-    # Untrained, q is far from the posterior: AIS, too short as it is, lies above the bound.
-    assert annealed["mean"] > found["elbo_of_the_same_examples"]["mean"] - 1.0
-    iwae = [found[f"log_likelihood_iwae_{k}"]["mean"] for k in (1, 100, 5000)]
+        assert by_name[name]["count"] == 5
+    # The model is untrained, so q is far from the posterior and even a short AIS exceeds the bound.
+    assert annealed["mean"] > by_name["elbo_of_the_same_examples"]["mean"] - 1.0
+    iwae = [by_name[f"log_likelihood_iwae_{k}"]["mean"] for k in (1, 100, 5000)]
     assert iwae[0] < iwae[1] < iwae[2]
-    assert found["bdmc_gap"]["count"] == 4
-    assert found["bdmc_gap"]["mean"] == pytest.approx(
-        found["log_likelihood_simulated_bdmc_upper"]["mean"]
-        - found["log_likelihood_simulated_bdmc_lower"]["mean"]
+    assert by_name["bdmc_gap"]["count"] == 4
+    assert by_name["bdmc_gap"]["mean"] == pytest.approx(
+        by_name["log_likelihood_simulated_bdmc_upper"]["mean"]
+        - by_name["log_likelihood_simulated_bdmc_lower"]["mean"]
     )
     with np.load(tmp_path / "evaluation" / "per_example.npz", allow_pickle=False) as values:
         assert len(np.unique(values["example"])) == len(values["elbo_adversary"])
         for name in names:
-            assert values[name].mean() == pytest.approx(found[name]["mean"])
+            assert values[name].mean() == pytest.approx(by_name[name]["mean"])
     for name in ("convergence", "weights", "annealing"):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "Pareto k" in capsys.readouterr().out
 
-    # Interrupted and started again: the same numbers, whichever chunks were finished.
+    # An interrupted evaluation gives the same numbers, whichever chunks were finished.
     lost = list((tmp_path / "evaluation").glob("*/chunk_001.npz"))
     assert len(lost) == 3
     for file in lost:
         file.unlink()
     evaluate.evaluate(changed, tmp_path)
     again = json.loads((tmp_path / results.FILE).read_text())["estimates"]
-    for name, before in found.items():
+    for name, before in by_name.items():
         assert again[name] | {"seconds": 0} == before | {"seconds": 0}, name
 
 
-def test_a_quantised_likelihood_is_told_in_bits_per_dimension_too(tmp_path):
+def test_a_quantised_likelihood_is_reported_in_bits_per_dimension_too(tmp_path):
     evaluate.train_and_evaluate(config("vae", likelihood="logistic"), tmp_path)
     estimates = json.loads((tmp_path / results.FILE).read_text())["estimates"]
     for name in ("elbo", "log_likelihood_quadrature"):
         bits = estimates[f"bits_per_dim_{name}"]
         assert bits["mean"] == pytest.approx(-estimates[name]["mean"] / (64 * np.log(2.0)))
         assert 0.0 < bits["standard_error"] < 1.0
-    assert 0.0 < estimates["bits_per_dim_elbo"]["mean"] < 8.5  # 8 is a uniform guess
+    assert 0.0 < estimates["bits_per_dim_elbo"]["mean"] < 8.5  # a uniform distribution has 8
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "nonsense", '{"estimates": {}}'])
-def test_what_is_no_result_beside_a_run_is_left_out(tmp_path, content):
+def test_other_files_next_to_a_run_are_ignored(tmp_path, content):
     run = {name: 0 for name in results.FIELDS}
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
@@ -114,7 +114,7 @@ def test_what_is_no_result_beside_a_run_is_left_out(tmp_path, content):
     assert set(results.siblings(tmp_path / "a")) == {"a"}
 
 
-def test_runs_whose_checkpoints_are_gone_stay_in_the_table(tmp_path, capsys):
+def test_runs_without_checkpoints_stay_in_the_table(tmp_path, capsys):
     for method in ("vae", "avb_ac"):
         evaluate.train_and_evaluate(config(method), tmp_path / method)
     for path in (tmp_path / "vae" / "checkpoints").iterdir():
@@ -126,7 +126,7 @@ def test_runs_whose_checkpoints_are_gone_stay_in_the_table(tmp_path, capsys):
     assert [cell.strip() for cell in header.split("|")[2:-1]] == ["avb_ac", "vae"]
 
 
-def test_a_run_that_diverges_stops_before_a_checkpoint_holds_it(tmp_path):
+def test_a_diverging_run_stops_before_the_next_checkpoint(tmp_path):
     broken = config("vae")
     broken.optimizer.learning_rate, broken.optimizer.clip_norm = 1e6, 0.0
     broken.guard.patience, broken.guard.rollbacks = 4, 1

@@ -1,4 +1,4 @@
-"""The latent explorer: what is in the page, and in a browser that it decodes as the model."""
+"""The latent explorer: the page's content, and in a browser that it decodes like the model."""
 
 import json
 import re
@@ -36,23 +36,23 @@ def described(page):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_page_holds_the_decoder_and_the_means(name):
+def test_the_page_contains_the_decoder_and_the_means(name):
     model, x = make(name)
-    found = described(explore.page(model, x, np.arange(30) % 3, "a title"))
+    content = described(explore.page(model, x, np.arange(30) % 3, "a title"))
     weights = sum(int(np.prod(w.shape)) for w in model.averaged_decoder.weights)
-    stored = sum(len(layer[key]) for layer in found["layers"] for key in ("kernel", "bias"))
+    stored = sum(len(layer[key]) for layer in content["layers"] for key in ("kernel", "bias"))
     assert stored >= weights * 4 * 4 / 3
-    assert found["labels"] == [i % 3 for i in range(30)]
-    assert found["latents"] == model.encoder.latent_dim
+    assert content["labels"] == [i % 3 for i in range(30)]
+    assert content["latents"] == model.encoder.latent_dim
 
 
-def test_the_page_asks_for_nothing_and_ends_no_script_early():
+def test_the_page_loads_nothing_and_does_not_end_its_script_early():
     page = explore.page(*make("rows"), title="</script><script>alert(1)</script>")
     assert page.count("</script>") == 1
     assert not re.search(r"https?:|src=|href=|fetch\(|import ", page)
 
 
-def test_a_decoder_of_ones_own_is_told():
+def test_an_unknown_decoder_is_refused():
     model, _ = make("rows")
     model.averaged_decoder = keras.Sequential([keras.layers.Dense(7)])
     with pytest.raises(UserError, match="Sequential"):
@@ -61,15 +61,15 @@ def test_a_decoder_of_ones_own_is_told():
 
 @pytest.mark.browser
 @pytest.mark.parametrize("name", MODELS)
-def test_the_page_decodes_as_the_model(name, tmp_path, artefacts):
+def test_the_page_decodes_like_the_model(name, tmp_path, artefacts):
     model, x = make(name)
     file = tmp_path / "explorer.html"
     file.write_text(explore.page(model, x, np.arange(30) % 3, name))
     with browser.Page(tmp_path / "profile") as page:
         page.open(file.as_uri())
         for z in np.random.default_rng(1).normal(size=[3, model.encoder.latent_dim]):
-            found = page.evaluate(f"Array.from(decode({z.tolist()}))")
-            np.testing.assert_allclose(found, np.ravel(model.decode([z])), atol=1e-5)
+            decoded = page.evaluate(f"Array.from(decode({z.tolist()}))")
+            np.testing.assert_allclose(decoded, np.ravel(model.decode([z])), atol=1e-5)
         before = page.evaluate("z")
         page.evaluate("element('draw').click()")
         assert page.evaluate("z") != before

@@ -1,4 +1,4 @@
-"""Exports of every method, run by the C library, beside the Keras model they came from."""
+"""Exports of every method, run by the C library and compared with the Keras model."""
 
 import functools
 import json
@@ -44,7 +44,9 @@ def model_of(method):
     keras.utils.set_random_seed(1)
     model = avb_tf.build(method, EVENT, **SMALL)
     for seed, weight in enumerate(model.adversary.weights if model.adversary else ()):
-        weight.assign_add(keras.random.normal(weight.shape, stddev=0.1, seed=seed))  # T is 0 else
+        weight.assign_add(
+            keras.random.normal(weight.shape, stddev=0.1, seed=seed)
+        )  # initially T = 0
     return model
 
 
@@ -82,7 +84,7 @@ def points(count, dim):
 
 
 def by_keras(model, name):
-    """A signature's answer by the parts of the Keras model, eagerly."""
+    """A signature's answer, computed eagerly from the parts of the Keras model."""
     q, noise_dim = model.averaged_encoder, model.encoder.noise_dim
 
     def noise(stream, size):
@@ -124,7 +126,7 @@ def importance_weighted(model, moments):
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
-def test_an_export_answers_as_the_keras_model(method, loaded):
+def test_an_export_answers_like_the_keras_model(method, loaded):
     served = loaded(method)
     of_x = {
         name for name in DETERMINISTIC | SEEDED | FRESH if "x" in served.signatures[name].inputs
@@ -133,15 +135,15 @@ def test_an_export_answers_as_the_keras_model(method, loaded):
         DETERMINISTIC | SEEDED | FRESH | {f"{name}_uint8" for name in of_x}
     )
     for name in REPEATABLE:
-        found = served.run(name, request(served, name))
+        answer = served.run(name, request(served, name))
         for output, expected in by_keras(model_of(method), name).items():
             np.testing.assert_allclose(
-                found[output], expected, rtol=1e-5, atol=1e-5, err_msg=f"{name} {output}"
+                answer[output], expected, rtol=1e-5, atol=1e-5, err_msg=f"{name} {output}"
             )
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
-def test_a_row_is_answered_alike_in_batches_of_1_7_and_64(method, loaded):
+def test_a_row_has_the_same_answer_in_batches_of_1_7_and_64(method, loaded):
     served = loaded(method)
     for name in REPEATABLE:
         full = served.run(name, request(served, name))
@@ -157,7 +159,7 @@ def test_a_row_is_answered_alike_in_batches_of_1_7_and_64(method, loaded):
 def test_every_signature_passes_its_check(method, loaded):
     served = loaded(method)
     repeats = {name: check.check_signature(served, name)[-1] for name in [*REPEATABLE, *FRESH]}
-    assert {name for name, found in repeats.items() if found == "fresh"} == FRESH
+    assert {name for name, repeated in repeats.items() if repeated == "fresh"} == FRESH
 
 
 def test_bytes_and_floats_are_the_same_images(loaded):
@@ -177,12 +179,12 @@ from avb_tf.serving.saved_model import SavedModel
 served = SavedModel(sys.argv[1])
 x, rows = np.zeros([4, 4, 4, 1], np.float32), np.arange(4)
 inputs = {"encode": {"x": x}, "reconstruct": {"x": x}, "sample": {"row": rows}}
-found = {name: [served.run(name, i) for _ in range(2)] for name, i in inputs.items()}
+replies = {name: [served.run(name, i) for _ in range(2)] for name, i in inputs.items()}
 seeded = served.run("encode_seeded", {"x": x, "seed": rows})
 assert not {"tensorflow", "keras"} & sys.modules.keys()
 np.savez(sys.argv[2], seeded=seeded["z"], **{
     f"{name}{i}": answer["z"] if "z" in answer else next(iter(answer.values()))
-    for name, answers in found.items() for i, answer in enumerate(answers)
+    for name, answers in replies.items() for i, answer in enumerate(answers)
 })
 """
 
@@ -223,7 +225,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_request_is_refused_and_disturbs_nothing(case, loaded):
+def test_a_malformed_request_is_refused_without_side_effects(case, loaded):
     served = loaded("avb_ac")
     before = served.run("elbo", {"x": X})["elbo"]
     with pytest.raises(RunError) as error:
@@ -312,7 +314,7 @@ def test_versions_count_up_and_serve_check_takes_the_newest(workdir, capsys):
     assert layout.versions(workdir / "export") == [9, 10]
     run(f"--workdir={workdir}", "--mode=serve_check")
     table = capsys.readouterr().out
-    assert table.count("| fresh |") == 5  # three, and the twins of two
+    assert table.count("| fresh |") == 5  # three, and the uint8 variants of two
     assert table.endswith("export/10: 17 signatures, 34 warmup requests\n")
     known = json.loads((workdir / "export/10/assets.extra/metadata.json").read_text())
     assert known["config"]["method"] == "vae"
@@ -323,7 +325,7 @@ def test_versions_count_up_and_serve_check_takes_the_newest(workdir, capsys):
     assert tree(workdir) == before
 
 
-def test_a_workdir_without_a_model_is_told_and_left_alone(workdir, tmp_path, capsys):
+def test_a_workdir_without_a_model_is_refused_and_not_changed(workdir, tmp_path, capsys):
     half, foreign, damaged = (tmp_path / name for name in ("half", "foreign", "damaged"))
     for path in (half, foreign, damaged):
         path.mkdir()
@@ -343,7 +345,7 @@ def test_a_workdir_without_a_model_is_told_and_left_alone(workdir, tmp_path, cap
 
 
 def test_a_full_disk_leaves_nothing_behind(workdir, tmp_path):
-    """Files may not grow past 64 kB, as if the disk ended there."""
+    """Limits files to 64 kB, as if the disk were full."""
     path = tmp_path / "run"
     shutil.copytree(workdir, path, ignore=shutil.ignore_patterns("export"))
     before = tree(path)

@@ -48,6 +48,6 @@ def test_what_is_lost_is_found(tmp_path, whole):
     for file in (workdir / "logs/train").glob("*"):
         file.unlink()
     (workdir / "results.json").write_text('{"estimates": {}}')
-    found = "; ".join(jobs.losses(workdir, whole))
+    losses = "; ".join(jobs.losses(workdir, whole))
     for word in ("weights differ", ".results.json.1", "logs differ", "results differ"):
-        assert word in found
+        assert word in losses

@@ -1,4 +1,4 @@
-"""Figures: what each shows, where, and that it becomes a PNG file."""
+"""Figures: their content, and that they can be saved as PNG files."""
 
 import io
 
@@ -69,16 +69,16 @@ def tiles(figure, event_shape):
     ids=["row-2", "row-3", "monochrome-3", "colour-2"],
 )
 def test_a_model_has_the_figures_that_its_shapes_allow(event_shape, latent_dim, expected):
-    found = model_figures.of_model(model_for(event_shape, latent_dim), data(event_shape))
-    assert set(found) == expected
+    drawn = model_figures.of_model(model_for(event_shape, latent_dim), data(event_shape))
+    assert set(drawn) == expected
 
 
 def test_every_figure_of_an_image_model_is_saved_as_png(model, tmp_path):
     x = data(model.event_shape)
-    found = model_figures.of_model(model, x, labels=np.arange(len(x)) % 3)
-    found["posteriors"] = model_figures.posteriors({"model": model}, x[:2], cells=40)
-    paths = figures.save(found, tmp_path / "new" / "figures")
-    assert [path.name for path in paths] == [f"{name}.png" for name in found]
+    drawn = model_figures.of_model(model, x, labels=np.arange(len(x)) % 3)
+    drawn["posteriors"] = model_figures.posteriors({"model": model}, x[:2], cells=40)
+    paths = figures.save(drawn, tmp_path / "new" / "figures")
+    assert [path.name for path in paths] == [f"{name}.png" for name in drawn]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         image = matplotlib.image.imread(path)
@@ -98,7 +98,7 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_file_as_it_was(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == before
 
 
-def test_a_saved_figure_replaces_the_one_before(tmp_path):
+def test_a_saved_figure_replaces_the_old_file(tmp_path):
     for size in (1, 2):
         figures.save({"a": Figure((size, size))}, tmp_path)
     assert matplotlib.image.imread(tmp_path / "a.png").shape[:2] == (240, 240)
@@ -107,17 +107,17 @@ def test_a_saved_figure_replaces_the_one_before(tmp_path):
 @pytest.mark.parametrize("event_shape", IMAGES, ids=str)
 def test_an_image_grid_is_filled_row_by_row(event_shape):
     images = data(event_shape, 5)
-    found = tiles(model_figures.image_grid(images, "title", columns=3), event_shape)
-    assert found.shape == (2, 3, *event_shape)
-    np.testing.assert_array_equal(found.reshape(6, *event_shape)[:5], images)
+    grid = tiles(model_figures.image_grid(images, "title", columns=3), event_shape)
+    assert grid.shape == (2, 3, *event_shape)
+    np.testing.assert_array_equal(grid.reshape(6, *event_shape)[:5], images)
 
 
 def test_colour_images_keep_their_colours_and_ink_is_dark():
     red = np.broadcast_to([1.0, 0.0, 0.0], (1, 6, 6, 3))
     blank, ink = np.zeros((1, 8, 8, 1)), np.ones((1, 8, 8, 1))
     for images, colour in [(red, "red"), (blank, "white"), (ink, "black")]:
-        found = pixels(model_figures.image_grid(images, "", columns=1))
-        middle = found[len(found) // 2, found.shape[1] // 2]
+        image = pixels(model_figures.image_grid(images, "", columns=1))
+        middle = image[len(image) // 2, image.shape[1] // 2]
         np.testing.assert_allclose(middle, to_rgba(colour), atol=0.01)
 
 
@@ -126,9 +126,9 @@ def test_colour_images_keep_their_colours_and_ink_is_dark():
 def test_each_reconstruction_stands_below_its_example(event_shape, count):
     model, x = model_for(event_shape), data(event_shape, count)
     model.encoder.log_scale.bias.assign([-20.0, -20.0])  # so that any noise gives the same z
-    found = tiles(model_figures.reconstructions(model, x), model.event_shape)
-    examples = found[::2].reshape(-1, *model.event_shape)[:count]
-    below = found[1::2].reshape(-1, *model.event_shape)[:count]
+    grid = tiles(model_figures.reconstructions(model, x), model.event_shape)
+    examples = grid[::2].reshape(-1, *model.event_shape)[:count]
+    below = grid[1::2].reshape(-1, *model.event_shape)[:count]
     np.testing.assert_array_equal(examples, x)
     np.testing.assert_allclose(below, model.reconstruct(x), atol=1e-5)
 
@@ -136,19 +136,19 @@ def test_each_reconstruction_stands_below_its_example(event_shape, count):
 def test_interpolations_run_from_one_posterior_mean_to_the_other_through_the_middle(model):
     first, last = np.split(data(model.event_shape, 6), 2)
     figure = model_figures.interpolations(model, first, last, steps=5)
-    found = tiles(figure, model.event_shape)
-    assert found.shape == (3, 5, *model.event_shape)
+    grid = tiles(figure, model.event_shape)
+    assert grid.shape == (3, 5, *model.event_shape)
     start, end = (model.posterior(x, 64).mean for x in (first, last))
     for column, z in [(0, start), (2, (start + end) / 2), (4, end)]:
-        np.testing.assert_allclose(found[:, column], model.decode(z), atol=1e-5)
+        np.testing.assert_allclose(grid[:, column], model.decode(z), atol=1e-5)
 
 
 def test_the_manifold_runs_over_the_quantiles_of_the_prior_from_left_to_right_and_upwards(model):
-    found = tiles(model_figures.manifold(model, side=3), model.event_shape)
+    grid = tiles(model_figures.manifold(model, side=3), model.event_shape)
     high = ndtri(5 / 6)
     corners = {(0, 0): [-high, high], (0, 2): [high, high], (1, 1): [0, 0], (2, 0): [-high, -high]}
     for (row, column), z in corners.items():
-        np.testing.assert_allclose(found[row, column], model.decode([z])[0], atol=1e-5)
+        np.testing.assert_allclose(grid[row, column], model.decode([z])[0], atol=1e-5)
 
 
 def test_the_latent_space_shows_draws_in_the_colour_of_their_label():

@@ -1,4 +1,4 @@
-"""Curves of training, read back from TensorBoard's files."""
+"""Training curves, read from TensorBoard's files."""
 
 import numpy as np
 import tensorflow as tf
@@ -14,7 +14,7 @@ def write(workdir, steps, values, tag=training_curves.BOUND):
     writer.close()
 
 
-def test_what_was_logged_is_read_and_a_resumed_run_replaces_what_it_repeats(tmp_path):
+def test_a_resumed_run_replaces_the_steps_that_it_repeats(tmp_path):
     write(tmp_path, [10, 20, 30], [-3.0, -2.0, -1.5])
     write(tmp_path, [30, 40], [-1.25, -1.0])
     write(tmp_path, [10], [7.0], tag="elbo")
@@ -29,7 +29,7 @@ def test_a_run_without_logs_has_an_empty_curve(tmp_path):
     assert training_curves.read(tmp_path).shape == (0, 2)
 
 
-def test_every_run_is_drawn_whole_and_near_the_best_in_its_methods_colour():
+def test_every_run_is_drawn_in_both_panels_in_its_methods_colour():
     steps = np.arange(1, 5) * 100.0
     runs = ("vae-0", "vae-1", "avb_ac-0")
     curves = {run: np.stack([steps, -100 / (i + 1) - 1e3 / steps], 1) for i, run in enumerate(runs)}

@@ -1,4 +1,4 @@
-"""Files replaced whole or not at all."""
+"""Atomic replacement of files."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ import pytest
 from avb_tf import files
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "a.json"
     files.write_atomically(file, "old")
 
@@ -28,8 +28,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "new"}
 
 
-def test_what_a_live_process_writes_is_left_to_it(tmp_path):
-    for process in (os.getppid(), 2**22 + 1):  # the second is none
+def test_the_temporary_file_of_a_running_process_is_not_deleted(tmp_path):
+    for process in (os.getppid(), 2**22 + 1):  # the second does not exist
         (tmp_path / f".a.json.{process}").write_text("half")
     files.write_atomically(tmp_path / "a.json", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == [

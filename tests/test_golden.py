@@ -1,4 +1,4 @@
-"""What earlier releases wrote loads, gives the values of then, and goes on (`golden.artefacts`)."""
+"""Artefacts of earlier releases load, give the same values and resume (`golden.artefacts`)."""
 
 import json
 import shutil
@@ -22,27 +22,27 @@ def recorded(release, name):
     return json.loads((release / "values.json").read_text())[name]
 
 
-def assert_close(found, expected, tolerance):
-    assert found.keys() == expected.keys()
-    for name, value in found.items():
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
         np.testing.assert_allclose(value, expected[name], rtol=0.0, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize(("release", "name"), MODELS, ids=lambda value: getattr(value, "name", ""))
-def test_a_model_gives_the_same_and_trains_on(release, name):
+def test_a_model_gives_the_same_values_and_trains_further(release, name):
     model = keras.models.load_model(release / f"{name}.keras", safe_mode=True)
     assert isinstance(model, avb_tf.AVB)
     x = artefacts.examples(model.event_shape)
     then = recorded(release, name)
     later = then.pop("two steps later")
     assert_close(artefacts.values(model, x), then, 1e-5)
-    artefacts.trained(model, x, 2)  # which asks for the state of both optimizers
+    artefacts.trained(model, x, 2)  # needs the state of both optimizers
     assert_close(artefacts.values(model, x), later, 1e-4)
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
 def test_a_fresh_process_loads_them(release):
-    """That has imported nothing but `AVB`, without which Keras knows none of its classes."""
+    """It imports only `AVB`, which registers all classes with Keras."""
     code = "import sys, keras; from avb_tf import AVB\n"
     code += "for path in sys.argv[1:]: assert isinstance(keras.models.load_model(path), AVB)"
     files = map(str, release.glob("*.keras"))
@@ -60,24 +60,24 @@ def test_a_run_is_resumed_and_evaluated_to_the_same_end(release, tmp_path):
     command_line.main(["avb-tf", f"--workdir={tmp_path}/run", "--mode=train_and_evaluate"])
     for weight, then in zip(checkpoints.load(tmp_path / "run").weights, ended, strict=True):
         np.testing.assert_allclose(weight.numpy(), then, rtol=0.0, atol=1e-5, err_msg=weight.path)
-    found, then = (
+    now, then = (
         json.loads((workdir / "results.json").read_text())
         for workdir in (tmp_path / "run", release / "run")
     )
-    assert found["config_hash"] == then["config_hash"]
-    assert found["family"] == then["family"]
-    # By nearest neighbours then, and as an interval that holds now.
+    assert now["config_hash"] == then["config_hash"]
+    assert now["family"] == then["family"]
+    # 0.1.0 estimated it by nearest neighbours; now it is an interval.
     divergence = then["estimates"].pop("kl_q_exact_posterior")["mean"]
     lower, upper = (
-        found["estimates"].pop(f"kl_q_exact_posterior_{end}")["mean"] for end in ("lower", "upper")
+        now["estimates"].pop(f"kl_q_exact_posterior_{end}")["mean"] for end in ("lower", "upper")
     )
     assert lower - 0.5 < divergence < upper + 0.5  # of the smoothed posterior, 20 steps old
-    assert found["estimates"].keys() >= then["estimates"].keys()
+    assert now["estimates"].keys() >= then["estimates"].keys()
     for name, estimate in then["estimates"].items():
-        assert found["estimates"][name]["mean"] == pytest.approx(estimate["mean"], abs=1e-4), name
+        assert now["estimates"][name]["mean"] == pytest.approx(estimate["mean"], abs=1e-4), name
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
-def test_a_posterior_gives_the_same(release):
+def test_a_posterior_gives_the_same_values(release):
     fit = avb_tf.load_posterior(release / "posterior")
     assert_close(artefacts.of_posterior(fit), recorded(release, "posterior"), 1e-4)

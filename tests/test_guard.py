@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is no number: left out, counted, and survived."""
+"""Steps whose loss or gradient is not finite are skipped and counted, and training goes on."""
 
 import contextlib
 import signal
@@ -67,21 +67,21 @@ def test_a_step_with_nan_in_it_changes_nothing_and_is_counted():
     assert all(np.isfinite(v).all() for v in state(model))
 
 
-def test_a_row_of_skipped_steps_that_a_call_of_the_graph_leaves_behind_is_seen():
+def test_a_streak_of_skipped_steps_inside_a_graph_call_is_detected():
     model = make("vae")
     model.patience = 3
     bad = np.full((16, 6), np.nan, np.float32)
-    data = [batch(), bad, bad, batch(), bad, bad, bad, batch()]
-    model.steps_per_execution = 4
+    data = [batch(), bad, bad, batch(), batch(), bad, bad, bad, batch()]
     for name, rows in (("short", data[:4]), ("long", data[4:])):
+        model.steps_per_execution = len(rows)
         x = tf.data.Dataset.from_tensor_slices(np.concatenate(rows)).batch(16)
         told = contextlib.nullcontext() if name == "short" else pytest.raises(DivergenceError)
         with told as error:
             model.fit(x, shuffle=False, verbose=0, callbacks=[Guard()])
-    assert "in 3 steps up to 8" in str(error.value)
+    assert "in 3 steps up to 9" in str(error.value)
 
 
-def test_a_gradient_that_is_no_number_is_found_where_the_loss_is_one(monkeypatch):
+def test_a_non_finite_gradient_of_a_finite_loss_is_detected(monkeypatch):
     plain = avb_model.log_likelihood
 
     def with_infinite_slope(likelihood, outputs, x):
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_no_number_is_found_where_the_loss_is_one(monkeypatch
     assert same(before, state(model))
 
 
-def test_without_the_guard_the_first_one_spoils_all():
+def test_without_the_guard_one_bad_step_makes_all_weights_nan():
     model = make()
     model.skip_non_finite = False
     model.train_step((np.full((16, 6), np.nan, np.float32),))
@@ -103,10 +103,10 @@ def test_without_the_guard_the_first_one_spoils_all():
     assert not all(np.isfinite(v.numpy()).all() for v in model.primal_variables)
 
 
-def test_a_weight_that_is_no_number_reaches_no_checkpoint(tmp_path):
+def test_a_non_finite_weight_is_not_saved(tmp_path):
     model = make()
     model.averaged_decoder.weights[0].assign(np.nan * model.averaged_decoder.weights[0])
-    with pytest.raises(DivergenceError, match="is no number at step 0"):
+    with pytest.raises(DivergenceError, match="is not finite at step 0"):
         checkpoints.save(model, tmp_path, keep=1)
     assert not list(tmp_path.rglob("*.keras"))
 
@@ -120,8 +120,8 @@ def tiny(method="vae", **guard):
     return config
 
 
-def test_a_run_goes_back_and_on_at_a_lower_rate_and_at_last_stops(tmp_path, monkeypatch):
-    """From step 32 on all is NaN, at first only as long as the rates are those of the config."""
+def test_a_diverging_run_rolls_back_with_lower_rates_and_finally_stops(tmp_path, monkeypatch):
+    """From step 32 on everything is NaN, at first only until the rates are lowered."""
     config, until = tiny(), {"rollbacks": 1}
     plain = avb_tf.AVB._inputs
 
@@ -134,13 +134,13 @@ def test_a_run_goes_back_and_on_at_a_lower_rate_and_at_last_stops(tmp_path, monk
     loaded = checkpoints.load(tmp_path / "recovers")
     assert int(loaded.step.value) == int(model.step.value) == 60
     assert int(loaded.rollbacks.value) == 1
-    assert int(model.skipped.value) == 0  # those that were taken back do not count
-    # The second half runs at half the rate, which the checkpoint says for itself.
+    assert int(model.skipped.value) == 0  # a rollback also restores the count
+    # The checkpoint itself records that the second half runs at half the rate.
     whole = config.optimizer.learning_rate
     assert loaded.optimizer._learning_rate.start == pytest.approx(whole / 2)
 
     until["rollbacks"] = 99
-    with pytest.raises(UserError, match=r"diverged: .* 5 steps .* after 2 returns"):
+    with pytest.raises(UserError, match=r"diverged: .* 5 steps .* after 2 rollbacks"):
         train.train(config, tmp_path / "stops")
     left = checkpoints.load(tmp_path / "stops")
     assert int(left.step.value) == 30
@@ -157,9 +157,9 @@ def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
     x = pipeline.examples(x, x.size, binary=True)
 
     def spoiled(self, batch):
-        found, bad = plain(self, batch), self.step.value % 50 == 49
-        first = tf.range(tf.size(found)) == 0  # one number of the batch
-        return tf.where(tf.reshape(first, tf.shape(found)) & bad, np.nan, found)
+        loss, bad = plain(self, batch), self.step.value % 50 == 49
+        first = tf.range(tf.size(loss)) == 0  # one value of the batch
+        return tf.where(tf.reshape(first, tf.shape(loss)) & bad, np.nan, loss)
 
     bounds = [estimates.bound(train.train(config, tmp_path / "clean"), x)]
     with monkeypatch.context() as patch, caplog.at_level("WARNING", "absl"):
@@ -175,7 +175,7 @@ def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
     assert spoilt == pytest.approx(clean, abs=2.0 * np.hypot(*errors))
 
 
-def test_a_run_whose_training_is_over_waits_for_no_worker(tmp_path, monkeypatch):
+def test_a_finished_run_does_not_wait_for_other_workers(tmp_path, monkeypatch):
     config = tiny()
     config.steps = config.log_every = config.checkpoint_every = 10
     trained = train.train(config, tmp_path)
@@ -186,7 +186,7 @@ def test_a_run_whose_training_is_over_waits_for_no_worker(tmp_path, monkeypatch)
     assert int(train.train(config, tmp_path).step.value) == int(trained.step.value) == 10
 
 
-def test_an_elbo_that_explodes_is_no_end_without_the_guard():
+def test_an_exploding_elbo_does_not_end_training_without_the_guard():
     model = make()
     for guard in (Guard(enabled=True), Guard(enabled=False)):
         guard.set_model(model)
@@ -197,10 +197,10 @@ def test_an_elbo_that_explodes_is_no_end_without_the_guard():
             guard.on_epoch_end(0, {"elbo": -1e6})
 
 
-def test_a_learning_rate_of_one_stops_with_the_reason(tmp_path):
+def test_a_learning_rate_of_one_stops_with_an_explanation(tmp_path):
     config = tiny("avb_ac")
     config.optimizer.learning_rate = 1.0
-    with pytest.raises(UserError, match=r"training diverged: elbo is -.* after 2 returns"):
+    with pytest.raises(UserError, match=r"training diverged: elbo is -.* after 2 rollbacks"):
         train.train(config, tmp_path)
     left = checkpoints.load(tmp_path)
     assert all(np.isfinite(v.numpy()).all() for v in left.weights)
@@ -214,21 +214,21 @@ def test_the_step_of_every_method_compiles_for_xla(method):
     step = tf.function(
         model.train_step, jit_compile=True, input_signature=[(tf.TensorSpec([16, 6]),)]
     )
-    found = step((batch(),))
-    assert np.isfinite([float(v) for v in found.values()]).all()
+    logs = step((batch(),))
+    assert np.isfinite([float(v) for v in logs.values()]).all()
     assert int(model.step.value) == 1
-    # XLA draws other noise; what needs none is the same but for rounding.
+    # XLA draws different noise; values without noise agree up to rounding.
     if method == "vae":
         plain = make(method).train_step((batch(),))
-        np.testing.assert_allclose(found["kl"], plain["kl"], rtol=1e-4)
+        np.testing.assert_allclose(logs["kl"], plain["kl"], rtol=1e-4)
 
 
-def test_a_signal_is_left_to_whoever_had_it():
+def test_the_previous_signal_handler_is_restored():
     callback = SaveWhenTerminated(lambda: None, tf.distribute.get_strategy())
     before = signal.getsignal(signal.SIGTERM)
     with callback.listening():
         assert signal.getsignal(signal.SIGTERM) == callback._ask
-        callback.on_epoch_end(0)  # not asked
+        callback.on_epoch_end(0)  # no signal has arrived
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -247,7 +247,7 @@ def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_end():
     assert len(saved) == 2
 
 
-def test_loss_scaling_learns_from_what_overflows():
+def test_an_overflow_lowers_the_loss_scale():
     model = make()
     scaled = [keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-3)) for _ in range(2)]
     model.compile(*scaled)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, by a double of it in a folder: what is uploaded comes back the same."""
+"""The Hugging Face Hub, replaced by a folder: a downloaded model equals the uploaded one."""
 
 import shutil
 import sys
@@ -58,7 +58,7 @@ def workdir(tmp_path_factory):
 X = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)
 
 
-def test_a_model_comes_back_as_it_was(hub, workdir):
+def test_a_downloaded_model_equals_the_uploaded_one(hub, workdir):
     address = avb_tf.push_to_hub(workdir, "me/digits")
     assert address.endswith("me/digits/tree/main")
     assert "hf://me/digits" in (hub.root / "me/digits/README.md").read_text()
@@ -68,7 +68,7 @@ def test_a_model_comes_back_as_it_was(hub, workdir):
     assert int(model.optimizer.iterations.numpy()) == 20
 
 
-def test_keras_loads_what_was_uploaded(hub, workdir):
+def test_keras_loads_an_uploaded_model(hub, workdir):
     avb_tf.push_to_hub(checkpoints.latest(workdir), "me/digits")
     model = keras.saving.load_model(hub.root / "me/digits")
     np.testing.assert_array_equal(model.encode(X), checkpoints.load(workdir).encode(X))
@@ -89,7 +89,7 @@ def test_a_refusal_is_one_line(hub, workdir, call):
     assert "\n" not in str(error.value)
 
 
-def test_a_repository_of_something_else_is_no_model(hub, workdir):
+def test_a_repository_without_a_model_is_refused(hub, workdir):
     (hub.root / "me/notes").mkdir(parents=True)
     (hub.root / "me/notes/README.md").write_text("notes")
     with pytest.raises(avb_tf.UserError, match="no checkpoint"):

@@ -20,6 +20,7 @@ ORDER = [
     "avb_tf.configuration",
     "avb_tf.data.source",
     "avb_tf.data.arrays",
+    "avb_tf.data.checks",
     "avb_tf.data.digits",
     "avb_tf.data.four_points",
     "avb_tf.data.images",
@@ -32,15 +33,18 @@ ORDER = [
     "avb_tf.replicas",
     "avb_tf.networks",
     "avb_tf.encoders",
-    "avb_tf.flows",
-    "avb_tf.auxiliary",
     "avb_tf.contrast",
     "avb_tf.proposal",
     "avb_tf.likelihoods",
+    "avb_tf.parts",
+    "avb_tf.flows",
+    "avb_tf.auxiliary",
     "avb_tf.objectives",
     "avb_tf.optimizers",
     "avb_tf.schedules",
+    "avb_tf.epochs",
     "avb_tf.loops",
+    "avb_tf.training",
     "avb_tf.serving",
     "avb_tf.serving.layout",
     "avb_tf.serving.protos",
@@ -57,10 +61,21 @@ ORDER = [
     "avb_tf.figures.training",
     "avb_tf.posteriors",
     "avb_tf.posteriors.target",
+    "avb_tf.posteriors.constraints",
     "avb_tf.posteriors.models",
+    "avb_tf.posteriors.mixture",
     "avb_tf.posteriors.hmc",
+    "avb_tf.posteriors.matching",
+    "avb_tf.posteriors.search",
+    "avb_tf.posteriors.tails",
+    "avb_tf.posteriors.evidence",
+    "avb_tf.posteriors.sampling",
+    "avb_tf.posteriors.large",
     "avb_tf.posteriors.start",
+    "avb_tf.posteriors.verdict",
     "avb_tf.posteriors.sampler",
+    "avb_tf.posteriors.building",
+    "avb_tf.posteriors.training",
     "avb_tf.posteriors.result",
     "avb_tf.posteriors.fit",
     "avb_tf.results",
@@ -134,8 +149,8 @@ def imported(module):
 
 
 def test_every_module_is_listed_once():
-    found = [file.relative_to(PACKAGE.parent).with_suffix("") for file in PACKAGE.rglob("*.py")]
-    names = [".".join(path.parts).removesuffix(".__init__") for path in found]
+    files = [file.relative_to(PACKAGE.parent).with_suffix("") for file in PACKAGE.rglob("*.py")]
+    names = [".".join(path.parts).removesuffix(".__init__") for path in files]
     assert sorted(names) == sorted(ORDER)
 
 

@@ -58,9 +58,9 @@ def elementwise(name, outputs, x):
 @pytest.mark.parametrize("event", EVENTS, ids=str)
 def test_log_likelihood_sums_the_density_over_the_event_only(name, event):
     outputs, x = outputs_for(name, 3, 4, *event), data_for(name, 4, *event)
-    found = log_likelihood(LIKELIHOODS[name], tf.constant(outputs), tf.constant(x))
+    actual = log_likelihood(LIKELIHOODS[name], tf.constant(outputs), tf.constant(x))
     expected = elementwise(name, outputs, x).reshape(3, 4, -1).sum(-1)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
 @every_likelihood
@@ -78,10 +78,10 @@ def test_pairs_are_log_likelihoods_pair_by_pair(name, event):
 
 
 @every_likelihood
-def test_the_mean_is_that_of_the_distribution_before_rounding(name):
+def test_the_mean_is_the_sigmoid_of_the_first_parameter(name):
     outputs = outputs_for(name, 1000)
-    found = LIKELIHOODS[name].mean(outputs)
-    np.testing.assert_allclose(found, scipy.special.expit(outputs[..., 0]), rtol=1e-5)
+    mean = LIKELIHOODS[name].mean(outputs)
+    np.testing.assert_allclose(mean, scipy.special.expit(outputs[..., 0]), rtol=1e-5)
 
 
 def test_the_mean_of_a_bernoulli_is_the_probability_of_one():
@@ -91,7 +91,7 @@ def test_the_mean_of_a_bernoulli_is_the_probability_of_one():
 
 
 @pytest.mark.parametrize("logit", [-80.0, 80.0])
-def test_a_sure_bernoulli_is_finite(logit):
+def test_a_bernoulli_with_extreme_logits_is_finite(logit):
     bernoulli = LIKELIHOODS["bernoulli"].distribution(tf.constant([[logit], [logit]]))
     expected = [-max(logit, 0.0), -max(-logit, 0.0)]
     np.testing.assert_allclose(bernoulli.log_prob([0.0, 1.0]), expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Mistakes of every kind, in every mode: one line that names it, and nothing is changed."""
+"""Users' mistakes in every mode: one line that names the mistake, and no changed files."""
 
 import json
 import os
@@ -39,7 +39,7 @@ CONFIGS = {
     "def get_config(): return configuration.default('vae')",
 }
 
-# A command line, as a shell takes it -> what the message has to name.
+# Command line -> words that the message must contain.
 FLAGS = {
     "": "no --config and no --workdir",
     "--config.steps=5": "no --config and no --workdir",
@@ -116,7 +116,7 @@ FIELDS = {
     f"{DIGITS} --config.model.adversary=cauchy": "'cauchy'",
     f"{DIGITS} --config.model.condition=z": "'z'",
     f"{DIGITS} --config.model.network=transformer": "'transformer'",
-    # Before the data, which may take long.
+    # Checked before the data are loaded, which may take long.
     f"{NO_DATA} --config.model.likelihood=cauchy": "'cauchy'",
     f"{NO_DATA} --config.model.contrast=cauchy": "'cauchy'",
     f"{NO_DATA} --config.model.network=transformer": "'transformer'",
@@ -125,7 +125,7 @@ FIELDS = {
     f"{POINTS} --config.model.network=conv": "(4,)",
     f"{DIGITS} --config.model.flow_steps=2 --config.model.flow_width=1": "flow_width is 1",
     "--config=configs/digits.py:auxvae --config.model.contrast=full --config.model.latent_dim=4": (
-        "adversary 'none' 4 an example"
+        "draws is 4, without an adversary; expected at least 5"
     ),
     "--config=configs/digits.py:avb_flow --config.model.contrast=prior": "FlowEncoder",
     f"{DIGITS} --config.optimizer.learning_rate=0": "learning_rate is 0.0",
@@ -225,7 +225,7 @@ POSTERIORS = {
     f"{POSTERIOR} --config.fit.learning_rate=nan": "config.fit.learning_rate is nan",
     f"{POSTERIOR} --config.batch_size=5": "'batch_size'",
     f"{POSTERIOR} --mode=export": "has no fit; train it first",
-    f"{POSTERIOR} --mode=benchmark": "--mode=benchmark is of no use here",
+    f"{POSTERIOR} --mode=benchmark": "--mode=benchmark does not apply to method 'posterior'",
     "--config=configs/digits.py --workdir=unfitted": "config.method = posterior, found avb_ac",
     "--config=configs/posteriors.py --workdir=run": "config.method = vae, found posterior",
     "--workdir=unfitted --mode=evaluate": "unfitted has no fit",
@@ -250,7 +250,7 @@ MISTAKES = FLAGS | FIELDS | DATA | WORKDIRS | MODES | POSTERIORS | CLUSTERS
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a finished run, `run`, and with all that can go wrong."""
+    """A folder with a finished run, `run`, and with broken runs and data."""
     root = tmp_path_factory.mktemp("root")
     for name, text in CONFIGS.items():
         (root / f"{name}.py").write_text(text)
@@ -267,7 +267,7 @@ def root(tmp_path_factory):
 
 
 def _bad_configs(root):
-    """Workdirs that have a config and nothing else."""
+    """Workdirs with only a config."""
     config = (root / "run/config.json").read_text()
     without_width = json.loads(config)
     del without_width["model"]["width"]
@@ -296,7 +296,7 @@ def _bad_configs(root):
 
 
 def _bad_runs(root):
-    """Workdirs with what should not be there."""
+    """Workdirs with unexpected content."""
     newest = "checkpoints/step_000000020.keras"
     shutil.copytree(root / "run/checkpoints", root / "damaged/checkpoints")
     for file in (root / "damaged/checkpoints").iterdir():
@@ -355,7 +355,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(root, monkeypatch, capsys, li
     assert content(root) == before
 
 
-def test_the_table_is_of_all_modes():
+def test_the_table_covers_all_modes():
     assert len(MISTAKES) >= 60
     shown = " ".join(MISTAKES)
     assert all(f"--mode={mode}" in shown for mode in command_line.MODES if mode != "train")

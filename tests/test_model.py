@@ -1,4 +1,4 @@
-"""The model: its training step, what it saves, and its use from Keras."""
+"""The model: its training step, saving, and use from Keras."""
 
 import keras
 import numpy as np
@@ -47,7 +47,9 @@ def changed(before, variables):
 @pytest.mark.parametrize("method", METHODS)
 def test_three_lines_of_keras_improve_the_bound(method):
     x = np.repeat(np.eye(6, dtype=np.float32)[:2], 64, 0)
-    model = avb_tf.build(method, x.shape[1:], **SMALL, seed=2)  # `avb` has bad epochs for others
+    model = avb_tf.build(
+        method, x.shape[1:], **SMALL, seed=2
+    )  # with other seeds `avb` has bad epochs
     model.compile(keras.optimizers.Adam(3e-3))
     history = model.fit(x, batch_size=16, epochs=20, verbose=0).history
     assert history["elbo"][-1] > history["elbo"][0] + 1.0
@@ -58,7 +60,7 @@ def test_three_lines_of_keras_improve_the_bound(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_saved_model_goes_on_as_if_it_had_not_been_saved(method, tmp_path):
+def test_a_loaded_model_continues_like_the_saved_one(method, tmp_path):
     model, x = make(method), binary()
     fit(model, x, epochs=2)
     model.save(tmp_path / "model.keras")
@@ -93,7 +95,7 @@ def test_the_adversary_of_an_adversarial_autoencoder_does_not_read_x(method, rea
 @pytest.mark.parametrize("steps", [1, 3])
 def test_each_objective_moves_its_own_networks(steps):
     model, x = make(adversary_steps=steps), tf.constant(binary())
-    fit(model, x)  # past the zero initial values
+    fit(model, x)  # away from the zero initial values
     for rates in ((1e-2, 0.0), (0.0, 1e-2)):
         model.compile(*map(keras.optimizers.SGD, rates))
         primal = snapshot(model.primal_variables)
@@ -105,7 +107,7 @@ def test_each_objective_moves_its_own_networks(steps):
         assert any(changed(dual, model.adversary.trainable_variables)) == any(rates[1:])
 
 
-def test_the_gradients_of_a_step_are_those_of_both_objectives_written_out():
+def test_a_step_applies_the_gradients_of_both_objectives():
     model, x = make(draws=3), tf.constant(binary())
     fit(model, x)
     model.compile(keras.optimizers.SGD(1.0), keras.optimizers.SGD(1.0))
@@ -159,7 +161,7 @@ def test_the_exact_t_of_a_vae_with_matched_contrast_is_zero():
 
 
 def test_a_vae_is_the_same_bound_under_every_contrast():
-    # T is exact, so r cancels in expectation: what is left is Monte Carlo error in T.
+    # T is exact, so r cancels in expectation, up to Monte Carlo error in T.
     model, x = make("vae"), tf.constant(binary(4))
     noise = tf.random.stateless_normal([20_000, 4, 2], [1, 2])
     matched = model.terms(x, noise).kl.numpy()
@@ -184,16 +186,16 @@ def test_steps_per_execution_does_not_change_the_result():
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
-def test_evaluation_sees_all_data_whatever_a_call_takes(steps):
+def test_evaluation_covers_all_data_for_every_call_size(steps):
     model = make("vae")
     alone = model.evaluate(binary(64), batch_size=64, verbose=0, return_dict=True)
     model.compile(steps_per_execution=steps)
-    found = model.evaluate(binary(64), batch_size=16, verbose=0, return_dict=True)
+    metrics = model.evaluate(binary(64), batch_size=16, verbose=0, return_dict=True)
     assert model.means["elbo"].count == 64
-    assert found["elbo"] == pytest.approx(alone["elbo"], abs=1.0)
+    assert metrics["elbo"] == pytest.approx(alone["elbo"], abs=1.0)
 
 
-def test_the_seed_decides_the_run():
+def test_the_seed_determines_the_run():
     runs = [make(seed=seed) for seed in (0, 0, 1)]
     for model in runs:
         fit(model, binary())
@@ -201,7 +203,7 @@ def test_the_seed_decides_the_run():
     assert any(changed(snapshot(runs[0].primal_variables), runs[2].primal_variables))
 
 
-def test_averages_follow_their_definition():
+def test_averaged_weights_follow_their_definition():
     model = make("vae", ema_decay=0.7)
     expected = snapshot(model.decoder.weights)
     for step in range(8):
@@ -249,11 +251,11 @@ def test_labels_are_ignored():
     assert not any(changed(snapshot(model.weights), other.weights))
 
 
-def test_evaluation_reports_the_adversary_beside_the_bound():
+def test_evaluation_reports_the_bound_and_the_adversary():
     model = make()
-    found = model.evaluate(binary(), batch_size=16, verbose=0, return_dict=True)
-    assert found["adversary_loss"] == pytest.approx(2 * np.log(2), abs=1e-5)  # T = 0 at the start
-    assert found["elbo"] == pytest.approx(found["log_likelihood"] - found["kl"], abs=1e-4)
+    metrics = model.evaluate(binary(), batch_size=16, verbose=0, return_dict=True)
+    assert metrics["adversary_loss"] == pytest.approx(2 * np.log(2), abs=1e-5)  # T = 0 at the start
+    assert metrics["elbo"] == pytest.approx(metrics["log_likelihood"] - metrics["kl"], abs=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"adversary": "none"}, {"condition": "posterior"}])
@@ -262,7 +264,7 @@ def test_parts_that_do_not_fit_are_refused(changes):
         make("avb", **changes)
 
 
-def test_parts_of_ones_own():
+def test_a_model_of_given_parts_trains():
     encoder = BlackBoxEncoder(DenseTrunk(8, 1), 2, noise_dim=3, width=8, depth=2)
     adversary = avb_tf.build("avb", (6,), **SMALL).adversary
     model = avb_tf.AVB((6,), encoder, DenseDecoder((6,), 1, 8, 1), adversary, contrast="prior",

@@ -1,4 +1,4 @@
-"""Model cards: their figures are those of the results, and their code runs."""
+"""Model cards: their numbers match the results, and their code runs."""
 
 import json
 import re
@@ -43,18 +43,18 @@ def rows(text):
 @pytest.mark.parametrize("place", ["checkpoints", "export/1/assets.extra"])
 def test_a_card_has_the_results_the_config_and_the_versions(place, workdir):
     text = card(workdir / place)
-    found = rows(text)
+    cells = rows(text)
     estimates = json.loads((workdir / "results.json").read_text())["estimates"]
     assert estimates
     for name, estimate in estimates.items():
-        mean, error, count = found[name]
+        mean, error, count = cells[name]
         assert mean == f"{estimate['mean']:.4f}"
         assert error == f"{estimate['standard_error']:.4f}"
         assert int(count) == estimate["count"]
-    assert found["training data"] == ["digits"]
-    assert found["method"] == ["vae"]
-    assert found["tensorflow"] == [tf.__version__]
-    assert found["avb_tf"] == [avb_tf.__version__]
+    assert cells["training data"] == ["digits"]
+    assert cells["method"] == ["vae"]
+    assert cells["tensorflow"] == [tf.__version__]
+    assert cells["avb_tf"] == [avb_tf.__version__]
     config = json.loads(re.search(r"```json\n(.*?)\n```", text, re.DOTALL).group(1))
     assert config == json.loads((workdir / "config.json").read_text())
 
@@ -97,7 +97,7 @@ def test_a_model_loads_from_a_workdir_a_file_and_a_folder(workdir, tmp_path):
     ("path", "expected"),
     [("nothing", "nothing"), ("nothing.keras", "nothing.keras"), ("", "no checkpoint")],
 )
-def test_what_holds_no_model_gets_one_line(path, expected, tmp_path):
+def test_a_path_without_a_model_gives_one_line(path, expected, tmp_path):
     with pytest.raises(avb_tf.UserError, match=expected) as error:
         avb_tf.load_model(tmp_path / path)
     assert "\n" not in str(error.value)

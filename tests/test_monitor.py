@@ -16,9 +16,9 @@ SATURATED = {"adversary_loss": 0.1, "adversary_accuracy": 0.99}
 
 
 def monitor(model, x, directory, samples=256, largest_gap=3.0):
-    found = Monitor(x, samples, largest_gap, directory)
-    found.set_model(model)
-    return found
+    callback = Monitor(x, samples, largest_gap, directory)
+    callback.set_model(model)
+    return callback
 
 
 def logged(monitor, **logs):
@@ -36,7 +36,7 @@ def messages(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "absl"]
 
 
-def test_its_bounds_are_those_of_a_linear_gaussian_model(monkeypatch, tmp_path):
+def test_its_bounds_on_a_linear_gaussian_model(monkeypatch, tmp_path):
     model, evidence = linear_gaussian.make(monkeypatch)
     x = evidence.rvs(64, random_state=1).astype(np.float32)
     log_p = evidence.logpdf(x).mean()
@@ -49,7 +49,9 @@ def test_its_bounds_are_those_of_a_linear_gaussian_model(monkeypatch, tmp_path):
     coarse, fine = (logged(monitor(model, x, tmp_path, samples)) for samples in (4, 4096))
     assert coarse["val_importance_bound"] < fine["val_importance_bound"]
     assert abs(fine["val_importance_bound"] - log_p) < 0.02
-    covariance = (np.exp(-0.7) + 1e-3) ** 2 * precision  # of q where the posterior is whitened
+    covariance = (
+        np.exp(-0.7) + 1e-3
+    ) ** 2 * precision  # of q in coordinates that whiten the posterior
     kl = 0.5 * (
         np.trace(covariance) - 2 - np.linalg.slogdet(covariance)[1] + 0.3**2 * precision[0, 0]
     )
@@ -58,7 +60,7 @@ def test_its_bounds_are_those_of_a_linear_gaussian_model(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["vae", "avb_ac", "avb_flow", "iaf"])
-def test_it_is_silent_where_the_two_bounds_agree(method, tmp_path, caplog):
+def test_no_warning_if_the_two_bounds_agree(method, tmp_path, caplog):
     model = avb_tf.build(method, (6,), latent_dim=2, width=16, adversary_width=16)
     x = np.eye(6, dtype=np.float32)
     logs = logged(monitor(model, x, tmp_path), **(WARM if model.adversary else {}))
@@ -69,24 +71,24 @@ def test_it_is_silent_where_the_two_bounds_agree(method, tmp_path, caplog):
 
 def test_it_warns_of_a_saturated_adversary_once(tmp_path, caplog):
     model = avb_tf.build("avb_ac", (6,), latent_dim=2, width=16)
-    found = monitor(model, np.eye(6, dtype=np.float32), tmp_path)
-    logged(found, **WARM)
+    callback = monitor(model, np.eye(6, dtype=np.float32), tmp_path)
+    logged(callback, **WARM)
     assert not messages(caplog)
     for _ in range(2):
-        logged(found, **SATURATED)
+        logged(callback, **SATURATED)
     [text] = texts(tmp_path)
     assert messages(caplog) == [text]
     assert "loss 0.100" in text
     assert "contrast=full" in text
 
 
-def test_it_warns_where_the_elbo_is_too_high(tmp_path, caplog):
+def test_it_warns_of_an_elbo_that_is_too_high(tmp_path, caplog):
     model = avb_tf.build("avb_ac", (6,), latent_dim=2, width=16)
     x = np.eye(6, dtype=np.float32)
     before = logged(monitor(model, x, tmp_path), **WARM)["val_elbo_minus_importance_bound"]
     model.adversary.head.bias.assign([-10.0])  # T, and so the KL, 10 nats too low
-    found = monitor(model, x, tmp_path)
-    after = [logged(found, **WARM)["val_elbo_minus_importance_bound"] for _ in range(2)]
+    callback = monitor(model, x, tmp_path)
+    after = [logged(callback, **WARM)["val_elbo_minus_importance_bound"] for _ in range(2)]
     np.testing.assert_allclose(after, before + 10.0, rtol=1e-4)
     [text] = texts(tmp_path)
     assert "nats above" in text
@@ -95,8 +97,8 @@ def test_it_warns_where_the_elbo_is_too_high(tmp_path, caplog):
     assert len(messages(caplog)) == 1
 
 
-def test_prior_contrast_on_mnist_is_found_out(small_mnist, tmp_path, caplog):
-    """The paper's Algorithm 1 on MNIST reports a bound far above what the model can have."""
+def test_it_warns_of_prior_contrast_on_mnist(small_mnist, tmp_path, caplog):
+    """The paper's Algorithm 1 on MNIST reports a bound far above log p(x)."""
     config = mnist.get_config("avb")
     config.data.path, config.steps = str(small_mnist), 600
     config.log_every = config.checkpoint_every = 300
@@ -110,6 +112,6 @@ def test_prior_contrast_on_mnist_is_found_out(small_mnist, tmp_path, caplog):
     assert gaps[-1] > config.monitor.largest_gap
 
     evaluate.evaluate(config, tmp_path)
-    found = results.read(tmp_path / results.FILE)["estimates"]
-    elbo, ais = (found[name]["mean"] for name in ("elbo_adversary", "log_likelihood_ais"))
+    by_name = results.read(tmp_path / results.FILE)["estimates"]
+    elbo, ais = (by_name[name]["mean"] for name in ("elbo_adversary", "log_likelihood_ais"))
     assert elbo > ais + config.monitor.largest_gap

@@ -45,8 +45,8 @@ def test_the_adversary_loss_is_2_log_2_for_a_blind_adversary():
 
 def test_accuracy_counts_both_sides():
     t_posterior, t_contrast = tf.constant([2.0, 1.0, -1.0]), tf.constant([-3.0, 1.0, 1.0])
-    found = objectives.adversary_accuracy(t_posterior, t_contrast)
-    np.testing.assert_allclose(found, [1.0, 0.5, 0.0])
+    accuracy = objectives.adversary_accuracy(t_posterior, t_contrast)
+    np.testing.assert_allclose(accuracy, [1.0, 0.5, 0.0])
 
 
 def test_the_adversary_loss_is_stationary_at_the_log_density_ratio():
@@ -87,7 +87,7 @@ def test_kl_with_the_optimal_t_is_the_closed_form(name):
 
 
 @every_contrast
-def test_primal_gradients_at_the_optimal_t_are_those_of_the_exact_kl(name):
+def test_primal_gradients_at_the_optimal_t_equal_those_of_the_exact_kl(name):
     # T* is frozen as a function of the whitened z, as the adversary is in a primal step. Its
     # expectation has no gradient of its own only in expectation, so the noise is a quadrature.
     noise, weights = hermite(24, 2)
@@ -114,7 +114,7 @@ def test_primal_gradients_at_the_optimal_t_are_those_of_the_exact_kl(name):
         t = q_whitened.log_prob(w) - standard.log_prob(w)
         terms = objectives.Terms(tf.zeros_like(t), contrast.divergence(r, PRIOR), t)
         loss = tf.reduce_sum(tf.constant(weights, tf.float32)[:, np.newaxis] * terms.kl)
-    found = tape.gradient(loss, encoder.trainable_variables)
+    gradients = tape.gradient(loss, encoder.trainable_variables)
 
     with tf.GradientTape() as tape:
         posterior, _ = posterior_and_contrast()
@@ -122,7 +122,7 @@ def test_primal_gradients_at_the_optimal_t_are_those_of_the_exact_kl(name):
         exact = tf.reduce_sum(tfd.kl_divergence(q, PRIOR))
     expected = tape.gradient(exact, encoder.trainable_variables)
     np.testing.assert_allclose(loss, exact, atol=1e-4)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(gradients, expected, strict=True):
         assert np.abs(b).max() > 1e-3
         np.testing.assert_allclose(a, b, atol=2e-4)
 
@@ -157,7 +157,7 @@ def test_the_bound_at_the_exact_posterior_is_the_evidence_of_a_linear_gaussian_m
         np.testing.assert_allclose(bound, evidence, atol=1e-4)
 
 
-def test_the_description_tells_posteriors_of_another_shape_apart_and_no_others():
+def test_the_description_depends_only_on_the_shape_of_the_posterior():
     def description(columns, mean):
         columns = tf.constant([columns], tf.float32)
         scale = tf.linalg.cholesky(columns @ tf.linalg.matrix_transpose(columns))

@@ -62,14 +62,14 @@ def test_binarisation_has_the_mean_of_the_intensity():
     assert (np.abs(x.mean(0) - intensity) <= 5 * standard_error).all()
 
 
-def test_no_thread_tunes_the_stream_for_the_end_of_training_would_wait_for_it():
+def test_tf_data_does_not_tune_the_stream():
     for batches in (
         pipeline.training_batches(GREY, 4, 0, 0, 2), pipeline.evaluation_batches(GREY, 4, False)
     ):  # fmt: skip
         assert batches.options().autotune.enabled is False
 
 
-def test_evaluation_is_in_order_and_ends_with_the_rest():
+def test_evaluation_is_in_order_with_a_smaller_last_batch():
     batches = list(pipeline.evaluation_batches(GREY, 3, binary=False).as_numpy_iterator())
     assert [len(batch) for batch in batches] == [3, 3, 1]
     np.testing.assert_array_equal(np.concatenate(batches), GREY.read(tf.range(7)))
@@ -105,8 +105,8 @@ def test_examples_are_the_first_of_evaluation(count, expected):
 def test_replicas_share_each_batch_in_order(workers, replicas):
     def batches(worker=0, workers=1, replicas=1):
         context = tf.distribute.InputContext(workers, worker, replicas)
-        found = pipeline.training_batches(GREY, 12, 0, 3, 10, context=context)
-        return np.stack([x.numpy() for x in found])
+        shares = pipeline.training_batches(GREY, 12, 0, 3, 10, context=context)
+        return np.stack([x.numpy() for x in shares])
 
     whole = batches()
     assert len(whole) == 7

@@ -1,4 +1,4 @@
-"""Training with products in 16 bits: what must stay in 32, and that the result is the same."""
+"""Training with 16-bit products: 32-bit weights and bounds, and the same result."""
 
 import keras
 import numpy as np
@@ -59,8 +59,8 @@ def test_the_large_products_are_in_16_bits():
 @pytest.mark.parametrize(
     ("method", "precision"), [("avb_ac", "mixed_bfloat16"), ("avb_ac_paper", "mixed_float16")]
 )
-def test_training_comes_to_the_same_bound(method, precision):
-    # Rounding is noise of its own: the bound after equal steps agrees, the weights do not.
+def test_training_reaches_the_same_bound(method, precision):
+    # Rounding acts as noise: after the same steps the bounds agree, but not the weights.
     bounds = {}
     for p in ("float32", precision):
         model = trained(model_of(method, p))
@@ -84,7 +84,7 @@ def test_float16_scales_both_losses_and_an_overflow_changes_no_weight():
 
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-def test_a_saved_model_goes_on_in_float32(precision, tmp_path):
+def test_a_loaded_model_continues_in_float32(precision, tmp_path):
     model = trained(model_of("avb_ac", precision), 3)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")

@@ -1,4 +1,4 @@
-"""Strategies by name, and a run that is the same on one device, on two, and on two machines."""
+"""Strategies by name, and equal results on one device, two devices and two workers."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def no_cluster(monkeypatch):
     monkeypatch.delenv("TPU_NAME", raising=False)
 
 
-# config.strategy, TF_CONFIG -> what the message has to name.
+# config.strategy, TF_CONFIG -> words that the message must contain.
 MISTAKES = [
     ("multi_worker", "", "TF_CONFIG names no cluster"),
     ("multi_worker", "{}", "TF_CONFIG names no cluster"),
@@ -66,7 +66,7 @@ def test_a_mistake_is_named(monkeypatch, name, config, named):
 
 
 @pytest.mark.parametrize("config", ["", " ", "{}", tf_config({"worker": ["a:1"]})])
-def test_auto_is_one_device_where_there_is_one(monkeypatch, config):
+def test_auto_selects_the_default_strategy_for_one_device(monkeypatch, config):
     monkeypatch.setenv("TF_CONFIG", config)
     strategy = replicas.strategy("auto")
     assert strategy is tf.distribute.get_strategy()
@@ -74,12 +74,18 @@ def test_auto_is_one_device_where_there_is_one(monkeypatch, config):
     assert replicas.sum_over_workers(strategy, 7) == 7
 
 
-def test_several_gpus_are_all_taken(monkeypatch):
+def test_several_gpus_train_as_replicas_on_all_logical_devices(monkeypatch):
+    # Only the number of GPUs is a stand-in: the strategy is real, over this machine's devices.
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["0", "1"])
-    made = []
-    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda *of: made.append(of))
-    replicas.strategy("auto")
-    assert made == [(["/device:CPU:0"], None)]  # the logical devices there are
+    strategy = replicas.strategy("auto")
+    assert isinstance(strategy, tf.distribute.MirroredStrategy)
+    devices = tf.config.list_logical_devices("CPU")
+    suffixes = [device.name for device in devices]
+    workers = strategy.extended.worker_devices
+    assert len(workers) == strategy.num_replicas_in_sync == len(devices)
+    assert all(w.endswith(s) for w, s in zip(workers, suffixes, strict=True))
+    ones = strategy.run(lambda: tf.constant(1.0))
+    assert strategy.reduce(tf.distribute.ReduceOp.SUM, ones, None).numpy() == len(devices)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +97,12 @@ def test_several_gpus_are_all_taken(monkeypatch):
         ({"chief": ["a:1"], **TWO}, "worker", 0, False),
     ],
 )
-def test_one_task_writes(monkeypatch, cluster, kind, index, chief):
+def test_only_the_chief_writes(monkeypatch, cluster, kind, index, chief):
     monkeypatch.setenv("TF_CONFIG", tf_config(cluster, kind, index))
     assert replicas.is_chief() == chief
 
 
-def test_a_batch_that_does_not_fall_into_equal_shares_is_refused():
+def test_a_batch_size_that_replicas_do_not_divide_is_refused():
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     replicas.check_batch_size(7, strategy)
     monkey = type("Three", (), {"num_replicas_in_sync": 3})()
@@ -105,7 +111,7 @@ def test_a_batch_that_does_not_fall_into_equal_shares_is_refused():
         replicas.check_batch_size(128, monkey)
 
 
-def test_only_the_loss_of_a_worker_is_told_as_such(monkeypatch):
+def test_only_a_lost_worker_raises_a_worker_lost_error(monkeypatch):
     lost = tf.errors.UnavailableError(None, None, "Collective ops is aborted by: task 1\ndied")
     strategy = tf.distribute.get_strategy()
     with pytest.raises(tf.errors.UnavailableError), replicas.explained(strategy):
@@ -124,7 +130,7 @@ def test_only_the_loss_of_a_worker_is_told_as_such(monkeypatch):
         raise tf.errors.InternalError(None, None, "heartbeats of /job:worker/task:1 stopped")
 
 
-def test_a_worker_that_does_not_come_is_no_mistake(monkeypatch):
+def test_a_missing_worker_is_not_a_users_mistake(monkeypatch):
     def alone():
         raise tf.errors.DeadlineExceededError(None, None, "Barrier timed out")
 
@@ -135,8 +141,8 @@ def test_a_worker_that_does_not_come_is_no_mistake(monkeypatch):
 
 
 @pytest.mark.parametrize("applied", [True, False])
-def test_an_optimizer_that_scales_losses_heeds_what_all_replicas_say(applied):
-    """Its own look at the gradients sees those of one replica, here numbers."""
+def test_a_loss_scaling_optimizer_follows_the_decision_of_all_replicas(applied):
+    """Its own check covers the gradients of one replica, which are finite here."""
     weight = keras.Variable([1.0, 2.0])
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=2.0)
     optimizer.build([weight])
@@ -144,7 +150,7 @@ def test_an_optimizer_that_scales_losses_heeds_what_all_replicas_say(applied):
     np.testing.assert_array_equal(weight, [0.0, 1.0] if applied else [1.0, 2.0])
 
 
-def test_the_shares_of_the_noise_make_up_the_whole():
+def test_the_replicas_noise_adds_up_to_the_whole():
     shape, seed = [2, 3, 4], [0, 1]
     whole = tf.random.stateless_normal([2, 6, 4], seed)
 
@@ -160,7 +166,7 @@ def test_the_shares_of_the_noise_make_up_the_whole():
             patch.setattr(tf.distribute, "get_replica_context", lambda r=replica: Context(r))
             shares.append(replicas.rows(tf.random.stateless_normal, shape, seed, axis=1))
     np.testing.assert_array_equal(np.concatenate(shares, 1), whole)
-    assert not np.isin(*shares).any()  # no number of one replica is another's
+    assert not np.isin(*shares).any()  # replicas share no value
     np.testing.assert_array_equal(
         replicas.rows(tf.random.stateless_normal, shape, seed, axis=1),
         tf.random.stateless_normal(shape, seed),
@@ -193,16 +199,16 @@ def test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers(
     cluster = [f"127.0.0.1:{port}" for port in free_ports(workers)]
     runs = [start("one", "one", 10), start("two", "mirrored", 1)]
     runs += [start(f"worker_{i}", "auto", 10, cluster, i) for i in range(workers)]
-    found = []
+    states = []
     for out, process in runs:
         error = process.communicate(timeout=500)[1]
         assert process.returncode == 0, error
-        found.append(dict(np.load(out)))
-    one, *others = found
-    for run in found:
+        states.append(dict(np.load(out)))
+    one, *others = states
+    for run in states:
         seen, there = run.pop("count")
         assert seen == there
-        assert there % replicated.BATCH  # the last batch falls into unequal shares
+        assert there % replicated.BATCH  # the last batch is shared unequally
     values = {name.split(" ")[0]: value for name, value in one.items() if name[0] != "m"}
     metrics = {name: value for name, value in one.items() if name.startswith("metric")}
     assert len(values) > 100

@@ -43,7 +43,7 @@ def predict(signature, name="avb", **inputs):
     return request
 
 
-def test_a_request_over_grpc_is_answered_as_by_the_model(model, stub):
+def test_a_grpc_answer_equals_the_models(model, stub):
     answer = stub.Predict(predict("encode_seeded", x=X, seed=np.arange(5)))
     expected = model.run("encode_seeded", {"x": X, "seed": np.arange(5)})
     assert set(answer.outputs) == {"mean", "z"}
@@ -52,7 +52,7 @@ def test_a_request_over_grpc_is_answered_as_by_the_model(model, stub):
 
 
 @pytest.mark.parametrize("array", [X, X[:1, :1], np.arange(3), np.zeros([0, 6], np.float32)])
-def test_tensors_are_those_of_the_official_functions(array):
+def test_tensors_equal_those_of_the_official_functions(array):
     np.testing.assert_array_equal(from_tensor(tf.make_tensor_proto(array)), array)
     np.testing.assert_array_equal(tf.make_ndarray(to_tensor(array)), array)
 
@@ -101,10 +101,10 @@ COLUMNS = """{"inputs": {
 @pytest.mark.parametrize("body", [ROWS, COLUMNS], ids=["rows", "columns"])
 def test_the_documented_request_of_three_inputs(body):
     dtypes = {"tag": np.dtype(object), "signal": np.dtype("i8"), "sensor": np.dtype("f4")}
-    found = serving_double.rest_request(json.loads(body), dtypes)
-    assert found["tag"].tolist() == ["foo", "bar"]
-    assert found["signal"].tolist() == [[1, 2, 3, 4, 5], [3, 4, 1, 2, 5]]
-    assert found["sensor"].tolist() == [[[1, 2], [3, 4]], [[4, 5], [6, 8]]]
+    inputs = serving_double.rest_request(json.loads(body), dtypes)
+    assert inputs["tag"].tolist() == ["foo", "bar"]
+    assert inputs["signal"].tolist() == [[1, 2, 3, 4, 5], [3, 4, 1, 2, 5]]
+    assert inputs["sensor"].tolist() == [[[1, 2], [3, 4]], [[4, 5], [6, 8]]]
 
 
 def test_the_documented_requests_of_one_input():
@@ -131,13 +131,13 @@ def test_both_rest_forms_of_a_request_with_a_seed(form, model):
     dtypes = {k: t.dtype for k, t in model.signatures["encode_seeded"].inputs.items()}
     inputs = serving_double.rest_request(json.loads(body), dtypes)
     answer = model.run("encode_seeded", inputs)
-    found = json.loads(json.dumps(serving_double.rest_response(answer, form == "instances")))
+    answers = json.loads(json.dumps(serving_double.rest_response(answer, form == "instances")))
     if form == "instances":
-        found = {name: [row[name] for row in found["predictions"]] for name in answer}
+        answers = {name: [row[name] for row in answers["predictions"]] for name in answer}
     else:
-        found = found["outputs"]
+        answers = answers["outputs"]
     for name, values in answer.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-6)
+        np.testing.assert_allclose(answers[name], values, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_malformed_body_is_refused(body):
 
 
 @pytest.mark.skipif("AVB_TF_SERVING_URL" not in os.environ, reason="no TensorFlow Serving given")
-def test_a_real_server_answers_as_the_c_library():
+def test_a_real_server_answers_like_the_c_library():
     export = Path(os.environ["AVB_TF_SERVING_EXPORT"])  # the version that it serves
     served = SavedModel(export)
     with grpc.insecure_channel(os.environ["AVB_TF_SERVING_URL"]) as channel:
@@ -168,5 +168,5 @@ def test_a_real_server_answers_as_the_c_library():
         }.items():
             answer = stub.Predict(predict(signature, name=name, **inputs))
             for output, values in served.run(signature, inputs).items():
-                found = tf.make_ndarray(answer.outputs[output])
-                np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-5)
+                by_grpc = tf.make_ndarray(answer.outputs[output])
+                np.testing.assert_allclose(by_grpc, values, rtol=1e-5, atol=1e-5)

@@ -17,12 +17,12 @@ EVENT = (8, 8, 1)
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds."""
+    """Resident memory of the process in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_no_error_no_wrong_answer_and_memory_that_stays(tmp_path):
+def test_no_error_no_wrong_answer_and_constant_memory(tmp_path):
     keras.utils.set_random_seed(0)
     built = avb_tf.build("avb_ac", EVENT, latent_dim=3, width=32, basis_width=16, bases=8)
     model = SavedModel(built.export(tmp_path, importance_samples=32))

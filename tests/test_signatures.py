@@ -1,4 +1,4 @@
-"""What a served model answers, against the model's own parts and against closed forms."""
+"""Signatures of a served model against the model's own parts and closed forms."""
 
 import functools
 
@@ -68,15 +68,15 @@ def test_with_the_exact_posterior_any_number_of_draws_gives_the_log_likelihood(l
     encoder.log_scale.set_weights([np.zeros([3, 2]), np.log(np.diag(scale))])
     encoder.off_diagonal.set_weights([np.zeros([3, 4]), scale.ravel()])
     x = tf.constant(evidence.rvs(6, random_state=0), tf.float32)
-    found = importance_weighted(model, x, 32)
-    np.testing.assert_allclose(found, evidence.logpdf(x), atol=0.01)  # the scale has a floor
+    actual = importance_weighted(model, x, 32)
+    np.testing.assert_allclose(actual, evidence.logpdf(x), atol=0.01)  # the scale has a floor
 
 
 @pytest.mark.parametrize("method", ["vae", "avb"])
 def test_the_importance_weighted_bound_agrees_with_quadrature(method):
     model = make(method, latent_dim=2)
     encoder = model.averaged_encoder
-    # An untrained decoder's posteriors are near the prior: so shall q be.
+    # An untrained decoder's posteriors are near the prior, and q should be too.
     if method == "avb":
         encoder.head.kernel.assign(6.0 * encoder.head.kernel)
     else:
@@ -98,7 +98,7 @@ def test_the_elbo_of_a_vae_is_below_its_log_likelihood_and_near_the_expectation_
 
 
 @pytest.mark.parametrize("method", ["avb", "avb_ac"])
-def test_the_mean_is_that_of_many_draws(method):
+def test_the_mean_agrees_with_many_draws(method):
     model = make(method)
     x = x_of(model)
     encode = functools.partial(signatures.encode, model)

@@ -1,4 +1,4 @@
-"""Every panel, over the HTTP interface of the real TensorBoard server, and in a browser."""
+"""Every panel, through the HTTP interface of a real TensorBoard server and in a browser."""
 
 import json
 import os
@@ -45,22 +45,22 @@ def server(runs):
         stderr=subprocess.PIPE, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )  # fmt: skip
     for line in process.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+        if urls := re.search(r"http://127\.0\.0\.1:\d+", line):
             break
     else:
         raise RuntimeError("TensorBoard did not start")
     end = time.monotonic() + 120
-    while "digits/logs" not in get(found[0], "data/runs"):
+    while "digits/logs" not in get(urls[0], "data/runs"):
         assert time.monotonic() < end
         time.sleep(0.5)
-    yield found[0]
+    yield urls[0]
     process.terminate()
     process.wait()
     process.stderr.close()
 
 
 def get(server, path, **query):
-    """The body, as JSON where it is JSON."""
+    """The body of an answer, parsed if it is JSON."""
     query = urllib.parse.urlencode(query)
     with urllib.request.urlopen(f"{server}/{path}?{query}", timeout=60) as reply:
         body = reply.read()
@@ -106,8 +106,8 @@ def test_histograms_of_latents_and_of_both_sides_of_t(server):
     assert set(tags) >= {
         "latents/all", "latents/0", "latents/1", "adversary/T of q", "adversary/T of r",
     }  # fmt: skip
-    found = get(server, "data/plugin/histograms/histograms", run=VALIDATION, tag="latents/all")
-    _, step, bins = found[-1]
+    steps = get(server, "data/plugin/histograms/histograms", run=VALIDATION, tag="latents/all")
+    _, step, bins = steps[-1]
     assert step == 40
     assert sum(count for _, _, count in bins) == pytest.approx(2 * 2 * HELD_OUT)
 
@@ -115,7 +115,7 @@ def test_histograms_of_latents_and_of_both_sides_of_t(server):
 def test_the_projector_has_latents_labels_and_thumbnails(server, runs):
     assert VALIDATION in get(server, "data/plugin/projector/runs")
     (embedding,) = get(server, "data/plugin/projector/info", run=VALIDATION)["embeddings"]
-    assert embedding["tensorShape"] == [HELD_OUT, 3]  # a third of zeros
+    assert embedding["tensorShape"] == [HELD_OUT, 3]  # the third dimension is zero
     assert embedding["sprite"]["singleImageDim"] == [8, 8]
     query = {"run": VALIDATION, "name": "latents"}
     tensor = np.frombuffer(get(server, "data/plugin/projector/tensor", **query), np.float32)
@@ -128,7 +128,7 @@ def test_the_projector_has_latents_labels_and_thumbnails(server, runs):
     assert image == (runs / VALIDATION / "sprite.png").read_bytes()
 
 
-def test_hparams_have_the_settings_and_the_final_metrics(server):
+def test_hparams_contain_the_settings_and_the_final_metrics(server):
     experiment = post(server, "data/plugin/hparams/experiment", {"experimentName": ""})
     names = {h["name"] for h in experiment["hparamInfos"]}
     assert {"method", "model.width", "optimizer.learning_rate"} <= names
@@ -136,14 +136,14 @@ def test_hparams_have_the_settings_and_the_final_metrics(server):
     tags = {m["tag"] for m in metrics}
     assert {"final/validation/elbo", "final/test/elbo_adversary",
             "final/test/log_likelihood_quadrature"} <= tags  # fmt: skip
-    chosen = [m for m in experiment["metricInfos"] if m["name"]["tag"].startswith("final/")]
+    final = [m for m in experiment["metricInfos"] if m["name"]["tag"].startswith("final/")]
     groups = post(
         server,
         "data/plugin/hparams/session_groups",
         {
             "experimentName": "",
             "allowedStatuses": ["STATUS_SUCCESS"],
-            "colParams": [{"metric": m["name"]} for m in chosen],
+            "colParams": [{"metric": m["name"]} for m in final],
             "startIndex": 0,
             "sliceSize": 10,
         },
@@ -162,8 +162,8 @@ def test_the_config_is_text(server):
 
 
 def test_the_layout_of_custom_scalars_names_tags_that_exist(server):
-    found = get(server, "data/plugin/custom_scalars/layout")
-    charts = [chart for category in found["category"] for chart in category["chart"]]
+    layout = get(server, "data/plugin/custom_scalars/layout")
+    charts = [chart for category in layout["category"] for chart in category["chart"]]
     tags = get(server, "data/plugin/scalars/tags")[VALIDATION]
     for chart in charts:
         patterns = chart.get("multiline", {}).get("tag", [])
@@ -174,19 +174,19 @@ def test_the_layout_of_custom_scalars_names_tags_that_exist(server):
             assert any(re.search(pattern, tag) for tag in tags), pattern
 
 
-def test_profile_of_the_steps_asked_for(runs):
+def test_the_requested_steps_are_profiled(runs):
     assert list((runs / ROOT).glob("plugins/profile/*/*.xplane.pb"))
 
 
 def test_a_sprite_is_a_square_of_thumbnails(tmp_path):
     x = np.random.default_rng(0).random((5, 4, 6, 3), np.float32)
     (tmp_path / "sprite.png").write_bytes(tensorboard.sprite(x))
-    found = imread(tmp_path / "sprite.png")[..., :3]
-    assert found.shape == (12, 18, 3)
-    np.testing.assert_allclose(found[4:8, 6:12], x[4], atol=1 / 255)
+    sprite = imread(tmp_path / "sprite.png")[..., :3]
+    assert sprite.shape == (12, 18, 3)
+    np.testing.assert_allclose(sprite[4:8, 6:12], x[4], atol=1 / 255)
 
 
-PANELS = {  # and a word that the panel shows once its data are there
+PANELS = {  # panel -> a word that it shows once its data are loaded
     "timeseries": "importance_bound",
     "images": "reconstructions",
     "custom_scalars": "Does the adversary keep up?",
@@ -194,12 +194,12 @@ PANELS = {  # and a word that the panel shows once its data are there
     "projector": "200",
 }
 TEXT = """(function text(node) {
-  let found = node.nodeType === Node.TEXT_NODE ? node.textContent : "";
+  let content = node.nodeType === Node.TEXT_NODE ? node.textContent : "";
   for (const child of [...(node.shadowRoot?.childNodes ?? []), ...node.childNodes])
-    found += text(child) + " ";
+    content += text(child) + " ";
   const page = node.tagName === "IFRAME" && node.contentDocument?.body;  // none while it loads
-  if (page) found += text(page);
-  return found;
+  if (page) content += text(page);
+  return content;
 })(document.body)"""
 
 
@@ -210,8 +210,10 @@ def test_panels_render_without_errors(panel, server, tmp_path, artefacts):
         page.open(f"{server}/#{panel}")
         try:
             page.wait(f"{TEXT}.includes({json.dumps(PANELS[panel])})", 90)
-            time.sleep(3)  # what is drawn comes after what is said
+            time.sleep(3)  # the plots appear after the text
         finally:
             page.screenshot(artefacts / f"tensorboard-{panel}.png")
-        assert "NaN" not in page.evaluate(TEXT)  # what the projector describes and does not draw
+        assert "NaN" not in page.evaluate(
+            TEXT
+        )  # text that the projector generates but does not show
         assert not page.errors

@@ -1,4 +1,4 @@
-"""Whole runs: on real data, and what they leave behind."""
+"""Complete runs on real data, and the files that they write."""
 
 import os
 from pathlib import Path
@@ -71,7 +71,9 @@ def test_the_adversary_warms_up_on_a_frozen_encoder():
         (600, 500, 0.1, 10), (600, 500, 0.24, 4), (600, 500, 5.0, 1),
     ],
 )  # fmt: skip
-def test_a_call_of_the_graph_divides_all_periods_and_is_short(steps, log_every, seconds, expected):
+def test_the_steps_of_a_graph_call_divide_all_periods_and_take_little_time(
+    steps, log_every, seconds, expected
+):
     config = digits.get_config("vae")
     config.steps, config.log_every = steps, log_every
     assert train._steps_per_execution(config, seconds) == expected
@@ -99,7 +101,7 @@ def test_logs_and_figures_of_a_run(tmp_path, capsys):
 @pytest.mark.parametrize("config", [four_points, digits])
 def test_configs_name_their_workdir_and_their_method(config):
     for method in ("vae", "avb_ac"):
-        found = config.get_config(method)
-        assert found.method == method
-        assert found.name == f"{config.__name__.split('.')[-1]}-{method}"
-        assert os.sep not in found.name
+        config_of_run = config.get_config(method)
+        assert config_of_run.method == method
+        assert config_of_run.name == f"{config.__name__.split('.')[-1]}-{method}"
+        assert os.sep not in config_of_run.name

@@ -282,7 +282,7 @@ def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> d
     batches = iter(pipeline.training_batches(source.train, config.batch_size, 0, 0, 2**31))
     with tempfile.TemporaryDirectory() as directory:
         workdir = Path(directory)
-        run = train.Run(config, workdir, tf.distribute.get_strategy(), model, source)
+        run = train.Training(config, workdir, tf.distribute.get_strategy(), model, source)
         log = model.evaluate(run.validation, verbose=0, return_dict=True)
         logs = log | {f"val_{name}": value for name, value in log.items()}
         each_epoch = [c for c in run.callbacks if not isinstance(c, _RARE)]

@@ -1,1 +1,1 @@
-"""Keras callbacks: what happens between steps."""
+"""Keras callbacks that run between steps and epochs."""

@@ -1,4 +1,4 @@
-"""When `fit` ends: at its last step, on a signal, or where training has left the numbers."""
+"""Ends `fit`: at its last step, on SIGTERM, or when training diverges."""
 
 import contextlib
 import math
@@ -9,72 +9,62 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from absl import logging
 
 from avb_tf import replicas
 from avb_tf.errors import DivergenceError
 
-PREEMPTED = 128 + signal.SIGTERM  # exit status, as a shell has it of a process so ended
+PREEMPTED = 128 + signal.SIGTERM  # exit status that a shell reports after SIGTERM
 
-
-# The ELBO of an epoch has exploded where it lies this far below the first: times the sum of the
-# first's size and x's dimensions, of which an untrained model loses some nats each.
+# Training has diverged when the ELBO drops by more than this factor times the sum of the first
+# ELBO's magnitude and the number of x's dimensions: an untrained model loses a few nats in each.
 EXPLODED = 10.0
 
 
 class Guard(keras.callbacks.Callback):
-    """Ends `fit` where training has left the numbers, before a checkpoint holds what is left.
+    """Ends `fit` when training diverges, before the diverged weights reach a checkpoint.
 
     Args:
-      enabled: whether an ELBO that has exploded is an end too, or only one that is no number.
+      enabled: whether to end on a finite ELBO that has dropped far below the first one, too. An
+        ELBO that is not finite always ends training.
     """
 
     def __init__(self, enabled: bool = True):
         super().__init__()
         self.enabled = enabled
-        self.first = None  # ELBO of a step
+        self.first = None  # ELBO of the first step
 
-    def on_train_begin(self, logs=None):
-        """Counts what is skipped from here on."""
-        self.skipped = int(self.model.skipped.numpy())
-
-    def on_train_batch_end(self, batch, logs=None):
-        """Reads the running mean, which one bad step spoils for good where none is skipped."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+        """Checks the running mean: a non-finite step that is not skipped makes it non-finite."""
         step = int(self.model.step.numpy())
         if (count := int(self.model.skipped_in_a_row.numpy())) >= self.model.patience:
-            raise DivergenceError(f"loss or gradient is no number in {count} steps up to {step}")
-        if not math.isfinite(elbo := (logs or {})["elbo"]):
+            raise DivergenceError(f"loss or gradient is not finite in {count} steps up to {step}")
+        elbo = (logs or {})["elbo"]  # NaN as well if every step so far was skipped
+        if not math.isfinite(elbo) and int(self.model.means["elbo"].count.numpy()):
             raise DivergenceError(f"elbo is {elbo} at step {step}")
-        if self.first is None and not count:
+        if self.first is None and not count and math.isfinite(elbo):
             self.first = elbo
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Says how many steps were skipped, and whether the ELBO has exploded."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+        """Checks whether the ELBO has dropped too far."""
         elbo, size = (logs or {})["elbo"], math.prod(self.model.event_shape)
         if self.enabled and self.first is not None:
             lowest = self.first - EXPLODED * (abs(self.first) + size)
             if elbo < lowest:
                 raise DivergenceError(
                     f"elbo is {elbo:.3g} up to step {int(self.model.step.numpy())}, from "
-                    f"{self.first:.3g} at first"
+                    f"{self.first:.3g} at the first step"
                 )
-        before, self.skipped = self.skipped, int(self.model.skipped.numpy())
-        if self.skipped > before:
-            logging.warning(
-                "%d of the steps up to %d skipped, their loss or gradient is no number; %d in all",
-                self.skipped - before, int(self.model.step.numpy()), self.skipped,
-            )  # fmt: skip
 
 
 class SaveWhenTerminated(keras.callbacks.Callback):
-    """On SIGTERM, the notice of most schedulers: saves, and exits with status 143.
+    """Saves a checkpoint on SIGTERM, which most schedulers send, and exits with status 143.
 
-    The handler waits for the call of the graph to end, so a call must not take long. The last of
-    the callbacks: where an epoch ends, what they do there is done before.
+    The handler waits for the current graph call to end, so a call must be short. This callback
+    must come last, so that the others have finished an epoch before the process exits.
 
     Args:
-      save: writes a checkpoint, on the chief.
-      strategy: of the model; its workers leave together.
+      save: writes a checkpoint; does nothing on other workers than the chief.
+      strategy: the model's strategy; all its workers exit together.
     """
 
     def __init__(self, save: Callable[[], Any], strategy: tf.distribute.Strategy):
@@ -84,7 +74,7 @@ class SaveWhenTerminated(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def listening(self):
-        """Within, the signal is taken; after it, whoever had it before has it again."""
+        """Handles SIGTERM inside the block and restores the previous handler on exit."""
         before = signal.signal(signal.SIGTERM, self._ask)
         try:
             yield
@@ -94,14 +84,14 @@ class SaveWhenTerminated(keras.callbacks.Callback):
     def _ask(self, *_):
         self.asked = True
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Leaves between two steps."""
-        params: Any = self.params  # Keras sets them as `fit` begins
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+        """Exits between two steps if SIGTERM has arrived."""
+        params: Any = self.params  # set by Keras when `fit` begins
         if batch + 1 < params["steps"] and not self.model.stop_training:
             self._leave_if_asked()
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Leaves between two epochs."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+        """Exits between two epochs if SIGTERM has arrived."""
         self._leave_if_asked()
 
     def _leave_if_asked(self):
@@ -111,27 +101,27 @@ class SaveWhenTerminated(keras.callbacks.Callback):
 
 
 class Stopwatch(keras.callbacks.Callback):
-    """Seconds of the fastest call of the training graph."""
+    """Measures the fastest call of the training graph, in seconds."""
 
     seconds = math.inf
 
-    def on_train_batch_begin(self, batch, logs=None):
-        """Starts."""
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None):
+        """Starts the clock."""
         self.began = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Stops."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+        """Keeps the shortest time so far."""
         self.seconds = min(self.seconds, time.perf_counter() - self.began)
 
 
 class StopAtStep(keras.callbacks.Callback):
-    """Ends training at a step that need not end an epoch."""
+    """Ends training at a step, even in the middle of an epoch."""
 
     def __init__(self, step: int):
         super().__init__()
         self.step = step
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Asks the model, whose count outlives a run that is resumed."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+        """Reads the model's own step count, which a resumed run continues."""
         if int(self.model.step.numpy()) >= self.step:
             self.model.stop_training = True

@@ -1,16 +1,18 @@
-"""Whether the training bound can be trusted: checked while training."""
+"""Checks during training whether the training bound can be trusted."""
 
 from pathlib import Path
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
 from avb_tf import proposal
 from avb_tf.likelihood_estimation import joint
 
-# Where T tells the contrast from q(z|x) this well, q and r hardly overlap: the ratio of their
-# densities is beyond what an adversary can learn from draws, and T falls short of it.
+# Beyond these values q and r hardly overlap. An adversary cannot learn such a density ratio from
+# draws, and T underestimates it.
 SATURATED_LOSS = 0.2  # of 2 log 2 = 1.386 nats
 SATURATED_ACCURACY = 0.97
 ELBO_DRAWS = 64
@@ -18,50 +20,52 @@ _SEED = 0
 
 _SATURATED = (
     "The adversary saturates: loss {loss:.3f} nats, accuracy {accuracy:.3f} up to step {step}. "
-    "It tells q(z|x) from the contrast so well that T falls short of the true log ratio, and the "
-    "ELBO is too high by what is missing. Use adaptive contrast with the full covariance "
-    "(--config=...:avb_ac, or config.model.contrast=full), and if it is in use already lower "
+    "It separates q(z|x) from the contrast so well that T underestimates the true log ratio, which "
+    "makes the ELBO too high. Use adaptive contrast with the full covariance "
+    "(--config=...:avb_ac, or config.model.contrast=full); if it is already in use, lower "
     "config.optimizer.learning_rate."
 )
 _GAP = (
     "The ELBO {elbo:.1f} is {gap:.1f} nats above an importance-weighted bound on log p(x) of the "
-    "same {count} examples at step {step}: the adversary does not know the posterior, and the "
-    "ELBO is not a bound. Let the adversary hold: more config.model.adversary_steps or "
-    "config.model.adversary_draws, a higher config.optimizer.adversary_learning_rate, or adaptive "
-    "contrast (--config=...:avb_ac). Trust the estimates of --mode=evaluate alone."
+    "same {count} examples at step {step}: the adversary lags behind the posterior, so the ELBO "
+    "is not a bound. Strengthen the adversary: raise config.model.adversary_steps, "
+    "config.model.adversary_draws or config.optimizer.adversary_learning_rate, or use adaptive "
+    "contrast (--config=...:avb_ac). Trust only the estimates of --mode=evaluate."
 )
 
 
 class Monitor(keras.callbacks.Callback):
-    """Compares the bound with one that needs no adversary, and warns once if the two disagree.
+    """Compares the ELBO with a bound that needs no adversary, and warns once if they disagree.
 
-    Adds to the logs, for the callbacks after it:
+    Adds two values to the logs, for the callbacks that follow:
 
-    - `val_importance_bound`: a lower bound on the mean log p(x) in nats, by importance samples from
-      a Gaussian with q(z|x)'s moments, widened. Coarser than what evaluation does, and cheap.
-    - `val_elbo_minus_importance_bound`: the bound as it is trained, of the same examples, less the
-      one above; well above 0 only where the adversary is wrong.
+    - `val_importance_bound`: a lower bound on the mean log p(x) in nats, by importance sampling
+      from a widened Gaussian with q(z|x)'s moments. Cheaper and coarser than the evaluation's.
+    - `val_elbo_minus_importance_bound`: the ELBO of the same examples minus that bound; it is well
+      above 0 only if the adversary is wrong.
 
     Args:
-      x: [batch, *event], always the same.
-      samples: for each x.
-      largest_gap: of the ELBO over the other bound, in nats, without a warning.
-      directory: of the TensorBoard logs that take the warnings.
+      x: [batch, *event], held-out examples, the same at every check.
+      samples: importance samples for each x.
+      largest_gap: nats that the ELBO may exceed the other bound by without a warning.
+      directory: TensorBoard log directory for the warnings.
     """
 
-    def __init__(self, x, samples: int, largest_gap: float, directory: Path):
+    def __init__(
+        self, x: np.ndarray | tf.Tensor, samples: int, largest_gap: float, directory: Path
+    ):
         super().__init__()
         self.x, self.samples = tf.convert_to_tensor(x, tf.float32), samples
         self.largest_gap, self.directory = largest_gap, directory
         self.warned: set[str] = set()
         self._bounds = tf.function(self._bounds_of_model)
 
-    def on_epoch_end(self, epoch, logs):
-        """Both bounds, by the averaged networks."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]):
+        """Computes both bounds with the averaged networks, and warns if they disagree."""
         elbo, importance = (float(bound) for bound in self._bounds())
         gap = elbo - importance
         logs |= {"val_importance_bound": importance, "val_elbo_minus_importance_bound": gap}
-        loss, accuracy = logs.get("adversary_loss"), logs.get("adversary_accuracy")
+        loss, accuracy = logs.get("adversary_loss"), logs.get("adversary_accuracy", 0.0)
         if loss is not None and (loss < SATURATED_LOSS or accuracy > SATURATED_ACCURACY):
             self._warn(
                 "saturated", _SATURATED.format(loss=loss, accuracy=accuracy, step=self._step())

@@ -1,7 +1,7 @@
-"""TensorBoard beyond scalars and figures: what a run is, its latents, and what it came to.
+"""TensorBoard panels other than scalars and figures.
 
-In `logs/`: the config as text, the hyperparameters with the final metrics, the layout of the
-custom scalars. In `logs/validation/`: histograms, and the projector's latents.
+`logs/` holds the config as text, the hyperparameters with the final metrics, and the layout of the
+custom scalars. `logs/validation/` holds histograms and the projector's latents.
 """
 
 import io
@@ -23,28 +23,38 @@ from tensorboard.plugins.hparams import api_pb2 as _api_pb2
 from tensorboard.plugins.hparams import summary as hparams_summary
 
 from avb_tf import configuration
+from avb_tf.model import AVB
 
-layout_pb2: Any = _layout_pb2  # messages that exist at run time only
+layout_pb2: Any = _layout_pb2  # protobuf generates the messages at run time only
 api_pb2: Any = _api_pb2
 
-# Of an adversary that keeps up with an encoder near its contrast. Below, it knows less than chance;
-# above, q has left r, and T begins to fall short (compare `monitor.SATURATED_ACCURACY`).
+# Accuracy of an adversary that keeps up with an encoder near its contrast. Below the band it is
+# worse than chance; above it q moves away from r and T begins to underestimate the log ratio
+# (compare `monitor.SATURATED_ACCURACY`).
 HEALTHY_ACCURACY = (0.5, 0.8)
 _BAND = ("healthy_accuracy_low", "healthy_accuracy_high")
 _SEED = 0
 
 
 class Panels(keras.callbacks.Callback):
-    """All but scalars and figures; the callbacks before it have put theirs into the logs.
+    """Writes the config, hyperparameters, histograms, projector and custom scalars' layout.
+
+    Must come after the callbacks that add to the logs.
 
     Args:
-      config: of the run.
-      workdir: of the run.
-      x: [count, *event], held out.
+      config: the run's config.
+      workdir: the run's directory.
+      x: [count, *event], held-out examples.
       labels: [count] or None.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, x, labels=None):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: Path,
+        x: np.ndarray,
+        labels: np.ndarray | None = None,
+    ):
         super().__init__()
         self.config, self.workdir, self.x, self.labels = config, workdir, x, labels
         places = {"": "logs", "train": "logs/train", "validation": "logs/validation"}
@@ -59,8 +69,8 @@ class Panels(keras.callbacks.Callback):
             tf.summary.experimental.write_raw_pb(layout().SerializeToString(), 0)
             hparams.hparams(_flat(config))
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Histograms of held-out examples, and the band about the adversary's accuracy."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+        """Writes histograms of held-out examples and the healthy band of the accuracy."""
         step = int(self.model.step.numpy())
         with self.writers["validation"].as_default(step):
             for name, values in histograms(self.model, self.x).items():
@@ -76,7 +86,7 @@ class Panels(keras.callbacks.Callback):
             writer.flush()
 
     def _conclude(self, step, logs):
-        """The latents, and what the run came to."""
+        """Writes the projector's latents and the final metrics."""
         project(self.workdir / "logs" / "validation", self.model, self.x, self.labels)
         final = {k: v for k, v in logs.items() if k.startswith("val_")}
         named = {k.replace("val_", "validation/", 1): v for k, v in final.items()}
@@ -87,9 +97,13 @@ class Panels(keras.callbacks.Callback):
 
 
 class Profile(keras.callbacks.Callback):
-    """Profiles steps (first, last), rounded to whole calls of the training graph; or () none.
+    """Profiles a range of steps, rounded to whole calls of the training graph.
 
-    TensorBoard shows it with the plugin tensorboard-plugin-profile.
+    TensorBoard shows the profile with the plugin tensorboard-plugin-profile.
+
+    Args:
+      directory: of the TensorBoard logs.
+      steps: (first, last), or () for no profile.
     """
 
     def __init__(self, directory: Path, steps: Sequence[int]):
@@ -98,32 +112,38 @@ class Profile(keras.callbacks.Callback):
         self.first, self.last = steps or (0, 0)
         self.running = False
 
-    def on_train_batch_begin(self, batch, logs=None):
-        """Starts with the call that takes step `first`."""
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None):
+        """Starts before the call that includes step `first`."""
         step = int(self.model.step.numpy())
         taken = step + int(self.model.steps_per_execution)
         if not self.running and step < self.last and self.first < taken:
             tf.profiler.experimental.start(str(self.directory))
             self.running = True
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Stops with the call that takes step `last`."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+        """Stops after the call that includes step `last`."""
         if self.running and int(self.model.step.numpy()) >= self.last:
             self._stop()
 
-    def on_train_end(self, logs=None):
-        """Stops where training ended before."""
+    def on_train_end(self, logs: dict[str, Any] | None = None):
+        """Stops if training ends before step `last`."""
         if self.running:
             self._stop()
 
     def _stop(self):
         tf.profiler.experimental.stop()
         self.running = False
-        self.first = self.last  # not again
+        self.first = self.last  # do not start again
 
 
 def write_metrics(workdir: Path, step: int, values: Mapping[str, float]) -> None:
-    """Writes what a run came to, named by split and estimate, for the HParams panel's table."""
+    """Writes a run's final metrics for the HParams panel.
+
+    Args:
+      workdir: the run's directory.
+      step: training step of the evaluated checkpoint.
+      values: "<split>/<estimate>" -> mean over examples, in nats unless the name says otherwise.
+    """
     writer = tf.summary.create_file_writer(str(workdir / "logs"))
     with writer.as_default(step):
         for name, value in values.items():
@@ -132,7 +152,7 @@ def write_metrics(workdir: Path, step: int, values: Mapping[str, float]) -> None
 
 
 def layout():
-    """The custom scalars: bounds beside each other, and the adversary within its band."""
+    """Layout of the custom scalars: the bounds side by side, and the adversary in its band."""
     bounds = layout_pb2.MultilineChartContent(tag=["^elbo$", "^importance_bound$"])
     gap = layout_pb2.MultilineChartContent(tag=["^elbo_minus_importance_bound$"])
     series = layout_pb2.MarginChartContent.Series(
@@ -145,10 +165,10 @@ def layout():
         layout_pb2.Layout(
             category=[
                 category(
-                    title="Is the bound one?",
+                    title="Is the bound valid?",
                     chart=[
                         chart(title="ELBO and importance-sampled bound, nats", multiline=bounds),
-                        chart(title="ELBO less that bound: at most 0", multiline=gap),
+                        chart(title="ELBO minus that bound: at most 0", multiline=gap),
                     ],
                 ),
                 category(
@@ -163,25 +183,37 @@ def layout():
     )
 
 
-def histograms(model, x) -> dict[str, np.ndarray]:
-    """Draws of z for x [count, *event], together and by latent, and T on both its sides."""
+def histograms(model: AVB, x: np.ndarray) -> dict[str, np.ndarray]:
+    """Values to plot by name: draws of z, T at draws of q and T at draws of r.
+
+    Args:
+      model: an `AVB`.
+      x: [count, *event].
+    """
     posterior = model.posterior(x, 2, _SEED)
     z = np.asarray(posterior.z)
-    found = {"latents/all": z}
-    if z.shape[-1] <= 16:  # more would bury the other panels
-        found |= {f"latents/{i}": z[..., i] for i in range(z.shape[-1])}
+    values = {"latents/all": z}
+    if z.shape[-1] <= 16:  # more would hide the other panels
+        values |= {f"latents/{i}": z[..., i] for i in range(z.shape[-1])}
     if model.adversary is not None:
         t_posterior, t_contrast = model.log_ratios(x, 2, _SEED)
-        found["adversary/T of q"] = np.asarray(t_posterior)
-        found["adversary/T of r"] = np.asarray(t_contrast)
-    return found
+        values["adversary/T of q"] = np.asarray(t_posterior)
+        values["adversary/T of r"] = np.asarray(t_contrast)
+    return values
 
 
-def project(directory: Path, model, x, labels=None) -> None:
-    """Means of q(z|x) for the projector, with class labels and, of images, thumbnails."""
+def project(directory: Path, model: AVB, x: np.ndarray, labels: np.ndarray | None = None) -> None:
+    """Writes the means of q(z|x) for the projector, with labels and thumbnails of images.
+
+    Args:
+      directory: of the TensorBoard logs; created if missing.
+      model: an `AVB`.
+      x: [count, *event].
+      labels: [count] or None.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     means = np.asarray(model.posterior(x, 64, _SEED).mean)
-    # The projector shows three dimensions, and nothing at all of fewer.
+    # The projector needs at least three dimensions.
     means = np.pad(means, [(0, 0), (0, max(0, 3 - means.shape[1]))])
     np.savetxt(directory / "latents.tsv", means, "%.5g", "\t")
     config = projector.ProjectorConfig()
@@ -196,8 +228,8 @@ def project(directory: Path, model, x, labels=None) -> None:
     projector.visualize_embeddings(str(directory), config)
 
 
-def sprite(x) -> bytes:
-    """Images [count, height, width, channels] in [0, 1] row by row in a square, as a PNG file."""
+def sprite(x: np.ndarray) -> bytes:
+    """A PNG file of images [count, height, width, channels] in [0, 1], row by row in a square."""
     count, height, width, channels = x.shape
     side = int(np.ceil(np.sqrt(count)))
     padded = np.concatenate([x, np.zeros([side**2 - count, height, width, channels], x.dtype)])
@@ -211,7 +243,7 @@ def sprite(x) -> bytes:
 
 
 def _flat(config: ml_collections.ConfigDict) -> dict[str, bool | int | float | str]:
-    """{"model.width": ...}, as the HParams panel takes them."""
+    """Flat hyperparameters, {"model.width": ...}, of the types that the HParams panel accepts."""
     flat = {}
     for key, value in configuration.flat(configuration.resolve(config)).items():
         flat[key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)

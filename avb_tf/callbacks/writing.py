@@ -1,10 +1,12 @@
-"""What a run leaves behind while it trains: checkpoints, scalars and figures."""
+"""Writes checkpoints, scalars and figures during training."""
 
 import contextlib
 import time
 from pathlib import Path
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from avb_tf import checkpoints, figures
@@ -13,10 +15,10 @@ from avb_tf.figures import model as model_figures
 
 @contextlib.contextmanager
 def logged():
-    """Says so where TensorBoard's files cannot be written.
+    """Turns TensorFlow's errors about unwritable logs, which vary by cause, into an OSError.
 
     Raises:
-      OSError: in place of what TensorFlow raises, which depends on the reason.
+      OSError: TensorBoard's files cannot be written.
     """
     try:
         yield
@@ -28,14 +30,21 @@ def logged():
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves every `every` steps and at the step `last`, keeping the newest `keep`."""
+    """Saves checkpoints during training.
+
+    Args:
+      workdir: the run's directory.
+      every: steps between checkpoints, a multiple of an epoch's.
+      keep: number of newest checkpoints to keep.
+      last: the last step of training, which always gets a checkpoint.
+    """
 
     def __init__(self, workdir: Path, every: int, keep: int, last: int):
         super().__init__()
         self.workdir, self.every, self.keep, self.last = workdir, every, keep, last
 
-    def on_epoch_end(self, epoch, logs=None):
-        """An epoch ends every config.log_every steps, of which `every` is a multiple."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+        """Saves if due; an epoch is config.log_every steps, and `every` is a multiple of it."""
         if _is_due(self.model, self.every, self.last):
             self.save()
 
@@ -54,11 +63,11 @@ class Scalars(keras.callbacks.Callback):
             for name in ("train", "validation")
         }
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None):
         """Starts the clock."""
         self.began, self.first = time.perf_counter(), int(self.model.step.numpy())
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
         """Writes the means over the epoch; `val_` is Keras's prefix for validation."""
         step = int(self.model.step.numpy())
         seconds = time.perf_counter() - self.began
@@ -69,19 +78,29 @@ class Scalars(keras.callbacks.Callback):
             with self.writers[side].as_default(step):
                 tf.summary.scalar(name.removeprefix("val_"), value)
         for writer in self.writers.values():
-            writer.flush()  # what is logged survives the process
+            writer.flush()  # the logs survive a killed process
 
 
 class Figures(keras.callbacks.Callback):
-    """Figures of held-out examples, as PNG in the workdir and as images in TensorBoard."""
+    """Draws figures of held-out examples: PNG files in the workdir and images in TensorBoard.
 
-    def __init__(self, workdir: Path, every: int, last: int, x, labels=None):
+    Args:
+      workdir: the run's directory.
+      every: steps between figures, a multiple of an epoch's; 0: only at `last`.
+      last: the last step of training.
+      x: [count, *event], held-out examples.
+      labels: [count] or None.
+    """
+
+    def __init__(
+        self, workdir: Path, every: int, last: int, x: np.ndarray, labels: np.ndarray | None = None
+    ):
         super().__init__()
         self.workdir, self.every, self.last, self.x, self.labels = workdir, every, last, x, labels
         self.writer = tf.summary.create_file_writer(str(workdir / "logs" / "validation"))
 
-    def on_epoch_end(self, epoch, logs=None):
-        """Every `every` steps, a multiple of an epoch's, and at the step `last`."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+        """Draws if due."""
         if _is_due(self.model, self.every, self.last):
             self.draw()
 

@@ -1,1 +1,1 @@
-"""The modes of the command line, a file for each."""
+"""The modes of the command line, one file each."""

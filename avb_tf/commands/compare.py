@@ -1,4 +1,4 @@
-"""The finished runs below a directory, in one table and one figure."""
+"""Compares the finished runs below a directory in one table and one figure."""
 
 import collections
 import json
@@ -16,29 +16,35 @@ from avb_tf.figures import model as model_figures
 from avb_tf.figures import training as training_curves
 from avb_tf.posteriors import overview
 
-BASELINE = "vae"  # the method that others are paired with
-EXAMPLES = 500  # in the latent spaces
-POSTERIORS = 8  # examples whose posterior is drawn beside the exact one, two latents
+BASELINE = "vae"  # the method that all others are compared with, example by example
+EXAMPLES = 500  # examples in the figures of latent spaces
+POSTERIORS = 8  # examples in the figure of exact posteriors (two latents)
 
 
-class Run(NamedTuple):
-    """A finished evaluation."""
+class EvaluatedRun(NamedTuple):
+    """A finished evaluation.
 
-    name: str  # its directory, from the one compared
-    found: dict[str, Any]  # results.json
-    values: dict[str, np.ndarray]  # of each example, by estimate; empty where they are lost
+    Attributes:
+      name: the run's directory, relative to the compared one.
+      results: content of results.json.
+      values: estimate -> [examples]; empty if the file is missing or damaged.
+    """
+
+    name: str
+    results: dict[str, Any]
+    values: dict[str, np.ndarray]
 
 
-def compare(_, workdir: Path) -> None:
-    """`comparison.md`, `comparison.json` and a figure of all finished runs below `workdir`.
+def compare(_: Any, workdir: Path) -> None:
+    """Writes `comparison.md`, `comparison.json` and a figure of all finished runs in `workdir`.
 
-    Fitted posteriors have a table of their own, `posteriors.md` and `posteriors.json`.
-    Runs of one method on the same data that differ in their seed alone are one row: the mean over
-    seeds and its standard error, or the one over examples where there is a single seed. Beside it
-    the difference from the `vae` of the same data, example by example.
+    Fitted posteriors get a separate table, `posteriors.md` and `posteriors.json`.
+    Runs of one method on the same data that differ only in their seed form one row: the mean over
+    seeds and its standard error, or the standard error over examples if there is only one seed.
+    The row also has the difference from the `vae` on the same data, example by example.
 
     Raises:
-      UserError: no finished run is below `workdir`.
+      UserError: there is no finished run below `workdir`.
     """
     runs, posteriors = find(workdir), overview.find(workdir)
     if not (runs or posteriors):
@@ -52,7 +58,7 @@ def compare(_, workdir: Path) -> None:
         _write(workdir, runs)
 
 
-def _write(workdir: Path, runs: list[Run]) -> None:
+def _write(workdir: Path, runs: list[EvaluatedRun]) -> None:
     rows = [row(group, runs) for group in grouped(runs)]
     table = markdown(rows)
     files.write_atomically(workdir / "comparison.json", json.dumps(rows, indent=2) + "\n")
@@ -64,26 +70,26 @@ def _write(workdir: Path, runs: list[Run]) -> None:
     print(workdir / "comparison.md", workdir / "comparison.json", *paths, sep="\n")
 
 
-def _training(workdir: Path, runs: list[Run]) -> dict[str, Figure]:
-    """log p(x) against the step, as far as training logged it: a figure for each data set."""
+def _training(workdir: Path, runs: list[EvaluatedRun]) -> dict[str, Figure]:
+    """The logged bounds on log p(x) against the step, a figure for each data set."""
     drawn = {}
-    for name in dict.fromkeys(run.found["data"] for run in runs):
-        own = {run.name: run for run in runs if run.found["data"] == name}
+    for name in dict.fromkeys(run.results["data"] for run in runs):
+        own = {run.name: run for run in runs if run.results["data"] == name}
         curves = {run: training_curves.read(workdir / run) for run in own}
         curves = {run: curve for run, curve in curves.items() if len(curve)}
         if curves:
-            methods = {run: own[run].found["method"] for run in curves}
+            methods = {run: own[run].results["method"] for run in curves}
             drawn[f"training_{name}".replace(":", "_")] = training_curves.draw(curves, methods)
     return drawn
 
 
-def _latents(workdir: Path, runs: list[Run]) -> dict[str, Figure]:
+def _latents(workdir: Path, runs: list[EvaluatedRun]) -> dict[str, Figure]:
     """Latent spaces and posteriors of the methods with two latents, for each data set."""
     drawn = {}
     for key in dict.fromkeys(map(_data, runs)):
         models, source = {}, None
         for run in runs:
-            method = run.found["method"]
+            method = run.results["method"]
             if _data(run) != key or method in models:
                 continue
             try:
@@ -91,8 +97,8 @@ def _latents(workdir: Path, runs: list[Run]) -> dict[str, Figure]:
                 if config.model.latent_dim == 2:
                     models[method] = checkpoints.load(workdir / run.name)
                     source = source or data.load(config.data)
-            except UserError as error:  # results are left of a run whose checkpoints are gone
-                print(f"Not among the latent spaces: {error}")
+            except UserError as error:  # a run may keep its results and lose its checkpoints
+                print(f"Left out of the latent spaces: {error}")
         if source is not None and len(models) > 1:
             split = getattr(source, key[2])
             binary = next(iter(models.values())).likelihood.binary
@@ -104,35 +110,40 @@ def _latents(workdir: Path, runs: list[Run]) -> dict[str, Figure]:
     return drawn
 
 
-def find(directory: Path) -> list[Run]:
-    """All finished runs below `directory`, by name; what is no run's result is left out."""
+def find(directory: Path) -> list[EvaluatedRun]:
+    """All finished runs below `directory`, sorted by name; other files are ignored."""
     runs = []
     for file in sorted(directory.rglob(results.FILE)):
-        if (found := results.read(file)) is not None:
+        if (content := results.read(file)) is not None:
             name = str(file.parent.relative_to(directory))
-            runs.append(Run(name, found, results.load_values(file.parent)))
+            runs.append(EvaluatedRun(name, content, results.load_values(file.parent)))
     return runs
 
 
-def grouped(runs: list[Run]) -> list[list[Run]]:
-    """Runs that differ in their seed alone, together."""
-    groups: dict[tuple, list[Run]] = {}
+def grouped(runs: list[EvaluatedRun]) -> list[list[EvaluatedRun]]:
+    """Groups of runs that differ only in their seed."""
+    groups: dict[tuple, list[EvaluatedRun]] = {}
     for run in runs:
-        key = (*_data(run), run.found["method"], run.found.get("family", run.name))
+        key = (*_data(run), run.results["method"], run.results.get("family", run.name))
         groups.setdefault(key, []).append(run)
     return [groups[key] for key in sorted(groups, key=str)]
 
 
-def row(group: list[Run], runs: list[Run]) -> dict[str, Any]:
-    """What the table says of one method on one data set."""
-    first = group[0].found
-    name = results.best_log_likelihood(first["estimates"]) or ""  # no subset was evaluated
+def row(group: list[EvaluatedRun], runs: list[EvaluatedRun]) -> dict[str, Any]:
+    """The table's row for one method on one data set.
+
+    Args:
+      group: runs that differ only in their seed.
+      runs: all runs, among them those of the baseline.
+    """
+    first = group[0].results
+    name = results.best_log_likelihood(first["estimates"]) or ""  # "" if no subset was evaluated
     bound = "elbo" if "elbo" in first["estimates"] else "elbo_adversary"
-    # Beside log p(x) of a subset stands the bound of the same examples.
+    # log p(x) of a subset is compared with the bound of the same examples.
     bound_beside = "elbo_of_the_same_examples"
     if name == "log_likelihood_quadrature" or bound_beside not in first["estimates"]:
         bound_beside = bound
-    baseline = [r for r in runs if _data(r) == _data(group[0]) and r.found["method"] == BASELINE]
+    baseline = [r for r in runs if _data(r) == _data(group[0]) and r.results["method"] == BASELINE]
     baseline = [r for r in baseline if r not in group]
     return {
         "data": first["data"],
@@ -149,7 +160,7 @@ def row(group: list[Run], runs: list[Run]) -> dict[str, Any]:
         "gap_shape": _over_seeds(group, "gap_shape"),
         "bdmc_gap": _over_seeds(group, "bdmc_gap"),
         "steps": first["step"],
-        "warnings": sum(len(run.found.get("warnings", [])) for run in group),
+        "warnings": sum(len(run.results.get("warnings", [])) for run in group),
     }
 
 
@@ -164,35 +175,35 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "above vae, paired": [_cell(row["above_vae"], "+") for row in rows],
         "bound": [_cell(row["elbo"]) for row in rows],
         "inference gap": [_interval_cell(row["gap_inference"]) for row in rows],
-        "of it shape": [_cell(row["gap_shape"]) for row in rows],
+        "due to shape": [_cell(row["gap_shape"]) for row in rows],
         "BDMC gap": [_cell(row["bdmc_gap"]) for row in rows],
         "steps": [f"{row['steps']:,}" for row in rows],
         "warnings": [str(row["warnings"]) for row in rows],
     }
     columns = {k: v for k, v in columns.items() if any(v)}
     note = (
-        "Nats per example, mean +- standard error: over seeds where there are several, otherwise "
-        "over examples. The bound is of the same examples as log p(x), with the adversary where "
+        "Nats per example, mean +- standard error: over seeds if there are several, otherwise "
+        "over examples. The bound is on the same examples as log p(x), and uses the adversary if "
         "the method has one."
     )
     return tables.aligned([[k, *v] for k, v in columns.items()]) + "\n\n" + note
 
 
-def _over_seeds(group: list[Run], name: str) -> dict[str, Any] | None:
+def _over_seeds(group: list[EvaluatedRun], name: str) -> dict[str, Any] | None:
     """Mean over the runs that have the estimate, and its standard error."""
-    found = [r.found["estimates"][name] for r in group if name in r.found["estimates"]]
-    if not found:
+    estimates = [r.results["estimates"][name] for r in group if name in r.results["estimates"]]
+    if not estimates:
         return None
-    means = [one["mean"] for one in found]
-    several = len(found) > 1
-    error = results.standard_error(means) if several else found[0]["standard_error"]
+    means = [estimate["mean"] for estimate in estimates]
+    several = len(estimates) > 1
+    error = results.standard_error(means) if several else estimates[0]["standard_error"]
     over = "seeds" if several else "examples"
-    count = found[0]["count"]
+    count = estimates[0]["count"]
     return {"mean": float(np.mean(means)), "standard_error": error, "over": over, "count": count}
 
 
-def _interval(group: list[Run], name: str) -> dict[str, Any] | None:
-    """The estimate, or {"lower": ..., "upper": ...} where the runs know an interval.
+def _interval(group: list[EvaluatedRun], name: str) -> dict[str, Any] | None:
+    """The estimate, or {"lower": ..., "upper": ...} if the runs have an interval.
 
     Earlier versions estimated the ELBO of an implicit posterior by nearest neighbours. That has an
     unknown bias, so it is left out.
@@ -200,17 +211,19 @@ def _interval(group: list[Run], name: str) -> dict[str, Any] | None:
     ends = {end: _over_seeds(group, f"{name}_{end}") for end in ("lower", "upper")}
     if all(ends.values()):
         return ends
-    known = [run for run in group if name in run.found["estimates"]]
+    known = [run for run in group if name in run.results["estimates"]]
     biased = "nearest neighbours"
-    known = [r for r in known if r.found["estimates"][name].get("bound") != biased]
+    known = [r for r in known if r.results["estimates"][name].get("bound") != biased]
     return _over_seeds(known, name)
 
 
-def _paired(group: list[Run], baseline: list[Run], name: str) -> dict[str, Any] | None:
-    """Difference of the groups' means, example by example, where the examples are the same.
+def _paired(
+    group: list[EvaluatedRun], baseline: list[EvaluatedRun], name: str
+) -> dict[str, Any] | None:
+    """Difference of the groups' means over the examples that both evaluated.
 
-    Its variance is that over seeds of both groups, where there are several, beside that over
-    examples: the differences of each example, averaged over seeds, are one more source.
+    Its variance has two parts: the variance over examples of the differences averaged over seeds,
+    and for each group with several seeds the variance over these.
     """
     sides = [[_example_values(run, name) for run in side] for side in (group, baseline)]
     known = [[v for v in side if v is not None] for side in sides]
@@ -232,29 +245,29 @@ def _paired(group: list[Run], baseline: list[Run], name: str) -> dict[str, Any] 
     }
 
 
-def _example_values(run: Run, name: str) -> dict[tuple[int, int], float] | None:
-    """{(example, how often it came before): value}, or None where they are not kept."""
+def _example_values(run: EvaluatedRun, name: str) -> dict[tuple[int, int], float] | None:
+    """{(hash of the example, number of earlier copies): value}; None if they were not saved."""
     if name not in run.values or "example" not in run.values:
         return None
     values = run.values[name].tolist()
-    before, found = collections.Counter(), {}
+    copies, by_example = collections.Counter(), {}
     for example, value in zip(run.values["example"][: len(values)].tolist(), values, strict=True):
-        found[example, before[example]] = value
-        before[example] += 1
-    return found
+        by_example[example, copies[example]] = value
+        copies[example] += 1
+    return by_example
 
 
-def _data(run: Run) -> tuple:
-    return run.found["data"], tuple(run.found["event_shape"]), run.found["split"]
+def _data(run: EvaluatedRun) -> tuple:
+    return run.results["data"], tuple(run.results["event_shape"]), run.results["split"]
 
 
-def _interval_cell(found: dict[str, Any] | None) -> str:
-    if found is None or "lower" not in found:
-        return _cell(found)
-    return f"{_cell(found['lower'])} to {_cell(found['upper'])}"
+def _interval_cell(estimate: dict[str, Any] | None) -> str:
+    if estimate is None or "lower" not in estimate:
+        return _cell(estimate)
+    return f"{_cell(estimate['lower'])} to {_cell(estimate['upper'])}"
 
 
-def _cell(found: dict[str, Any] | None, sign: str = "") -> str:
-    if found is None:
+def _cell(estimate: dict[str, Any] | None, sign: str = "") -> str:
+    if estimate is None:
         return ""
-    return f"{found['mean']:{sign}.3f} +- {found['standard_error']:.3f}"
+    return f"{estimate['mean']:{sign}.3f} +- {estimate['standard_error']:.3f}"

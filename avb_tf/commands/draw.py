@@ -1,4 +1,4 @@
-"""A trained run -> its figures for a paper, each as PNG and as PDF."""
+"""Draws a trained run's figures, each as PNG and as PDF."""
 
 from pathlib import Path
 
@@ -10,22 +10,22 @@ from avb_tf.figures import model as model_figures
 from avb_tf.figures import training as training_figures
 
 EXAMPLES = 500
-POSTERIORS = 8  # examples whose posterior is drawn beside the exact one, two latents
+POSTERIORS = 8  # examples in the figure of exact posteriors (two latents)
 
 
 def draw(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Draws the newest checkpoint's figures, and the curves of its training, into `figures/`.
+    """Draws figures of the newest checkpoint and its training curves into `figures/`.
 
     Raises:
-      UserError: no checkpoint, or bad data.
+      UserError: there is no checkpoint, or the data cannot be used.
     """
     model = checkpoints.load(workdir)
     split = getattr(data.load(config.data), config.eval.split)
     x = pipeline.examples(split, EXAMPLES, model.likelihood.binary)
     labels = None if split.labels is None else split.labels[: len(x)]
-    found = model_figures.of_model(model, x, labels)
+    drawn = model_figures.of_model(model, x, labels)
     if model.encoder.latent_dim == 2:
-        found["posteriors"] = model_figures.posteriors({config.method: model}, x[:POSTERIORS])
+        drawn["posteriors"] = model_figures.posteriors({config.method: model}, x[:POSTERIORS])
     if (curves := training_figures.of_run(workdir)) is not None:
-        found["training"] = curves
-    print(*figures.save(found, workdir / "figures", ("png", "pdf")), sep="\n")
+        drawn["training"] = curves
+    print(*figures.save(drawn, workdir / "figures", ("png", "pdf")), sep="\n")

@@ -1,4 +1,4 @@
-"""A trained run -> results.json, figures and a table."""
+"""Evaluates a trained run: results.json, figures and a table."""
 
 import time
 from pathlib import Path
@@ -19,22 +19,22 @@ from avb_tf.settings import run
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Both, in this order; of several workers the chief alone evaluates."""
+    """Trains, then evaluates; with several workers only the chief evaluates."""
     train.train(config, workdir)
     if replicas.is_chief():
         evaluate(config, workdir)
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Estimates of the newest checkpoint, beside those of the runs next to it.
+    """Evaluates the newest checkpoint and prints it next to the sibling runs.
 
-    The bound with the adversary is never alone: beside it stands log p(x), exact with two latents
-    together with KL(q(z|x) || p(z|x)) of a subset, otherwise by AIS of a subset, which is itself
-    checked on data simulated from the model. `config.eval.budget` picks the sizes. An interrupted
-    evaluation goes on where it stopped when it is started again.
+    A bound that uses the adversary is always accompanied by an estimate of log p(x). With two
+    latents log p(x) is exact, and a subset also has KL(q(z|x) || p(z|x)). Otherwise log p(x) of a
+    subset is estimated by AIS, which is itself checked on data simulated from the model.
+    `config.eval.budget` sets the sizes. An interrupted evaluation resumes where it stopped.
 
     Raises:
-      UserError: no checkpoint, or bad data.
+      UserError: there is no checkpoint, or the data cannot be used.
     """
     model = checkpoints.load(workdir)
     source = data.load(config.data)
@@ -43,14 +43,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     count = min(config.eval.examples or split.size, split.size)
     x = pipeline.examples(split, count, model.likelihood.binary)
 
-    found, drawn = _estimates(model, x, config.eval, workdir / results.EVALUATION)
+    by_name, drawn = _estimates(model, x, config.eval, workdir / results.EVALUATION)
     summaries = {
-        name: results.estimate(e.values, e.repeats, **e.settings) for name, e in found.items()
+        name: results.estimate(e.values, e.repeats, **e.settings) for name, e in by_name.items()
     }
     if model.likelihood.bits_per_dim:
         summaries |= _bits_per_dim(summaries, int(np.prod(model.event_shape)))
     warnings = _warnings(summaries)
-    values = {name: e.values for name, e in found.items() if e.of_examples}
+    values = {name: e.values for name, e in by_name.items() if e.of_examples}
     results.save_values(workdir, x, values)
     plain = configuration.resolve(config)
     results.save(
@@ -63,7 +63,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
             "step": int(model.step.value),
             "seconds": round(time.perf_counter() - began, 2),
             "config_hash": configuration.digest(plain),
-            "family": configuration.digest(plain, without=("model.seed",)),  # of other seeds too
+            "family": configuration.digest(plain, without=("model.seed",)),  # same for all seeds
             "budget": config.eval.budget,
             "warnings": warnings,
             "estimates": summaries,
@@ -82,14 +82,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict[str, Figure]]:
-    """All estimates by name, and the figures of how they came about."""
+    """All estimates by name, and figures that show how they were obtained."""
     elbo = estimates.bound(model, x)
     name = "elbo" if model.adversary is None else "elbo_adversary"
-    found = {name: Estimate(elbo, {"draws": estimates.DRAWS})}
-    found |= estimates.latent_space(model, x)
+    by_name = {name: Estimate(elbo, {"draws": estimates.DRAWS})}
+    by_name |= estimates.latent_space(model, x)
     planar = model.encoder.latent_dim == 2
     if planar:
-        found |= estimates.exact(model, x, settings.grid)
+        by_name |= estimates.exact(model, x, settings.grid)
     sizes = run.sizes(settings)
     subset = x[: sizes["subset"]]
     posteriors = settings.posteriors if planar else 0
@@ -97,74 +97,74 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
     own = None
     if count := min(max(posteriors, gap), len(x)):
         own = estimates.own_bounds(model, x[:count], elbo[:count], directory)
-        found |= estimates.smoothed_elbo(own)
+        by_name |= estimates.smoothed_elbo(own)
     if own and posteriors:
-        exact = found["log_likelihood_quadrature"].values[:posteriors]
-        found |= estimates.posterior_divergence(own.first(len(exact)), exact)
+        exact = by_name["log_likelihood_quadrature"].values[:posteriors]
+        by_name |= estimates.posterior_divergence(own.first(len(exact)), exact)
     chains = {name: sizes[f"ais.{name}"] for name in ("temperatures", "chains", "leapfrog_steps")}
     if planar and settings.ais.temperatures == -1:
         chains["temperatures"] = 0  # quadrature is exact
     drawn, weights = {}, {}
     if len(subset):
-        found["elbo_of_the_same_examples"] = Estimate(
+        by_name["elbo_of_the_same_examples"] = Estimate(
             elbo[: len(subset)], {"draws": estimates.DRAWS}
         )
         weighted, kept = estimates.importance_weighted(model, subset, sizes["repeats"], directory)
-        found |= weighted
+        by_name |= weighted
         weights["importance sampling"] = kept.log_weights
         if chains["temperatures"]:
             annealed, kept_chains = estimates.annealed(model, subset, chains, directory)
-            found |= annealed
+            by_name |= annealed
             weights["AIS"] = kept_chains.log_weights
             drawn["annealing"] = estimate_figures.annealing(kept_chains.acceptance)
         drawn["convergence"] = estimate_figures.convergence(
-            estimates.CURVE, kept.bounds, {k: v.values[: len(subset)] for k, v in found.items()}
+            estimates.CURVE, kept.bounds, {k: v.values[: len(subset)] for k, v in by_name.items()}
         )
         drawn["weights"] = estimate_figures.weights(weights)
     if sizes["simulated"] and chains["temperatures"]:
-        found |= estimates.bidirectional(model, sizes["simulated"], chains, directory)
+        by_name |= estimates.bidirectional(model, sizes["simulated"], chains, directory)
     if own and gap:
-        known = [found[name].values for name in results.LOG_LIKELIHOODS if name in found]
-        # Both AIS and importance sampling are bounds from below: the higher mean is the better.
+        known = [by_name[name].values for name in results.LOG_LIKELIHOODS if name in by_name]
+        # AIS and importance sampling both bound log p(x) from below, so the higher mean is closer.
         best = known[0][:gap] if planar else max((v[:gap] for v in known), key=np.mean)
-        found |= estimates.inference_gap(model, subset[:gap], best, own.first(gap), directory)
-    return found, drawn
+        by_name |= estimates.inference_gap(model, subset[:gap], best, own.first(gap), directory)
+    return by_name, drawn
 
 
 def _bits_per_dim(summaries, dimensions) -> dict:
-    """The same in bits per dimension, falling where the estimates rise."""
+    """The estimates in bits per dimension; lower is better."""
     bits = 1.0 / (np.log(2.0) * dimensions)
-    found = {}
+    converted = {}
     for name, summary in summaries.items():
         if name.startswith(("elbo", "log_likelihood")):
             scaled = {k: bits * v for k, v in summary.items() if k.startswith("standard_error")}
-            found[f"bits_per_dim_{name}"] = summary | scaled | {"mean": -bits * summary["mean"]}
-    return found
+            converted[f"bits_per_dim_{name}"] = summary | scaled | {"mean": -bits * summary["mean"]}
+    return converted
 
 
 def _warnings(summaries) -> list[str]:
-    """What a reader of the numbers has to know."""
-    found = []
+    """Reasons not to trust some of the estimates."""
+    warnings = []
     best = results.best_log_likelihood(summaries)
     bound = summaries.get("elbo_of_the_same_examples", summaries.get("elbo_adversary"))
     if best and "elbo_adversary" in summaries:
         excess = bound["mean"] - summaries[best]["mean"]
         if excess > 0.05 + 2.0 * summaries[best].get("standard_error_over_repeats", 0.0):
-            found.append(
+            warnings.append(
                 f"the adversary's bound lies {excess:.2f} nats above log p(x): the adversary is "
-                "wrong, so trust log p(x) alone"
+                "wrong, so trust only log p(x)"
             )
     for name in ("log_likelihood_iwae_5000", "log_likelihood_ais"):
         share = summaries.get(name, {}).get("pareto_k_above_0.7")
         if share and share > 0.1:
-            found.append(
-                f"{name}: Pareto k is above 0.7 for {share:.0%} of the examples, whose weights "
-                "few draws dominate; their log p(x) is likely higher"
+            warnings.append(
+                f"{name}: Pareto k is above 0.7 for {share:.0%} of the examples: a few draws "
+                "dominate the weights, and the true log p(x) is likely higher"
             )
     gap = summaries.get("bdmc_gap")
     if gap and gap["mean"] > 0.5:
-        found.append(
-            f"bdmc_gap is {gap['mean']:.2f} nats, so AIS may lie as far below log p(x); raise "
-            "config.eval.ais.temperatures or take --config.eval.budget=paper"
+        warnings.append(
+            f"bdmc_gap is {gap['mean']:.2f} nats, so AIS may lie that far below log p(x); raise "
+            "config.eval.ais.temperatures or use --config.eval.budget=paper"
         )
-    return found
+    return warnings

@@ -1,6 +1,6 @@
-"""A page on which to move through the latent space: one HTML file, no server and no network.
+"""Writes an interactive page of the latent space: one HTML file, no server and no network.
 
-The decoder's weights lie in the page, and a few lines of JavaScript run it (`explorer.html`).
+The page contains the decoder's weights and a few lines of JavaScript that run it (`explorer.html`).
 """
 
 import base64
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import keras
 import ml_collections
 import numpy as np
 from sklearn.decomposition import PCA
@@ -15,12 +16,13 @@ from sklearn.decomposition import PCA
 from avb_tf import checkpoints, data, files
 from avb_tf.data import pipeline
 from avb_tf.errors import UserError
+from avb_tf.model import AVB
 from avb_tf.networks import ConvDecoder, DenseDecoder
 
 FILE = "explorer.html"
 _TEMPLATE = Path(__file__).with_name("explorer.html")
-_MARK = "/* MODEL */ null"  # in the template, where the model goes
-_EXAMPLES = 1000  # held-out examples on the map or to start from
+_MARK = "/* MODEL */ null"  # placeholder for the model in the template
+_EXAMPLES = 1000  # held-out examples on the map
 _ACTIVATIONS = ("linear", "relu", "tanh", "sigmoid")
 
 
@@ -28,7 +30,8 @@ def explore(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes `explorer.html` of the newest checkpoint.
 
     Raises:
-      UserError: no checkpoint, bad data, or a decoder that the page cannot run.
+      UserError: there is no checkpoint, the data cannot be used, or the page cannot run the
+        decoder.
     """
     model = checkpoints.load(workdir)
     split = getattr(data.load(config.data), config.eval.split)
@@ -39,11 +42,18 @@ def explore(config: ml_collections.ConfigDict, workdir: Path) -> None:
     print(file)
 
 
-def page(model, x, labels=None, title: str = "Latent explorer") -> str:
-    """The page, for examples x [count, *event] with labels [count] or None.
+def page(
+    model: AVB, x: np.ndarray, labels: np.ndarray | None = None, title: str = "Latent explorer"
+) -> str:
+    """The page as HTML.
 
+    Args:
+      model: an `AVB`.
+      x: [count, *event], examples on the map.
+      labels: [count] or None; they colour the map.
+      title: of the page.
     Raises:
-      UserError: a decoder that the page cannot run.
+      UserError: the page cannot run the decoder.
     """
     means = np.asarray(model.posterior(x, 64).mean)
     components = PCA().fit(means) if len(means) > means.shape[1] else None
@@ -58,15 +68,15 @@ def page(model, x, labels=None, title: str = "Latent explorer") -> str:
         "components": [] if components is None else components.components_.tolist(),
         "scales": [] if components is None else np.sqrt(components.explained_variance_).tolist(),
     }
-    # "</" would end the script, and a title is anybody's.
+    # "</" would end the script, and the title is user input.
     return _TEMPLATE.read_text().replace(_MARK, json.dumps(described).replace("</", "<\\/"))
 
 
-def layers(decoder) -> list[dict[str, Any]]:
-    """The decoder as steps for the page, weights included.
+def layers(decoder: keras.Model) -> list[dict[str, Any]]:
+    """The decoder as a list of layers for the page, with their weights.
 
     Raises:
-      UserError: it is none of this package's, or has an activation that the page does not know.
+      UserError: the decoder is not one of this package's, or the page lacks an activation.
     """
     if isinstance(decoder, DenseDecoder):
         return [_dense(layer) for layer in [*decoder.stack.hidden, decoder.head]]

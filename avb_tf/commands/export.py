@@ -1,4 +1,4 @@
-"""A trained run -> `export/<version>/`, for TensorFlow Serving."""
+"""Exports a trained run to `export/<version>/` for TensorFlow Serving."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ from avb_tf.serving import layout
 
 
 def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Exports the newest checkpoint, with its config and, if it was evaluated, its results.
+    """Exports the newest checkpoint with its config and, if it was evaluated, its results.
 
     Raises:
-      UserError: no checkpoint, or the version exists or cannot be written.
+      UserError: there is no checkpoint, or the version exists or cannot be written.
     """
     model = checkpoints.load(workdir)
     evaluated = workdir / results.FILE

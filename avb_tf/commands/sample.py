@@ -1,4 +1,4 @@
-"""A trained run -> draws of its model."""
+"""Draws samples of a trained run's model."""
 
 import io
 from pathlib import Path
@@ -11,13 +11,13 @@ from avb_tf.figures import model as model_figures
 
 
 def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """64 draws of the newest checkpoint: E[x|z], z ~ p(z), as `samples.npy` and as a figure.
+    """Writes 64 draws of the newest checkpoint, E[x|z] at z ~ p(z): `samples.npy` and a figure.
 
     Raises:
-      UserError: no checkpoint.
+      UserError: there is no checkpoint.
     """
     model = checkpoints.load(workdir)
-    draws = np.asarray(model.sample(64))
+    draws = np.asarray(model.sample(64, seed=0))
     buffer = io.BytesIO()
     np.save(buffer, draws, allow_pickle=False)
     files.write_atomically(workdir / "samples.npy", buffer.getvalue())

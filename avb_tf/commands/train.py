@@ -1,4 +1,4 @@
-"""config -> data, model, fit."""
+"""Trains a run: loads the data, makes the model, calls `fit`."""
 
 import contextlib
 import math
@@ -17,24 +17,24 @@ from avb_tf.model import AVB
 from avb_tf.optimizers import Adam
 from avb_tf.schedules import DelayedCosine
 
-FIGURE_EXAMPLES = 500  # held-out examples in the figures and in the validation curves
-CALL_SECONDS = 1.0  # that one call of the training graph may take
-FIRST_STEPS = 10  # in a call of a compiled loop, until the seconds of a step are known
+FIGURE_EXAMPLES = 500  # held-out examples in figures and validation curves
+CALL_SECONDS = 1.0  # longest call of the training graph
+FIRST_STEPS = 10  # steps in one call of a compiled loop, until a step has been timed
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
-    """Trains a run to its end, from its newest checkpoint if it has one.
+    """Trains a run to its last step, from its newest checkpoint if it has one.
 
-    Where loss or gradient is no number for too long, training goes back to the newest checkpoint
-    and on from there with lower learning rates, as often as config.guard allows.
+    If training diverges, it returns to the newest checkpoint and continues with lower learning
+    rates, at most config.guard.rollbacks times.
 
     Raises:
-      UserError: bad data, parts that do not fit, a workdir that holds another run, or training
-        that has left the numbers for good.
-      WorkerLostError: of several workers, another one is gone.
+      UserError: the data cannot be used, the parts of the model do not fit each other, the
+        workdir holds another run, or training keeps diverging.
+      WorkerLostError: another worker has stopped.
     """
     if checkpoints.newest_step(workdir) >= config.steps:
-        strategy = tf.distribute.get_strategy()  # nobody to wait for: the others may have left
+        strategy = tf.distribute.get_strategy()  # the other workers may have exited already
     else:
         strategy = replicas.strategy(config.strategy)
     replicas.check_batch_size(config.batch_size, strategy)
@@ -45,7 +45,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
 
 def _train(config, workdir, strategy) -> AVB:
     chief = replicas.is_chief()
-    assembly.checked(config.method, **config.model)  # before data that may take long to load
+    assembly.checked(config.method, **config.model)  # loading the data may take long
     source = data.load(config.data)
     with strategy.scope():
         model = create(config, source.event_shape)
@@ -55,14 +55,14 @@ def _train(config, workdir, strategy) -> AVB:
         print(f"{workdir}: at step {int(model.step.numpy())} of {config.steps}")
     if int(model.step.numpy()) >= config.steps:
         return model
-    if chief and int(model.step.numpy()) == 0:  # to go back to
+    if chief and int(model.step.numpy()) == 0:  # for a rollback before the first checkpoint
         checkpoints.save(model, workdir, config.keep_checkpoints)
 
-    run = Run(config, workdir, strategy, model, source)
-    with run.terminated.listening():
+    training = Training(config, workdir, strategy, model, source)
+    with training.terminated.listening():
         while int(model.step.numpy()) < config.steps:
             try:
-                run.to_the_end()
+                training.to_the_end()
             except DivergenceError as error:
                 _roll_back(config, workdir, strategy, model, error)
     print(f"{workdir}: trained to step {int(model.step.numpy())}")
@@ -70,9 +70,9 @@ def _train(config, workdir, strategy) -> AVB:
 
 
 def _restore(model, strategy, workdir) -> bool:
-    """Gives the model its newest checkpoint's state, if there is one.
+    """Restores the newest checkpoint; returns whether there is one.
 
-    The chief alone looks for it, since damaged ones are set aside on the way.
+    Only the chief looks for it, because the search renames damaged checkpoints.
     """
     newest = checkpoints.latest(workdir) if replicas.is_chief() else None
     step = -1 if newest is None else checkpoints.step_of(newest)
@@ -83,17 +83,17 @@ def _restore(model, strategy, workdir) -> bool:
 
 
 def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None:
-    """Back to the newest checkpoint, which from now on has lower learning rates.
+    """Restores the newest checkpoint and saves it again with lower learning rates.
 
     Raises:
-      UserError: no more of this is allowed.
+      UserError: config.guard allows no further rollback.
     """
     guard, count = config.guard, int(model.rollbacks.numpy())
     if not guard.enabled or count >= guard.rollbacks:
         raise UserError(
-            f"training diverged: {error}, after {count} returns to a checkpoint with lower "
-            "learning rates; expected numbers; lower config.optimizer.learning_rate, in another "
-            "--workdir; the last good checkpoint is kept"
+            f"training diverged: {error}, after {count} rollbacks to a checkpoint with lower "
+            "learning rates; expected finite values; lower config.optimizer.learning_rate, in "
+            "another --workdir; the last good checkpoint is kept"
         ) from error
     _restore(model, strategy, workdir)
     model.rollbacks.assign(count + 1)
@@ -105,10 +105,25 @@ def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None
     )  # fmt: skip
 
 
-class Run:
-    """The parts of a run that outlive a return to a checkpoint."""
+class Training:
+    """Callbacks and data of a run; they survive a rollback to a checkpoint.
 
-    def __init__(self, config, workdir, strategy, model, source):
+    Args:
+      config: the run's config.
+      workdir: the run's directory.
+      strategy: the model's strategy.
+      model: a compiled `AVB`.
+      source: the data.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: Path,
+        strategy: tf.distribute.Strategy,
+        model: AVB,
+        source: data.Source,
+    ):
         self.config, self.strategy, self.model, self.source = config, strategy, model, source
         self.epoch = min(config.log_every, config.steps)
         chief = replicas.is_chief()
@@ -127,7 +142,7 @@ class Run:
             labels = source.validation.labels
             labels = None if labels is None else labels[: len(held_out)]
             self.callbacks = [
-                # First: what it adds to the logs is for the others.
+                # First, because the callbacks after it write what it adds to the logs.
                 monitor.Monitor(
                     held_out[: config.monitor.examples],
                     config.monitor.samples,
@@ -139,19 +154,19 @@ class Run:
                 writing.Figures(workdir, config.figures_every, last, held_out, labels),
                 tensorboard.Panels(config, workdir, held_out, labels),
                 tensorboard.Profile(workdir / "logs", config.profile_steps),
-                writer,  # after the others: a run resumed at a step does not do its logs again
+                writer,  # after the logs, so that a resumed run does not write them again
             ]
         self.callbacks += [self.terminated]
 
     def to_the_end(self):
-        """Trains from the model's step on.
+        """Trains from the model's current step to config.steps.
 
-        First to the end of an epoch with few steps in a call of the graph; then with as many as
-        take no longer than `CALL_SECONDS`, for a signal waits for the end of a call.
+        The rest of the current epoch uses few steps per graph call and times them. After that a
+        call has as many steps as fit into `CALL_SECONDS`, because SIGTERM waits for its end.
         """
         stopwatch = guard.Stopwatch()
         left = self.epoch - self._step % self.epoch
-        # On a GPU a call costs as much as many steps.
+        # On a GPU the overhead of a call is as large as many steps.
         first = math.gcd(left, FIRST_STEPS) if self.model.loop_is_compiled else 1
         self._fit(first, left, self._step // self.epoch + 1, stopwatch)
         if self._step < self.config.steps:
@@ -183,9 +198,9 @@ def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> A
     """The compiled model of a config.
 
     Raises:
-      UserError: a name that does not exist, or parts that do not fit each other.
+      UserError: a name is unknown, or the parts do not fit each other.
     """
-    keras.utils.set_random_seed(config.model.seed)  # of the initial weights
+    keras.utils.set_random_seed(config.model.seed)  # for the initial weights
     with _computing_in(config.precision):
         model = assembly.build(config.method, event_shape, **config.model)
     model.skip_non_finite, model.patience = config.guard.enabled, config.guard.patience
@@ -200,7 +215,7 @@ def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> A
         o.adversary_warmup,
         **lowered,
     )
-    # The adversary's optimizer counts its own, more frequent steps.
+    # The adversary's optimizer counts its own steps, `adversary_steps` for each primal step.
     adversary_rate = DelayedCosine(
         o.adversary_learning_rate,
         config.steps * config.model.adversary_steps,
@@ -217,7 +232,7 @@ def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> A
 
 @contextlib.contextmanager
 def _computing_in(policy: str):
-    """Layers made here have the dtype policy `policy`."""
+    """Layers created inside the block have the dtype policy `policy`."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -227,7 +242,7 @@ def _computing_in(policy: str):
 
 
 def _steps_per_execution(config, seconds_per_step: float) -> int:
-    """As many steps in one call of the graph as fit all that happens between steps."""
+    """The most steps in one graph call that `CALL_SECONDS` and the logging period allow."""
     period = math.gcd(config.steps, min(config.log_every, config.steps))
     most = min(100, CALL_SECONDS / seconds_per_step)
     return max(n for n in range(1, 101) if period % n == 0 and n <= max(1, most))

@@ -1,8 +1,9 @@
-"""The authors' networks on MNIST's shapes, for timing.
+"""The authors' networks on MNIST's shapes, for timing steps.
 
 avb-tf --config=benchmark:mlp --mode=benchmark
 
-`mlp` is dense, `conv` convolutional; both have the authors' noise bases and factorised adversary.
+`mlp` has dense networks, `conv` convolutional ones; both use the authors' noise bases and
+factorised adversary.
 """
 
 from avb_tf import configuration
@@ -13,6 +14,6 @@ def get_config(networks="mlp"):
     config = configuration.default("avb_ac_paper", latent_dim=8, network=network)
     config.name = f"benchmark-{networks}"
     config.data.name = "mnist"
-    if networks == "conv":  # or the monitor takes a minute of an epoch of twenty
+    if networks == "conv":  # otherwise the monitor takes a minute of a twenty-minute epoch
         config.monitor.examples, config.monitor.samples = 16, 64
     return config

@@ -1,9 +1,9 @@
-"""Faces at 64 x 64, 64 latents, convolutional networks: for an accelerator, not run here.
+"""Faces at 64 x 64, 64 latents, convolutional networks: needs an accelerator, not tested.
 
   avb-tf --config=celeba:avb_ac --config.data.path=img_align_celeba
 
-The path is a folder of PNG or JPEG. Batch, learning rates, number of steps and filters are those of
-the authors' experiment on CelebA, which has prior contrast (`:avb`).
+The path is a folder of PNG or JPEG files. Batch size, learning rates, number of steps and filters
+are from the authors' CelebA experiment, which uses the prior as contrast (`:avb`).
 """
 
 from avb_tf import configuration

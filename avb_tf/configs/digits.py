@@ -1,4 +1,4 @@
-"""scikit-learn's 8x8 digits with two latents: small enough for exact numbers.
+"""scikit-learn's 8x8 digits with two latents: small enough for exact log-likelihoods.
 
 avb-tf --config=digits:avb_ac --mode=train_and_evaluate
 

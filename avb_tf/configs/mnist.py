@@ -1,8 +1,8 @@
-"""Binarised MNIST, eight latents, dense networks (compare the paper's Section 5.2).
+"""Binarised MNIST, eight latents, dense networks (compare Section 5.2 of the paper).
 
   avb-tf --config=mnist:avb_flow --config.data.path=mnist.npz
 
-Without a path the file is looked for in $AVB_TF_DATA_DIR, then downloaded. Expect, in 14 to 16
+Without a path, the file is read from $AVB_TF_DATA_DIR or downloaded. Expect, in 14 to 16
 minutes of one core, a log p(x) of the first 500 test images by AIS of -95.7 to -96.1 nats with
 avb_flow and, in 7, -96.9 to -97.3 with vae (three seeds, `make mnist`).
 """

@@ -1,10 +1,10 @@
-"""Binarised MNIST with convolutional networks and the authors' schedule: for an accelerator.
+"""Binarised MNIST with convolutional networks and the authors' schedule: needs an accelerator.
 
   avb-tf --config=mnist_conv:avb_ac_paper --config.data.path=mnist.npz
 
-`avb_ac_paper` is the authors' experiment, weight for weight (WORKSPACE.md lists the points). Other
-methods have convolutions of the same filters. `:avb_ac_paper-32` has 32 latents in place of 8, as
-has `:<method>-32`. The tests run a few steps of narrow networks, nothing else was run. The paper
+`avb_ac_paper` is the authors' experiment, weight for weight (docs/reference/published.md lists the
+points). Other methods have convolutions of the same filters. `:avb_ac_paper-32` has 32 latents
+instead of 8, as does `:<method>-32`. The tests run only a few steps of narrow networks. The paper
 reports a log p(x) of -89.6 nats with 8 latents and -80.2 with 32.
 """
 

@@ -1,10 +1,10 @@
-"""Posteriors of fixed models, fitted by `avb_tf.fit_posterior` and set beside NUTS and Gaussians.
+"""Posteriors of fixed models, fitted by `avb_tf.fit_posterior`, compared with NUTS and Gaussians.
 
 avb-tf --config=posteriors:eight_schools --mode=train_and_evaluate
 avb-tf --config=posteriors --config.model=path.py:function
 
-The part after the colon is a function of this file that returns a model; your own file's function
-may return a pinned TFP joint distribution, a pair (joint, observed), or a `Problem`.
+The name after the colon is a function in this file that returns a model. A function in your own
+file may return a pinned TFP joint distribution, a pair (joint, observed), or a `Problem`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from avb_tf.settings import posterior
 # Rubin (1981): effects of coaching in eight schools, and their standard errors.
 EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], np.float32)
 ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], np.float32)
-# Of a tenth of the effects, in the notebook of AVB's authors.
+# Standard errors of the effects / 10, from the notebook of AVB's authors.
 NOTEBOOK_ERRORS = np.array([0.8, 0.5, 0.8, 0.6, 0.5, 0.6, 0.5, 0.4], np.float32)
 
 
@@ -63,7 +63,7 @@ def eight_schools_centred():
 
 
 def eight_schools_two_modes():
-    """The model of the AVB authors' notebook: tau on all of R, so that its sign is free."""
+    """The model of the AVB authors' notebook: tau may be negative, its sign is not identified."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
@@ -106,7 +106,7 @@ def eight_schools_two_modes():
 
 
 def gauss_unknown_scale():
-    """Mean and scale of a Gaussian from twelve numbers."""
+    """Mean and scale of a Gaussian, given twelve draws."""
     from tensorflow_probability import distributions as tfd
 
     from avb_tf.posteriors.models import Problem
@@ -191,7 +191,7 @@ def funnel():
 
 
 def mixture():
-    """Means and weight of a mixture of two Gaussians; nothing tells the components apart."""
+    """Means and weight of a mixture of two Gaussians, whose components are exchangeable."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
@@ -369,7 +369,7 @@ def _in_the_plane(log_density, box):
 
 
 def _from_grid(log_density, box, count, rng, points=800):
-    """Draws of a density of a few variables: a cell of a fine grid, then anywhere within it."""
+    """Draws of a low-dimensional density: a cell of a fine grid, then a uniform point in it."""
     edges = [np.linspace(low, high, points + 1) for low, high in box]
     centres = [0.5 * (edge[1:] + edge[:-1]) for edge in edges]
     log_p = log_density(*np.meshgrid(*centres, indexing="ij"))

@@ -1,4 +1,4 @@
-"""Data by name: tensors of x in [0, 1], float32 [batch, *event]; one module per source."""
+"""Data sets by name, one module for each source: x is float32 in [0, 1], [batch, *event]."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,15 +25,15 @@ SOURCES: dict[str, Callable[[Any], Source]] = {
 
 
 def load(settings: Any) -> Source:
-    """Loads the source that `settings.name` asks for.
+    """Loads the source named by `settings.name`.
 
     Args:
-      settings: the ConfigDict `config.data`, with the fields `name`, a key of SOURCES; `path`, a
-        file or a folder, where empty the folder named by AVB_TF_DATA_DIR; `seed` of the splits that
-        are cut here; `image_size` and `channels` (1 or 3) of a folder of images.
+      settings: the ConfigDict `config.data`. Its fields: `name`, a key of SOURCES; `path`, a file
+        or folder, by default the folder named by AVB_TF_DATA_DIR; `seed` for splits that the source
+        does not define; `image_size` and `channels` (1 or 3) for a folder of images.
 
     Raises:
-      UserError: the name is unknown, or the data are missing, damaged or not what the source takes.
+      UserError: the name is unknown, or the data are missing, damaged or unsuitable.
     """
     key = "tfds:<name>" if settings.name.startswith("tfds:") else settings.name
     if key not in SOURCES:

@@ -1,4 +1,4 @@
-"""Sources held as arrays: checks on data from outside, and the cut of missing splits."""
+"""Checks arrays from users' files and cuts missing splits off the training data."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -19,15 +19,15 @@ class Examples(NamedTuple):
 
 
 def check(place: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Examples]:
-    """Pairs up arrays named x_train, y_train, x_validation, ..., once they are fit for use.
+    """Checks arrays named x_train, y_train, x_validation, ... and pairs x with its labels.
 
     Args:
-      place: where the arrays came from, for the messages.
+      place: where the arrays came from, for error messages.
       arrays: x_* are uint8 or float in [0, 1], [n, d], [n, h, w] or [n, h, w, c]; y_* are labels,
-        integer [n], and may be absent, as may any split but train.
+        integer [n]. Only x_train is required.
 
     Returns:
-      The splits that are there; [n, h, w] has become [n, h, w, 1].
+      Split -> its arrays; [n, h, w] is reshaped to [n, h, w, 1].
 
     Raises:
       UserError: an array is missing, unknown, or not as described.
@@ -60,8 +60,13 @@ def check(place: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Examples]:
 
 
 def source(name: str, place: str, examples: dict[str, Examples], seed: int = 0) -> Source:
-    """Source of checked arrays; a missing validation or test split is a tenth of train.
+    """A source of checked arrays; a missing validation or test split is a tenth of train.
 
+    Args:
+      name: of the source.
+      place: where the arrays came from, for error messages.
+      examples: split -> its arrays, as `check` returns them.
+      seed: of the cut.
     Raises:
       UserError: train is too small to be cut.
     """
@@ -75,30 +80,50 @@ def source(name: str, place: str, examples: dict[str, Examples], seed: int = 0) 
     return Source(name, x.shape[1:], **splits)
 
 
+def check_values(place: str, x: np.ndarray, unit: bool = True) -> None:
+    """Checks that x holds bytes of 0..255, or floats in [0, 1]; any finite ones unless `unit`.
+
+    Raises:
+      UserError: it does not, is empty, or holds NaN.
+    """
+    byte = unit and x.dtype == np.uint8
+    if not byte and not np.issubdtype(x.dtype, np.floating):
+        expected = "uint8, or float in [0, 1]" if unit else "float"
+        raise UserError(f"{place} is of type {x.dtype}; expected {expected}; convert it")
+    if x.size == 0:
+        raise UserError(f"{place} has shape {x.shape}; expected at least one example and value")
+    low, high = x.min(), x.max()
+    if byte:
+        if len(x) > 1 and high == 1:
+            raise UserError(
+                f"{place} is of type uint8 and runs from {low} to 1; expected bytes of 0..255, "
+                "which are divided by 255; convert x of 0 and 1 to float32"
+            )
+    elif np.isnan(low):
+        expected = "values in [0, 1]" if unit else "finite values"
+        raise UserError(f"{place} contains NaN; expected {expected}; remove or fill them")
+    elif not unit:
+        if not np.isfinite([low, high]).all():
+            raise UserError(f"{place} runs from {low} to {high}; expected finite values; mend them")
+    elif low < 0 or high > 1:
+        raise UserError(f"{place} runs from {low} to {high}; expected [0, 1]; rescale it")
+
+
 def _checked_x(place: str, x: np.ndarray) -> np.ndarray:
-    if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
-        raise UserError(
-            f"{place} is of type {x.dtype}; expected uint8, or float in [0, 1]; convert it"
-        )
     if x.ndim not in (2, 3, 4):
         raise UserError(
             f"{place} has shape {x.shape}; expected [n, d], [n, height, width] or "
             "[n, height, width, channels]; reshape it"
         )
-    if x.size == 0:
-        raise UserError(f"{place} has shape {x.shape}; expected at least one example and value")
-    if x.dtype != np.uint8:
-        low, high = x.min(), x.max()
-        if np.isnan(low):
-            raise UserError(f"{place} contains NaN; expected values in [0, 1]; remove or fill them")
-        if low < 0 or high > 1:
-            raise UserError(f"{place} runs from {low} to {high}; expected [0, 1]; rescale it")
+    check_values(place, x)
     return x[..., np.newaxis] if x.ndim == 3 else x
 
 
 def _check_labels(place: str, labels: np.ndarray, size: int) -> None:
     if labels.shape != (size,):
-        raise UserError(f"{place} has shape {labels.shape}; expected ({size},), a label an example")
+        raise UserError(
+            f"{place} has shape {labels.shape}; expected ({size},), one label per example"
+        )
     if not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"{place} is of type {labels.dtype}; expected integers; convert them")
 

@@ -1,15 +1,15 @@
-"""scikit-learn's handwritten digits: real images that need no download."""
+"""scikit-learn's handwritten digits: real images without a download."""
 
 import numpy as np
 
 from avb_tf.data.source import Source, array_split
 
-_SHUFFLE_SEED = 0  # part of the data set's definition: results are comparable only within one split
+_SHUFFLE_SEED = 0  # defines the splits: results of other splits are not comparable
 
 
 def load() -> Source:
     """1297 training, 200 validation and 300 test images, event [8, 8, 1], with labels 0..9."""
-    from sklearn.datasets import load_digits  # slow to import, and needed here only
+    from sklearn.datasets import load_digits  # slow to import, used only here
 
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(pixels))

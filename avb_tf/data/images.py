@@ -1,4 +1,4 @@
-"""A folder of PNG and JPEG files, decoded as they are read: it may be larger than memory."""
+"""A folder of PNG and JPEG files, decoded on the fly, so it may be larger than memory."""
 
 import os
 from pathlib import Path
@@ -15,15 +15,16 @@ _SUFFIXES = {".png", ".jpg", ".jpeg"}
 def load(path: str, seed: int, image_size: int, channels: int) -> Source:
     """The central square of each image, event [image_size, image_size, channels].
 
-    Every file is decoded once here, and those that cannot be are left out with a warning.
+    Every file is decoded once at the start; unreadable files are skipped with a warning.
 
     Args:
-      path: a folder, searched with all that is below it.
+      path: a folder, searched recursively.
       seed: of the cut into 80 % train, 10 % validation and 10 % test.
+      image_size: height and width in pixels after resizing.
       channels: 1 for grey, 3 for colour.
 
     Raises:
-      UserError: there is no such folder, it holds fewer than 3 readable images, or a setting is
+      UserError: the folder does not exist, it holds fewer than 3 readable images, or a setting is
         out of range.
     """
     if image_size < 1 or channels not in (1, 3):
@@ -44,7 +45,7 @@ def load(path: str, seed: int, image_size: int, channels: int) -> Source:
         top, left = tf.unstack((size - side) // 2)
         image = image[top : top + side, left : left + side]
         resized = tf.image.resize(image, [image_size, image_size], antialias=True)
-        return tf.clip_by_value(resized / 255.0, 0.0, 1.0)  # resampling weights sum to 1 + rounding
+        return tf.clip_by_value(resized / 255.0, 0.0, 1.0)  # resampling may round above 1
 
     def split(part) -> Split:
         with tf.device("CPU:0"):
@@ -64,7 +65,7 @@ def _decode(file: tf.Tensor, channels: int) -> tf.Tensor:
 
 
 def _decodable(folder: str, channels: int) -> list[bytes]:
-    """Sorted names of the images that can be decoded; a header says nothing about the rest."""
+    """Sorted names of the readable images; each is decoded in full, not only its header."""
     files = sorted(
         os.fsencode(file) for file in Path(folder).rglob("*") if file.suffix.lower() in _SUFFIXES
     )
@@ -80,8 +81,8 @@ def _decodable(folder: str, channels: int) -> list[bytes]:
     if len(readable) < len(files):
         first = os.fsdecode(min(set(files) - set(readable)))
         unreadable = len(files) - len(readable)
-        found = f"{unreadable} of {len(files)} images cannot be decoded, {first} first"
+        summary = f"{unreadable} of {len(files)} images cannot be decoded, {first} first"
         if not readable:
-            raise UserError(f"{found}; expected PNG or JPEG files; check or replace them")
-        logging.warning("%s; they are left out", found)
+            raise UserError(f"{summary}; expected PNG or JPEG files; check or replace them")
+        logging.warning("%s; they are skipped", summary)
     return readable

@@ -1,4 +1,4 @@
-"""MNIST from a local file, or else from Keras's download."""
+"""MNIST from a local file, or downloaded by Keras."""
 
 import gzip
 import math
@@ -28,11 +28,11 @@ def load(path: str) -> Source:
     The last twelfth of the training examples, 5000 of 60000, is the validation split.
 
     Args:
-      path: mnist.npz, or a folder with it or with the four IDX files; where it is empty and the
-        default folder holds neither, Keras downloads them.
+      path: mnist.npz, or a folder that holds it or the four IDX files. If it is empty and the
+        default folder holds neither, Keras downloads MNIST.
 
     Raises:
-      UserError: there is no such file, it is damaged or holds something else, or no download.
+      UserError: the file is missing, damaged or not MNIST, or the download fails.
     """
     place = data_path(path)
     content = _read(Path(place)) if place else {}
@@ -57,13 +57,15 @@ def load(path: str) -> Source:
 
 
 def load_4x4(path: str) -> Source:
-    """MNIST in 4 x 4 binary pixels, event [4, 4, 1]: 1 where the mean of 7 x 7 is above a quarter.
+    """MNIST in 4 x 4 binary pixels, event [4, 4, 1]: 1 if the mean of 7 x 7 exceeds a quarter.
 
-    The training images have 715 patterns, the 16 commonest of them two thirds of the images, with
-    an entropy of 4.06 nats: a model can give the common ones regions of z of their own.
+    The training images have 715 distinct patterns with an entropy of 4.06 nats. The 16 most common
+    patterns cover two thirds of the images, so a model can give each its own region of z.
 
     Args:
-      path: as of `load`, with its errors.
+      path: as for `load`.
+    Raises:
+      UserError: as for `load`.
     """
     whole = load(path)
 
@@ -78,17 +80,17 @@ def load_4x4(path: str) -> Source:
 
 
 def _read(place: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file or of a folder, none where the folder holds no part of MNIST."""
+    """The arrays of a file or folder; empty if the folder holds no part of MNIST."""
     if not place.is_dir():
         return npz.read(place)
     if (place / "mnist.npz").exists():
         return npz.read(place / "mnist.npz")
     files = {name: _find(place, stem, rank) for name, (stem, rank) in _IDX_FILES.items()}
-    found = {name: file for name, file in files.items() if file}
-    if found and len(found) < len(files):
-        missing = ", ".join(_IDX_FILES[name][0] for name in files if name not in found)
+    present = {name: file for name, file in files.items() if file}
+    if present and len(present) < len(files):
+        missing = ", ".join(_IDX_FILES[name][0] for name in files if name not in present)
         raise UserError(f"{place} lacks {missing}; expected {_EXPECTED}; add what is missing")
-    return {name: _read_idx(file, _IDX_FILES[name][1]) for name, file in found.items()}
+    return {name: _read_idx(file, _IDX_FILES[name][1]) for name, file in present.items()}
 
 
 def _find(folder: Path, stem: str, rank: int) -> Path | None:
@@ -117,7 +119,7 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
 def _download() -> dict[str, np.ndarray]:
     try:
         (x_train, y_train), (x_test, y_test) = keras.datasets.mnist.load_data()
-    except Exception as error:  # Keras raises just that when a download fails
+    except Exception as error:  # Keras raises a bare Exception when a download fails
         raise UserError(
             f"MNIST cannot be downloaded ({error}); expected {_EXPECTED}; "
             "put them in a folder and name it in config.data.path or AVB_TF_DATA_DIR"

@@ -1,4 +1,4 @@
-"""A user's own arrays: one .npz file of images or tables."""
+"""A user's own images or tables in one .npz file."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from avb_tf.errors import UserError
 
 
 def load(path: str, seed: int) -> Source:
-    """Source of x_train and, where there, y_train, x_validation, x_test and their labels.
+    """A source of the file's arrays: x_train and optionally other splits and labels.
 
     Args:
-      path: an .npz file, or a folder with just one; the arrays are described in `arrays.check`.
-      seed: of the tenths cut off train for a validation or test split that is not there.
+      path: an .npz file, or a folder with exactly one; `arrays.check` describes the arrays.
+      seed: of the tenths cut off train for a missing validation or test split.
 
     Raises:
       UserError: the file cannot be read, or an array is not as described.
@@ -34,10 +34,10 @@ def load(path: str, seed: int) -> Source:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """Reads all arrays of an .npz file; nothing in it is unpickled.
+    """Reads all arrays of an .npz file without unpickling anything.
 
     Raises:
-      UserError: the file is missing or damaged, holds pickled objects or is no .npz.
+      UserError: the file is missing or damaged, holds pickled objects or is not an .npz.
     """
     if path.suffix == ".npy":
         raise UserError(
@@ -47,7 +47,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
-    except Exception as error:  # numpy, zipfile, zlib and tokenize: each raises its own
+    except Exception as error:  # numpy, zipfile, zlib and tokenize raise different kinds
         raise UserError(
             f"{path} cannot be read ({error}); expected an .npz of plain arrays; "
             "save it anew with numpy.savez"

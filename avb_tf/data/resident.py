@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from avb_tf.data import pipeline
-from avb_tf.data.source import Split
+from avb_tf.data.source import Split, gather
 
 MEGABYTES = 4096  # of examples as they are stored, up to which they are kept on the device
 CAPACITY = 100  # steps that a call has room for, unless it takes more of them
@@ -16,16 +16,16 @@ STRIDE = 10  # steps after which a compiled loop asks whether there are more, if
 class Resident(NamedTuple):
     """The examples of a run on its devices, and the batches of its steps as indices of them."""
 
-    rows: Any  # [size, ...], a copy for each replica
-    decode: Callable[[tf.Tensor], tf.Tensor]  # rows [n, ...] -> float32 [n, *event]
+    rows: Any  # those of `source.Stored`, a copy for each replica
+    decode: Callable[[Any], Any]  # as in `source.Stored`
     stride: int  # divides the number of steps of each call
     # Dataset of the calls: (indices int64 [capacity, batch / replicas], number of steps), for each
     # replica of a strategy.
     calls: Any
 
-    def read(self, rows: tf.Tensor, indices: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-        """x float32 [batch / replicas, *event] of a call's `step`, in a replica of this `rows`."""
-        return self.decode(tf.gather(rows, tf.gather(indices, step)))
+    def read(self, rows: Any, indices: tf.Tensor, step: tf.Tensor) -> Any:
+        """The batch [batch / replicas, *event] of a call's `step`, in a replica of this `rows`."""
+        return self.decode(gather(rows, tf.gather(indices, step)))
 
 
 def traced(resident: Resident | None) -> tuple:
@@ -37,8 +37,8 @@ def fits(split: Split, megabytes: float = MEGABYTES) -> bool:
     """Whether the examples are in memory and take at most `megabytes`."""
     if split.stored is None:
         return False
-    rows = split.stored.rows
-    return rows.shape.num_elements() * rows.dtype.size <= megabytes * 2**20
+    tensors = tf.nest.flatten(split.stored.rows)
+    return sum(t.shape.num_elements() * t.dtype.size for t in tensors) <= megabytes * 2**20
 
 
 def put(
@@ -59,23 +59,27 @@ def put(
     stored: Any = split.stored
     capacity = max(CAPACITY, steps_per_call)
 
+    def identity(rows):
+        return tf.nest.map_structure(tf.identity, rows)
+
     def copy(context):
         if context.num_replicas_in_sync == 1:
-            return tf.identity(stored.rows)
+            return identity(stored.rows)
         devices = strategy.extended.worker_devices
         with tf.device(devices[context.replica_id_in_sync_group % len(devices)]):
-            return tf.identity(stored.rows)
+            return identity(stored.rows)
 
     def calls(context):
         indices = pipeline.training_indices(
             split.size, batch_size, seed, first_step, shuffle, context
         )
+        spec: Any = indices.element_spec
         local = context.num_replicas_in_sync // context.num_input_pipelines
 
         def call(steps):  # [n, local, share] -> [local, capacity, share], [local]
             count = tf.shape(steps)[0]
             padded = tf.pad(steps, [[0, capacity - count], [0, 0], [0, 0]])
-            padded = tf.ensure_shape(padded, [capacity, local, indices.element_spec.shape[0]])
+            padded = tf.ensure_shape(padded, [capacity, local, spec.shape[0]])
             return tf.transpose(padded, [1, 0, 2]), tf.repeat(count, local)
 
         epochs = indices.batch(local).batch(steps_per_epoch, drop_remainder=True)

@@ -1,9 +1,9 @@
-"""What every source returns, and what several sources share."""
+"""The types that every source returns, and functions that several sources share."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,25 +12,46 @@ from avb_tf.errors import UserError
 
 
 class Stored(NamedTuple):
-    """Examples in memory, as they are stored, and what makes them x."""
+    """Examples in memory in their stored form, and the function that decodes them.
 
-    rows: tf.Tensor  # [size, ...], in the host's memory
-    decode: Callable[[tf.Tensor], tf.Tensor]  # rows [n, ...] -> float32 [n, *event], pure TF
+    Attributes:
+      rows: [size, ...], in host memory; with weights, a pair of x and weights [size].
+      decode: rows [n, ...] -> x, float32 [n, *event], or (x, None, weights); TensorFlow
+        operations only.
+    """
+
+    rows: Any
+    decode: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples that are read by their index."""
+    """Examples that are read by index.
+
+    Attributes:
+      size: number of examples.
+      read: indices, int64 [n] -> x, float32 [n, *event] in [0, 1]; TensorFlow operations only.
+      labels: int64 [size], or None.
+      stored: the examples in memory, or None if they are read from files.
+    """
 
     size: int
-    read: Callable[[tf.Tensor], tf.Tensor]  # int64 [n] -> float32 [n, *event] in [0, 1], pure TF
-    labels: np.ndarray | None = None  # int64 [size]
-    stored: Stored | None = None  # where the examples are in memory
+    read: Callable[[tf.Tensor], Any]
+    labels: np.ndarray | None = None
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set in its three splits."""
+    """A data set with its three splits.
+
+    Attributes:
+      name: as in config.data.name.
+      event_shape: shape of one example, (features,) or (height, width, channels).
+      train: examples to train on.
+      validation: held-out examples to watch during training.
+      test: held-out examples for the final evaluation.
+    """
 
     name: str
     event_shape: tuple[int, ...]
@@ -40,40 +61,58 @@ class Source:
 
 
 def data_path(path: str) -> str:
-    """Returns `path`, or where it is empty the folder named by AVB_TF_DATA_DIR, or ''."""
+    """Returns `path`; if it is empty, the folder named by AVB_TF_DATA_DIR, or ''."""
     return path or os.environ.get("AVB_TF_DATA_DIR", "")
 
 
-def array_split(x: np.ndarray, labels: np.ndarray | None = None) -> Split:
-    """Split of an array in memory, where uint8 stays uint8 until it is read.
+def array_split(
+    x: np.ndarray, labels: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> Split:
+    """A split of an array in memory; uint8 is converted to float only when it is read.
 
     Args:
-      x: [size, *event], uint8 of 0..255 or float in [0, 1].
-      labels: integer [size].
+      x: [size, *event], uint8 in 0..255 or float in [0, 1].
+      labels: integer [size], or None.
+      weights: of the examples in training, float32 [size], or None.
     """
-    with tf.device("CPU:0"):  # tf.data reads it there; on a GPU every batch would be copied back
-        values = tf.constant(x if x.dtype == np.uint8 else x.astype(np.float32))
+    with tf.device("CPU:0"):  # tf.data runs there; from a GPU every batch would be copied back
+        rows = tf.constant(x if x.dtype == np.uint8 else x.astype(np.float32))
+        rows = rows if weights is None else (rows, tf.constant(weights))
+    decode = decoded if weights is None else _decoded_and_weighted
 
-    def read(indices: tf.Tensor) -> tf.Tensor:
-        return decoded(tf.gather(values, indices))
+    def read(indices: tf.Tensor) -> Any:
+        return decode(gather(rows, indices))
 
     labels = None if labels is None else labels.astype(np.int64)
-    return Split(len(x), read, labels, Stored(values, decoded))
+    return Split(len(x), read, labels, Stored(rows, decode))
+
+
+def gather(rows: Any, indices: tf.Tensor) -> Any:
+    """The rows at `indices`, of each tensor."""
+    return tf.nest.map_structure(lambda tensor: tf.gather(tensor, indices), rows)
+
+
+def _decoded_and_weighted(rows: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, None, tf.Tensor]:
+    x, weights = rows
+    return decoded(x), None, weights
 
 
 def decoded(rows: tf.Tensor) -> tf.Tensor:
-    """float32 in [0, 1] of rows that are so already, or bytes of 0..255."""
+    """Rows as float32 in [0, 1]; uint8 in 0..255 is divided by 255."""
     return tf.cast(rows, tf.float32) / (255.0 if rows.dtype == tf.uint8 else 1.0)
 
 
 def cut(size: int, held_out: int, seed: int, place: str) -> list[np.ndarray]:
-    """Shuffles range(size) and cuts `held_out` tenths, of at least one example each, off it.
+    """Shuffles range(size) and cuts off `held_out` tenths of at least one example each.
 
     Args:
-      place: where the examples came from, for the message.
+      size: number of examples.
+      held_out: number of tenths to cut off.
+      seed: of the shuffle.
+      place: where the examples came from, for error messages.
 
     Returns:
-      1 + held_out disjoint index arrays, the remainder for training first.
+      1 + held_out disjoint index arrays; the first is the remainder, for training.
 
     Raises:
       UserError: there are too few examples, or the seed is negative.

@@ -1,4 +1,4 @@
-"""Image data sets of tensorflow_datasets, an optional dependency."""
+"""Image data sets from tensorflow_datasets, an optional dependency."""
 
 from avb_tf.data import arrays
 from avb_tf.data.source import Source, data_path
@@ -9,12 +9,12 @@ def load(name: str, path: str, seed: int) -> Source:
     """Reads the features `image` and `label` of the splits train, validation and test into memory.
 
     Args:
-      name: as tensorflow_datasets knows it, such as "fashion_mnist".
-      path: the folder it keeps its data in; its own choice where empty.
-      seed: of the tenths cut off train for a validation or test split that is not there.
+      name: its name in tensorflow_datasets, such as "fashion_mnist".
+      path: the data folder of tensorflow_datasets; if empty, its default.
+      seed: of the tenths cut off train for a missing validation or test split.
 
     Raises:
-      UserError: the package or the data set is missing, or the images are not of one shape.
+      UserError: the package or the data set is missing, or the images differ in shape.
     """
     try:
         import tensorflow_datasets  # pyright: ignore[reportMissingImports]
@@ -31,7 +31,7 @@ def load(name: str, path: str, seed: int) -> Source:
         content = {f"x_{split}": data[split]["image"].numpy() for split in splits}
         if "label" in builder.info.features:
             content |= {f"y_{split}": data[split]["label"].numpy() for split in splits}
-    except Exception as error:  # each data set has its own
+    except Exception as error:  # each data set raises different kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0]  # the rest lists all data sets
         raise UserError(
             f"'tfds:{name}' cannot be read ({reason}); expected a data set of tensorflow_datasets "

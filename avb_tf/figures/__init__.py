@@ -1,4 +1,4 @@
-"""Matplotlib figures, a module for what each shows; whoever asks for one says where it goes."""
+"""Matplotlib figures, one module for each subject; the caller decides where to save them."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,15 @@ from avb_tf import files
 def save(
     figures: Mapping[str, Figure], directory: Path, formats: Sequence[str] = ("png",)
 ) -> list[Path]:
-    """Writes each in every format, whole or not at all."""
+    """Writes each figure in every format, atomically.
+
+    Args:
+      figures: file name without suffix -> figure.
+      directory: created if missing.
+      formats: of "png" and "pdf".
+    Returns:
+      The paths of the files.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():
@@ -28,7 +36,7 @@ def png(figure: Figure) -> bytes:
 
 
 def rendered(figure: Figure, kind: str) -> bytes:
-    """The figure as a file of this kind, png or pdf."""
+    """The figure as a file of kind "png" or "pdf"."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=120)
     return buffer.getvalue()

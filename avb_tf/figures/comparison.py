@@ -12,15 +12,15 @@ def log_likelihoods(rows: list[dict[str, Any]]) -> Figure:
     """log p(x) and the bound of each method, a panel for each data set.
 
     Args:
-      rows: of `commands.compare.row`.
+      rows: as `commands.compare.row` makes them.
     """
     data = list(dict.fromkeys(row["data"] for row in rows))
     tallest = max(sum(row["data"] == name for row in rows) for name in data)
     figure = Figure((4.6 * len(data) + 0.6, 0.42 * tallest + 1.6), layout="constrained")
     panels = figure.subplots(1, len(data), squeeze=False)[0]
     for axes, name in zip(panels, data, strict=True):
-        chosen = [row for row in rows if row["data"] == name][::-1]
-        for i, row in enumerate(chosen):
+        of_data = [row for row in rows if row["data"] == name][::-1]
+        for i, row in enumerate(of_data):
             for key, marker, colour, offset in (
                 ("elbo", "s", _COLOURS[7], -0.12),
                 ("log_likelihood", "o", _COLOURS[0], 0.12),
@@ -31,9 +31,9 @@ def log_likelihoods(rows: list[dict[str, Any]]) -> Figure:
                         fmt=marker, ms=5, capsize=3, color=colour,
                         label=None if i else {"elbo": "bound", "log_likelihood": "log p(x)"}[key],
                     )  # fmt: skip
-        labels = [f"{row['method']} ({row['seeds']})" for row in chosen]
-        axes.set_yticks(range(len(chosen)), labels)
-        axes.set(xlabel="nats per example", title=name, ylim=(-0.6, len(chosen) - 0.4))
+        labels = [f"{row['method']} ({row['seeds']})" for row in of_data]
+        axes.set_yticks(range(len(of_data)), labels)
+        axes.set(xlabel="nats per example", title=name, ylim=(-0.6, len(of_data) - 0.4))
         axes.grid(axis="x", lw=0.3)
         axes.locator_params(axis="x", nbins=5)
     figure.legend(

@@ -1,11 +1,11 @@
-"""Figures of how estimates of log p(x) came about."""
+"""Figures that show how estimates of log p(x) were obtained."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-_LEVELS = {  # estimates drawn as horizontal lines, and how
+_LEVELS = {  # estimates drawn as horizontal lines: label, colour and style
     "log_likelihood_quadrature": ("log p(x), quadrature", "black", "-"),
     "log_likelihood_ais": ("AIS lower bound", "#d94801", "-"),
     "elbo": ("ELBO", "#31a354", "--"),
@@ -13,13 +13,15 @@ _LEVELS = {  # estimates drawn as horizontal lines, and how
 }
 
 
-def convergence(curve: Sequence[int], bounds, levels: Mapping[str, np.ndarray]) -> Figure:
-    """Importance-weighted bounds against their number of samples, between other estimates.
+def convergence(
+    curve: Sequence[int], bounds: np.ndarray, levels: Mapping[str, np.ndarray]
+) -> Figure:
+    """Importance-weighted bounds against their number of samples, with other estimates as lines.
 
     Args:
       curve: numbers of samples.
-      bounds: [len(curve), repeats, examples].
-      levels: values of the same examples by name of the estimate; those known here are drawn.
+      bounds: [len(curve), repeats, examples], in nats.
+      levels: estimate -> [examples], in nats; names that are not in `_LEVELS` are ignored.
     """
     figure = Figure((5.6, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -44,7 +46,7 @@ def weights(log_weights: Mapping[str, np.ndarray]) -> Figure:
     """Histograms of log w - log mean w, over all draws of all examples.
 
     Args:
-      log_weights: [draws, examples] by the name of the sampler.
+      log_weights: sampler -> [draws, examples].
     """
     figure = Figure((5.6, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -65,8 +67,8 @@ def weights(log_weights: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def annealing(acceptance) -> Figure:
-    """Acceptance by temperature: the mean over examples, and the middle 90% of them.
+def annealing(acceptance: np.ndarray) -> Figure:
+    """Acceptance rate by temperature: the mean over examples, and the central 90% of them.
 
     Args:
       acceptance: [temperatures, examples].

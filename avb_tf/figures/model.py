@@ -11,34 +11,43 @@ from avb_tf.likelihood_estimation import quadrature
 from avb_tf.model import AVB
 
 _COLOURS = matplotlib.color_sequences["tab10"]
-_CONTENT = np.array([0.5, 0.9])  # of the posterior's mass, inside its contours
+_CONTENT = np.array([0.5, 0.9])  # shares of the posterior's mass inside the contours
 
 
-def of_model(model: AVB, x, labels=None) -> dict[str, Figure]:
+def of_model(model: AVB, x: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Figure]:
     """All figures of one model by name.
 
+    Images are drawn for events of rank 3, the latent space for two latents.
+
     Args:
-      model: any; images are drawn for events of rank 3, the latent space for two latents.
-      x: [count, *event], held out, at least 8.
+      model: a trained model.
+      x: [count, *event], held-out examples, at least 8.
       labels: [count] or None; they colour the latent space.
     """
-    found = {}
+    figures = {}
     if len(model.event_shape) == 3:
-        found["samples"] = image_grid(np.asarray(model.sample(64)), "Samples: E[x|z], z ~ p(z)")
-        found["reconstructions"] = reconstructions(model, x[:16])
-        found["interpolations"] = interpolations(model, x[:8], x[-8:])
+        samples = np.asarray(model.sample(64, seed=0))
+        figures["samples"] = image_grid(samples, "Samples: E[x|z], z ~ p(z)")
+        figures["reconstructions"] = reconstructions(model, x[:16])
+        figures["interpolations"] = interpolations(model, x[:8], x[-8:])
         if model.encoder.latent_dim == 2:
-            found["manifold"] = manifold(model)
+            figures["manifold"] = manifold(model)
     if model.encoder.latent_dim == 2:
-        found["latent_space"] = latent_spaces({"": model}, x, labels)
-    return found
+        figures["latent_space"] = latent_spaces({"": model}, x, labels)
+    return figures
 
 
-def image_grid(images, title: str, columns: int = 8) -> Figure:
-    """`images` [count, height, width, channels] in [0, 1], row by row."""
+def image_grid(images: np.ndarray, title: str, columns: int = 8) -> Figure:
+    """Images row by row.
+
+    Args:
+      images: [count, height, width, channels] in [0, 1].
+      title: of the figure.
+      columns: images in a row.
+    """
     rows = -(-len(images) // columns)
     height, width, channels = images.shape[1:]
-    blank = 0.0 if channels == 1 else 1.0  # white on paper: ink is 1 in a monochrome image
+    blank = 0.0 if channels == 1 else 1.0  # white: monochrome images are drawn with 1 as black
     canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), blank)
     for i, image in enumerate(images):
         top, left = i // columns * (height + 1), i % columns * (width + 1)
@@ -53,8 +62,14 @@ def image_grid(images, title: str, columns: int = 8) -> Figure:
     return figure
 
 
-def reconstructions(model: AVB, x, columns: int = 8) -> Figure:
-    """Examples [count, *event] in odd rows, E[x'|z] for one z ~ q(z|x) below each."""
+def reconstructions(model: AVB, x: np.ndarray, columns: int = 8) -> Figure:
+    """Examples, with a reconstruction E[x'|z] for one z ~ q(z|x) below each.
+
+    Args:
+      model: a trained model.
+      x: [count, *event], images.
+      columns: examples in a row.
+    """
     images = np.stack([x, np.asarray(model.reconstruct(x))])  # [2, count, *event]
     rows = [images[:, i : i + columns] for i in range(0, len(x), columns)]
     missing = columns - rows[-1].shape[1]
@@ -63,8 +78,15 @@ def reconstructions(model: AVB, x, columns: int = 8) -> Figure:
     return image_grid(pairs, "Examples, and below each a reconstruction", columns)
 
 
-def interpolations(model: AVB, first, last, steps: int = 8) -> Figure:
-    """Straight lines in z from `first` to `last`, each [count, *event]: one row each."""
+def interpolations(model: AVB, first: np.ndarray, last: np.ndarray, steps: int = 8) -> Figure:
+    """E[x|z] along straight lines in z, one row for each pair of `first` and `last`.
+
+    Args:
+      model: a trained model.
+      first: [count, *event], start of each line.
+      last: [count, *event], end of each line.
+      steps: images in a row.
+    """
     z, share = (
         [np.asarray(model.posterior(x, 64).mean) for x in (first, last)],
         np.linspace(0, 1, steps),
@@ -82,8 +104,17 @@ def manifold(model: AVB, side: int = 16) -> Figure:
     return image_grid(images, "E[x|z] over quantiles of the prior", columns=side)
 
 
-def latent_spaces(models: Mapping[str, AVB], x, labels=None, draws: int = 2000) -> Figure:
-    """Draws of q(z|x) over all x, coloured by label, a panel for each model with two latents."""
+def latent_spaces(
+    models: Mapping[str, AVB], x: np.ndarray, labels: np.ndarray | None = None, draws: int = 2000
+) -> Figure:
+    """Draws of q(z|x) for all x, a panel for each model.
+
+    Args:
+      models: name -> model with two latents.
+      x: [count, *event].
+      labels: [count] or None; they colour the draws.
+      draws: number of draws in a panel, roughly.
+    """
     figure = Figure((4.2 * len(models) + 0.8, 4.2), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(models), sharex=True, sharey=True))
     per_example = max(1, draws // len(x))
@@ -91,8 +122,8 @@ def latent_spaces(models: Mapping[str, AVB], x, labels=None, draws: int = 2000) 
     for axes, (name, model) in zip(panels, models.items(), strict=True):
         z = np.asarray(model.encode(x, per_example))
         for label in np.unique(colours):
-            chosen = z[:, colours == label].reshape(-1, 2)
-            axes.scatter(*chosen.T, s=4, lw=0, alpha=0.6, color=_COLOURS[label % 10], label=label)
+            points = z[:, colours == label].reshape(-1, 2)
+            axes.scatter(*points.T, s=4, lw=0, alpha=0.6, color=_COLOURS[label % 10], label=label)
         axes.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", title=name, xlabel="$z_1$")
     panels[0].set_ylabel("$z_2$")
     if labels is not None:
@@ -103,8 +134,14 @@ def latent_spaces(models: Mapping[str, AVB], x, labels=None, draws: int = 2000) 
     return figure
 
 
-def posteriors(models: Mapping[str, AVB], x, cells: int = 120) -> Figure:
-    """The exact p(z|x), shaded, and q(z|x), draws: a row for each model, a column for each x."""
+def posteriors(models: Mapping[str, AVB], x: np.ndarray, cells: int = 120) -> Figure:
+    """The exact p(z|x), shaded, and draws of q(z|x): a row for each model, a column for each x.
+
+    Args:
+      models: name -> model with two latents.
+      x: [count, *event].
+      cells: points along each side of the grid that p(z|x) is computed on.
+    """
     figure = Figure((2.1 * len(x) + 0.6, 2.2 * len(models)), layout="constrained")
     panels = figure.subplots(len(models), len(x), squeeze=False)
     for row, (name, model) in zip(panels, models.items(), strict=True):

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 _COLOURS = matplotlib.color_sequences["tab10"]
-_POINTS = 1000  # of each set in a panel
-_COORDINATES = 6  # at most, the last ones: scales and means tend to stand there
+_POINTS = 1000  # draws of each set in a panel
+_COORDINATES = 6  # drawn at most; the last ones, which tend to be scales and means
 
 
 def pairs(draws: Mapping[str, np.ndarray], coordinates: Sequence[str]) -> Figure:
@@ -30,13 +30,13 @@ def pairs(draws: Mapping[str, np.ndarray], coordinates: Sequence[str]) -> Figure
             if column > row:
                 axes.set_axis_off()
                 continue
-            for order, (name, found) in enumerate(draws.items()):
+            for order, (name, values) in enumerate(draws.items()):
                 style = {"color": _COLOURS[order], "label": name, "zorder": 3 - 0.1 * order}
                 if i == j:
                     bins = np.linspace(limits[i, 0], limits[i, 1], 40)
-                    axes.hist(found[:, i], bins, density=True, histtype="step", **style)
+                    axes.hist(values[:, i], bins, density=True, histtype="step", **style)
                 else:
-                    points = found[:_POINTS, [j, i]].T
+                    points = values[:_POINTS, [j, i]].T
                     axes.plot(*points, ".", markersize=1.2, alpha=0.5, **style)
                     axes.set_ylim(*limits[i])
             axes.set_xlim(*limits[j])

@@ -1,4 +1,4 @@
-"""What training logged for TensorBoard, read back: the bounds of several runs against the step."""
+"""Training curves from TensorBoard logs: the bounds of several runs against the step."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +9,20 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 
-BOUND = "importance_bound"  # `callbacks.monitor`
+BOUND = "importance_bound"  # logged by `callbacks.monitor`
 _COLOURS = matplotlib.color_sequences["tab10"]
-_CLOSE = 6.0  # nats below the best that the second panel shows
+_CLOSE = 6.0  # nats below the best value that the second panel shows
 
 
 def read(workdir: Path, tag: str = BOUND, side: str = "validation") -> np.ndarray:
-    """A scalar of a side, train or validation, [points, 2]: step and value; no points if none.
+    """Steps and values of a logged scalar, [points, 2]; [0, 2] if it was not logged.
 
-    Of a step that a resumed run logged twice, the later value.
+    If a resumed run logged a step twice, the later value counts.
+
+    Args:
+      workdir: the run's directory.
+      tag: name of the scalar.
+      side: "train" or "validation".
     """
     directory = workdir / "logs" / side
     if not directory.is_dir():
@@ -25,17 +30,17 @@ def read(workdir: Path, tag: str = BOUND, side: str = "validation") -> np.ndarra
     events = EventAccumulator(str(directory), size_guidance={TENSORS: 0}).Reload()
     if tag not in events.Tags()["tensors"]:
         return np.zeros([0, 2])
-    found = sorted(events.Tensors(tag), key=lambda event: event.wall_time)
-    values = {event.step: float(tf.make_ndarray(event.tensor_proto)) for event in found}
+    logged = sorted(events.Tensors(tag), key=lambda event: event.wall_time)
+    values = {event.step: float(tf.make_ndarray(event.tensor_proto)) for event in logged}
     return np.array(sorted(values.items()))
 
 
 def draw(curves: Mapping[str, np.ndarray], methods: Mapping[str, str]) -> Figure:
-    """The importance-weighted bound of every run against the step, and once more near the best.
+    """The importance-weighted bound of every run against the step; a second panel zooms in.
 
     Args:
-      curves: run -> [points, 2], as `read` gives them, not empty.
-      methods: run -> its method, which gives it its colour.
+      curves: run -> [points, 2], as `read` returns them, not empty.
+      methods: run -> its method, which sets the colour.
     """
     figure = Figure((10, 4), layout="constrained")
     whole, close = figure.subplots(1, 2)
@@ -57,7 +62,7 @@ def draw(curves: Mapping[str, np.ndarray], methods: Mapping[str, str]) -> Figure
 
 
 def of_run(workdir: Path) -> Figure | None:
-    """The bounds of a run, and its adversary, against the step; None without logs."""
+    """The bounds and the adversary's metrics of a run against the step; None without logs."""
     sides = ("train", "validation")
     elbo = {f"ELBO, {side}": read(workdir, "elbo", side) for side in sides}
     bounds = elbo | {"importance-sampled, some of validation": read(workdir)}

@@ -1,4 +1,4 @@
-"""Loads an export as a server would, and runs every signature of it."""
+"""Loads an export as a server would and runs every signature."""
 
 import time
 from pathlib import Path
@@ -15,26 +15,29 @@ from avb_tf.serving.protos import ModelServerConfig, PredictionLog, from_tensor
 from avb_tf.serving.saved_model import RunError, SavedModel, Signature
 
 BATCHES = (1, 5, 64)
-TOLERANCE = 1e-5  # between a row in one batch and in another, relative where it is above 1
+TOLERANCE = 1e-5  # between a row's answers in two batches; relative for values above 1
 
 
 def serve_check(config: Any, workdir: Path) -> None:
     """Checks the newest version in the workdir's `export/` and prints a table of its signatures.
 
     Raises:
-      UserError: there is none, or it would not serve.
+      UserError: there is no export, or a server could not serve it.
     """
     directory = workdir / layout.DIRECTORY
-    if not (found := layout.versions(directory)):
+    if not (versions := layout.versions(directory)):
         raise UserError(f"{directory} holds no version; export the model first, --mode=export")
-    print(check(directory, found[-1]))
+    print(check(directory, versions[-1]))
 
 
 def check(directory: Path, version: int) -> str:
-    """Checks `<directory>/<version>` and the server's configs beside it; the table is Markdown.
+    """Checks `<directory>/<version>` and the server's configs; returns a Markdown table.
 
+    Args:
+      directory: of the versions.
+      version: to check.
     Raises:
-      UserError: what a server would trip over.
+      UserError: a server could not serve it.
     """
     servable = directory / str(version)
     try:
@@ -61,16 +64,20 @@ def _check_configs(directory: Path):
 
 
 def check_signature(model: SavedModel, name: str) -> list[str]:
-    """A row of the table, for a signature that answers as `signatures` promises.
+    """Runs a signature and returns its row of the table.
 
+    Args:
+      model: a loaded export.
+      name: of the signature.
     Raises:
-      ValueError: other rows than asked for, no numbers, or answers that depend on the batch.
+      ValueError: the signature breaks a promise of `signatures`: an answer has the wrong number
+        of rows, contains NaN or depends on the batch, or the same seeds give other draws.
     """
     signature = model.signatures[name]
     requests = {rows: _request(signature, rows) for rows in BATCHES}
     answers, milliseconds = {}, []
     for rows, request in requests.items():
-        model.run(name, request)  # the first call of a size pays for what is made on first use
+        model.run(name, request)  # not timed: the first call of each size initialises the session
         began = time.perf_counter()
         answers[rows] = model.run(name, request)
         milliseconds.append(f"{1000 * (time.perf_counter() - began):.1f}")
@@ -90,7 +97,7 @@ def check_signature(model: SavedModel, name: str) -> list[str]:
 
 
 def _request(signature: Signature, rows: int) -> dict[str, np.ndarray]:
-    """Zeros and ones that every model accepts; the first rows are those of smaller requests."""
+    """Random zeros and ones, valid for every model; a larger request begins with a smaller one."""
     request = {}
     for name, tensor in signature.inputs.items():
         scale = 255 if tensor.dtype == np.uint8 else 1
@@ -100,13 +107,13 @@ def _request(signature: Signature, rows: int) -> dict[str, np.ndarray]:
 
 
 def _largest_difference(answer, other) -> float:
-    found = 0.0
+    largest = 0.0
     for name, values in answer.items():
-        unequal = values != other[name]  # an infinite bound equals itself
+        unequal = values != other[name]  # the difference of equal infinities would be NaN
         scale = np.maximum(1.0, np.abs(other[name][unequal]))
         change = np.abs(values[unequal] - other[name][unequal]) / scale
-        found = max(found, float(change.max(initial=0.0)))
-    return found
+        largest = max(largest, float(change.max(initial=0.0)))
+    return largest
 
 
 def _described(tensors) -> str:
@@ -117,10 +124,13 @@ def _described(tensors) -> str:
 
 
 def replay(model: SavedModel, servable: Path) -> int:
-    """Runs the warmup requests, as a server does before it answers any other; how many.
+    """Runs the warmup requests, as a server does on loading, and returns their number.
 
+    Args:
+      model: a loaded export.
+      servable: directory of the version.
     Raises:
-      ValueError: none, or more than a server replays.
+      ValueError: there are none, or more than a server replays.
     """
     reader = PyRecordReader_New(str(servable / layout.EXTRA / layout.WARMUP))
     count = 0
@@ -139,7 +149,7 @@ def replay(model: SavedModel, servable: Path) -> int:
 
 
 def _batching_parameters():
-    """An empty message like TensorFlow Serving's BatchingParameters, which its package lacks."""
+    """An empty BatchingParameters message; TensorFlow Serving's Python package lacks it."""
     file = descriptor_pb2.FileDescriptorProto(
         name="avb_tf/batching_parameters.proto",
         dependency=["google/protobuf/wrappers.proto"],

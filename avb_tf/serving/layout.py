@@ -1,17 +1,17 @@
-"""Where an export's files lie: `<directory>/<version>/` and the server's configs beside it."""
+"""The paths of an export: `<directory>/<version>/`, and the server's configs in `<directory>`."""
 
 import re
 from pathlib import Path
 
 DIRECTORY = "export"  # in the workdir
 MODELS, BATCHING = "models.config", "batching_parameters.txt"
-EXTRA = "assets.extra"  # in a version; the loader ignores what is in it
+EXTRA = "assets.extra"  # folder in a version that the loader ignores
 WARMUP, METADATA = "tf_serving_warmup_requests", "metadata.json"
-MAX_WARMUP = 1000  # requests that TensorFlow Serving replays
+MAX_WARMUP = 1000  # most requests that TensorFlow Serving replays
 
 
 def versions(directory: Path) -> list[int]:
-    """All there are, the oldest first."""
+    """All versions in `directory`, the oldest first."""
     if not directory.is_dir():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if re.fullmatch(r"[1-9]\d*", p.name))

@@ -1,7 +1,7 @@
-"""TensorFlow Serving's official messages, and arrays as their tensors, without TensorFlow itself.
+"""TensorFlow Serving's messages, and conversion of arrays to tensors, without TensorFlow.
 
-The official package makes tensors by `tf.make_tensor_proto`, for which a client would import all of
-TensorFlow; `to_tensor` and `from_tensor` need protobuf and numpy.
+The official package converts with `tf.make_tensor_proto`, which imports all of TensorFlow;
+`to_tensor` and `from_tensor` need only protobuf and numpy.
 """
 
 import contextlib
@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from avb_tf.errors import UserError
 
 
 @contextlib.contextmanager
 def _bare_tensorflow() -> Iterator[None]:
-    """`tensorflow` as a package whose `__init__` has not run: its messages need only protobuf."""
+    """Replaces `tensorflow` by a package without its `__init__`; its messages need no more."""
     spec = importlib.util.find_spec("tensorflow")
     if "tensorflow" in sys.modules or spec is None:
         yield
@@ -30,7 +31,7 @@ def _bare_tensorflow() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules["tensorflow"]  # whoever imports it later gets all of it
+        del sys.modules["tensorflow"]  # a later import loads all of TensorFlow
 
 
 def _message(module: str, name: str) -> Any:
@@ -52,7 +53,7 @@ except ImportError as error:
         "pip install 'avb_tf[serving]'"
     ) from error
 
-# TensorFlow's number of a type, its numpy type, and the field for values that are told one by one.
+# TensorFlow's numbers of the types, their numpy types, and the fields for repeated values.
 _FLOAT, _DOUBLE, _UINT8, _INT64 = 1, 2, 4, 9
 DTYPES = {
     _FLOAT: np.dtype(np.float32),
@@ -63,11 +64,11 @@ DTYPES = {
 _FIELDS = {_FLOAT: "float_val", _DOUBLE: "double_val", _UINT8: "int_val", _INT64: "int64_val"}
 
 
-def to_tensor(array) -> Any:
+def to_tensor(array: npt.ArrayLike) -> Any:
     """The `TensorProto` of an array of float32, float64, uint8 or int64.
 
     Raises:
-      UserError: an array of another type.
+      UserError: the array has another type.
     """
     array = np.asarray(array)
     numbers = {dtype: number for number, dtype in DTYPES.items()}
@@ -80,11 +81,11 @@ def to_tensor(array) -> Any:
     return tensor
 
 
-def from_tensor(tensor) -> np.ndarray:
+def from_tensor(tensor: Any) -> np.ndarray:
     """The array of a `TensorProto`.
 
     Raises:
-      UserError: another type, or values that do not fill the shape.
+      UserError: the type is unknown, or the values do not fill the shape.
     """
     if tensor.dtype not in DTYPES:
         raise UserError(f"a tensor of type {tensor.dtype}; expected one of {sorted(DTYPES)}")
@@ -94,7 +95,7 @@ def from_tensor(tensor) -> np.ndarray:
         values = np.frombuffer(content, dtype)
     else:
         values = np.array(getattr(tensor, _FIELDS[tensor.dtype]), dtype)
-    # Python's whole numbers: a product of huge sizes does not wrap around.
+    # Python's integers do not overflow for huge sizes.
     count = 1
     for size in shape:
         count *= size

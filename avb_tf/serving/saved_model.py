@@ -1,7 +1,7 @@
-"""A SavedModel in the C library inside the TensorFlow wheel, through ctypes.
+"""Loads a SavedModel with the C library of the TensorFlow wheel, through ctypes.
 
-The runtime that TensorFlow Serving is built on, without TensorFlow's Python, Keras or the code that
-made the model: what runs here runs there.
+TensorFlow Serving uses the same runtime. Neither TensorFlow's Python package, Keras nor the code
+that made the model is needed.
 """
 
 import ctypes
@@ -14,11 +14,16 @@ import numpy as np
 
 from avb_tf.serving.protos import DTYPES, MetaGraphDef
 
-INVALID_ARGUMENT = 3  # of the codes that TensorFlow and gRPC share
+INVALID_ARGUMENT = 3  # status code of TensorFlow and gRPC
 
 
 class RunError(RuntimeError):
-    """What the runtime refused, with its code."""
+    """An error of the runtime.
+
+    Args:
+      code: TensorFlow's status code.
+      message: its explanation.
+    """
 
     def __init__(self, code: int, message: str):
         super().__init__(message)
@@ -26,15 +31,26 @@ class RunError(RuntimeError):
 
 
 class Tensor(NamedTuple):
-    """An input or output of a signature."""
+    """An input or output of a signature.
 
-    name: str  # in the graph, "operation:index"
+    Attributes:
+      name: in the graph, "operation:index".
+      dtype: of its values.
+      shape: -1 stands for any size.
+    """
+
+    name: str
     dtype: np.dtype
-    shape: tuple[int, ...]  # -1 where any size fits
+    shape: tuple[int, ...]
 
 
 class Signature(NamedTuple):
-    """One function of a SavedModel."""
+    """The inputs and outputs of one function of a SavedModel.
+
+    Attributes:
+      inputs: name -> tensor.
+      outputs: name -> tensor.
+    """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
@@ -53,10 +69,15 @@ class _Buffer(ctypes.Structure):
 
 
 class SavedModel:
-    """A loaded SavedModel; `run` may be called from several threads at once.
+    """A loaded SavedModel; `run` is thread-safe.
 
+        model = SavedModel("runs/digits-avb_ac/export/1")
+        model.run("encode", {"x": x})  # {"z": ..., "mean": ...}
+
+    Args:
+      directory: of one version of the export.
     Raises:
-      RunError: the directory holds none that can be loaded.
+      RunError: it cannot be loaded.
     """
 
     def __init__(self, directory: Path | str):
@@ -68,20 +89,23 @@ class SavedModel:
                 options, None, str(directory).encode(), tags, 1, self._graph, meta_graph, status
             )
         buffer = meta_graph.contents
-        found = MetaGraphDef.FromString(ctypes.string_at(buffer.data, buffer.length))
+        definitions = MetaGraphDef.FromString(ctypes.string_at(buffer.data, buffer.length))
         _C.TF_DeleteBuffer(meta_graph)
         _C.TF_DeleteSessionOptions(options)
         self.signatures = {
             name: Signature(_tensors(definition.inputs), _tensors(definition.outputs))
-            for name, definition in sorted(found.signature_def.items())
-            if definition.method_name  # the one that initialises has none
+            for name, definition in sorted(definitions.signature_def.items())
+            if definition.method_name  # the initialiser has none
         }
 
     def run(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """All outputs of `signature` for arrays of its inputs.
+        """Runs a signature and returns all its outputs.
 
+        Args:
+          signature: its name.
+          inputs: input -> array.
         Raises:
-          RunError: no such signature or input, or what the graph refuses.
+          RunError: the signature or an input is unknown, or the graph rejects the values.
         """
         if signature not in self.signatures:
             known = ", ".join(self.signatures)
@@ -113,7 +137,7 @@ class SavedModel:
                     _C.TF_DeleteTensor(tensor)
 
     def close(self):
-        """Frees the session; nothing may run in it any more."""
+        """Frees the session; the model cannot run after this."""
         with _Status() as status:
             _C.TF_DeleteSession(self._session, status)
         _C.TF_DeleteGraph(self._graph)
@@ -125,7 +149,8 @@ class SavedModel:
     def _to_c(self, array: np.ndarray):
         numbers = {dtype: number for number, dtype in DTYPES.items()}
         if array.dtype not in numbers:
-            raise RunError(INVALID_ARGUMENT, f"an input of {array.dtype}, which none is here")
+            known = ", ".join(map(str, numbers))
+            raise RunError(INVALID_ARGUMENT, f"an input of {array.dtype}; expected one of {known}")
         array = np.ascontiguousarray(array)
         sizes = (ctypes.c_int64 * array.ndim)(*array.shape)
         tensor = _C.TF_AllocateTensor(numbers[array.dtype], sizes, array.ndim, array.nbytes)
@@ -139,7 +164,7 @@ class SavedModel:
 
 
 class _Status:
-    """A status that raises what was put in it."""
+    """A TF_Status that raises a RunError on exit if it holds an error."""
 
     def __enter__(self):
         self._status = _C.TF_NewStatus()
@@ -163,7 +188,7 @@ def _tensors(described) -> dict[str, Tensor]:
 
 
 def _load_library() -> ctypes.CDLL:
-    """The C library, with the types of the functions used here."""
+    """The C library, with the argument types of the functions used here."""
     spec: Any = importlib.util.find_spec("tensorflow")
     library = ctypes.CDLL(str(Path(spec.origin).with_name("libtensorflow_cc.so.2")))
     pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p

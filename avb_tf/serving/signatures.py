@@ -1,14 +1,15 @@
-"""What a served model answers: TensorFlow functions with named inputs and outputs.
+"""The signatures of a served model: TensorFlow functions with named inputs and outputs.
 
-Every input and output has one row for each example, and an answer's row depends on its own
-request's row alone. So a server may batch requests as it likes, and both REST forms fit. Where an
-answer is drawn, its noise comes from a seed: the row's own in signatures named `*_seeded`, and
-elsewhere the machine's entropy, so that a restarted server does not repeat itself. Where it is an
-expectation over noise, it is over fixed Sobol points, the same for all rows.
+Every input and output has one row per example, and each output row depends only on its own input
+row. A server may therefore batch requests freely, and both REST formats work. Random draws use the
+row's own seed in signatures named `*_seeded`, and otherwise the machine's entropy, so that a
+restarted server does not repeat its draws. Expectations over noise use fixed Sobol points, the
+same for all rows.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -17,20 +18,20 @@ from avb_tf import proposal
 from avb_tf.encoders import sobol_normal
 from avb_tf.likelihoods import log_likelihood
 
-ELBO_DRAWS = 64  # of z for each x in the bound
-_CHUNK = 32  # draws that are decoded at once, which bounds the memory
-_POSTERIOR, _PRIOR = 0, 1  # streams of a seed
+ELBO_DRAWS = 64  # draws of z for each x in the bound
+_CHUNK = 32  # draws that are decoded at once, to limit the memory
+_POSTERIOR, _PRIOR = 0, 1  # independent streams of one seed
 
 
-def of_model(model, importance_samples: int, max_batch: int) -> dict[str, Callable]:
+def of_model(model: Any, importance_samples: int, max_batch: int) -> dict[str, Callable]:
     """All signatures of an `AVB` by name, each a `tf.function` from tensors to a dict of tensors.
 
-    Those that take x have a twin named `*_uint8`, for images of 0..255 as files have them.
+    A signature of x has a variant named `*_uint8` for images with values 0..255.
 
     Args:
-      model: an `AVB`; its averaged networks are used.
+      model: an `AVB`; the signatures use its averaged networks.
       importance_samples: draws of z in `log_likelihood`.
-      max_batch: rows that a request may have.
+      max_batch: most rows in a request.
     """
     density = functools.partial(importance_weighted, samples=importance_samples)
     of_x = {
@@ -54,19 +55,19 @@ def of_model(model, importance_samples: int, max_batch: int) -> dict[str, Callab
         "seed": tf.TensorSpec([None], tf.int64, "seed"),
         "row": tf.TensorSpec([None], tf.int64, "row"),
     }
-    found = {
+    signatures = {
         name: signature(functools.partial(f, model), [specs[i] for i in inputs], max_batch)
         for name, (f, inputs) in functions.items()
     }
-    return found | {f"{name}_uint8": of_bytes(found[name]) for name in of_x}
+    return signatures | {f"{name}_uint8": of_bytes(signatures[name]) for name in of_x}
 
 
-def of_posterior(fit, max_batch: int) -> dict[str, Callable]:
-    """The signatures of a `PosteriorFit`: draws, each of the model's parameters by its name.
+def of_posterior(fit: Any, max_batch: int) -> dict[str, Callable]:
+    """The signatures of a `PosteriorFit`: draws, one output for each parameter of the model.
 
     Args:
       fit: a `PosteriorFit`.
-      max_batch: rows that a request may have.
+      max_batch: most rows in a request.
     """
 
     def sample(seed):
@@ -81,8 +82,14 @@ def of_posterior(fit, max_batch: int) -> dict[str, Callable]:
     }
 
 
-def signature(function, specs: Sequence[tf.TensorSpec], max_batch: int) -> Callable:
-    """`function` of tensors like `specs`, refusing what is no number or too much of it."""
+def signature(function: Callable, specs: Sequence[tf.TensorSpec], max_batch: int) -> Callable:
+    """`function` as a `tf.function` that rejects invalid values and too many rows.
+
+    Args:
+      function: tensors -> dict of tensors.
+      specs: of its inputs.
+      max_batch: most rows in a request.
+    """
 
     def serve(*inputs):
         rows = tf.stack([tf.shape(tensor)[0] for tensor in inputs])
@@ -96,8 +103,8 @@ def signature(function, specs: Sequence[tf.TensorSpec], max_batch: int) -> Calla
     return tf.function(serve, input_signature=specs, autograph=False)
 
 
-def of_bytes(function) -> Callable:
-    """The twin of a signature whose first input is x, for x as bytes of 0..255."""
+def of_bytes(function: Callable) -> Callable:
+    """A variant of a signature that takes x, its first input, as uint8 in 0..255."""
     x, *rest = function.input_signature
 
     def serve(x, *others):
@@ -108,10 +115,10 @@ def of_bytes(function) -> Callable:
 
 
 def _checked(tensor, spec):
-    """An input of the shape and with the values that it is described by."""
-    tensor = tf.ensure_shape(tensor, spec.shape)  # the runtime feeds any shape
+    """The tensor, once its shape and values are checked against its spec."""
+    tensor = tf.ensure_shape(tensor, spec.shape)  # the runtime itself accepts any shape
     if spec.name == "x":
-        inside = tf.reduce_all((tensor >= 0.0) & (tensor <= 1.0))  # false for NaN, too
+        inside = tf.reduce_all((tensor >= 0.0) & (tensor <= 1.0))  # false for NaN
         tf.debugging.Assert(inside, ["x outside [0, 1]; images of 0..255 go to *_uint8"])
     elif tensor.dtype.is_floating:
         finite = tf.reduce_all(tf.math.is_finite(tensor))
@@ -119,45 +126,50 @@ def _checked(tensor, spec):
     return tensor
 
 
-# One function for each answer. x is [batch, *event], seed [batch].
+# One function for each signature. x is [batch, *event], seed is [batch].
 
 
-def encode(model, x, seed):
+def encode(model: Any, x: tf.Tensor, seed: tf.Tensor):
     """z ~ q(z|x) and q's mean, each [batch, latent]."""
     return {"z": _draw(model, x, seed), "mean": _mean(model, x)}
 
 
-def reconstruct(model, x, seed):
+def reconstruct(model: Any, x: tf.Tensor, seed: tf.Tensor):
     """E[x'|z] for z ~ q(z|x), [batch, *event]."""
     return {"reconstruction": model.decode(_draw(model, x, seed))}
 
 
-def reconstruct_mean(model, x):
+def reconstruct_mean(model: Any, x: tf.Tensor):
     """E[x'|z] at the mean of q(z|x), [batch, *event]."""
     return {"reconstruction": model.decode(_mean(model, x))}
 
 
-def decode(model, z):
+def decode(model: Any, z: tf.Tensor):
     """E[x|z] for z [batch, latent], [batch, *event]."""
     return {"x": model.decode(z)}
 
 
-def sample(model, seed):
+def sample(model: Any, seed: tf.Tensor):
     """E[x|z] for z ~ p(z), [batch, *event]."""
     return {"x": model.decode(normal(seed, _PRIOR, model.encoder.latent_dim))}
 
 
-def elbo(model, x):
-    """The bound on log p(x) in nats with T as the model has it, [batch]."""
+def elbo(model: Any, x: tf.Tensor):
+    """The bound on log p(x) in nats, [batch], with the adversary's T if the model has one."""
     noise = _points(ELBO_DRAWS, model.encoder.noise_dim, x)
     return {"elbo": tf.reduce_mean(model.terms(x, noise).elbo, 0)}
 
 
-def importance_weighted(model, x, samples: int):
-    """log p(x) in nats by importance sampling, without T, [batch].
+def importance_weighted(model: Any, x: tf.Tensor, samples: int):
+    """log p(x) in nats by importance sampling, [batch], without the adversary.
 
-    The proposal is q(z|x) where its density is known, and otherwise `proposal.widened_gaussian`, as
-    in evaluation. A lower bound in the mean over proposals (Burda et al., 2016).
+    The proposal is q(z|x) if its density is known, and otherwise `proposal.widened_gaussian`, as in
+    the evaluation. In expectation a lower bound (Burda et al., 2016).
+
+    Args:
+      model: an `AVB`.
+      x: [batch, *event].
+      samples: draws of z for each x.
     """
     encoder = model.averaged_encoder
     exact = encoder(x, _points(1, encoder.noise_dim, x)).log_prob is not None
@@ -187,18 +199,24 @@ def importance_weighted(model, x, samples: int):
     }
 
 
-def normal(seed, stream: int, size: int):
-    """Standard normal draws [batch, size]: each row a function of its own seed, int64 [batch]."""
+def normal(seed: tf.Tensor, stream: int, size: int):
+    """Standard normal draws [batch, size]; each row is a function of its own seed, int64 [batch].
+
+    Args:
+      seed: int64 [batch].
+      stream: number of an independent stream of the seed.
+      size: draws in a row.
+    """
 
     def row(one):
         pair = tf.stack([one, tf.constant(stream, tf.int64)])
-        return tf.random.stateless_normal([size], pair, alg="philox")  # the same on every device
+        return tf.random.stateless_normal([size], pair, alg="philox")  # same draws on every device
 
     return tf.map_fn(row, seed, fn_output_signature=tf.TensorSpec([size]))
 
 
 def _entropy(like):
-    """Fresh seeds, int64, a row for each of `like`'s."""
+    """Fresh seeds, int64, one for each row of `like`."""
     return tf.raw_ops.NonDeterministicInts(shape=tf.shape(like)[:1], dtype=tf.int64)
 
 
@@ -207,7 +225,7 @@ def _unseeded(function):
 
 
 def _of_density(function):
-    """`function` of x, refusing x that a likelihood of 0 and 1 has no density at."""
+    """`function` of x, with a check that x is binary if the likelihood is."""
 
     def refuse(model, x):
         if model.likelihood.binary:

@@ -1,4 +1,4 @@
-"""Signatures -> a version of a servable, `<directory>/<version>/`, for TensorFlow Serving."""
+"""Writes signatures as a version of a servable, `<directory>/<version>/`."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from avb_tf.serving import layout, signatures
 from avb_tf.serving.protos import PredictionLog, PredictRequest, to_tensor
 
 _WARMUP_BATCHES = (1, 8)
-_BATCH = 64  # rows that a server should merge at most
+_BATCH = 64  # most rows that a server should merge into one batch
 _USAGE = """\
 import tensorflow as tf
 
@@ -45,9 +45,25 @@ max_enqueued_batches {{ value: 100 }}
 
 
 def export(
-    model, directory: Path, importance_samples: int = 256, max_batch: int = 1024, **settings
+    model: Any,
+    directory: Path,
+    importance_samples: int = 256,
+    max_batch: int = 1024,
+    **settings: Any,
 ) -> Path:
-    """Writes an `AVB`; see `signatures.of_model` for its signatures and `write` for the rest."""
+    """Exports an `AVB` with the signatures of `signatures.of_model`.
+
+    Args:
+      model: an `AVB`.
+      directory: of the versions.
+      importance_samples: draws of z in the signature `log_likelihood`.
+      max_batch: most rows in a request.
+      **settings: further arguments of `write`.
+    Returns:
+      The version's directory.
+    Raises:
+      UserError: the version exists or cannot be written.
+    """
     functions = signatures.of_model(model, importance_samples, max_batch)
     known = {"step": int(model.step.value), "importance_samples": importance_samples}
     facts = model_card.facts(model, settings.get("config"))
@@ -56,8 +72,19 @@ def export(
         return write(directory, weights, functions, max_batch, facts, **known, **settings)
 
 
-def export_posterior(fit, directory: Path, max_batch: int = 1024, **settings) -> Path:
-    """Writes a `PosteriorFit`; see `signatures.of_posterior` and, for the rest, `write`."""
+def export_posterior(fit: Any, directory: Path, max_batch: int = 1024, **settings: Any) -> Path:
+    """Exports a `PosteriorFit` with the signatures of `signatures.of_posterior`.
+
+    Args:
+      fit: a `PosteriorFit`.
+      directory: of the versions.
+      max_batch: most rows in a request.
+      **settings: further arguments of `write`.
+    Returns:
+      The version's directory.
+    Raises:
+      UserError: the version exists or cannot be written.
+    """
     functions = signatures.of_posterior(fit, max_batch)
     known = {"steps": fit.steps, "diagnostics": vars(fit.diagnostics())}
     facts = {"training steps": fit.steps, "verdict": fit.diagnostics()}
@@ -79,21 +106,21 @@ def write(
     name: str = "avb",
     **metadata: Any,
 ) -> Path:
-    """Writes a version, whole or not at all, with the server's configs beside it.
+    """Writes a version atomically, and the server's configs into `directory`.
 
     Args:
-      directory: of the versions; made if need be.
+      directory: of the versions; created if missing.
       weights: all variables that the signatures read.
-      functions: the signatures by name, as `signatures.signature` makes them.
-      max_batch: rows that a request may have.
+      functions: name -> signature, as `signatures.signature` makes them.
+      max_batch: most rows in a request.
       facts: the first table of the model card.
-      version: 0 for one more than the newest.
+      version: 0: one more than the newest.
       name: of the servable.
-      **metadata: JSON values to keep with the model.
+      **metadata: JSON values that are saved with the model.
     Returns:
       The version's directory.
     Raises:
-      UserError: the version exists, or it cannot be written.
+      UserError: the version exists or cannot be written.
     """
     directory = Path(directory).absolute()
     version = version or max(layout.versions(directory), default=0) + 1
@@ -101,7 +128,7 @@ def write(
     if final.exists():
         raise UserError(f"{final} exists; expected a new version; leave it out to count up")
     made = next((p for p in (*reversed(directory.parents), directory) if not p.exists()), None)
-    partial = directory / f".{version}.{os.getpid()}"  # no number: a server passes over it
+    partial = directory / f".{version}.{os.getpid()}"  # not a number, so a server ignores it
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _save(partial, weights, functions)
@@ -121,15 +148,15 @@ def write(
             f"cannot write {final} ({message!s:.200}); check that path, and the space on its disk"
         ) from error
     finally:
-        # There may be others, of processes that were killed while they wrote.
+        # Processes that were killed while writing may have left such folders, too.
         for left in directory.glob(f".{version}.*"):
             shutil.rmtree(left, ignore_errors=True)
     return final
 
 
 def _save(path: Path, weights, functions):
-    # Concrete functions, and weights in place of the networks that hold them: `tf.function`s and
-    # Keras objects would be traced once more.
+    # TensorFlow would trace `tf.function`s and Keras objects again, so the module holds concrete
+    # functions and bare weights.
     module: Any = tf.Module()
     module.weights = list(weights)
     concrete = {name: function.get_concrete_function() for name, function in functions.items()}
@@ -137,7 +164,7 @@ def _save(path: Path, weights, functions):
 
 
 def _describe(extra: Path, functions, max_batch, name, metadata):
-    """Warmup requests, and what is known of the model."""
+    """Writes the warmup requests and the model's metadata."""
     extra.mkdir()
     with tf.io.TFRecordWriter(str(extra / layout.WARMUP)) as writer:
         for signature, function in sorted(functions.items()):
@@ -165,7 +192,7 @@ def _write_card(extra: Path, version, functions, name, facts, metadata):
 
 
 def _request(name: str, signature: str, specs, rows: int):
-    """Random zeros and ones, which every signature accepts."""
+    """Random zeros and ones, valid for every signature."""
     request = PredictRequest()
     request.model_spec.name, request.model_spec.signature_name = name, signature
     rng = np.random.default_rng(0)
@@ -177,10 +204,10 @@ def _request(name: str, signature: str, specs, rows: int):
 
 
 def _git_revision() -> str | None:
-    """Of this program, where it runs from a checkout."""
+    """This program's revision if it runs from a checkout, else None."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True)
-    except OSError:  # no git
+        described = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True)
+    except OSError:  # git is not installed
         return None
-    return found.stdout.strip() or None
+    return described.stdout.strip() or None

@@ -1,1 +1,1 @@
-"""Every setting with its default and its check: plain values, no TensorFlow."""
+"""Settings with their defaults and checks: plain values, without TensorFlow."""

@@ -1,58 +1,59 @@
-"""The methods: names and the settings of their parts. A new method is a new entry here.
+"""The methods by name, each with the parts that make it. A new method is a new entry here.
 
-Settings are plain values, so that reading a config needs no TensorFlow; `assembly` makes the parts.
+The values are plain, so that a config file can be read without TensorFlow; `assembly` makes the
+parts.
 """
 
 from typing import Any
 
 from avb_tf.errors import UserError
 
-# Every setting of a model with its default, which a method or the user may override.
+# Every setting of a model with its default, which a method or the user may change.
 SETTINGS: dict[str, Any] = {
     "latent_dim": 8,
     "likelihood": "bernoulli",  # bernoulli, normal, logistic
     "network": "dense",  # dense, conv: the encoder's trunk and the decoder
-    "width": 256,  # of dense layers
-    "depth": 2,
-    "filters": (32, 64),  # of convolutions, from the image inwards
+    "width": 256,  # of dense layers in encoder and decoder
+    "depth": 2,  # number of these layers
+    "filters": (32, 64),  # of the convolutions, from the image inwards
     "strides": (),  # of the convolutions; (): 2 each
-    "residual_blocks": 0,  # in the encoder's trunk, in place of its dense layers or after conv
-    # gaussian, gaussian_full, auxiliary: known density; black_box, injected, joint_basis: implicit;
+    "residual_blocks": 0,  # in the encoder's trunk, instead of its dense layers or after conv
+    # gaussian, gaussian_full, auxiliary: density known; black_box, injected, joint_basis: implicit;
     # noise_basis: implicit, the authors' encoder, with their trunk and decoder
     "encoder": "gaussian",
-    "noise_dim": 0,  # per example; noise_basis: per basis; auxiliary: of a; 0: latent_dim
-    "bases": 16,  # functions of the noise
-    "basis_width": 128,
-    "basis_activation": "tanh",  # of joint_basis: tanh for Gaussian tails, relu for sharp edges
-    "flow_steps": 0,  # autoregressive steps after the encoder
-    "flow_width": 128,
-    "contrast": "full",  # prior, diagonal, full; the last two pass through the flow
+    "noise_dim": 0,  # noise of an example (noise_basis: of a basis; auxiliary: a); 0: latent_dim
+    "bases": 16,  # functions of the noise, for noise_basis and joint_basis
+    "basis_width": 128,  # of their layers
+    "basis_activation": "tanh",  # joint_basis only: tanh for Gaussian tails, relu for sharp edges
+    "flow_steps": 0,  # autoregressive steps applied to the encoder's draws; 0: no flow
+    "flow_width": 128,  # of the flow's hidden layers, at least latent_dim
+    "contrast": "full",  # prior, diagonal, full; diagonal and full pass through the flow
     "adversary": "none",  # none, residual, concatenating, factorised
-    "condition": "x",  # x, posterior, none: what the adversary reads beside z
-    "adversary_width": 128,
-    "adversary_depth": 2,
-    "products": 1024,  # of the factorised adversary
-    "draws": 1,  # z per x that are decoded
-    "adversary_draws": 4,  # z per x for the adversary, at least `draws`
-    "adversary_steps": 1,  # dual steps per primal step, the last simultaneous with it
-    "kl_annealing_steps": 0,
-    "ema_decay": 0.999,  # average of encoder and decoder, used outside training; 0: none
+    "condition": "x",  # x, posterior, none: the adversary's input besides z
+    "adversary_width": 128,  # of the adversary's layers
+    "adversary_depth": 2,  # number of these layers
+    "products": 1024,  # in the factorised adversary
+    "draws": 1,  # z for each x that the decoder reads
+    "adversary_draws": 4,  # z for each x that the adversary reads, at least `draws`
+    "adversary_steps": 1,  # dual steps for each primal step; the last one is simultaneous with it
+    "kl_annealing_steps": 0,  # steps in which the weight of the KL term rises to 1; 0: none
+    "ema_decay": 0.999,  # of the averaged encoder and decoder, used outside training; 0: none
     "seed": 0,
 }
 
 METHODS: dict[str, dict[str, Any]] = {
-    # Kingma and Welling (2014): the baseline of all comparisons.
+    # Kingma and Welling (2014), the baseline of all comparisons.
     "vae": {"encoder": "gaussian", "contrast": "full", "adversary": "none"},
     # Mescheder, Nowozin and Geiger (2017), Algorithm 1.
     "avb": {"encoder": "black_box", "contrast": "prior", "adversary": "residual"},
-    # Section 4, with the contrast's covariance in full and an adversary that reads q's description.
+    # Section 4 with a full covariance and an adversary that reads q's description instead of x.
     "avb_ac": {
         "encoder": "joint_basis",
         "contrast": "full",
         "adversary": "residual",
         "condition": "posterior",
     },
-    # The same before a flow that q and r both pass through.
+    # The same before a flow that both q and the contrast r pass through.
     "avb_flow": {
         "encoder": "joint_basis",
         "flow_steps": 4,
@@ -62,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Section 4 with the networks of the authors' code for 8 latents, weight for weight: `full0_ac`
     # (dense) or `conv0_ac` with the factorised adversary. For 32 latents they have 32 bases of 64
-    # noise dimensions (configs/mnist_conv.py). WORKSPACE.md lists what differs and why.
+    # noise dimensions (configs/mnist_conv.py). docs/reference/published.md compares them.
     "avb_ac_paper": {
         "encoder": "noise_basis",
         "contrast": "diagonal",
@@ -77,8 +78,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "adversary_draws": 1,
         "ema_decay": 0.0,
     },
-    # Methods that AVB is compared with. Where the density is known T = log q(z|x) - log r(z|x) is
-    # exact and r cancels: the prior is the contrast that needs no moments.
+    # Baselines. If the density is known, T = log q(z|x) - log r(z|x) is exact and r cancels, so
+    # the contrast is the prior, which needs no moments.
     # Inverse autoregressive flow: Kingma et al. (2016).
     "iaf": {
         "encoder": "gaussian",
@@ -88,8 +89,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Auxiliary deep generative models: Maaløe et al. (2016).
     "auxvae": {"encoder": "auxiliary", "contrast": "prior", "adversary": "none"},
-    # Adversarial autoencoder, Makhzani et al. (2016): `avb` with an adversary of z alone, which
-    # matches the aggregate of q(z|x) over x with the prior. Its objective is not a bound.
+    # Adversarial autoencoder, Makhzani et al. (2016): `avb` with an adversary that reads only z.
+    # It matches the aggregate posterior to the prior, and its objective is not a bound.
     "aae": {
         "encoder": "black_box",
         "contrast": "prior",
@@ -102,8 +103,11 @@ METHODS: dict[str, dict[str, Any]] = {
 def settings(method: str, **changes: Any) -> dict[str, Any]:
     """All settings of `method`, with `changes`.
 
+    Args:
+      method: a name in `METHODS`.
+      **changes: settings that differ from the method's, by their names in `SETTINGS`.
     Raises:
-      UserError: an unknown method or setting.
+      UserError: the method or a setting is unknown.
     """
     if method not in METHODS:
         raise UserError(f"method is '{method}'; expected one of {', '.join(METHODS)}")

@@ -1,4 +1,4 @@
-"""Every setting of a fit, with its default, and the fields of its config; no TensorFlow."""
+"""Settings of `fit_posterior` with their defaults, and its config's fields and checks."""
 
 from typing import Any
 
@@ -6,36 +6,41 @@ import ml_collections
 
 from avb_tf.errors import UserError
 
-METHOD = "posterior"  # in a config's place of one
+METHOD = "posterior"  # config.method of such a run
 
 SETTINGS: dict[str, Any] = {
-    "draws": 512,  # z in a step
-    "noise_dim": 0,  # beside one for each latent; 0: as many again, 8 to 32
+    "draws": 512,  # z in each step
+    "noise_dim": 0,  # extra noise dimensions; 0: as many as latents, between 8 and 32
     "chart_steps": 3,  # autoregressive steps of the chart; 0: none
-    "chart_width": 0,  # of their networks; 0: twice the dimension, at least 64
-    "chart_share": 0.4,  # of the fit, spent on the chart
+    "chart_width": 0,  # of the chart's hidden layers; 0: twice the dimension, at least 64
+    "chart_share": 0.4,  # share of the fit spent on the chart
     "chart_learning_rate": 5e-3,
     "blocks": 3,  # gated blocks of the sampler
-    "width": 64,  # of their layers
+    "width": 64,  # of the blocks' layers
     "adversary_width": 128,
     "adversary_depth": 2,
     "adversary_steps": 3,  # dual steps for each primal step
     "adversary_warmup": 0.02,  # share of the training in which only the adversary learns
-    "annealing": 0.5,  # share in which the posterior emerges from N(0, I), so that no mode is lost
+    # Share of the training in which the target moves from N(0, I) to the posterior, so that no
+    # mode is lost.
+    "annealing": 0.5,
     "learning_rate": 1e-3,
     "adversary_learning_rate": 2e-3,
     "ema_decay": 0.995,
     "clip_norm": 100.0,
 }
-SINCE: dict[str, Any] = {}  # fields that the files of earlier versions lack
-STEPS = 3000  # where neither steps nor seconds are given
+SINCE: dict[str, Any] = {}  # fields that config files of earlier versions lack, with their values
+STEPS = 3000  # used if neither steps nor seconds are given
 
 
 def resolved(dim: int, **changes: Any) -> dict[str, Any]:
     """All settings for a posterior of `dim` dimensions, with `changes`.
 
+    Args:
+      dim: dimensions of the posterior.
+      **changes: settings that differ from the default, by their names in `SETTINGS`.
     Raises:
-      UserError: an unknown setting.
+      UserError: a setting is unknown.
     """
     if unknown := sorted(set(changes) - set(SETTINGS)):
         raise UserError(f"unknown setting '{unknown[0]}'; expected one of {', '.join(SETTINGS)}")
@@ -46,28 +51,32 @@ def resolved(dim: int, **changes: Any) -> dict[str, Any]:
 
 
 def config(model: str) -> ml_collections.ConfigDict:
-    """Every field of the config of a posterior, `model` a "path.py:function" that returns it."""
-    found = ml_collections.ConfigDict()
-    found.name = ""  # runs/<name> is the default workdir; "": posterior-<function>
-    found.method = METHOD
-    found.model = model
-    found.steps = 0  # 0: as many as fit `seconds`
-    found.seconds = 60.0  # of the whole fit; 0: no limit
-    found.seed = 0
-    found.threads_per_op = 1  # of the CPU; 0: all cores, for models of much data
-    found.fit = SETTINGS
-    found.eval = {
+    """A config with every field of a fit.
+
+    Args:
+      model: "path.py:function", a function that returns the model.
+    """
+    fields = ml_collections.ConfigDict()
+    fields.name = ""  # runs/<name> is the default workdir; "": posterior-<function>
+    fields.method = METHOD
+    fields.model = model
+    fields.steps = 0  # 0: as many as fit into `seconds`
+    fields.seconds = 60.0  # of the whole fit; 0: no limit
+    fields.seed = 0
+    fields.threads_per_op = 1  # of the CPU; 0: all cores, for models with much data
+    fields.fit = SETTINGS
+    fields.eval = {
         "draws": 2000,  # of each method in the comparison
-        "refine": 100,  # steps of Hamiltonian Monte Carlo where the verdict asks for them
+        "refine": 100,  # steps of Hamiltonian Monte Carlo, if the verdict asks for them
         "gaussian_steps": 2000,  # of variational inference with a Gaussian
-        "nuts_draws": 1000,  # of each of 4 chains; the reference's are 4 times as many
-        "reference": "",  # folder for what fits are compared with, for all seeds; "": the workdir
+        "nuts_draws": 1000,  # of each of 4 chains; the reference has 4 times as many
+        "reference": "",  # folder for the reference, shared by all seeds; "": the workdir
     }
-    found.export = {
-        "max_batch": 1024,  # rows that a request may have
+    fields.export = {
+        "max_batch": 1024,  # most rows in a request
         "version": 0,  # 0: one more than the newest
     }
-    return found
+    return fields
 
 
 def template() -> ml_collections.ConfigDict:
@@ -75,18 +84,20 @@ def template() -> ml_collections.ConfigDict:
     return config("")
 
 
-def name(config) -> str:
-    """Of a run, where its config has none."""
+def name(config: ml_collections.ConfigDict) -> str:
+    """The default name of a run."""
     return f"posterior-{config.model.rpartition(':')[2]}"
 
 
-def validate(config) -> None:
+def validate(config: ml_collections.ConfigDict) -> None:
     """Checks a posterior's config.
 
+    Args:
+      config: all fields present and of the right types.
     Raises:
-      UserError: the first field out of range.
+      UserError: a field is out of range.
     """
-    fields = {**config, **{f"fit.{k}": v for k, v in config.fit.items()}}
+    fields = {**config.to_dict(), **{f"fit.{k}": v for k, v in config.fit.items()}}
     for part in ("eval", "export"):
         fields |= {f"{part}.{k}": v for k, v in config[part].items()}
     least = {

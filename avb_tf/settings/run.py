@@ -1,4 +1,4 @@
-"""Every field of a run's config, with its default and its checks."""
+"""The fields of a run's config with their defaults and checks."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import ml_collections
 from avb_tf.errors import UserError
 from avb_tf.settings import methods
 
-# What -1 in config.eval stands for. `paper` is the authors' protocol (320 examples, 8 chains, 2000
-# temperatures, 30 leapfrog steps) on more examples with more chains: for an accelerator.
+# Values that replace -1 in config.eval. `paper` is the authors' protocol (320 examples, 8 chains,
+# 2000 temperatures, 30 leapfrog steps) with more examples and chains; it needs an accelerator.
 BUDGETS = {
     "quick": {
         "subset": 50, "repeats": 2, "simulated": 25, "gap": 25,
@@ -25,14 +25,14 @@ BUDGETS = {
 }  # fmt: skip
 
 
-def default(method: str, **model) -> ml_collections.ConfigDict:
-    """Every field there is.
+def default(method: str, **model: Any) -> ml_collections.ConfigDict:
+    """A config with every field at its default.
 
     Args:
       method: a name in `settings.methods.METHODS`.
       **model: changes to the method's settings (`settings.methods.SETTINGS`).
     Raises:
-      UserError: an unknown method or setting.
+      UserError: the method or a setting is unknown.
     """
     config = ml_collections.ConfigDict()
     config.name = ""  # of the experiment and variant; runs/<name> is the default workdir
@@ -42,10 +42,10 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
     config.batch_size = 128  # over all replicas
     config.data = {
         "name": "digits",  # digits, four_points, mnist, mnist_4x4, npz, images, tfds:<name>
-        "path": "",  # file or folder; "" looks in $AVB_TF_DATA_DIR
-        "seed": 0,  # of splits that the source does not fix
-        "image_size": 64,  # of `images`, after a centre crop
-        "channels": 3,  # of `images`: 1 or 3
+        "path": "",  # file or folder; "": $AVB_TF_DATA_DIR
+        "seed": 0,  # of splits that the source does not define
+        "image_size": 64,  # images only: height and width after a centre crop
+        "channels": 3,  # images only: 1 or 3
     }
     config.optimizer = {
         "learning_rate": 5e-4,  # of encoder and decoder
@@ -53,60 +53,60 @@ def default(method: str, **model) -> ml_collections.ConfigDict:
         "beta_1": 0.9,
         "decay": "cosine",  # cosine, none: of both learning rates, to `final` times their start
         "final": 0.02,
-        "adversary_final": 0.1,  # the adversary keeps moving until the encoder rests
+        "adversary_final": 0.1,  # higher, so that the adversary follows the encoder to the end
         "adversary_warmup": 0,  # steps in which only the adversary learns
-        "clip_norm": 100.0,  # of each gradient as a whole; 0: none
+        "clip_norm": 100.0,  # of the global gradient norm; 0: no clipping
     }
     config.monitor = {  # every log_every steps, on held-out examples (`callbacks.monitor`)
         "examples": 64,
         "samples": 256,  # importance samples for each
-        "largest_gap": 3.0,  # nats that the ELBO may lie above their bound without a warning
+        "largest_gap": 3.0,  # nats that the ELBO may exceed their bound by without a warning
     }
     config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
     config.threads_per_op = 0  # of the CPU; 0: all cores. Small layers are faster with 1
     config.tf32 = True  # a GPU may compute float32 products with 10 bits of mantissa (TF32)
     config.resident_megabytes = 4096  # training data up to this size are kept on the device
-    # float32, mixed_bfloat16, mixed_float16: of the large products while training. Weights and
-    # bounds are float32, and so is all that is done with a trained model.
+    # float32, mixed_bfloat16, mixed_float16: precision of the large products during training.
+    # Weights and bounds are always float32, and so is everything outside training.
     config.precision = "float32"
     config.guard = {
-        "enabled": True,  # skip steps whose loss or gradient is no number
-        "patience": 20,  # skipped steps in a row before training goes back to its last checkpoint
-        "rollbacks": 3,  # times it may, before it stops
-        "factor": 0.5,  # of both learning rates, at each rollback
+        "enabled": True,  # skip steps whose loss or gradient is not finite
+        "patience": 20,  # consecutive skipped steps before a rollback to the last checkpoint
+        "rollbacks": 3,  # most rollbacks before training stops
+        "factor": 0.5,  # by which each rollback multiplies both learning rates
     }
     config.log_every = 500  # steps; also the length of a line of the progress bar
     config.checkpoint_every = 1000  # steps, a multiple of log_every
     config.keep_checkpoints = 3
     config.figures_every = 5000  # steps, a multiple of log_every; 0: only at the end
-    config.profile_steps = ()  # (first, last) to profile, for TensorBoard
+    config.profile_steps = ()  # (first, last) to profile for TensorBoard
     config.eval = {
         "split": "test",
-        "budget": "standard",  # quick, standard, paper (`BUDGETS`): all that is -1 below
-        "examples": 0,  # of the split, for the bound; 0: all
-        "posteriors": 300,  # examples whose posterior is compared with the exact one, latent_dim 2
-        "grid": 400,  # points along each side of the quadrature, latent_dim 2
-        "subset": -1,  # examples, the first so many, with importance sampling and AIS; 0: none
-        "repeats": -1,  # of 5000 importance samples
-        "ais": {  # annealed importance sampling; with two latents only where it is set
-            "temperatures": -1,  # 0: none
+        "budget": "standard",  # quick, standard, paper (`BUDGETS`): replaces each -1 below
+        "examples": 0,  # number for the bound, the first of the split; 0: all
+        "posteriors": 300,  # latent_dim 2 only: posteriors that are compared with the exact ones
+        "grid": 400,  # latent_dim 2 only: points along each side of the quadrature
+        "subset": -1,  # number for importance sampling and AIS, the first of the split; 0: none
+        "repeats": -1,  # of 5000 importance samples each
+        "ais": {  # annealed importance sampling; with latent_dim 2 only if it is set
+            "temperatures": -1,  # 0: no AIS
             "chains": -1,
             "leapfrog_steps": -1,
         },
-        "simulated": -1,  # examples drawn from the model, for AIS from both sides; 0: none
-        "gap": -1,  # examples whose inference gap is split; 0: none
+        "simulated": -1,  # examples drawn from the model, for bidirectional AIS; 0: none
+        "gap": -1,  # examples to split the inference gap of; 0: none
     }
     config.export = {
         "importance_samples": 256,  # z for each x in the signature log_likelihood
-        "max_batch": 1024,  # rows that a request may have
+        "max_batch": 1024,  # most rows in a request
         "version": 0,  # 0: one more than the newest
     }
     return config
 
 
-# Fields that the files of earlier versions lack, with the values that these had.
+# Fields that config files of earlier versions lack, with their values at the time.
 SINCE = {"tf32": True, "resident_megabytes": 4096}
-# What is expected, the test for it, and the fields. The limit is that of int32, and excludes inf.
+# Range in words, its test, and the fields. 2^31 is the limit of int32, and rules out inf.
 _RANGES = (
     (
         "above 0 and below 2^31",
@@ -156,7 +156,7 @@ _RANGES = (
     ),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("guard.factor",)),
     (
-        "2 or more and below 2^31",  # evaluation compares with half the grid
+        "2 or more and below 2^31",  # the evaluation compares with a grid of half the size
         lambda value: 2 <= value < 2**31,
         ("eval.grid",),
     ),
@@ -173,15 +173,17 @@ _CHOICES = {
 
 
 def template() -> ml_collections.ConfigDict:
-    """A config with the fields that all runs have, whatever their method."""
+    """A config with the fields that all methods share."""
     return default("vae")
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks values, of fields that are all there and of the right types.
+    """Checks the values of a run's config.
 
+    Args:
+      config: all fields present and of the right types.
     Raises:
-      UserError: the first field out of range.
+      UserError: a field is out of range.
     """
     for expected, fits, names in _RANGES:
         for name in names:
@@ -197,17 +199,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.model.{name} is {values}; expected whole numbers above 0")
     if not filters or len(strides) not in (0, len(filters)):
         raise UserError(
-            f"config.model.filters is {filters} and strides {strides}; expected filters, and as "
-            "many strides or none"
+            f"config.model.filters is {filters} and strides {strides}; expected at least one "
+            "filter, and as many strides or none"
         )
     profiled = config.profile_steps
     whole = all(type(n) is int for n in profiled)
     if profiled and not (whole and len(profiled) == 2 and 0 <= profiled[0] < profiled[1]):
         raise UserError(
-            f"config.profile_steps is {profiled}; expected nothing, or the first and the last step"
+            f"config.profile_steps is {profiled}; expected (), or the first and the last step"
         )
     for name in ("checkpoint_every", "figures_every"):
-        # Both happen where a logging period ends, and a resumed run starts where one begins.
+        # Both run at the end of a logging period, and a resumed run starts at such an end.
         if config[name] % min(config.log_every, config.steps) and config[name] < config.steps:
             raise UserError(
                 f"config.{name} is {config[name]}; expected a multiple of config.log_every, "
@@ -221,7 +223,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def sizes(settings: ml_collections.ConfigDict) -> dict[str, int]:
-    """The sizes in `config.eval`, by names as in `BUDGETS`: its own, or else its budget's."""
+    """The sizes of an evaluation, named as in `BUDGETS`; the budget's value replaces each -1.
+
+    Args:
+      settings: `config.eval`.
+    """
     budget = BUDGETS[settings.budget]
     own = {name: _get(settings, name) for name in budget}
     return {name: size if own[name] == -1 else own[name] for name, size in budget.items()}

@@ -1,4 +1,4 @@
-"""Everything that happens to long jobs, done to short ones: a table of trials and losses.
+"""Injects the faults of long jobs into short ones; prints a table of trials and losses.
 
   python -m tests.campaigns.faults [--kills=20] [--terms=6] [--workers=5] [--damages=10]
     [--steps=20000] [--evaluations=200]
@@ -69,7 +69,7 @@ def pair(workdir, *flags, **job):
 
 
 def lost_workers(folder, whole, count, chance):
-    """One of two workers is killed, and the job started again; at last it comes to its end."""
+    """Kills one of two workers and restarts the job until it finishes."""
     workdir = folder / "pair"
     for trial in range(count):
         yield from lost_worker(workdir, trial % 2, chance)
@@ -77,7 +77,7 @@ def lost_workers(folder, whole, count, chance):
 
 
 def terminated_workers(folder, whole, count, chance):
-    """One of two workers is told to leave; both do, and what they saved is gone on from."""
+    """Terminates one of two workers; both exit, and the job resumes from their checkpoint."""
     workdir = folder / "terminated_pair"
     for trial in range(count):
         workers = pair(workdir)
@@ -98,7 +98,7 @@ def _pair_completed(workdir, whole):
 
 
 def lost_worker(workdir, victim, chance, **job):
-    """The worker of this index is killed, the chief's being 0; the other tells, and leaves."""
+    """Kills the worker of this index (0: the chief); the other reports it and exits."""
     workers = pair(workdir, **job)
     other = workers[1 - victim]
     if not jobs.disturb(workers[victim], "step", signal.SIGKILL, chance):
@@ -115,12 +115,12 @@ def lost_worker(workdir, victim, chance, **job):
 
 
 def _told(error):
-    """The lines that are the program's own; the runtime has some about lost workers too."""
+    """The program's own lines, without those of the runtime about lost workers."""
     return [line for line in error.splitlines() if line.startswith("avb-tf: ")]
 
 
 def free_ports(count):
-    """Ports that nobody listens on."""
+    """Unused ports."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -155,14 +155,14 @@ DAMAGES = {
 
 
 def damaged(folder, whole, kinds, chance):
-    """The newest checkpoint is damaged; the one before takes its place."""
+    """Damages the newest checkpoint; the run must use the one before."""
     for trial, kind in enumerate(kinds):
         workdir = shutil.copytree(whole, folder / f"damaged_{trial}")
         files = sorted((workdir / checkpoints.DIRECTORY).glob("*.keras"))
         DAMAGES[kind](files[-1], chance)
         model = checkpoints.load(workdir)
         before = int(model.step.value) == checkpoints.step_of(files[-2])
-        # A flipped bit may lie where zip keeps what nobody reads, such as a date.
+        # A flipped bit may hit a field that zip does not check, such as a date.
         unread = kind == "a flipped bit" and all(
             np.array_equal(a, b)
             for a, b in zip(
@@ -183,20 +183,20 @@ PLACES = {
 
 
 def full_disks(folder, whole, places, mounted, **job):
-    """No space left, on a small tmpfs or by a quota on files; with space it goes on."""
+    """Fills the disk, a small tmpfs or a quota on files; the run resumes once there is space."""
     for place in places:
         flags, space, quota = PLACES[place]
         workdir = shutil.copytree(whole, folder / f"full_disk_{list(PLACES).index(place)}")
         for checkpoint in sorted((workdir / checkpoints.DIRECTORY).glob("*.keras"))[1:]:
-            if place != "export":  # so that there is something left to train
+            if place != "export":  # so that there is steps left to train
                 checkpoint.unlink()
         disk = workdir / place
         if mounted:
             _mount(disk, space)
-        # A quota would hold for a file of what is printed too.
+        # A quota would also apply to the file with the output.
         run = Job(workdir, *flags, output=Path(os.devnull), **job)
         if not mounted:
-            # After a checkpoint it is the logs that are written next.
+            # After a checkpoint the logs are written next.
             if place == "logs" and not run.wait_for(lambda run=run: jobs.has_saved(run)):
                 yield f"{place}: no checkpoint, {run.finish()[1][-300:]}"
                 continue
@@ -219,7 +219,7 @@ def full_disks(folder, whole, places, mounted, **job):
 
 
 def _mount(disk, space):
-    """Puts a small disk there, with the checkpoints that are there."""
+    """Mounts a small disk with the existing checkpoints on it."""
     disk.mkdir(exist_ok=True)
     kept = {file: file.read_bytes() for file in disk.glob("*.keras")}
     size = space + sum(map(len, kept.values()))
@@ -238,7 +238,7 @@ def _grown(megabytes):
 
 
 def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0):
-    """Yields (what, trials, losses, what else there is to say)."""
+    """Yields (kind of fault, trials, losses, note)."""
     chance, whole = random.Random(seed), folder / "whole"
     status, error = Job(whole).finish()
     assert status == 0, error
@@ -248,12 +248,12 @@ def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0)
     )
     chance.shuffle(in_training)
     moments = in_training + ["evaluation"] * (kills - len(in_training))
-    found = list(disturbed(folder, whole, [(signal.SIGKILL, m) for m in moments], chance))
-    yield "SIGKILL of one run", kills, found, _counted(moments)
+    lost = list(disturbed(folder, whole, [(signal.SIGKILL, m) for m in moments], chance))
+    yield "SIGKILL of one run", kills, lost, _counted(moments)
 
     moments = list(itertools.islice(itertools.cycle(("compile", "step", "save")), terms))
-    found = list(disturbed(folder, whole, [(signal.SIGTERM, m) for m in moments], chance))
-    yield "SIGTERM of one run", terms, found, _counted(moments)
+    lost = list(disturbed(folder, whole, [(signal.SIGTERM, m) for m in moments], chance))
+    yield "SIGTERM of one run", terms, lost, _counted(moments)
 
     whole_pair = folder / "whole_pair"
     for job in pair(whole_pair):
@@ -263,18 +263,18 @@ def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0)
         ("SIGKILL", lost_workers, workers),
         ("SIGTERM", terminated_workers, 2),
     ):
-        found = list(harm(folder, whole_pair, count, chance))
+        lost = list(harm(folder, whole_pair, count, chance))
         victims = _counted(["other" if trial % 2 else "chief" for trial in range(count)])
-        yield f"{sent} of a worker of two", count, found, victims
+        yield f"{sent} of a worker of two", count, lost, victims
 
     kinds = list(itertools.islice(itertools.cycle(DAMAGES), damages))
-    found = list(damaged(folder, whole, kinds, chance))
-    yield "damaged checkpoint", damages, found, _counted(kinds)
+    lost = list(damaged(folder, whole, kinds, chance))
+    yield "damaged checkpoint", damages, lost, _counted(kinds)
 
     for mounted in (False, True)[: 1 + (os.geteuid() == 0)]:
-        found = list(full_disks(folder, whole, PLACES, mounted))
+        lost = list(full_disks(folder, whole, PLACES, mounted))
         what = "disk full, a small tmpfs" if mounted else "disk full, by a quota"
-        yield what, len(PLACES), found, _counted(list(PLACES))
+        yield what, len(PLACES), lost, _counted(list(PLACES))
 
     megabytes = memory.of_training(folder, steps)
     yield (
@@ -306,9 +306,9 @@ def main():
     total = 0
     with tempfile.TemporaryDirectory() as folder:
         print(f"{'what':28} {'trials':>6} {'losses':>6}")
-        for what, trials, found, note in campaign(Path(folder), **vars(options)):
-            print(f"{what:28} {trials:6} {len(found):6}  {'; '.join([note, *found])}", flush=True)
-            total += len(found)
+        for what, trials, lost, note in campaign(Path(folder), **vars(options)):
+            print(f"{what:28} {trials:6} {len(lost):6}  {'; '.join([note, *lost])}", flush=True)
+            total += len(lost)
     raise SystemExit(bool(total))
 
 

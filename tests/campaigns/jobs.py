@@ -1,4 +1,4 @@
-"""Short runs as processes: waited for, disturbed, and compared with undisturbed ones."""
+"""Runs short jobs as processes, disturbs them, and compares them with undisturbed ones."""
 
 import json
 import os
@@ -60,7 +60,7 @@ class Job:
         return text in self.output.read_text(errors="replace")
 
     def wait_for(self, condition, seconds=300):
-        """Until `condition()`; False where the process ends before, or nothing happens."""
+        """Waits for `condition()`; False if the process ends first or the time is up."""
         end = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < end:
             if condition():
@@ -80,9 +80,9 @@ def has_saved(job):
 
 
 def saved_when_told(job):
-    """Whether there is a checkpoint from after the signal."""
+    """Whether there is a checkpoint that is newer than the signal."""
     files = (job.workdir / checkpoints.DIRECTORY).glob("*.keras")
-    # The clock of files has steps of some milliseconds.
+    # File times have a resolution of a few milliseconds.
     return any(file.stat().st_mtime > job.told - 0.01 for file in files)
 
 
@@ -100,11 +100,11 @@ def _trained(job):
 
 
 def disturb(job, moment, sent, chance):
-    """Sends the signal at a random instant of the moment; whether it met the job there."""
+    """Sends the signal at a random time within the moment; whether the job was still in it."""
     seen, seconds = MOMENTS[moment]
     while job.wait_for(lambda: seen(job)):
         time.sleep(chance.uniform(0.0, seconds))
-        if seen(job):  # a save may be over; then the next is waited for
+        if seen(job):  # the save may be over; then wait for the next
             met = job.process.poll() is None and (moment == "evaluation") == _trained(job)
             job.told = time.time()
             job.process.send_signal(sent)
@@ -113,26 +113,26 @@ def disturb(job, moment, sent, chance):
 
 
 def variables(model):
-    """All that a checkpoint holds, as arrays."""
+    """The content of a checkpoint as arrays."""
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
-    found = model.weights + [v for o in optimizers for v in o.variables]
-    return [v.numpy() for v in found]
+    state = model.weights + [v for o in optimizers for v in o.variables]
+    return [v.numpy() for v in state]
 
 
 def losses(workdir, whole):
-    """What of a finished run is not as in the undisturbed one, in words."""
-    expected, found = (variables(checkpoints.load(folder)) for folder in (whole, workdir))
-    if not all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True)):
-        differences = [np.abs(a - b).max() for a, b in zip(expected, found, strict=True)]
+    """Differences of a finished run from the undisturbed one, in words."""
+    expected, actual = (variables(checkpoints.load(folder)) for folder in (whole, workdir))
+    if not all(np.array_equal(a, b) for a, b in zip(expected, actual, strict=True)):
+        differences = [np.abs(a - b).max() for a, b in zip(expected, actual, strict=True)]
         yield f"weights differ by {max(differences):.2g}"
-    # Whatever was left half-written has a name of its own.
+    # Partial files have names of their own.
     if differing := _names(workdir) ^ _names(whole):
         yield f"{', '.join(sorted(differing))} in one of them alone"
     (train, validation), (own_train, own_validation) = (
         [_logged(folder / "logs" / side) for side in ("train", "validation")]
         for folder in (whole, workdir)
     )
-    # The means over an epoch begin anew where a run goes on within it.
+    # A run that resumes within an epoch restarts the epoch's means.
     if train.keys() != own_train.keys() or validation != own_validation:
         yield "logs differ"
     if _means(workdir) != _means(whole):
@@ -145,12 +145,12 @@ def _names(workdir):
 
 
 def _logged(directory):
-    """Step -> ELBO; a step that was done twice counts once."""
+    """Step -> ELBO; a repeated step counts once."""
     events = EventAccumulator(str(directory), {"tensors": 0}).Reload()
-    found = events.Tensors("elbo") if "elbo" in events.Tags()["tensors"] else []
-    return {event.step: float(make_ndarray(event.tensor_proto)) for event in found}
+    logged = events.Tensors("elbo") if "elbo" in events.Tags()["tensors"] else []
+    return {event.step: float(make_ndarray(event.tensor_proto)) for event in logged}
 
 
 def _means(workdir):
-    found = json.loads((workdir / "results.json").read_text())["estimates"]
-    return {name: estimate["mean"] for name, estimate in found.items()}
+    estimates = json.loads((workdir / "results.json").read_text())["estimates"]
+    return {name: estimate["mean"] for name, estimate in estimates.items()}

@@ -15,15 +15,15 @@ from avb_tf.data import pipeline
 from avb_tf.likelihood_estimation import estimates
 from tests.campaigns import jobs
 
-GROWTH = 1.05  # that is allowed after the warm-up, a tenth of the whole
+GROWTH = 1.05  # allowed after the warm-up, the first tenth
 
 
 def resident(process="self"):
-    """MB that the process of this id holds in memory."""
+    """Resident memory of a process in MB."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
-    return 0.0  # it is at its end
+    return 0.0  # the process has ended
 
 
 def of_training(folder, steps):
@@ -33,27 +33,27 @@ def of_training(folder, steps):
         "steps": steps, "log_every": every // 4, "checkpoint_every": every, "figures_every": 0
     }  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in flags.items()]
-    job, found = jobs.Job(folder / "long", *flags, "--mode=train"), {}
+    job, megabytes = jobs.Job(folder / "long", *flags, "--mode=train"), {}
 
     def over():
         step = checkpoints.newest_step(job.workdir)
-        if step > 0 and step not in found:
-            found[step] = resident(job.process.pid)
+        if step > 0 and step not in megabytes:
+            megabytes[step] = resident(job.process.pid)
         return step >= steps
 
     job.wait_for(over, seconds=1200)
     status, error = job.finish()
     assert status == 0, error
-    return found[every], max(found.values())
+    return megabytes[every], max(megabytes.values())
 
 
 def of_evaluations(workdir, count):
     """MB after a tenth of the evaluations, and at their end."""
     command = [sys.executable, "-m", "tests.campaigns.memory", str(workdir), str(count)]
     done = subprocess.run(command, cwd=jobs.ROOT, capture_output=True, text=True, check=True)
-    found = [float(line) for line in done.stdout.split("\n") if line.startswith("  ")]
-    assert len(found) == count
-    return found[count // 10 - 1], max(found[count // 10 :])
+    megabytes = [float(line) for line in done.stdout.split("\n") if line.startswith("  ")]
+    assert len(megabytes) == count
+    return megabytes[count // 10 - 1], max(megabytes[count // 10 :])
 
 
 def main(workdir, count):

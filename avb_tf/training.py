@@ -1,0 +1,169 @@
+"""Keras's methods on data, for a model that has its own training and test step.
+
+They check what they are given, keep examples on the device and call the graphs of `loops`.
+"""
+
+import inspect
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from avb_tf import epochs, loops
+from avb_tf.data import checks, pipeline, resident
+from avb_tf.data.source import Split, array_split
+from avb_tf.errors import UserError
+from avb_tf.likelihoods import Likelihood
+
+
+class Trained(keras.Model):
+    """A Keras model of x alone: labels are ignored, weights of examples are not.
+
+    Subclasses set `event_shape`, `likelihood`, `seed` and the counter `step`.
+    """
+
+    event_shape: tuple[int, ...]
+    likelihood: Likelihood
+    seed: int
+    step: Any  # a counter
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.training_calls, self.test_calls = loops.Calls(), loops.Calls()
+        self.resident: resident.Resident | None = None  # the examples that `fit` keeps on devices
+        self.resident_megabytes: float = resident.MEGABYTES  # that these may take
+
+    def checked(self, x: Any, place: str = "x") -> np.ndarray:
+        """The array of x, once it fits the model.
+
+        Raises:
+          UserError: x has another shape, type or range, or holds NaN.
+        """
+        return checks.examples(x, self.event_shape, place, self.likelihood.unit)
+
+    def fit(self, x=None, *args, **kwargs):
+        """As `keras.Model.fit`; x may also be a `data.Split`, and labels y are ignored.
+
+        `sample_weight` weighs the terms of the bound and the adversary's loss alike: a step of
+        weights [2, 1] has the gradient of one that sees the first example twice. As in Keras, the
+        sum over a batch is divided by its size.
+
+        An array or a split of at most `resident_megabytes` is copied to the device once, and
+        a call of the graph, `steps_per_execution` steps, gathers its batches there. Their order is
+        a function of `seed` and the step, so that a resumed run goes on with the batches of the
+        uninterrupted one. Batches are full and run on across epochs.
+        """
+        arguments = inspect.signature(keras.Model.fit).bind(self, x, *args, **kwargs).arguments
+        del arguments["self"]
+        _refuse_class_weight(arguments)
+        arguments["x"] = checks.inputs(x, self.checked)
+        if isinstance(held_out := arguments.get("validation_data"), (tuple, list)):
+            x_held_out = checks.inputs(held_out[0], lambda x: self.checked(x, "validation_data"))
+            arguments["validation_data"] = (x_held_out, *held_out[1:])
+        before, self.resident = self.resident, None
+        if isinstance(arguments["x"], (np.ndarray, Split)):
+            arguments = self._put(arguments)
+        elif isinstance(x, tf.data.Dataset):
+            arguments["shuffle"] = False  # Keras would warn that it does not
+        if isinstance(callbacks := arguments.get("callbacks") or [], keras.callbacks.Callback):
+            callbacks = [callbacks]
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            arguments["callbacks"] = [*callbacks, epochs.Rates(), epochs.Skipped()]
+        self.training_calls.begin(arguments.get("steps_per_epoch"))
+        self.test_calls.begin(arguments.get("validation_steps"))
+        if resident.traced(before) != resident.traced(self.resident):
+            self.train_function = None
+        try:
+            return super().fit(**arguments)
+        finally:
+            if self.resident is not None:  # the examples themselves need not be kept
+                self.resident = self.resident._replace(rows=None, calls=None)
+
+    def _put(self, arguments):
+        """The arguments of `fit` with batches in place of an array or a split."""
+        x, validation_split = arguments.pop("x"), arguments.pop("validation_split", 0.0)
+        weights = arguments.pop("sample_weight", None)
+        arguments.pop("y", None)
+        if not isinstance(x, Split):
+            weights = None if weights is None else checks.weights(weights, len(x))
+            if validation_split and arguments.get("validation_data") is None:
+                size = int(len(x) * (1.0 - validation_split))
+                x, held_out = x[:size], x[size:]
+                arguments["validation_data"] = (held_out,)
+                if weights is not None:
+                    arguments["validation_data"] += (None, weights[size:])
+                    weights = weights[:size]
+            x = array_split(x, weights=weights)
+        elif weights is not None:
+            raise UserError("sample_weight goes with an array x; expected none with a Split")
+        batch_size = min(arguments.pop("batch_size", None) or 32, x.size)
+        steps = arguments.pop("steps_per_epoch", None) or -(-x.size // batch_size)
+        order = {
+            "seed": self.seed,
+            "first_step": int(self.step.numpy()),
+            "shuffle": arguments.pop("shuffle", True),
+        }
+        strategy = self.distribute_strategy
+        if resident.fits(x, self.resident_megabytes):
+            self.resident = resident.put(
+                x, strategy, batch_size, **order, steps_per_epoch=steps,
+                steps_per_call=self.steps_per_execution,
+            )  # fmt: skip
+            batches = self.resident.calls
+        else:
+            batches = strategy.distribute_datasets_from_function(
+                lambda context: pipeline.training_batches(x, batch_size, **order, context=context)
+            )
+        return arguments | {"x": batches, "steps_per_epoch": steps, "shuffle": False}
+
+    def make_train_function(self, force=False):
+        """The graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
+        if self.train_function is None or force:
+            make = loops.of_stream if self.resident is None else loops.of_resident
+            self.train_function = make(self, self.train_step)
+        return self.train_function
+
+    def make_test_function(self, force=False):
+        """The graph that `evaluate` calls: as that of `fit`, but that the data may end within."""
+        if self.test_function is None or force:
+            self.test_function = loops.of_finite(self, self.test_step)
+        return self.test_function
+
+    def evaluate(self, x=None, *args, **kwargs):
+        """As `keras.Model.evaluate`: the bound, its terms and the adversary's state, in nats."""
+        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has looked at these
+            x = checks.inputs(x, self.checked)
+            arguments = inspect.signature(keras.Model.evaluate).bind(self, x, *args, **kwargs)
+            self.test_calls.begin(arguments.arguments.get("steps"))
+        return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        """As `keras.Model.predict`: reconstructions."""
+        return super().predict(checks.inputs(x, self.checked), *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """As `keras.Model.train_on_batch`; y is ignored."""
+        del y
+        _refuse_class_weight({"class_weight": class_weight})
+        if self.resident is not None:  # then the graph is one for examples on the device
+            self.resident = self.train_function = None
+        return super().train_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+        """As `keras.Model.test_on_batch`; y is ignored."""
+        del y
+        return super().test_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
+
+    def predict_on_batch(self, x):
+        """As `keras.Model.predict_on_batch`: reconstructions."""
+        return super().predict_on_batch(self.checked(x))
+
+    def _batch(self, x, sample_weight):
+        x = self.checked(x)
+        return x, None, None if sample_weight is None else checks.weights(sample_weight, len(x))
+
+
+def _refuse_class_weight(arguments):
+    if arguments.pop("class_weight", None) is not None:
+        raise UserError("class_weight has no use without classes; pass sample_weight instead")
