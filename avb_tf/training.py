@@ -82,7 +82,8 @@ class Trained(keras.Model):
 
     def _put(self, arguments):
         """The arguments of `fit` with batches in place of an array or a split."""
-        x, validation_split = arguments.pop("x"), arguments.pop("validation_split", 0.0)
+        data, validation_split = arguments.pop("x"), arguments.pop("validation_split", 0.0)
+        x = data
         weights = arguments.pop("sample_weight", None)
         arguments.pop("y", None)
         if not isinstance(x, Split):
@@ -97,7 +98,9 @@ class Trained(keras.Model):
             x = array_split(x, weights=weights)
         elif weights is not None:
             raise UserError("sample_weight goes with an array x; expected none with a Split")
-        batch_size = min(arguments.pop("batch_size", None) or 32, x.size)
+        batch_size = arguments.pop("batch_size", None) or 32
+        if not isinstance(data, Split):  # as in Keras; a split's batches may repeat its examples
+            batch_size = min(batch_size, x.size)
         steps = arguments.pop("steps_per_epoch", None) or -(-x.size // batch_size)
         order = {
             "seed": self.seed,

@@ -79,6 +79,15 @@ def test_data_on_the_device_are_those_of_a_stream(steps_per_call):
     assert_equal(on_device, fitted(model, split, 1))
 
 
+def test_a_batch_may_be_larger_than_the_split():
+    split = array_split(X[:3])
+    stream = pipeline.training_batches(split, 8, 0, 0)
+    assert_equal(
+        fitted(model_of("avb_ac"), split, 4),
+        fitted(model_of("avb_ac"), stream, 1, shuffle=False),
+    )
+
+
 def test_compiled_data_on_the_device_are_those_of_a_stream():
     stream = pipeline.training_batches(array_split(X), 8, 0, 0)
     on_device = fitted(model_of("avb_flow", compiled=True), X, 6)

@@ -25,14 +25,14 @@ def kernels(function: Callable[[], object]) -> dict[str, tuple[int, float]]:
 
     A kind is a kernel's name without its number. Empty where there is no GPU.
     """
-    from tensorflow.tsl.profiler.protobuf import xplane_pb2  # pyright: ignore
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     function()
     with tempfile.TemporaryDirectory() as directory:
         with tf.profiler.experimental.Profile(directory):
             function()
             tf.test.experimental.sync_devices()
-        space = xplane_pb2.XSpace()
+        space = xplane_pb2.XSpace()  # pyright: ignore[reportAttributeAccessIssue]
         for file in Path(directory).rglob("*.xplane.pb"):
             space.MergeFromString(file.read_bytes())
     counts, picoseconds = Counter(), Counter()

@@ -263,8 +263,8 @@ def _fitting(model: AVB, x, count: int) -> Callable[[], object]:
     model.resident = resident.put(
         split, tf.distribute.get_strategy(), len(x), 0, 0, False, count, count
     )
-    calls = iter(model.resident.calls)
-    return lambda: model.train_function(calls)
+    calls, train_function = iter(model.resident.calls), model.make_train_function()
+    return lambda: train_function(calls)
 
 
 def _repeated(step: Callable[[], object], count: int, model: AVB) -> Callable[[], object]:

@@ -134,7 +134,7 @@ def classified(q: np.ndarray, p: np.ndarray, chains: int, seed: int = 0) -> floa
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # it stops after 40 passes
             classifier.fit(inputs[mask], y[mask])
-        right = np.equal(classifier.predict(inputs[~mask]), y[~mask])
+        right = np.asarray(classifier.predict(inputs[~mask])) == y[~mask]
         sides = [right[y[~mask] == side].mean() for side in (0, 1)]
         accuracies.append(np.mean(sides))
     return float(max(0.0, 2.0 * max(accuracies) - 1.0))
