@@ -130,7 +130,8 @@ class AVB(Restorable, Trained):
 
     def _create_weights(self):
         """Runs every part once to create all weights, and checks the shapes of the outputs."""
-        samples, batch = self.encoder.latent_dim + 1, 2
+        # A fitted posterior, without a prior, is that of a single x.
+        samples, batch = self.encoder.latent_dim + 1, 2 if self.prior is not None else 1
         x = tf.zeros([batch, *self.event_shape])
         noise = tf.zeros([samples, batch, self.encoder.noise_dim])
         for training in (False, True):

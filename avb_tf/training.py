@@ -120,6 +120,9 @@ class Trained(keras.Model):
             )
         return arguments | {"x": batches, "steps_per_epoch": steps, "shuffle": False}
 
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Nothing: all weights exist, and Keras would average a batch of indices over replicas."""
+
     def make_train_function(self, force=False):
         """The graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
         if self.train_function is None or force:

@@ -15,7 +15,7 @@ import scipy.stats
 import tensorflow as tf
 
 import avb_tf
-from avb_tf import command_line
+from avb_tf import command_line, proposal
 from avb_tf.errors import UserError
 from avb_tf.serving import check, layout
 from avb_tf.serving.saved_model import RunError, SavedModel
@@ -91,7 +91,7 @@ def by_keras(model, name):
         seeds = [tf.constant([seed, stream], tf.int64) for seed in INPUTS["seed"]]
         return np.stack([tf.random.stateless_normal([size], seed, alg="philox") for seed in seeds])
 
-    moments = q(X, points(256, noise_dim))
+    moments = q(X, points(proposal.POINTS, noise_dim))
     z = q(X, noise(0, noise_dim)[None]).z[0]
     terms = model.terms(tf.constant(X), points(64, noise_dim))
     if name == "log_likelihood":
@@ -110,7 +110,7 @@ def importance_weighted(model, moments):
     """log p(x) with scipy's densities."""
     latent = model.encoder.latent_dim
     if moments.log_prob is None:
-        scale = 1.2 * np.asarray(moments.scale_tril)
+        scale = proposal.WIDENING * np.asarray(moments.scale_tril)
         z = np.asarray(moments.mean) + np.einsum("bij,sbj->sbi", scale, points(K, latent))
         log_q = np.stack([
             scipy.stats.multivariate_normal(m, s @ s.T, allow_singular=True).logpdf(z[:, i])

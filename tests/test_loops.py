@@ -89,9 +89,12 @@ def test_a_batch_may_be_larger_than_the_split():
 
 
 def test_compiled_data_on_the_device_are_those_of_a_stream():
+    # XLA fuses the decoding of bytes with the step, which rounds otherwise.
     stream = pipeline.training_batches(array_split(X), 8, 0, 0)
     on_device = fitted(model_of("avb_flow", compiled=True), X, 6)
-    assert_equal(on_device, fitted(model_of("avb_flow", compiled=True), stream, 3, shuffle=False))
+    streamed = fitted(model_of("avb_flow", compiled=True), stream, 3, shuffle=False)
+    for one, other in zip(on_device, streamed, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_step_is_the_step():
@@ -108,11 +111,11 @@ def test_a_compiled_step_is_the_step():
 
 
 def test_a_compiled_loop_skips_a_step_that_is_not_finite():
-    x = X / np.float32(255)
-    x[3] = np.nan
     model = model_of("avb_ac", compiled=True)
+    model.decoder.weights[0].assign(np.full(model.decoder.weights[0].shape, np.nan))
     before = state(model)
-    fitted(model, x[:8], 6)  # in every batch
+    with pytest.warns(UserWarning):
+        fitted(model, X, 6)
     names = [v.path for v in model.weights]
     for name, old, new in zip(names, before, state(model)[: len(names)], strict=True):
         if name.endswith(("/step", "/skipped", "/skipped_in_a_row")):

@@ -212,7 +212,7 @@ def test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers(
     values = {name.split(" ")[0]: value for name, value in one.items() if name[0] != "m"}
     metrics = {name: value for name, value in one.items() if name.startswith("metric")}
     assert len(values) > 100
-    assert len(metrics) == 10
+    assert len(metrics) == 12
     for other in others:
         for name, value in other.items():
             if name.startswith("metric"):
