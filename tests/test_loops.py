@@ -116,7 +116,7 @@ def test_a_compiled_loop_skips_a_step_that_is_not_finite():
     before = state(model)
     fitted(model, X, 6)
     names = [v.path for v in model.weights]
-    for name, old, new in zip(names, before, state(model)[: len(names)], strict=True):
+    for name, old, new in zip(names, before, state(model), strict=False):  # weights come first
         if name.endswith(("/step", "/skipped", "/skipped_in_a_row")):
             assert new == 12
         else:
