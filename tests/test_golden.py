@@ -80,4 +80,8 @@ def test_a_run_is_resumed_and_evaluated_to_the_same_end(release, tmp_path):
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
 def test_a_posterior_gives_the_same_values(release):
     fit = avb_tf.load_posterior(release / "posterior")
-    assert_close(artefacts.of_posterior(fit), recorded(release, "posterior"), 1e-4)
+    values, then = artefacts.of_posterior(fit), recorded(release, "posterior")
+    # 0.1.0 took it from importance weights, whose error nobody knew; a bridge needs a fit's chains.
+    assert np.isnan(values.pop("log_evidence"))
+    assert np.isfinite(then.pop("log_evidence"))
+    assert_close(values, then, 1e-4)
