@@ -1,4 +1,4 @@
-"""What `fit` does at the ends of epochs, whoever else is called there."""
+"""Callbacks that every `fit` adds to the user's own."""
 
 import keras
 from absl import logging

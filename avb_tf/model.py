@@ -21,7 +21,7 @@ from avb_tf.likelihoods import LIKELIHOODS, Likelihood, log_likelihood
 from avb_tf.networks import Adversary, Restorable
 from avb_tf.training import Trained
 
-# Saved models may hold any of our parts and schedules: whoever loads one has them registered.
+# Imported so that Keras has registered every class that a saved model may hold.
 __all__ = ["AVB", "auxiliary", "flows", "schedules"]
 
 # Streams of randomness within a step. Noises come in pairs; further dual steps go on from _TRAIN.
@@ -52,7 +52,7 @@ class AVB(Restorable, Trained):
       kl_annealing_steps: steps over which the weight of the KL rises from 0 to 1.
       ema_decay: averages the weights of encoder and decoder over about 1 / (1 - decay) steps, for
         everything but training; 0 does without.
-      skip_non_finite: whether a step is left out whose loss or gradient is no number. `skipped`
+      skip_non_finite: whether to skip a step with a non-finite loss or gradient. `skipped`
         counts these.
       seed: of all noise drawn in training.
       prior: p(z) is the standard normal; without one the likelihood is taken for log p(x, z).

@@ -242,7 +242,7 @@ def rows(draw: Callable[..., tf.Tensor], shape, seed, axis: int) -> tf.Tensor:
 
 def all_finite(*tensors: tf.Tensor) -> tf.Tensor:
     """In a replica: whether there is no inf and no nan in the tensors of any replica, a boolean."""
-    # One number tells of all: a sum that holds an inf or a nan is one, and stays one.
+    # One scalar suffices: any inf or NaN makes the sum non-finite on every replica.
     total = tf.add_n([tf.nn.l2_loss(tf.cast(t, tf.float32)) for t in tensors])
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync > 1:
