@@ -16,6 +16,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from avb_tf import checkpoints
 
 ROOT = Path(__file__).parents[2]
+MAIN = (str(ROOT / "main.py"),)
 STEPS, PERIOD = 400, 20
 FLAGS = [
     f"--config.steps={STEPS}", f"--config.log_every={PERIOD}",
@@ -37,9 +38,12 @@ class Job:
       method: of the digits' config.
       cluster: addresses of all workers, and `task`, the index of this one.
       output: what is printed goes there, beside the workdir unless it is given.
+      program: what Python runs, the arguments before the flags.
     """
 
-    def __init__(self, workdir, *flags, method="avb_ac", cluster=(), task=0, output=None):
+    def __init__(
+        self, workdir, *flags, method="avb_ac", cluster=(), task=0, output=None, program=MAIN
+    ):
         self.workdir, self.first = workdir, checkpoints.newest_step(workdir)
         self.output = output or workdir.with_name(f"{workdir.name}-{task}.txt")
         self.told = 0.0  # when the signal was sent
@@ -48,7 +52,7 @@ class Job:
             task = {"type": "worker", "index": task}
             environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": cluster}, "task": task})
         command = [
-            sys.executable, str(ROOT / "main.py"), f"--config={ROOT}/configs/digits.py:{method}",
+            sys.executable, *program, f"--config={ROOT}/configs/digits.py:{method}",
             f"--workdir={workdir}", *FLAGS, *flags,
         ]  # fmt: skip
         with self.output.open("wb") as printed:
