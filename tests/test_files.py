@@ -97,9 +97,12 @@ def test_a_lock_is_refused_to_others_and_ends_with_its_process(tmp_path):
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    with files.locked(lock), pytest.raises(UserError, match=f"process {os.getpid()} on"):
-        with files.locked(lock):
-            pass
+    with (
+        files.locked(lock),
+        pytest.raises(UserError, match=f"process {os.getpid()} on"),
+        files.locked(lock),
+    ):
+        pass
     with files.locked(lock):
         pass
 

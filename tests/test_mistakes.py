@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 import shutil
 
 import keras
 import numpy as np
 import pytest
 
-from avb_tf import command_line, configuration
+from avb_tf import command_line, configuration, files
+from avb_tf.commands import evaluate, train
 from avb_tf.settings import posterior
 from tests.commands import content, run, trained
 
@@ -184,6 +186,10 @@ WORKDIRS = {
     "--workdir=checkpoint_folder": "only damaged checkpoints",
     "--workdir=checkpoints_file": "checkpoints",
     "--workdir=other_model --mode=evaluate": "a Sequential",
+    "--workdir=changed --mode=evaluate": "remove the line sha256",
+    "--workdir=deep --mode=evaluate": "deep/config.json",
+    "--workdir=in_use": "in_use is in use by process",
+    "--workdir=in_use --mode=evaluate": "in_use is in use by process",
     "--workdir=wider": "step_000000020.keras cannot be loaded",
 }
 MODES = {
@@ -263,12 +269,17 @@ def root(tmp_path_factory):
         trained(root)
         _bad_configs(root)
         _bad_runs(root)
-        yield root
+        with (
+            files.locked(root / "in_use" / train.LOCK),
+            files.locked(root / "in_use" / evaluate.LOCK),
+        ):
+            yield root
 
 
 def _bad_configs(root):
     """Workdirs with only a config."""
     config = (root / "run/config.json").read_text()
+    unsigned = re.sub(r',\s*"sha256": "\w+"', "", config)
     without_width = json.loads(config)
     del without_width["model"]["width"]
     fit = posterior.config("configs/posteriors.py:banana")
@@ -287,7 +298,9 @@ def _bad_configs(root):
         "checkpoints_file": config,
         "checkpoint_folder": config,
         "other_model": config,
-        "wider": config.replace('"width": 16', '"width": 32'),
+        "changed": config.replace('"log_every": 10,', '"log_every": 20,'),
+        "deep": "[" * 100_000,
+        "wider": unsigned.replace('"width": 16', '"width": 32'),
     }.items():
         (root / name).mkdir()
         (root / name / "config.json").write_bytes(
@@ -308,6 +321,7 @@ def _bad_runs(root):
     shutil.copytree(root / "run/checkpoints", root / "wider/checkpoints")
     (root / "half_fitted/fit").mkdir()
     (root / "half_fitted/fit/fit.json").write_text("{")
+    shutil.copytree(root / "run", root / "in_use")
     shutil.copytree(root / "run", root / "exported")
     (root / "exported/export/7").mkdir(parents=True)
     shutil.copytree(root / "run", root / "blocked")

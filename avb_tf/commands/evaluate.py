@@ -17,7 +17,6 @@ from avb_tf.likelihood_estimation import estimates
 from avb_tf.likelihood_estimation.estimates import Estimate
 from avb_tf.settings import run
 
-
 LOCK = ".evaluate.lock"  # held in the workdir by the process that evaluates
 
 

@@ -63,9 +63,8 @@ def _resumed(config, workdir, strategy, model, source) -> AVB:
         print(f"{workdir}: at step {int(model.step.numpy())} of {config.steps}")
     if int(model.step.numpy()) >= config.steps:
         return model
-    if (
-        replicas.is_chief() and int(model.step.numpy()) == 0
-    ):  # for a rollback before the first checkpoint
+    if replicas.is_chief() and int(model.step.numpy()) == 0:
+        # For a rollback before the first checkpoint.
         checkpoints.save(model, workdir, config.keep_checkpoints)
 
     training = Training(config, workdir, strategy, model, source)

@@ -210,8 +210,8 @@ def load_posterior(path: Path | str) -> PosteriorFit:
       UserError: it is not a saved fit, or damaged.
     """
     path = Path(path)
-    files.verify(path)
     try:
+        files.verify(path)
         meta = json.loads((path / META).read_text())
         target = targets.load(path / MODEL)
         before = "z" in meta  # an earlier version kept it there

@@ -180,19 +180,19 @@ PLACES = {
     "logs": ((), 8_192, 64),
     "export": (("--mode=export",), 40_000, 40_000),
 }
-# Runs the command line, with a quota on files from the end of the first save: the logs are next.
-QUOTA_AFTER_SAVE = """
-import resource, sys
+# Runs the command line, and a statement at the end of the first save; the logs are written next.
+AFTER_SAVE = """
+import os, resource, shutil, subprocess, sys
 from avb_tf import checkpoints, command_line
 
-save, quota = checkpoints.save, int(sys.argv.pop(1))
+save, statement = checkpoints.save, sys.argv.pop(1)
 
-def save_and_limit(*arguments):
-    path = save(*arguments)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (quota, quota))
+def save_and_execute(model, workdir, keep):
+    path = save(model, workdir, keep)
+    exec(statement)
     return path
 
-checkpoints.save = save_and_limit
+checkpoints.save = save_and_execute
 command_line.main()
 """
 
@@ -208,9 +208,10 @@ def full_disks(folder, whole, places, mounted, **job):
         before = _checkpoints(workdir)
         disk = workdir / place
         if mounted:
-            _mount(disk, space)
+            mount(disk, space)
         limited = place == "logs" and not mounted
-        program = ("-c", QUOTA_AFTER_SAVE, str(quota)) if limited else jobs.MAIN
+        limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({quota}, {quota}))"
+        program = ("-c", AFTER_SAVE, limit) if limited else jobs.MAIN
         # A quota would also apply to the file with the output.
         run = Job(workdir, *flags, output=Path(os.devnull), program=program, **job)
         if not (mounted or limited):
@@ -231,7 +232,7 @@ def full_disks(folder, whole, places, mounted, **job):
         shutil.rmtree(workdir)
 
 
-def _mount(disk, space):
+def mount(disk, space):
     """Mounts a small disk with the existing checkpoints on it."""
     disk.mkdir(exist_ok=True)
     kept = {file: file.read_bytes() for file in disk.glob("*.keras")}
