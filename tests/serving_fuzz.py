@@ -2,7 +2,7 @@
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
@@ -47,19 +47,21 @@ def requests(draw, signatures):
     return name, inputs
 
 
-def check(model, examples, seed_and_database=lambda test: test):
+def check(model, examples, number=None):
     """Sends what hypothesis finds: each request is answered or refused, and the model goes on.
 
     Args:
       model: a `SavedModel`.
       examples: number of each kind.
-      seed_and_database: a decorator of hypothesis, for other examples than the usual ones.
+      number: seed of the examples; without it they are always the same.
     """
-    some = settings(max_examples=examples, deadline=None, derandomize=True)
-    if seed_and_database is not check.__defaults__[0]:
-        some = settings(some, derandomize=False, database=None)
+    some = settings(
+        max_examples=examples, deadline=None, derandomize=number is None, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    seeded = (lambda test: test) if number is None else seed(number)
 
-    @seed_and_database
+    @seeded
     @some
     @given(st.binary(max_size=200))
     def bytes_are_a_request_or_none(content):
@@ -70,13 +72,13 @@ def check(model, examples, seed_and_database=lambda test: test):
         for tensor in request.inputs.values():
             _converted(tensor)
 
-    @seed_and_database
+    @seeded
     @some
     @given(tensors())
     def a_tensor_is_an_array_or_refused(tensor):
         _converted(tensor)
 
-    @seed_and_database
+    @seeded
     @some
     @given(requests(model.signatures))
     def a_request_is_answered_or_refused(request):

@@ -140,7 +140,7 @@ def test_a_diverging_run_rolls_back_with_lower_rates_and_finally_stops(tmp_path,
     assert loaded.optimizer._learning_rate.start == pytest.approx(whole / 2)
 
     until["rollbacks"] = 99
-    with pytest.raises(UserError, match=r"diverged: .* 5 steps .* after 2 rollbacks"):
+    with pytest.raises(UserError, match=r"diverged: .* \d steps .* after 2 rollbacks"):
         train.train(config, tmp_path / "stops")
     left = checkpoints.load(tmp_path / "stops")
     assert int(left.step.value) == 30

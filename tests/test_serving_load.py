@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 
 def test_any_request_is_answered_or_refused(model):
-    serving_fuzz.check(model, 100)
+    serving_fuzz.check(model, 25)
 
 
 def test_no_error_no_wrong_answer_and_constant_memory(model):

@@ -145,7 +145,8 @@ def losses(workdir, whole, logged=True):
     if apart := difference(workdir, whole):
         yield f"weights differ by {apart:.2g}"
     # Partial files have names of their own.
-    if differing := _names(workdir) ^ _names(whole):
+    differing = _names(workdir) ^ _names(whole)
+    if differing := {name for name in differing if logged or not name.startswith("logs")}:
         yield f"{', '.join(sorted(differing))} in one of them alone"
     if logged:
         yield from _differing_logs(workdir, whole)
