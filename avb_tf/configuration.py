@@ -122,9 +122,7 @@ def save(config: ml_collections.ConfigDict, workdir: Path) -> None:
     check_same_run(config, workdir)
     try:
         files.make_directory(workdir)
-        plain = resolve(config)
-        content = json.dumps(plain | {_CHECKSUM: _checksum(plain)}, indent=2) + "\n"
-        files.write_atomically(workdir / FILE, content)
+        files.write_atomically(workdir / FILE, text(resolve(config)))
     except OSError as error:
         raise UserError(
             f"cannot write to workdir {workdir}: {error.strerror or error}; choose another "
@@ -160,6 +158,11 @@ def read(workdir: Path) -> dict:
     ) as error:  # UserError and the errors of JSON and Unicode are ValueErrors
         raise UserError(f"cannot use {file}: {error}; restore it or train anew") from error
     return config
+
+
+def text(config: dict) -> str:
+    """The content of `config.json` for plain values, with a checksum of them."""
+    return json.dumps(config | {_CHECKSUM: _checksum(config)}, indent=2) + "\n"
 
 
 def _checksum(config: dict) -> str:

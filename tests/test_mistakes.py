@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 
 import keras
@@ -279,12 +278,14 @@ def root(tmp_path_factory):
 def _bad_configs(root):
     """Workdirs with only a config."""
     config = (root / "run/config.json").read_text()
-    unsigned = re.sub(r',\s*"sha256": "\w+"', "", config)
+    wider = json.loads(config)
+    del wider["sha256"]
+    wider["model"]["width"] = 32
     without_width = json.loads(config)
     del without_width["model"]["width"]
     fit = posterior.config("configs/posteriors.py:banana")
     fit.name = "banana"
-    fit = json.dumps(configuration.resolve(fit), indent=2) + "\n"
+    fit = configuration.text(configuration.resolve(fit))
     for name, text in {
         "untrained": config,
         "damaged": config,
@@ -300,7 +301,7 @@ def _bad_configs(root):
         "other_model": config,
         "changed": config.replace('"log_every": 10,', '"log_every": 20,'),
         "deep": "[" * 100_000,
-        "wider": unsigned.replace('"width": 16', '"width": 32'),
+        "wider": configuration.text(wider),
     }.items():
         (root / name).mkdir()
         (root / name / "config.json").write_bytes(
