@@ -88,5 +88,5 @@ def table(methods: Mapping[str, Mapping[str, float]]) -> str:
     """Measures of several methods as Markdown, a row for each method."""
     names = list(next(iter(methods.values())))
     columns = [["unconstrained", *methods]]
-    columns += [[n, *(f"{found[n]:.3f}" for found in methods.values())] for n in names]
+    columns += [[n, *(f"{measures[n]:.3f}" for measures in methods.values())] for n in names]
     return tables.aligned(columns)
