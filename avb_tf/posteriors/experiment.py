@@ -216,10 +216,11 @@ def _exact(problem, target, count, seed):
 
 def _measured(draws, seconds, reference):
     """Measures by name of draws, and then of the measure."""
-    return {
-        label: comparison.compare(u, reference) | {"seconds": round(seconds[label], 1)}
-        for label, u in draws.items()
-    }
+    measures = {}
+    for label, u in draws.items():
+        print(f"comparing {label} with the reference", flush=True)
+        measures[label] = comparison.compare(u, reference) | {"seconds": round(seconds[label], 1)}
+    return measures
 
 
 def _statistics(problem, target, draws) -> dict[str, dict[str, float]]:
