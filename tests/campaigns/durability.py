@@ -488,8 +488,9 @@ def main():
     folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     whole, table = folder / "whole", folder / "table.jsonl"
-    status, error = Job(whole).finish()
-    assert status == 0, error
+    if not (whole / results.FILE).exists():
+        status, error = Job(whole).finish()
+        assert status == 0, error
     lines = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
     for number, (name, run) in enumerate(parts(folder, whole, options).items()):
         wanted = options.only is None or any(name.startswith(only) for only in options.only)
