@@ -10,6 +10,7 @@ ORDER = [
     "avb_tf.version",
     "avb_tf.errors",
     "avb_tf.files",
+    "avb_tf.archives",
     "avb_tf.tables",
     "avb_tf.model_card",
     "avb_tf.diagnostics",

@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from avb_tf import command_line, configuration
+from avb_tf import command_line, configuration, files
+from avb_tf.commands import evaluate, train
 from avb_tf.settings import posterior
 from tests.commands import content, run, trained
 
@@ -184,6 +185,10 @@ WORKDIRS = {
     "--workdir=checkpoint_folder": "only damaged checkpoints",
     "--workdir=checkpoints_file": "checkpoints",
     "--workdir=other_model --mode=evaluate": "a Sequential",
+    "--workdir=changed --mode=evaluate": "remove the line sha256",
+    "--workdir=deep --mode=evaluate": "deep/config.json",
+    "--workdir=in_use": "in_use is in use by process",
+    "--workdir=in_use --mode=evaluate": "in_use is in use by process",
     "--workdir=wider": "step_000000020.keras cannot be loaded",
 }
 MODES = {
@@ -263,17 +268,24 @@ def root(tmp_path_factory):
         trained(root)
         _bad_configs(root)
         _bad_runs(root)
-        yield root
+        with (
+            files.locked(root / "in_use" / train.LOCK),
+            files.locked(root / "in_use" / evaluate.LOCK),
+        ):
+            yield root
 
 
 def _bad_configs(root):
     """Workdirs with only a config."""
     config = (root / "run/config.json").read_text()
+    wider = json.loads(config)
+    del wider["sha256"]
+    wider["model"]["width"] = 32
     without_width = json.loads(config)
     del without_width["model"]["width"]
     fit = posterior.config("configs/posteriors.py:banana")
     fit.name = "banana"
-    fit = json.dumps(configuration.resolve(fit), indent=2) + "\n"
+    fit = configuration.text(configuration.resolve(fit))
     for name, text in {
         "untrained": config,
         "damaged": config,
@@ -287,7 +299,9 @@ def _bad_configs(root):
         "checkpoints_file": config,
         "checkpoint_folder": config,
         "other_model": config,
-        "wider": config.replace('"width": 16', '"width": 32'),
+        "changed": config.replace('"log_every": 10,', '"log_every": 20,'),
+        "deep": "[" * 100_000,
+        "wider": configuration.text(wider),
     }.items():
         (root / name).mkdir()
         (root / name / "config.json").write_bytes(
@@ -308,6 +322,7 @@ def _bad_runs(root):
     shutil.copytree(root / "run/checkpoints", root / "wider/checkpoints")
     (root / "half_fitted/fit").mkdir()
     (root / "half_fitted/fit/fit.json").write_text("{")
+    shutil.copytree(root / "run", root / "in_use")
     shutil.copytree(root / "run", root / "exported")
     (root / "exported/export/7").mkdir(parents=True)
     shutil.copytree(root / "run", root / "blocked")

@@ -9,7 +9,7 @@ import ml_collections
 import tensorflow as tf
 from absl import logging
 
-from avb_tf import assembly, checkpoints, configuration, data, replicas
+from avb_tf import assembly, checkpoints, configuration, data, files, replicas
 from avb_tf.callbacks import guard, monitor, progress, tensorboard, writing
 from avb_tf.data import pipeline
 from avb_tf.errors import DivergenceError, UserError
@@ -17,6 +17,7 @@ from avb_tf.model import AVB
 from avb_tf.optimizers import Adam
 from avb_tf.schedules import DelayedCosine
 
+LOCK = ".train.lock"  # held in the workdir by the process that trains
 FIGURE_EXAMPLES = 500  # held-out examples in figures and validation curves
 CALL_SECONDS = 1.0  # longest call of the training graph
 FIRST_STEPS = 10  # steps in one call of a compiled loop, until a step has been timed
@@ -30,13 +31,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
 
     Raises:
       UserError: the data cannot be used, the parts of the model do not fit each other, the
-        workdir holds another run, or training keeps diverging.
+        workdir holds another run or is in use, or training keeps diverging.
       WorkerLostError: another worker has stopped.
     """
     if checkpoints.newest_step(workdir) >= config.steps:
         strategy = tf.distribute.get_strategy()  # the other workers may have exited already
     else:
-        strategy = replicas.strategy(config.strategy)
+        strategy = replicas.strategy(config.strategy, config.worker_timeout)
     replicas.check_batch_size(config.batch_size, strategy)
     tf.config.experimental.enable_tensor_float_32_execution(config.tf32)
     with replicas.explained(strategy), writing.logged():
@@ -49,13 +50,21 @@ def _train(config, workdir, strategy) -> AVB:
     source = data.load(config.data)
     with strategy.scope():
         model = create(config, source.event_shape)
-    if chief:
-        configuration.save(config, workdir)
+    if not chief:
+        return _resumed(config, workdir, strategy, model, source)
+    configuration.save(config, workdir)
+    with files.locked(workdir / LOCK):
+        return _resumed(config, workdir, strategy, model, source)
+
+
+def _resumed(config, workdir, strategy, model, source) -> AVB:
+    """Trains from the newest checkpoint, if there is one, to the last step."""
     if _restore(model, strategy, workdir):
         print(f"{workdir}: at step {int(model.step.numpy())} of {config.steps}")
     if int(model.step.numpy()) >= config.steps:
         return model
-    if chief and int(model.step.numpy()) == 0:  # for a rollback before the first checkpoint
+    if replicas.is_chief() and int(model.step.numpy()) == 0:
+        # For a rollback before the first checkpoint.
         checkpoints.save(model, workdir, config.keep_checkpoints)
 
     training = Training(config, workdir, strategy, model, source)
@@ -83,7 +92,10 @@ def _restore(model, strategy, workdir) -> bool:
 
 
 def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None:
-    """Restores the newest checkpoint and saves it again with lower learning rates.
+    """Restores a checkpoint and saves it again with lower learning rates.
+
+    It is the newest one; or the one before if an earlier rollback has not helped, and training
+    diverged within an epoch of the newest. Its weights may have exploded and still be finite.
 
     Raises:
       UserError: config.guard allows no further rollback.
@@ -95,6 +107,9 @@ def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None
             "learning rates; expected finite values; lower config.optimizer.learning_rate, in "
             "another --workdir; the last good checkpoint is kept"
         ) from error
+    if replicas.is_chief() and count:
+        epoch = min(config.log_every, config.steps)
+        checkpoints.set_diverged_aside(workdir, int(model.step.numpy()) - epoch)
     _restore(model, strategy, workdir)
     model.rollbacks.assign(count + 1)
     if replicas.is_chief():

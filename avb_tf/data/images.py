@@ -1,14 +1,18 @@
 """A folder of PNG and JPEG files, decoded on the fly, so it may be larger than memory."""
 
+import math
 import os
+import warnings
 from pathlib import Path
 
 import tensorflow as tf
 from absl import logging
+from PIL import Image
 
 from avb_tf.data.source import Source, Split, cut, data_path
 from avb_tf.errors import UserError
 
+_LARGEST = 10**8  # pixels of an image, which takes 300 MB while it is decoded
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
@@ -65,7 +69,7 @@ def _decode(file: tf.Tensor, channels: int) -> tf.Tensor:
 
 
 def _decodable(folder: str, channels: int) -> list[bytes]:
-    """Sorted names of the readable images; each is decoded in full, not only its header."""
+    """Sorted names of the readable images; each is decoded in full, if its header allows it."""
     files = sorted(
         os.fsencode(file) for file in Path(folder).rglob("*") if file.suffix.lower() in _SUFFIXES
     )
@@ -75,14 +79,29 @@ def _decodable(folder: str, channels: int) -> list[bytes]:
     def check(file: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return file, tf.shape(_decode(file, channels))
 
-    names = tf.data.Dataset.from_tensor_slices(files)
+    small = [file for file in files if _is_small(file)]
+    names = tf.data.Dataset.from_tensor_slices(tf.constant(small, tf.string))
     decoded = names.map(check, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
     readable = [file for file, _ in decoded.as_numpy_iterator()]
     if len(readable) < len(files):
         first = os.fsdecode(min(set(files) - set(readable)))
         unreadable = len(files) - len(readable)
-        summary = f"{unreadable} of {len(files)} images cannot be decoded, {first} first"
+        summary = (
+            f"{unreadable} of {len(files)} images cannot be decoded, or have more than "
+            f"{_LARGEST:,} pixels, {first} first"
+        )
         if not readable:
             raise UserError(f"{summary}; expected PNG or JPEG files; check or replace them")
         logging.warning("%s; they are skipped", summary)
     return readable
+
+
+def _is_small(file: bytes) -> bool:
+    """Whether an image is small enough to be decoded, by its header; False if it has none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(os.fsdecode(file)) as image:
+                return math.prod(image.size) <= _LARGEST
+    except Exception:  # Pillow raises many kinds on a damaged header
+        return False

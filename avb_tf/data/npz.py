@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from avb_tf import archives
 from avb_tf.data import arrays
 from avb_tf.data.source import Source, data_path
 from avb_tf.errors import UserError
@@ -45,8 +46,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
             "save it with numpy.savez(file, x_train=...)"
         )
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
+        return archives.read_arrays(path)
     except Exception as error:  # numpy, zipfile, zlib and tokenize raise different kinds
         raise UserError(
             f"{path} cannot be read ({error}); expected an .npz of plain arrays; "

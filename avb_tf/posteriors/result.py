@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import contrast, objectives
+from avb_tf import contrast, files, objectives
 from avb_tf import diagnostics as weighing
 from avb_tf.errors import UserError
 from avb_tf.figures.pairs import pairs
-from avb_tf.files import write_atomically
 from avb_tf.model import AVB
 from avb_tf.posteriors import hmc, mixture, sampling, verdict
 from avb_tf.posteriors import start as starting
@@ -213,11 +212,17 @@ class PosteriorFit:
             "charted": isinstance(self.model.decoder, Chart),
         }
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            files.make_directory(path)
+            for name in (META, files.CHECKSUMS):  # a fit that is being replaced is none
+                (path / name).unlink(missing_ok=True)
+            files.sync(path)
             self.model.save_weights(path / WEIGHTS)
             self.target.save(path / MODEL)
             self.start.save(path / START)
-            write_atomically(path / META, json.dumps(meta) + "\n")
+            for name in (WEIGHTS, MODEL, START):
+                files.sync_all(path / name)
+            files.write_atomically(path / META, json.dumps(meta) + "\n")
+            files.write_checksums(path, WEIGHTS, MODEL, START, META)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}; choose another path") from error
 

@@ -63,6 +63,7 @@ def default(method: str, **model: Any) -> ml_collections.ConfigDict:
         "largest_gap": 3.0,  # nats that the ELBO may exceed their bound by without a warning
     }
     config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
+    config.worker_timeout = 600.0  # seconds in which all workers of TF_CONFIG must have started
     config.threads_per_op = 0  # of the CPU; 0: all cores. Small layers are faster with 1
     config.tf32 = True  # a GPU may compute float32 products with 10 bits of mantissa (TF32)
     config.resident_megabytes = 4096  # training data up to this size are kept on the device
@@ -105,7 +106,7 @@ def default(method: str, **model: Any) -> ml_collections.ConfigDict:
 
 
 # Fields that config files of earlier versions lack, with their values at the time.
-SINCE = {"tf32": True, "resident_megabytes": 4096}
+SINCE = {"tf32": True, "resident_megabytes": 4096, "worker_timeout": 600.0}
 # Range in words, its test, and the fields. 2^31 is the limit of int32, and rules out inf.
 _RANGES = (
     (
@@ -120,7 +121,7 @@ _RANGES = (
             "model.draws", "model.adversary_draws", "model.adversary_steps",
             "optimizer.learning_rate", "optimizer.adversary_learning_rate",
             "monitor.examples", "monitor.samples",
-            "monitor.largest_gap",
+            "monitor.largest_gap", "worker_timeout",
             "export.importance_samples", "export.max_batch",
         ),
     ),
