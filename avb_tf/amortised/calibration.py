@@ -1,0 +1,195 @@
+"""Whether a fit is calibrated over all data sets, and whether one data set is like any simulated."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from avb_tf import tables
+from avb_tf.amortised.judging import Compiled
+
+LEVELS = (0.5, 0.8, 0.9)
+_NULL = 4000  # uniform ranks drawn for the distribution of a largest deviation
+_TYPICAL = 1000  # simulated data sets that an observed one is compared with
+_EVIDENCE_DRAWS = 64  # of q, for the log evidence of each data set
+FALSE_ALARMS = 0.05  # rate of the tests
+
+
+class Check(NamedTuple):
+    """Calibration of a fit over simulated data sets. Printed, it is a table and a sentence.
+
+    Attributes:
+      coordinates: names of the unconstrained parameters.
+      draws: of q for each data set.
+      ranks: [pairs, dim], how many draws are below the parameters that made the data.
+      ranks_of_density: [pairs], how many draws have a lower log q than these parameters.
+      ranks_of_distance: [pairs], how many draws are closer than these parameters to a random
+        reference point: TARP.
+    """
+
+    coordinates: list[str]
+    draws: int
+    ranks: np.ndarray
+    ranks_of_density: np.ndarray
+    ranks_of_distance: np.ndarray
+
+    def coverage(self, level: float) -> np.ndarray:
+        """Share of parameters within their central interval of q, by coordinate, [dim]."""
+        low, high = (0.5 * (1.0 + sign * level) * (self.draws + 1) for sign in (-1.0, 1.0))
+        return ((self.ranks + 0.5 > low) & (self.ranks + 0.5 < high)).mean(0)
+
+    @property
+    def p_values(self) -> dict[str, float]:
+        """That all ranks of a kind are uniform, by name; each is uniform if q is exact."""
+        ranks = dict(zip(self.coordinates, self.ranks.T, strict=True))
+        ranks["log density"], ranks["distance"] = self.ranks_of_density, self.ranks_of_distance
+        null = _null(len(self.ranks), self.draws)
+        return {
+            name: float((1 + (null >= deviation(r, self.draws)).sum()) / (1 + len(null)))
+            for name, r in ranks.items()
+        }
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether no rank deviates, at a false alarm rate of 5% for all together (Bonferroni)."""
+        p_values = self.p_values
+        return min(p_values.values()) >= FALSE_ALARMS / len(p_values)
+
+    def __str__(self):
+        p_values = self.p_values
+        columns = [["ranks of", *p_values], ["p", *(f"{p:.3f}" for p in p_values.values())]]
+        for level in LEVELS:
+            covered = [f"{c:.3f}" for c in self.coverage(level)]
+            columns.append([f"in {level:.0%}", *covered, "", ""])
+        verdict = "calibrated" if self.calibrated else "not calibrated"
+        count = len(self.ranks)
+        return f"{tables.aligned(columns)}\n\n{verdict}, over {count} simulated data sets"
+
+
+class Surprise(NamedTuple):
+    """Whether a data set looks like those that the model simulates.
+
+    Attributes:
+      p_value: share of simulated data sets at least as unusual, with this one among them. It is
+        uniform for data of the model, so that `flagged` is a false alarm in one of 20.
+      statistics: name -> two-sided p of each statistic by itself.
+    """
+
+    p_value: float
+    statistics: dict[str, float]
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the data are unlike the model's, at a false alarm rate of 5%."""
+        return self.p_value <= FALSE_ALARMS
+
+    def __str__(self):
+        if not self.flagged:
+            return f"like the model's own data (p {self.p_value:.3f})"
+        name = min(self.statistics, key=lambda name: self.statistics[name])
+        return f"unlike the model's own data (p {self.p_value:.3f}), by its {name}"
+
+
+def check(compiled: Compiled, pairs: int, draws: int, seed: int) -> Check:
+    """Ranks of simulated parameters among draws of q given their data.
+
+    Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018); for the reference points, Lemos,
+    Coogan, Hezaveh and Perreault-Levasseur (2023).
+    """
+    u, y = simulated(compiled, pairs, seed)
+    q = drawn(compiled, y, draws, seed)
+    own = np.asarray(compiled.log_prob_given(tf.constant(u, tf.float32), compiled.given(y)))
+    scale = u.std(0) + 1e-12
+    rng = np.random.default_rng(seed)
+    reference = u[rng.permutation(pairs)] + 0.1 * scale * rng.normal(size=u.shape)
+
+    def distance(x):
+        return np.linalg.norm((x - reference) / scale, axis=-1)
+
+    return Check(
+        compiled.simulation.coordinates(),
+        draws,
+        (q.u < u).sum(0),
+        (q.log_q < own).sum(0),
+        (distance(q.u) < distance(u)).sum(0),
+    )
+
+
+class Drawn(NamedTuple):
+    """Draws of q for many data sets."""
+
+    u: np.ndarray  # [draws, pairs, dim]
+    log_q: np.ndarray  # [draws, pairs]
+
+
+def drawn(compiled: Compiled, y: np.ndarray, draws: int, seed: int) -> Drawn:
+    """Draws of q for each y [pairs, features], a data set after the other in memory."""
+    context = compiled.given(tf.constant(y))
+    parts = []
+    for i in range(draws):
+        u = compiled.sample_given(context, tf.constant(len(y)), tf.constant([seed, i]))
+        parts.append((u.numpy(), compiled.log_prob_given(u, context).numpy()))
+    return Drawn(*map(np.stack, zip(*parts, strict=True)))
+
+
+def simulated(compiled: Compiled, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """u [pairs, dim] in float64, and y [pairs, features]."""
+    u, y, usable = compiled.simulation.simulate(pairs, tf.constant([seed, -2]))
+    rows = np.resize(np.flatnonzero(usable), pairs)
+    return np.asarray(u, np.float64)[rows], np.asarray(y)[rows]
+
+
+def deviation(ranks: np.ndarray, draws: int) -> float:
+    """Largest distance of the ranks' distribution function from that of uniform ones."""
+    counts = np.bincount(ranks, minlength=draws + 1)
+    uniform = np.arange(1, draws + 2) / (draws + 1)
+    return float(np.abs(np.cumsum(counts) / len(ranks) - uniform).max())
+
+
+def _null(pairs: int, draws: int) -> np.ndarray:
+    """`deviation` of uniform ranks."""
+    rng = np.random.default_rng(0)
+    return np.array([
+        deviation(rng.integers(0, draws + 1, pairs), draws) for _ in range(_NULL)
+    ])  # fmt: skip
+
+
+def surprise(compiled: Compiled, y: np.ndarray, seed: int) -> Surprise:
+    """Ranks statistics of y [1, features] among those of simulated data sets.
+
+    The statistics are the squared distance from the simulated data's mean in their covariance, the
+    distance to the nearest, and, where the density is known, the log evidence. Unusual are both
+    ends of each; the smallest of their p is ranked once more among those of the simulated ones, so
+    that the false alarm rate is exact.
+    """
+    _, simulated_y = simulated(compiled, _TYPICAL, seed)
+    all_y = np.concatenate([y, simulated_y])
+    statistics = _statistics(compiled, all_y, seed)
+    count = len(all_y)
+    p_values = {}
+    for name, value in statistics.items():
+        order = np.argsort(np.argsort(value, kind="stable"), kind="stable")
+        p_values[name] = np.minimum(1.0, 2.0 * np.minimum(order + 1, count - order) / count)
+    smallest = np.min(list(p_values.values()), axis=0)
+    return Surprise(
+        float((smallest <= smallest[0]).mean()), {k: float(p[0]) for k, p in p_values.items()}
+    )
+
+
+def _statistics(compiled, y, seed) -> dict[str, Any]:
+    z = y - np.median(y, 0)
+    low, high = np.quantile(y, [0.16, 0.84], axis=0)
+    z = z / np.where(high > low, 0.5 * (high - low), y.std(0) + 1e-12)
+    z = np.arcsinh(z)
+    covariance = np.atleast_2d(np.cov(z.T)) + 1e-9 * np.eye(z.shape[1])
+    white = np.linalg.solve(np.linalg.cholesky(covariance), (z - z.mean(0)).T).T
+    squares = (white**2).sum(1)
+    distances = squares[:, np.newaxis] + squares - 2.0 * white @ white.T
+    np.fill_diagonal(distances, np.inf)
+    statistics = {"distance from the mean": squares, "nearest neighbour": distances.min(1)}
+    if compiled.simulation.has_density:
+        q = drawn(compiled, y, _EVIDENCE_DRAWS, seed)
+        densities = compiled.densities(tf.constant(np.swapaxes(q.u, 0, 1)), tf.constant(y))
+        log_weights = np.asarray(densities, np.float64).T - q.log_q
+        statistics["log evidence"] = np.logaddexp.reduce(np.nan_to_num(log_weights, nan=-np.inf))
+    return statistics
