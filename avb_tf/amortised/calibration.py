@@ -1,6 +1,6 @@
-"""Whether a fit is calibrated over all data sets, and whether one data set is like any simulated."""
+"""Whether a fit is calibrated over all data sets, and whether one is like those simulated."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,6 +12,7 @@ LEVELS = (0.5, 0.8, 0.9)
 _NULL = 4000  # uniform ranks drawn for the distribution of a largest deviation
 _TYPICAL = 1000  # simulated data sets that an observed one is compared with
 _EVIDENCE_DRAWS = 64  # of q, for the log evidence of each data set
+_ROWS = 2**14  # draws at a time
 FALSE_ALARMS = 0.05  # rate of the tests
 
 
@@ -123,13 +124,18 @@ class Drawn(NamedTuple):
 
 
 def drawn(compiled: Compiled, y: np.ndarray, draws: int, seed: int) -> Drawn:
-    """Draws of q for each y [pairs, features], a data set after the other in memory."""
-    context = compiled.given(tf.constant(y))
-    parts = []
-    for i in range(draws):
-        u = compiled.sample_given(context, tf.constant(len(y)), tf.constant([seed, i]))
-        parts.append((u.numpy(), compiled.log_prob_given(u, context).numpy()))
-    return Drawn(*map(np.stack, zip(*parts, strict=True)))
+    """Draws of q for each y [pairs, features]."""
+    pairs, context = len(y), compiled.given(tf.constant(y))
+    each = min(draws, max(1, _ROWS // pairs))
+    u, log_q = [], []
+    for first in range(0, draws, each):
+        count = min(each, draws - first)
+        repeated = context.repeated(count)
+        seeds = tf.constant([seed, first])
+        x = compiled.sample_given(repeated, tf.constant(count * pairs), seeds)
+        log_q.append(np.reshape(compiled.log_prob_given(x, repeated), [pairs, count]).T)
+        u.append(np.swapaxes(np.reshape(x, [pairs, count, -1]), 0, 1))
+    return Drawn(np.concatenate(u), np.concatenate(log_q))
 
 
 def simulated(compiled: Compiled, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,18 +160,33 @@ def _null(pairs: int, draws: int) -> np.ndarray:
     ])  # fmt: skip
 
 
-def surprise(compiled: Compiled, y: np.ndarray, seed: int) -> Surprise:
+class Typical(NamedTuple):
+    """Simulated data sets that an observed one is compared with."""
+
+    y: np.ndarray  # [n, features]
+    log_evidence: np.ndarray | None  # [n], where the density is known
+
+
+def typical(compiled: Compiled, seed: int) -> Typical:
+    """Data sets of the model, with what `surprise` has to know of them."""
+    _, y = simulated(compiled, _TYPICAL, seed)
+    return Typical(y, _log_evidence(compiled, y, seed))
+
+
+def surprise(compiled: Compiled, y: np.ndarray, others: Typical, seed: int) -> Surprise:
     """Ranks statistics of y [1, features] among those of simulated data sets.
 
-    The statistics are the squared distance from the simulated data's mean in their covariance, the
-    distance to the nearest, and, where the density is known, the log evidence. Unusual are both
-    ends of each; the smallest of their p is ranked once more among those of the simulated ones, so
+    The statistics are the distance from the mean in the simulated data's covariance, the distance
+    to the nearest, and, where the density is known, the log evidence. Unusual are both ends of
+    each. The smallest of their p is ranked once more among those of the simulated data sets, so
     that the false alarm rate is exact.
     """
-    _, simulated_y = simulated(compiled, _TYPICAL, seed)
-    all_y = np.concatenate([y, simulated_y])
-    statistics = _statistics(compiled, all_y, seed)
-    count = len(all_y)
+    together = np.concatenate([y, others.y])
+    statistics = _distances(together)
+    if others.log_evidence is not None:
+        own = _log_evidence(compiled, y, seed)
+        statistics["log evidence"] = np.concatenate([own, others.log_evidence])
+    count = len(together)
     p_values = {}
     for name, value in statistics.items():
         order = np.argsort(np.argsort(value, kind="stable"), kind="stable")
@@ -176,20 +197,25 @@ def surprise(compiled: Compiled, y: np.ndarray, seed: int) -> Surprise:
     )
 
 
-def _statistics(compiled, y, seed) -> dict[str, Any]:
-    z = y - np.median(y, 0)
-    low, high = np.quantile(y, [0.16, 0.84], axis=0)
-    z = z / np.where(high > low, 0.5 * (high - low), y.std(0) + 1e-12)
-    z = np.arcsinh(z)
+def _distances(y) -> dict[str, np.ndarray]:
+    """From the mean and from the nearest other, of each row of y [n, features], by name."""
+    low, middle, high = np.quantile(y, [0.16, 0.5, 0.84], axis=0)
+    scale = np.where(high > low, 0.5 * (high - low), y.std(0) + 1e-12)
+    z = np.arcsinh((y - middle) / scale)
     covariance = np.atleast_2d(np.cov(z.T)) + 1e-9 * np.eye(z.shape[1])
     white = np.linalg.solve(np.linalg.cholesky(covariance), (z - z.mean(0)).T).T
     squares = (white**2).sum(1)
-    distances = squares[:, np.newaxis] + squares - 2.0 * white @ white.T
-    np.fill_diagonal(distances, np.inf)
-    statistics = {"distance from the mean": squares, "nearest neighbour": distances.min(1)}
-    if compiled.simulation.has_density:
-        q = drawn(compiled, y, _EVIDENCE_DRAWS, seed)
-        densities = compiled.densities(tf.constant(np.swapaxes(q.u, 0, 1)), tf.constant(y))
-        log_weights = np.asarray(densities, np.float64).T - q.log_q
-        statistics["log evidence"] = np.logaddexp.reduce(np.nan_to_num(log_weights, nan=-np.inf))
-    return statistics
+    between = squares[:, np.newaxis] + squares - 2.0 * white @ white.T
+    np.fill_diagonal(between, np.inf)
+    return {"distance from the mean": squares, "distance from the nearest": between.min(1)}
+
+
+def _log_evidence(compiled, y, seed) -> np.ndarray | None:
+    """log p(y) in nats by a few draws of q, of each row of y [n, features]."""
+    if not compiled.simulation.has_density:
+        return None
+    q = drawn(compiled, y, _EVIDENCE_DRAWS, seed)
+    densities = compiled.densities(tf.constant(np.swapaxes(q.u, 0, 1)), tf.constant(y))
+    log_weights = np.asarray(densities, np.float64).T - q.log_q
+    log_weights = np.where(np.isnan(log_weights), -np.inf, log_weights)
+    return np.logaddexp.reduce(log_weights) - np.log(len(log_weights))

@@ -2,7 +2,8 @@
 
 A model goes one way:
 
-    model -> simulated pairs -> whitening given y -> mixtures in its coordinates -> a verdict for each y
+    model -> simulated pairs -> whitening given y -> mixtures in its coordinates
+          -> draws of any y -> a verdict for each
 """
 
 import time
@@ -65,9 +66,7 @@ def fit_amortised(
         clock.start_training(0.0)
         q = training.build(source, resolved_settings)
         history = training.train(q, source, resolved_settings, clock, seed)
-    return AmortisedFit(
-        source, q, resolved_settings, seed, clock.step, clock.elapsed(), history
-    )
+    return AmortisedFit(source, q, resolved_settings, seed, clock.step, clock.elapsed(), history)
 
 
 def _simulation(model, prior, observed) -> simulation.Simulation:

@@ -1,9 +1,9 @@
 """How far q(u|y) of one y is from the posterior, with chains that know what q may lack.
 
-q's density is exact, so its importance weights are too. They cannot see a mode that q has lost: a
-lost mode is sought by Newton's method from the simulated parameters whose data are nearest to y, and
-from the prior. Chains then begin from q and from such modes, weighed by their mass, and jump between
-them; the overlap of q and the posterior is measured on both sides (`posteriors.verdict`).
+q's density is exact, so its importance weights are too. They cannot see a mode that q has lost.
+Lost modes are sought by Newton's method from the simulated parameters whose data are nearest to y,
+and from the prior. Chains then begin from q and from such modes, weighed by their mass, and jump
+between them. The overlap of q and the posterior is measured on both sides (`posteriors.verdict`).
 """
 
 from typing import Any, NamedTuple
@@ -144,9 +144,7 @@ def judge(given: Given, near: np.ndarray, prior: np.ndarray, seed: int = 0) -> J
     density = kept.log_density[_THINNED - 1 :: _THINNED].T
     flat = states.reshape(-1, x.shape[1])
     at_p = density.ravel() - given.log_density(flat)
-    diagnostics = verdict.diagnose(
-        at_q, at_p, float("nan"), r_hat=verdict.largest_r_hat(states)
-    )
+    diagnostics = verdict.diagnose(at_q, at_p, float("nan"), r_hat=verdict.largest_r_hat(states))
     at_states = density - proposal.log_density(flat).reshape(density.shape)
     x = proposal.draw(DRAWS, rng)
     at_proposal = _finite(given.scores(x)[0]) - proposal.log_density(x)

@@ -1,4 +1,4 @@
-"""q(u|y): one conditional density for every y, coordinate after coordinate a mixture of Gaussians."""
+"""q(u|y): one conditional density for every y, a mixture of Gaussians in each coordinate."""
 
 import math
 from typing import Any, NamedTuple
@@ -54,6 +54,24 @@ class Context(NamedTuple):
                        tf.repeat(self.features, count, 1))  # fmt: skip
 
 
+class Residual(keras.layers.Layer):
+    """Features of y by residual blocks on a linear layer, [n, features] -> [n, width]."""
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        dense = keras.layers.Dense
+        self.first = dense(width)
+        self.inner = [dense(width, activation="silu") for _ in range(depth)]
+        self.outer = [dense(width, kernel_initializer="zeros") for _ in range(depth)]
+
+    def call(self, y):
+        """[n, features] -> [n, width]."""
+        hidden = self.first(y)
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            hidden += outer(inner(hidden))
+        return hidden
+
+
 class Whitening(keras.layers.Layer):
     """Location and triangle P of v = P(y) (u - mean(y)), which is about standard given y.
 
@@ -67,18 +85,13 @@ class Whitening(keras.layers.Layer):
 
     def __init__(self, dim: int, width: int, depth: int):
         super().__init__()
-        dense = keras.layers.Dense
-        self.dim, self.first = dim, dense(width)
-        self.inner = [dense(width, activation="silu") for _ in range(depth)]
-        self.outer = [dense(width, kernel_initializer="zeros") for _ in range(depth)]
-        self.head = dense(dim * (dim + 2), kernel_initializer="zeros")
+        self.dim, self.trunk = dim, Residual(width, depth)
+        self.head = keras.layers.Dense(dim * (dim + 2), kernel_initializer="zeros")
 
     def call(self, y):
         """[n, features] -> mean [n, dim], P [n, dim, dim], log |P| [n]."""
-        hidden = self.first(y)
-        for inner, outer in zip(self.inner, self.outer, strict=True):
-            hidden += outer(inner(hidden))
-        mean, diagonal, square = tf.split(self.head(hidden), [self.dim, self.dim, self.dim**2], -1)
+        outputs = self.head(self.trunk(y))
+        mean, diagonal, square = tf.split(outputs, [self.dim, self.dim, self.dim**2], -1)
         diagonal = tf.clip_by_value(diagonal, -_LARGEST, -_SMALLEST)
         below = tf.reshape(square, [-1, self.dim, self.dim]) * np.tri(self.dim, k=-1, dtype="f")
         return mean, below + tf.linalg.diag(tf.exp(diagonal)), tf.reduce_sum(diagonal, -1)
@@ -87,7 +100,8 @@ class Whitening(keras.layers.Layer):
 class ConditionalMixture(keras.Model):
     """q(u|y) = q(v_1|y) q(v_2|v_1, y) .. in whitened v, each factor a mixture of Gaussians.
 
-        q = ConditionalMixture(dim=2, features=3, components=8, width=64, depth=2)
+        q = ConditionalMixture(dim=2, features=3, components=8, width=64, depth=2,
+                               trunk_width=64)
         q.log_prob(u, y)                    # u [n, 2], y [n, 3] -> [n], in nats
         q.sample(y[:1], 1000, seed=(0, 0))  # [1000, 2]
 
@@ -99,23 +113,23 @@ class ConditionalMixture(keras.Model):
       dim: of u.
       features: of y.
       components: of each factor.
-      width: of the residual networks.
-      depth: residual blocks of each.
-      summary: layer from y [n, features] to more features [n, any] beside y; or None.
+      width: of the factors' residual networks.
+      depth: residual blocks of each network.
+      trunk_width: of the networks of y, one for the factors and one for the whitening.
     Source: mixture density networks (Bishop, 1994), in autoregressive order (Uria, Murray and
     Larochelle, 2013).
     """
 
-    def __init__(self, dim, features, components, width, depth, summary=None):
+    def __init__(self, dim, features, components, width, depth, trunk_width):
         super().__init__()
         self.dim, self.components, self.width = dim, components, width
-        self.summary = summary
         sizes = {"u_mean": dim, "u_scale": dim, "y_mean": features, "y_scale": features}
         self.locations = [
             self.add_weight(shape=[n], initializer="ones", trainable=False, name=name)
             for name, n in sizes.items()
         ]
-        self.whitening = Whitening(dim, width, depth)
+        self.whitening = Whitening(dim, trunk_width, depth)
+        self.trunk = Residual(trunk_width, depth)
         self.context = keras.layers.Dense(dim * width, name="context")
         self.first = self._kernel(dim, width)
         self.blocks = [
@@ -137,7 +151,7 @@ class ConditionalMixture(keras.Model):
     def given(self, y) -> Context:
         """What q is for y [n, features]."""
         seen = self._seen(y)
-        features = tf.reshape(self.context(seen), [-1, self.dim, self.width])
+        features = tf.reshape(self.context(self.trunk(seen)), [-1, self.dim, self.width])
         # Location and scale are learned by `log_student` alone.
         frame = map(tf.stop_gradient, self.whitening(seen))
         return Context(*frame, tf.transpose(features, [1, 0, 2]))
@@ -202,10 +216,9 @@ class ConditionalMixture(keras.Model):
         return self.log_prob(*inputs), self.log_student(*inputs)
 
     def _seen(self, y):
-        """y as the networks see it: standardised, tails drawn in, with its summary."""
+        """y as the networks see it: standardised, tails drawn in."""
         seen = (tf.cast(y, tf.float32) - self.locations[2]) / self.locations[3]
-        seen = _squashed(seen)
-        return seen if self.summary is None else tf.concat([seen, self.summary(seen)], -1)
+        return _squashed(seen)
 
     def _standard(self, u):
         return (tf.cast(u, tf.float32) - self.locations[0]) / self.locations[1]

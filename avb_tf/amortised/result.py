@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from avb_tf import diagnostics as weighing
 from avb_tf.amortised import calibration, simulation, training
-from avb_tf.amortised.calibration import Check, Surprise
+from avb_tf.amortised.calibration import Check, Surprise, Typical
 from avb_tf.amortised.judging import Compiled, Given, Judgement, judge
 from avb_tf.amortised.network import ConditionalMixture
 from avb_tf.amortised.simulation import Simulation
@@ -18,6 +18,7 @@ from avb_tf.files import write_atomically
 from avb_tf.posteriors import hmc
 from avb_tf.posteriors.evidence import Estimate
 from avb_tf.posteriors.result import Refinement
+from avb_tf.posteriors.sampling import LEAPFROGS
 from avb_tf.posteriors.target import Structure
 from avb_tf.posteriors.verdict import Diagnostics
 
@@ -68,6 +69,7 @@ class AmortisedFit:
         self.steps, self.seconds, self.history = steps, seconds, history
         self.compiled = Compiled(q, simulation)
         self._bank: tuple[np.ndarray, np.ndarray] | None = None
+        self._typical: Typical | None = None
 
     def sample(self, y, n: int, seed: int = 0, escalate: bool = False):
         """`n` draws of the posterior given y.
@@ -102,9 +104,12 @@ class AmortisedFit:
         """Simulation-based calibration: ranks, coverage and TARP over simulated data sets."""
         return calibration.check(self.compiled, pairs, draws, _away(seed))
 
-    def surprise(self, y, seed: int = 0) -> Surprise:
+    def surprise(self, y) -> Surprise:
         """Whether y looks like data of the model, at a false alarm rate of 5%."""
-        return calibration.surprise(self.compiled, self.simulation.flat(y), _away(seed))
+        if self._typical is None:
+            self._typical = calibration.typical(self.compiled, _away(self.seed))
+        row = self.simulation.flat(y)
+        return calibration.surprise(self.compiled, row, self._typical, _away(self.seed))
 
     def to_arviz(self, y, draws: int = 2000, seed: int = 0):
         """`arviz.InferenceData` of independent draws, as one chain, with log q and the data."""
@@ -160,8 +165,7 @@ class AmortisedFit:
             model = simulation.Loaded(path / MODEL)
             q = training.build(model, meta["settings"])
             q.load_weights(path / WEIGHTS)
-            return cls(model, q, **{k: meta[k] for k in
-                                    ("settings", "seed", "steps", "seconds", "history")})  # fmt: skip
+            return cls(model, q, **meta)
         except Exception as error:  # whatever JSON, Keras and TensorFlow raise on a damaged file
             raise UserError(
                 f"{path} cannot be loaded ({error!s:.200}); expected a directory that "
@@ -238,14 +242,13 @@ class AmortisedPosterior:
         jumps: Any = judged.proposal
         half = (steps + 1) // 2
         step_size = float(np.median(judged.step_size))
-        first, kept = None, None
-        for _ in range(2):
-            x = x if first is None else first.states[-1]
-            first, kept = kept, hmc.run_chains(
-                self.given.scores, x, judged.root, half, 6, step_size, rng, jumps=jumps
+
+        def run(x):
+            return hmc.run_chains(
+                self.given.scores, x, judged.root, half, LEAPFROGS, step_size, rng, jumps=jumps
             )
-            first = kept
-        assert kept is not None
+
+        kept = run(run(x).states[-1])
         u = kept.states[-1]
         return Refinement(
             self.fit.simulation.constrain(tf.constant(u, self.fit.simulation.dtype)),

@@ -63,9 +63,10 @@ class Simulation:
         self.observed = dict(parts)
         self.sizes = [_size(shape) for shape, _ in self.observed.values()]
         self.features, self.has_density = sum(self.sizes), pin is not None
+        self._pairs = tf.function(self._simulate, autograph=False)
         self._check()
 
-    def simulate(self, n, seed):
+    def simulate(self, n: int, seed):
         """`n` new pairs of the joint.
 
         Args:
@@ -75,6 +76,9 @@ class Simulation:
           u [n, dim], y [n, features], and whether each u is finite, boolean [n]; where it is not,
           u is 0.
         """
+        return self._pairs(n, tf.cast(seed, tf.int32))
+
+    def _simulate(self, n, seed):
         parameters, data = self._draw(n, seed)
         u = self._target.free(parameters)
         flat = [
@@ -91,7 +95,14 @@ class Simulation:
         )
 
     def log_density(self, u, y):
-        """log p(y, parameters) + log |d parameters / du| in nats, [n, dim] and [features] -> [n]."""
+        """log p(y, parameters) + log |d parameters / du| in nats.
+
+        Args:
+          u: [n, dim].
+          y: [features], one data set.
+        Returns:
+          [n]; minus infinity where the model's density is NaN.
+        """
         assert self._pin is not None
         density = self._target.log_density_by(self._pin(self.parts(y)), u)
         return tf.where(tf.math.is_nan(density), tf.constant(-np.inf, density.dtype), density)
@@ -187,7 +198,8 @@ class Simulation:
         if not self.has_density:
             return
         rows = np.flatnonzero(usable)[:_ROWS]
-        own = np.concatenate([self.log_density(u[i : i + 1], y[i]) for i in rows])
+        density: Any = tf.function(self.log_density, autograph=False)
+        own = np.concatenate([density(tf.constant(u[i : i + 1]), tf.constant(y[i])) for i in rows])
         if not np.isfinite(own).all():
             raise UserError(
                 "the log density is not finite at the model's own draws; expected that their batch "
@@ -301,7 +313,8 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
     compute = data_of if _traces(data_of, trial) else _by_numpy(data_of, prior.dtype, dtypes)
 
     def draw(n, seed):
-        seeds = tf.random.split(tf.cast(seed, tf.int32), 2)
+        # numpy takes no negative seeds
+        seeds = tf.bitwise.bitwise_and(tf.random.split(tf.cast(seed, tf.int32), 2), 2**31 - 1)
         parameters = prior.sample(n, seed=_seed(prior, seeds[0]))
         return parameters, compute(parameters, seeds[1])
 
@@ -325,9 +338,11 @@ def _by_numpy(data_of, structure, dtypes):
         values = data_of(parameters, seed)
         return [np.asarray(v, d.as_numpy_dtype) for v, d in zip(values, dtypes, strict=True)]
 
-    return lambda parameters, seed: tf.numpy_function(
-        call, [seed, *tf.nest.flatten(parameters)], dtypes
-    )
+    def compute(parameters, seed):
+        values = tf.numpy_function(call, [seed, *tf.nest.flatten(parameters)], dtypes)
+        return tf.nest.flatten(values)  # of a single one it is no list
+
+    return compute
 
 
 class Loaded(Simulation):
@@ -345,7 +360,8 @@ class Loaded(Simulation):
         }
         self.sizes = [_size(shape) for shape, _ in self.observed.values()]
         self.features, self.has_density = sum(self.sizes), record["has_density"]
-        self._path = path
+        signature = self._module.unconstrain.input_signature
+        self._dtypes = [spec.dtype for spec in tf.nest.flatten(signature)]
 
     def simulate(self, n, seed):
         """Of as many pairs as were saved at a time, the first `n`."""
@@ -362,6 +378,16 @@ class Loaded(Simulation):
         """As the model's own."""
         return self._module.constrain(u)
 
+    def unconstrain(self, parameters):
+        """As the model's own."""
+        return self._module.unconstrain(
+            [tf.cast(p, d) for p, d in zip(tf.nest.flatten(parameters), self._dtypes, strict=True)]
+        )
+
+    def log_volume(self, u):
+        """As the model's own."""
+        return self._module.log_volume(u)
+
     def coordinates(self):
         """As the model's own."""
         return self._coordinates
@@ -373,12 +399,21 @@ SAVED = 1000  # pairs that a saved model simulates at a time
 def save(simulation: Simulation, path) -> None:
     """Writes a model's functions as a SavedModel, for `Loaded`."""
     module = tf.Module()
-    u, y = tf.TensorSpec([None, simulation.dim], simulation.dtype), tf.TensorSpec(
-        [simulation.features], tf.float64
+    u, y = (
+        tf.TensorSpec([None, simulation.dim], simulation.dtype),
+        tf.TensorSpec([simulation.features], tf.float64),
     )
+    example = simulation.constrain(tf.zeros([2, simulation.dim], simulation.dtype))
+    flat = [tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in tf.nest.flatten(example)]
+
+    def unconstrain(values):
+        return simulation.unconstrain(tf.nest.pack_sequence_as(example, values))
+
     functions = {
         "simulate": (functools.partial(simulation.simulate, SAVED), [tf.TensorSpec([2], tf.int32)]),
         "constrain": (simulation.constrain, [u]),
+        "log_volume": (simulation.log_volume, [u]),
+        "unconstrain": (unconstrain, [flat]),
     }
     if simulation.has_density:
         functions["log_density"] = (simulation.log_density, [u, y])
@@ -399,7 +434,8 @@ def save(simulation: Simulation, path) -> None:
 def _names(observed) -> tuple[str, ...]:
     if isinstance(observed, str):
         observed = (observed,)
-    if not observed or not all(isinstance(name, str) for name in observed):
+    names = isinstance(observed, Sequence) and all(isinstance(name, str) for name in observed)
+    if not observed or not names:
         raise UserError(
             f"observed is {observed!r}; expected names of the parts that will be observed, such "
             'as ("y",)'

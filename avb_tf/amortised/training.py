@@ -1,7 +1,7 @@
 """The training of q(u|y): maximum likelihood of pairs that are simulated anew in each step.
 
-E over y of KL(p(u|y) || q(u|y)) is, up to the posterior's entropy, minus the expected log q of pairs
-of the joint. No mode can be lost, as every mode is simulated by its mass, and no pair is seen twice,
+E over y of KL(p(u|y) || q(u|y)) is, up to the posterior's entropy, minus the expected log q of
+pairs of the joint. Every mode is simulated by its mass, so none is lost, and no pair is seen twice,
 so nothing is overfitted.
 """
 
@@ -29,6 +29,7 @@ def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixtur
         settings["components"],
         settings["width"],
         settings["depth"],
+        settings["trunk_width"],
     )
     q((tf.zeros([1, simulation.dim]), tf.zeros([1, simulation.features])))
     return q

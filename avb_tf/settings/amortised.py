@@ -7,9 +7,10 @@ from avb_tf.errors import UserError
 SETTINGS: dict[str, Any] = {
     "batch_size": 512,  # pairs simulated in each step
     "components": 8,  # Gaussians in each factor
-    "width": 64,  # of the residual networks, one for each parameter and one for the moments
-    "depth": 3,  # residual blocks of each
-    "whitening_share": 0.12,  # share of the training in which the moments are learned
+    "width": 64,  # of each parameter's residual network
+    "trunk_width": 128,  # of the residual networks of y
+    "depth": 3,  # residual blocks of each network
+    "whitening_share": 0.12,  # share of the training in which location and scale are learned
     "learning_rate": 2e-3,
     "clip_norm": 10.0,
 }

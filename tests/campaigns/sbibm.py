@@ -95,9 +95,7 @@ class SpikeSums(tfd.Distribution):
         return tf.linalg.matvec(self.design, tf.cast(spikes, tf.float32), transpose_a=True)
 
     def _log_prob(self, x):
-        return tf.reduce_sum(x * self.theta, -1) - tf.reduce_sum(
-            tf.nn.softplus(self._logits()), -1
-        )
+        return tf.reduce_sum(x * self.theta, -1) - tf.reduce_sum(tf.nn.softplus(self._logits()), -1)
 
 
 def two_moons() -> Task:
@@ -157,7 +155,9 @@ def gaussian_linear_uniform() -> Task:
 
     def exact(y, count, rng):
         columns = [
-            _truncated(lambda n, rng, c=c: c + np.sqrt(0.1) * rng.normal(size=[n, 1]), 1.0, count, rng)
+            _truncated(
+                lambda n, rng, c=c: c + np.sqrt(0.1) * rng.normal(size=[n, 1]), 1.0, count, rng
+            )
             for c in y
         ]
         return np.concatenate(columns, 1)
