@@ -215,11 +215,11 @@ class AVB(Restorable, Trained):
         self.optimizer.build(self.primal_variables)
         self.adversary_optimizer = None
         if self.adversary is not None:
-            chosen = keras.optimizers.get(adversary_optimizer or optimizers.Adam(1.5e-3))
+            optimizer = keras.optimizers.get(adversary_optimizer or optimizers.Adam(1.5e-3))
             scaled = keras.optimizers.LossScaleOptimizer
-            if isinstance(self.optimizer, scaled) and not isinstance(chosen, scaled):
-                chosen = scaled(chosen)  # as Keras does, under mixed_float16, with the one it knows
-            self.adversary_optimizer = chosen
+            if isinstance(self.optimizer, scaled) and not isinstance(optimizer, scaled):
+                optimizer = scaled(optimizer)  # as Keras scales the primal one in mixed_float16
+            self.adversary_optimizer = optimizer
             self.adversary_optimizer.build(self.adversary.trainable_variables)
 
     def get_compile_config(self):

@@ -55,8 +55,8 @@ def strategy(name: str) -> tf.distribute.Strategy:
     several = cluster is not None and cluster.size > 1
     if name == "auto":
         gpus = len(tf.config.list_physical_devices("GPU"))
-        found = (several, "multi_worker"), (_has_tpu(), "tpu"), (gpus > 1, "mirrored")
-        name = next((name for there, name in found if there), "one")
+        candidates = (several, "multi_worker"), (_has_tpu(), "tpu"), (gpus > 1, "mirrored")
+        name = next((name for there, name in candidates if there), "one")
     elif several and name != "multi_worker":
         raise UserError(
             f"config.strategy is '{name}', and TF_CONFIG names {cluster.size} tasks; expected "

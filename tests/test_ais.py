@@ -76,17 +76,17 @@ def test_the_bounds_close_around_the_truth_as_temperatures_grow():
 
 
 def test_a_start_at_the_posterior_makes_all_weights_equal():
-    found = forward(4, 50, start=TARGET).log_weights
-    np.testing.assert_allclose(found, np.broadcast_to(LOG_Z, found.shape), atol=1e-4)
+    annealed = forward(4, 50, start=TARGET).log_weights
+    np.testing.assert_allclose(annealed, np.broadcast_to(LOG_Z, annealed.shape), atol=1e-4)
 
 
 def test_an_example_does_not_depend_on_its_batch_mates():
     def moved(x, z):  # another density for all but the first
         return log_joint(x, z) - tf.constant([0.0, 1.0, 1.0]) * tf.reduce_sum(z**4, -1)
 
-    found, expected = forward(5, 20, anneal=ais.Annealer(moved, 5)), forward(5, 20)
-    np.testing.assert_allclose(found.log_weights[:, 0], expected.log_weights[:, 0], atol=1e-5)
-    assert np.abs(found.log_weights - expected.log_weights)[:, 1:].max() > 0.1
+    annealed, expected = forward(5, 20, anneal=ais.Annealer(moved, 5)), forward(5, 20)
+    np.testing.assert_allclose(annealed.log_weights[:, 0], expected.log_weights[:, 0], atol=1e-5)
+    assert np.abs(annealed.log_weights - expected.log_weights)[:, 1:].max() > 0.1
 
 
 def test_adaptation_reaches_the_target_acceptance_for_each_example():
@@ -105,10 +105,10 @@ def test_a_nan_energy_is_rejected():
     z = START.sample(200, seed=(0, 1))
     z = tf.where(z > 1.9, 1.0, z)
     sizes = np.full((10, 3), 0.7)
-    found = ais.Annealer(broken, 5)(NONE, START, ais.sigmoid_schedule(10), z, sizes)
-    assert np.isfinite(found.log_weights).all()
-    assert (found.z[..., 0] <= 2.0).all()
-    assert (found.acceptance < 1.0).any()
+    annealed = ais.Annealer(broken, 5)(NONE, START, ais.sigmoid_schedule(10), z, sizes)
+    assert np.isfinite(annealed.log_weights).all()
+    assert (annealed.z[..., 0] <= 2.0).all()
+    assert (annealed.acceptance < 1.0).any()
 
 
 def test_the_schedule_runs_from_0_to_1():
@@ -140,11 +140,11 @@ def test_bidirectional_bounds_of_simulated_data_hold_the_truth(linear_gaussian):
     model.encoder.set_weights([np.zeros(w.shape) for w in model.encoder.get_weights()])
     gaps = []
     for temperatures in (4, 80):
-        found = ais.AnnealedSampler(model, temperatures, chains=16, leapfrog_steps=5).bidirectional(
-            40
-        )
-        lower, upper = ais.lower_bound(found.forward), ais.upper_bound(found.reverse)
-        truth = evidence.logpdf(found.x)
+        annealed = ais.AnnealedSampler(
+            model, temperatures, chains=16, leapfrog_steps=5
+        ).bidirectional(40)
+        lower, upper = ais.lower_bound(annealed.forward), ais.upper_bound(annealed.reverse)
+        truth = evidence.logpdf(annealed.x)
         for below, above in ((lower, truth), (truth, upper), (lower, upper)):
             difference = above - below
             assert difference.mean() > -3 * difference.std() / np.sqrt(40)

@@ -46,8 +46,8 @@ def path(workdir, step):
 
 
 def names(workdir):
-    found = sorted(file.name for file in (workdir / "checkpoints").iterdir())
-    return [name for name in found if name != model_card.FILE]
+    names = sorted(file.name for file in (workdir / "checkpoints").iterdir())
+    return [name for name in names if name != model_card.FILE]
 
 
 def test_only_the_newest_checkpoints_are_kept(model, workdir):

@@ -36,9 +36,9 @@ def run(compute, directory):
 
 
 def test_chunks_cover_the_examples(tmp_path):
-    found, seconds = run(Compute(), tmp_path)
-    np.testing.assert_array_equal(found.squares, [X**2, X])
-    np.testing.assert_array_equal(found.index, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
+    values, seconds = run(Compute(), tmp_path)
+    np.testing.assert_array_equal(values.squares, [X**2, X])
+    np.testing.assert_array_equal(values.index, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
     assert seconds >= 0.0
 
 
@@ -46,9 +46,9 @@ def test_an_interrupted_run_continues_from_the_chunks_done(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(Compute(fails_at=1), tmp_path)
     again = Compute()
-    found, _ = run(again, tmp_path)
+    values, _ = run(again, tmp_path)
     assert again.calls == [1, 2]
-    np.testing.assert_array_equal(found.squares, [X**2, X])
+    np.testing.assert_array_equal(values.squares, [X**2, X])
     idle = Compute()
     run(idle, tmp_path)
     assert idle.calls == []
@@ -70,9 +70,9 @@ def test_a_damaged_chunk_is_computed_anew(tmp_path, damage):
     else:
         file.write_bytes(b"")
     again = Compute()
-    found, _ = run(again, tmp_path)
+    values, _ = run(again, tmp_path)
     assert again.calls == [1]
-    np.testing.assert_array_equal(found.squares, [X**2, X])
+    np.testing.assert_array_equal(values.squares, [X**2, X])
 
 
 def test_the_fingerprint_tells_models_examples_and_settings_apart():

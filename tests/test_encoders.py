@@ -171,8 +171,8 @@ def test_only_the_full_covariance_correlates_latents():
 def test_the_scale_of_a_gaussian_is_positive_on_its_diagonal(name):
     encoder = randomised(name)
     scale = np.exp(dense(encoder.log_scale, encoder.trunk(X))) + np.sqrt(VARIANCE_FLOOR)
-    found = np.diagonal(encoder(X, noise_for(encoder, 2)).scale_tril, axis1=1, axis2=2)
-    np.testing.assert_allclose(found, scale, rtol=1e-5)
+    diagonals = np.diagonal(encoder(X, noise_for(encoder, 2)).scale_tril, axis1=1, axis2=2)
+    np.testing.assert_allclose(diagonals, scale, rtol=1e-5)
 
 
 @every_encoder

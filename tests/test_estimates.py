@@ -14,9 +14,9 @@ SIZES = {"temperatures": 40, "chains": 32, "leapfrog_steps": 5}
 
 def evaluate(model, directory):
     """The bound, and the weights of importance sampling and AIS, beside all else with graphs."""
-    found, weighted = estimates.importance_weighted(model, X, 1, directory)
+    named, weighted = estimates.importance_weighted(model, X, 1, directory)
     _, annealed = estimates.annealed(model, X, SIZES, directory)
-    log_likelihood = found["log_likelihood_iwae_5000"].values
+    log_likelihood = named["log_likelihood_iwae_5000"].values
     elbo = estimates.bound(model, X)
     inference_gap.smoothed_bounds(model)(X[:1], 500, 10)
     estimates.bidirectional(model, 2, SIZES, directory)
@@ -64,8 +64,8 @@ def test_the_aggregate_of_exact_posteriors_is_the_prior(linear_gaussian):
     model, evidence = linear_gaussian
     set_posterior(model, 1.0)
     x = evidence.rvs(4000, random_state=0).astype(np.float32)
-    found = estimates.latent_space(model, x)
-    low, high = (found[f"kl_aggregate_posterior_{end}"] for end in ("lower", "upper"))
+    named = estimates.latent_space(model, x)
+    low, high = (named[f"kl_aggregate_posterior_{end}"] for end in ("lower", "upper"))
     error = 4.0 * low.repeats.mean(1).std(ddof=1) / 2.0
     assert low.values.mean() - error - 0.01 < 0.0 < high.values.mean() + error
     assert high.values.mean() - low.values.mean() < 0.1
@@ -74,7 +74,7 @@ def test_the_aggregate_of_exact_posteriors_is_the_prior(linear_gaussian):
     residual = x - x @ WEIGHT @ covariance @ WEIGHT.T / SCALE**2
     squares = (residual**2).sum(1) + np.trace(WEIGHT @ covariance @ WEIGHT.T)
     exact = 0.5 * squares / SCALE**2 + 3 * np.log(SCALE * np.sqrt(2.0 * np.pi))
-    error = found["reconstruction_error"].values - exact
+    error = named["reconstruction_error"].values - exact
     assert abs(error.mean()) < 4.0 * error.std() / np.sqrt(len(x))
 
 
@@ -86,9 +86,9 @@ def test_the_aggregate_of_posteriors_that_ignore_x_has_their_divergence(linear_g
     weights[3] = np.log(scales)
     model.encoder.set_weights(weights)
     x = evidence.rvs(50, random_state=0).astype(np.float32)
-    found = estimates.latent_space(model, x)
+    named = estimates.latent_space(model, x)
     exact = np.sum(0.5 * (scales**2 - 1.0) - np.log(scales))
-    low, high = (found[f"kl_aggregate_posterior_{end}"] for end in ("lower", "upper"))
+    low, high = (named[f"kl_aggregate_posterior_{end}"] for end in ("lower", "upper"))
     error = 4.0 * low.repeats.mean(1).std(ddof=1) / 2.0 + 0.01
     assert low.values.mean() - error < exact < high.values.mean() + error
 

@@ -52,10 +52,10 @@ def by_the_fit(fit, seeds):
 
 
 def test_draws_are_those_of_the_fit_by_name_and_in_its_dtype(fit, served):
-    found = served.run("sample_seeded", {"seed": SEEDS})
+    answer = served.run("sample_seeded", {"seed": SEEDS})
     expected = by_the_fit(fit, SEEDS)
-    assert set(found) == {"rate", "loc"}
-    for name, values in found.items():
+    assert set(answer) == {"rate", "loc"}
+    for name, values in answer.items():
         assert values.dtype == np.float64
         np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-5)
 

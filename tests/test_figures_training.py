@@ -44,3 +44,24 @@ def test_every_run_is_drawn_in_both_panels_in_its_methods_colour():
     best = max(curve[:, 1].max() for curve in curves.values())
     assert low == best - 6.0
     assert high > best
+
+
+def test_a_run_is_drawn_with_both_bounds_of_the_same_examples(tmp_path):
+    for tag, value in {
+        "elbo": -2.0, "monitored_elbo": -2.5, training_curves.BOUND: -2.25,
+        training_curves.DIFFERENCE: -0.25, f"{training_curves.DIFFERENCE}_lower": -0.5,
+        f"{training_curves.DIFFERENCE}_upper": 0.0,
+    }.items():  # fmt: skip
+        write(tmp_path, [10], [value], tag)
+    elbo, same, difference = training_curves.of_run(tmp_path).axes
+    assert [line.get_ydata()[0] for line in elbo.lines] == [-2.0]
+    assert [line.get_ydata()[0] for line in same.lines] == [-2.5, -2.25]
+    assert difference.lines[0].get_ydata()[0] == -0.25
+    (interval,) = difference.collections
+    np.testing.assert_array_equal(np.unique(interval.get_paths()[0].vertices[:, 1]), [-0.5, 0.0])
+    # A single logged point is visible.
+    assert {line.get_marker() for axes in (elbo, same) for line in axes.lines} == {"o"}
+
+
+def test_nothing_is_drawn_without_logs(tmp_path):
+    assert training_curves.of_run(tmp_path) is None

@@ -111,9 +111,9 @@ def test_every_draw_is_of_its_own_noise_and_x():
     noise = noise_for(encoder, 6)
     samples, batch = [4, 0, 5, 1, 3, 2], [2, 0, 3, 1]
     whole, permuted = encoder(X, noise), encoder(X[batch], noise[samples][:, batch])
-    for found, of_all in ((permuted.z, whole.z), (permuted.log_prob, whole.log_prob)):
+    for actual, of_all in ((permuted.z, whole.z), (permuted.log_prob, whole.log_prob)):
         expected = np.asarray(of_all)[samples][:, batch]
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
     z = np.asarray(whole.z, np.float64)
     np.testing.assert_allclose(whole.mean, z.mean(0), rtol=1e-4, atol=1e-4)
     assert keras.ops.shape(whole.scale_tril) == (BATCH, LATENT, LATENT)
@@ -167,8 +167,8 @@ def test_the_adversary_sees_q_and_its_contrast_before_the_steps():
     assert np.abs(model.encode(X, 6) - other.encode(X, 6)).max() > 0.1
     expected = model.log_ratios(X, 6)
     assert np.ptp(expected[0]) > 0.1
-    for found, ratio in zip(other.log_ratios(X, 6), expected, strict=True):
-        np.testing.assert_allclose(found, ratio, rtol=1e-5)
+    for actual, ratio in zip(other.log_ratios(X, 6), expected, strict=True):
+        np.testing.assert_allclose(actual, ratio, rtol=1e-5)
 
 
 def test_moments_freeze_with_those_of_the_base():

@@ -28,8 +28,8 @@ def test_the_exact_posterior_makes_all_weights_equal(linear_gaussian):
     set_posterior(model, 1.0)
     sampler = importance.ImportanceSampler(model)
     assert sampler.proposal == "q"
-    found = sampler.log_weights(X, 50)
-    np.testing.assert_allclose(found, np.tile(evidence.logpdf(X), (50, 1)), atol=1e-3)
+    log_weights = sampler.log_weights(X, 50)
+    np.testing.assert_allclose(log_weights, np.tile(evidence.logpdf(X), (50, 1)), atol=1e-3)
 
 
 @pytest.mark.parametrize("implicit", [False, True])
@@ -41,9 +41,9 @@ def test_bounds_rise_to_log_p(linear_gaussian, implicit):
     sampler = importance.ImportanceSampler(model)
     assert ("Gaussian" in sampler.proposal) == implicit
     log_weights = sampler.log_weights(X, 10_000)
-    found = [importance.bounds(log_weights, k).mean() for k in (1, 10, 1000)]
+    bounds = [importance.bounds(log_weights, k).mean() for k in (1, 10, 1000)]
     truth = evidence.logpdf(X)
-    assert found[0] < found[1] < found[2] < truth.mean() + 0.01
+    assert bounds[0] < bounds[1] < bounds[2] < truth.mean() + 0.01
     weights = np.exp(log_weights - truth)  # unbiased for 1
     error = weights.std(0) / np.sqrt(len(weights))
     assert (np.abs(weights.mean(0) - 1.0) < 4 * error).all()
@@ -70,7 +70,7 @@ def test_every_method_has_weights_that_its_seed_fixes(method):
     model = build(method, (5,), latent_dim=3, width=8, adversary_width=8, bases=4, basis_width=4)
     x = np.round(np.random.default_rng(0).random((4, 5))).astype(np.float32)
     sampler = importance.ImportanceSampler(model)
-    found = sampler.log_weights(x, 20)
-    assert found.shape == (20, 4)
-    np.testing.assert_array_equal(found, sampler.log_weights(x, 20))
-    assert (found != sampler.log_weights(x, 20, seed=1)).all()
+    log_weights = sampler.log_weights(x, 20)
+    assert log_weights.shape == (20, 4)
+    np.testing.assert_array_equal(log_weights, sampler.log_weights(x, 20))
+    assert (log_weights != sampler.log_weights(x, 20, seed=1)).all()

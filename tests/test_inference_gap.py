@@ -70,11 +70,11 @@ def test_on_four_points_the_shape_part_matches_quadrature():
 
         starts = np.random.default_rng(0).normal(0.0, 0.7, (6, 5))
         options = {"maxiter": 3000, "maxfev": 3000, "xatol": 1e-5, "fatol": 1e-7}
-        found = [
+        losses = [
             scipy.optimize.minimize(negative_bound, s, method="Nelder-Mead", options=options).fun
             for s in starts
         ]
-        shape = log_likelihood[i] + min(found)
+        shape = log_likelihood[i] + min(losses)
         assert shape > 0.02  # a wedge is no Gaussian
         assert log_likelihood[i] - full.bound[i] == pytest.approx(shape, abs=0.02)
 

@@ -104,6 +104,7 @@ ORDER = [
     "avb_tf.callbacks",
     "avb_tf.callbacks.guard",
     "avb_tf.callbacks.monitor",
+    "avb_tf.callbacks.progress",
     "avb_tf.callbacks.tensorboard",
     "avb_tf.callbacks.writing",
     "avb_tf.posteriors.baselines",

@@ -483,9 +483,9 @@ def test_a_name_is_restored(make):
     assert type(network).from_config(network.get_config()).name == network.name == "mine"
 
 
-def assert_close(found, expected):
+def assert_close(actual, expected):
     if expected is not None:
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def plain_trunk(kind):

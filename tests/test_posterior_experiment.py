@@ -39,17 +39,19 @@ def evaluated(tmp_path_factory):
 
 
 def test_a_fit_stands_beside_gaussians_and_nuts(evaluated):
-    found = json.loads((evaluated / "normal-0" / "results.json").read_text())
-    assert found["diagnostics"]["verdict"] == "trust"
-    assert found["reference"] == "exact"
+    record = json.loads((evaluated / "normal-0" / "results.json").read_text())
+    assert record["diagnostics"]["verdict"] == "trust"
+    assert record["reference"] == "exact"
     methods = ["mean-field VI", "full-rank VI", "NUTS", "exact, again"]
-    assert list(found["methods"]) == ["fit", *methods]
-    for measures in found["methods"].values():  # 400 draws: a C2ST's standard error is 0.025
+    assert list(record["methods"]) == ["fit", *methods]
+    for measures in record["methods"].values():  # 400 draws: a C2ST's standard error is 0.025
         assert measures["c2st"] == pytest.approx(0.5, abs=0.1)
         assert measures["sliced_wasserstein"] < 0.5
-    shares = found["statistics"]["share above 0"]
+    shares = record["statistics"]["share above 0"]
     assert shares["fit"] == pytest.approx(0.5, abs=4 * 0.5 / np.sqrt(200))
-    assert found["log_evidence"]["value"] == pytest.approx(found["log_evidence"]["exact"], abs=0.01)
+    assert record["log_evidence"]["value"] == pytest.approx(
+        record["log_evidence"]["exact"], abs=0.01
+    )
     assert (evaluated / "normal-0" / "figures" / "pairs.png").exists()
     assert (evaluated / "normal-0" / "posterior.nc").exists()
 

@@ -32,9 +32,9 @@ def refused(match, *arguments, **settings):
 
 def test_the_jacobian_of_a_constrained_parameter():
     # Gamma-Poisson: the density of log rate is rate times that of rate.
-    goal = models.make(poisson(), {"n": COUNTS})
+    target = models.make(poisson(), {"n": COUNTS})
     u = np.linspace(-1.0, 3.0, 9, dtype=np.float32)[:, np.newaxis]
-    rate = goal.constrain(u)["rate"].numpy()
+    rate = target.constrain(u)["rate"].numpy()
     evidence = (
         stats.gamma.logpdf(rate, 2.0)
         + stats.poisson.logpmf(COUNTS, rate[:, np.newaxis]).sum(-1)
@@ -43,11 +43,11 @@ def test_the_jacobian_of_a_constrained_parameter():
     with tf.GradientTape() as tape:
         x = tf.constant(u)
         tape.watch(x)
-        y = goal.constrain(x)["rate"]
+        y = target.constrain(x)["rate"]
     volume = np.log(tape.gradient(y, x).numpy()[:, 0])
     expected = stats.gamma.logpdf(rate, 24.0, scale=1.0 / 6.0) + evidence + volume
-    np.testing.assert_allclose(goal.log_density(u), expected, rtol=1e-4)
-    np.testing.assert_allclose(goal.unconstrain({"rate": rate}), u, atol=1e-5)
+    np.testing.assert_allclose(target.log_density(u), expected, rtol=1e-4)
+    np.testing.assert_allclose(target.unconstrain({"rate": rate}), u, atol=1e-5)
 
 
 def test_a_float64_model_gives_float64_draws_of_the_right_distribution():
@@ -145,8 +145,8 @@ def slopes(data):
 def test_the_density_by_minibatches_is_unbiased():
     rng = np.random.default_rng(0)
     data = {name: rng.normal(size=3).astype(np.float32) for name in "xy"}
-    goal = models.make(slopes, data, batch_size=1)
-    estimate = goal.estimator(0)
+    target = models.make(slopes, data, batch_size=1)
+    estimate = target.estimator(0)
     u = np.array([[0.3], [-1.0]], np.float32)
     seen = np.unique(np.round([estimate(u) for _ in range(50)], 3), axis=0)
     # By one row the estimate has three values, prior + 3 likelihoods of it; equally often.
@@ -156,7 +156,7 @@ def test_the_density_by_minibatches_is_unbiased():
     np.testing.assert_allclose(
         seen[np.argsort(seen[:, 0])], (prior + 3.0 * rows)[np.argsort(rows[:, 0])], atol=1e-3
     )
-    np.testing.assert_allclose(goal.log_density(u), np.mean(prior + 3.0 * rows, 0), rtol=1e-5)
+    np.testing.assert_allclose(target.log_density(u), np.mean(prior + 3.0 * rows, 0), rtol=1e-5)
 
 
 def test_minibatches_recover_a_conjugate_posterior():
@@ -251,8 +251,8 @@ def test_more_dimensions_than_are_taken():
 
 def test_heavy_tails_do_not_run_away():
     cauchy = tfd.Cauchy(0.0, 1.0)
-    goal = models.make(lambda x: tf.reduce_sum(cauchy.log_prob(x), -1), shape=[3])
-    assert np.isfinite(start.find(goal, seed=0).mean).all()
+    target = models.make(lambda x: tf.reduce_sum(cauchy.log_prob(x), -1), shape=[3])
+    assert np.isfinite(start.find(target, seed=0).mean).all()
 
 
 def test_an_unknown_setting_and_no_steps():
@@ -331,9 +331,9 @@ def test_minibatches_of_rows_in_another_precision_and_of_a_pin_that_is_no_row():
 
 def test_a_shape_may_be_a_number_of_any_integer_type():
     for shape in (2, [np.int64(2)]):
-        goal = models.make(lambda x: -tf.reduce_sum(x**2, -1), shape=shape)
-        assert goal.dim == 2
-        assert goal.constrain(tf.zeros([5, 2])).shape == (5, 2)
+        target = models.make(lambda x: -tf.reduce_sum(x**2, -1), shape=shape)
+        assert target.dim == 2
+        assert target.constrain(tf.zeros([5, 2])).shape == (5, 2)
 
 
 def test_parameters_of_a_sequential_joint_keep_their_names():

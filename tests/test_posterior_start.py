@@ -123,8 +123,8 @@ def test_student_t_with_two_degrees_has_its_quantiles(together):
     for level in (0.75, 0.95, 0.99):
         exact = stats.t(2.0).ppf(level)
         error = np.sqrt(level * (1 - level) / 1000.0) / stats.t(2.0).pdf(exact)
-        found = np.quantile(u, level, axis=0).mean()
-        assert found == pytest.approx(exact, abs=4.0 * error / np.sqrt(1 if together else 5))
+        quantile = np.quantile(u, level, axis=0).mean()
+        assert quantile == pytest.approx(exact, abs=4.0 * error / np.sqrt(1 if together else 5))
     assert right(begun.log_evidence, 0.0)
 
 

@@ -78,9 +78,9 @@ def test_a_density_that_the_adversary_has_lost_is_not_trusted():
     at_q, at_p = np.zeros(4000), np.zeros(1000)
     assert verdict.diagnose(at_q, at_p, 0.5).verdict == "trust"
     at_q[:100] = 500.0
-    found = verdict.diagnose(at_q, at_p, 0.85)
-    assert found.verdict == "do not trust"
-    assert "the adversary has lost the fit, whose KL would be -12.50 nats" in str(found)
+    judged = verdict.diagnose(at_q, at_p, 0.85)
+    assert judged.verdict == "do not trust"
+    assert "the adversary has lost the fit, whose KL would be -12.50 nats" in str(judged)
 
 
 def test_a_lost_mode_tells_charts_apart_and_a_single_state_does_not():
@@ -108,13 +108,13 @@ def test_a_chart_is_kept_where_avb_is_better_off_upon_it(by_chart, by_plain, exp
 
 
 def test_a_conjugate_gaussian_is_trusted(gaussian_fit):
-    found = gaussian_fit.diagnostics()
-    assert found.verdict == "trust"
-    assert str(found).startswith("trust: ")
-    assert found.pareto_k < 0.7
-    assert found.distance < 0.05
-    assert abs(found.kl) < 0.01
-    assert found.adversary_accuracy == pytest.approx(0.5, abs=0.03)
+    judged = gaussian_fit.diagnostics()
+    assert judged.verdict == "trust"
+    assert str(judged).startswith("trust: ")
+    assert judged.pareto_k < 0.7
+    assert judged.distance < 0.05
+    assert abs(judged.kl) < 0.01
+    assert judged.adversary_accuracy == pytest.approx(0.5, abs=0.03)
 
 
 def test_scales_from_a_thousandth_to_a_thousand_are_absorbed():
@@ -125,23 +125,25 @@ def test_scales_from_a_thousandth_to_a_thousand_are_absorbed():
         return -0.5 * tf.reduce_sum(((x - mean) * precision) ** 2, -1)
 
     # 32 chains at least: within a few standard errors of the moments, from 10^6 sds away.
-    found = start.find(models.make(log_density, shape=[3], dtype="float64"))
-    np.testing.assert_allclose((found.mean - mean) / sd, 0.0, atol=0.7)
-    np.testing.assert_allclose(np.linalg.norm(found.scale_tril, axis=1) / sd, 1.0, atol=0.4)
+    begun = start.find(models.make(log_density, shape=[3], dtype="float64"))
+    np.testing.assert_allclose((begun.mean - mean) / sd, 0.0, atol=0.7)
+    np.testing.assert_allclose(np.linalg.norm(begun.scale_tril, axis=1) / sd, 1.0, atol=0.4)
 
 
 def test_the_start_knows_a_nearly_singular_correlation_and_both_modes():
     covariance = np.array([[1.0, 0.998], [0.998, 1.0]])
     precision = tf.constant(np.linalg.inv(covariance), tf.float32)
-    goal = models.make(lambda x: -0.5 * tf.einsum("...i,ij,...j->...", x, precision, x), shape=[2])
-    found = start.find(goal)
-    correlation = np.corrcoef(found.scale_tril @ found.scale_tril.T)
+    target = models.make(
+        lambda x: -0.5 * tf.einsum("...i,ij,...j->...", x, precision, x), shape=[2]
+    )
+    begun = start.find(target)
+    correlation = np.corrcoef(begun.scale_tril @ begun.scale_tril.T)
     assert correlation.shape == (2, 2)
-    whitened = np.linalg.solve(found.scale_tril, np.linalg.cholesky(covariance))
+    whitened = np.linalg.solve(begun.scale_tril, np.linalg.cholesky(covariance))
     np.testing.assert_allclose(np.linalg.svd(whitened)[1], 1.0, atol=0.3)
     two = tfd.MixtureSameFamily(tfd.Categorical([0.0, 0.0]), tfd.Normal([-3.0, 3.0], 0.7))
-    found = start.find(models.make(lambda x: two.log_prob(x[..., 0]), shape=[1]))
-    x = found.mean + found.scale_tril[0, 0] * found.z[:, 0]
+    begun = start.find(models.make(lambda x: two.log_prob(x[..., 0]), shape=[1]))
+    x = begun.mean + begun.scale_tril[0, 0] * begun.z[:, 0]
     # 256 chains, resampled from draws of two Gaussians: an effective 100 at least.
     assert np.mean(x > 0) == pytest.approx(0.5, abs=0.15)
 
@@ -195,12 +197,12 @@ def test_inference_data_reaches_netcdf_with_all_groups(gaussian_fit, tmp_path):
 
 
 def test_refining_brings_a_wrong_start_to_the_posterior(gaussian_fit):
-    found = gaussian_fit.refine(60, chains=400)
-    assert found.u.shape == (400, 2)
-    assert found.r_hat.max() < 1.1
-    assert found.effective_sample_size.min() > 1000
+    refined = gaussian_fit.refine(60, chains=400)
+    assert refined.u.shape == (400, 2)
+    assert refined.r_hat.max() < 1.1
+    assert refined.effective_sample_size.min() > 1000
     reference = gaussian_fit.unconstrained(400, 3)
-    assert comparison.sliced_wasserstein(found.u, reference) < 0.2
+    assert comparison.sliced_wasserstein(refined.u, reference) < 0.2
 
 
 def test_chains_of_hmc_reach_a_gaussian_from_afar():
@@ -234,13 +236,13 @@ def test_the_verdict_on_a_gaussian_of_the_wrong_scale(scale, expected):
     def log_ratio(x):
         return (stats.norm.logpdf(x) - stats.norm.logpdf(x, scale=scale)).sum(-1)
 
-    found = verdict.diagnose(log_ratio(z), log_ratio(at_p), 0.5)
-    assert found.verdict == expected
+    judged = verdict.diagnose(log_ratio(z), log_ratio(at_p), 0.5)
+    assert judged.verdict == expected
     if scale == 0.7:  # the ratios measure the distance that a closed form gives
         radii = np.random.default_rng(1).normal(size=[100_000, 4])
         p, q = (stats.norm.logpdf(radii * 1.0, scale=s).sum(-1) for s in (1.0, scale))
         exact = np.maximum(0.0, 1.0 - np.exp(q - p)).mean()
-        assert found.distance == pytest.approx(exact, abs=0.03)
+        assert judged.distance == pytest.approx(exact, abs=0.03)
 
 
 def test_the_overlap_of_two_gaussians_and_the_normaliser():
@@ -249,11 +251,11 @@ def test_the_overlap_of_two_gaussians_and_the_normaliser():
     def log_ratio(x):  # p = e^3 N(1, 1), q = N(0, 1)
         return 3.0 + stats.norm.logpdf(x, 1.0) - stats.norm.logpdf(x)
 
-    found = verdict.total_variation(
+    distance, log_normaliser = verdict.total_variation(
         log_ratio(rng.normal(size=4000)), log_ratio(1.0 + rng.normal(size=1000))
     )
-    assert found[0] == pytest.approx(2.0 * stats.norm.cdf(0.5) - 1.0, abs=0.03)
-    assert found[1] == pytest.approx(3.0, abs=0.08)
+    assert distance == pytest.approx(2.0 * stats.norm.cdf(0.5) - 1.0, abs=0.03)
+    assert log_normaliser == pytest.approx(3.0, abs=0.08)
 
 
 @pytest.fixture(scope="module")
@@ -262,23 +264,23 @@ def one_mode():
     two = tfd.MixtureSameFamily(
         tfd.Categorical(probs=[0.3, 0.7]), tfd.Normal([-4.0, 4.0], [0.5, 0.8])
     )
-    goal = models.make(lambda x: two.log_prob(x[..., 0]), shape=[1])
-    begun = start.find(goal)
+    target = models.make(lambda x: two.log_prob(x[..., 0]), shape=[1])
+    begun = start.find(target)
     u = begun.mean + begun.z @ begun.scale_tril.T
     begun = begun._replace(mean=np.array([4.0]), scale_tril=np.array([[0.8]]), z=(u - 4.0) / 0.8)
-    chosen = posterior.resolved(1)
-    avb = building.avb(goal, begun, 0, chosen, charted=False)
-    return result.PosteriorFit(goal, begun, avb, 0.0, 0, chosen, {})
+    settings = posterior.resolved(1)
+    avb = building.avb(target, begun, 0, settings, charted=False)
+    return result.PosteriorFit(target, begun, avb, 0.0, 0, settings, {})
 
 
 def test_a_fit_that_lost_a_mode_is_not_trusted(one_mode):
     alone = one_mode.draws(1000).log_weights  # all equal: q's own draws see nothing
     assert np.ptp(alone) < 0.01
-    found = one_mode.diagnostics()
-    assert found.verdict != "trust"
-    assert found.distance == pytest.approx(0.3, abs=0.1)
-    assert found.missing == pytest.approx(0.3, abs=0.1)
-    assert "next to nothing" in found.reason
+    judged = one_mode.diagnostics()
+    assert judged.verdict != "trust"
+    assert judged.distance == pytest.approx(0.3, abs=0.1)
+    assert judged.missing == pytest.approx(0.3, abs=0.1)
+    assert "next to nothing" in judged.reason
 
 
 def test_refining_brings_a_lost_mode_back(one_mode):

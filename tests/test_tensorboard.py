@@ -85,7 +85,7 @@ def test_train_and_validation_are_on_the_same_scalar_charts(server):
     tags = get(server, "data/plugin/scalars/tags")
     both = set(tags[TRAIN]) & set(tags[VALIDATION])
     assert both >= {"elbo", "kl", "log_likelihood", "adversary_loss", "adversary_accuracy"}
-    assert {"importance_bound", "elbo_minus_importance_bound"} <= set(tags[VALIDATION])
+    assert {"importance_bound", "monitored_elbo"} <= set(tags[VALIDATION])
     points = get(server, "data/plugin/scalars/scalars", run=VALIDATION, tag="elbo")
     assert [step for _, step, _ in points] == [20, 40]
 
@@ -132,6 +132,7 @@ def test_hparams_contain_the_settings_and_the_final_metrics(server):
     experiment = post(server, "data/plugin/hparams/experiment", {"experimentName": ""})
     names = {h["name"] for h in experiment["hparamInfos"]}
     assert {"method", "model.width", "optimizer.learning_rate"} <= names
+    assert not {name for name in names if name.startswith(("data.", "eval.", "export."))}
     metrics = [m["name"] for m in experiment["metricInfos"]]
     tags = {m["tag"] for m in metrics}
     assert {"final/validation/elbo", "final/test/elbo_adversary",

@@ -38,19 +38,21 @@ def scaling(config: ml_collections.ConfigDict, workdir: Path) -> None:
     plain = configuration.resolve(config)
     jobs = [(_step, names, value) for names, values in STEP.items() for value in values]
     jobs += [(_ais, (name,), value) for name, values in AIS.items() for value in values]
-    found: dict[str, list[dict[str, float]]] = {}
+    curves: dict[str, list[dict[str, float]]] = {}
     context = multiprocessing.get_context("spawn")
     for function, names, value in jobs:
         with context.Pool(1) as pool:
             seconds, megabytes = pool.apply(function, (plain, event_shape, names, value))
         print(f"{names[0]:24} {value:6d} {seconds:10.4f} s {megabytes:8.0f} MB")
         point = {"value": value, "seconds": seconds, "megabytes": megabytes}
-        found.setdefault(names[0], []).append(point)
-    for name, points in found.items():
+        curves.setdefault(names[0], []).append(point)
+    for name, points in curves.items():
         print(f"{name:24} time grows as its power {exponent(points, 'seconds'):.2f} at the end")
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(workdir / FILE, json.dumps(found, indent=2) + "\n")
-    print(workdir / FILE, *figures.save({"scaling": _figure(found)}, workdir / "figures"), sep="\n")
+    files.write_atomically(workdir / FILE, json.dumps(curves, indent=2) + "\n")
+    print(
+        workdir / FILE, *figures.save({"scaling": _figure(curves)}, workdir / "figures"), sep="\n"
+    )
 
 
 def exponent(points: list[dict[str, float]], quantity: str) -> float:
@@ -92,10 +94,10 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _figure(found) -> matplotlib.figure.Figure:
-    figure = matplotlib.figure.Figure(figsize=(3.2 * len(found), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(found), squeeze=False)
-    for column, (name, points) in zip(axes.T, found.items(), strict=True):
+def _figure(curves) -> matplotlib.figure.Figure:
+    figure = matplotlib.figure.Figure(figsize=(3.2 * len(curves), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(curves), squeeze=False)
+    for column, (name, points) in zip(axes.T, curves.items(), strict=True):
         values = np.array([p["value"] for p in points])
         for ax, quantity, unit in zip(column, ("seconds", "megabytes"), ("s", "MB"), strict=True):
             measured = np.array([p[quantity] for p in points])

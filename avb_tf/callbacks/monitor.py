@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from avb_tf import proposal
+from avb_tf import proposal, results
 from avb_tf.likelihood_estimation import joint
 
 # Beyond these values q and r hardly overlap. An adversary cannot learn such a density ratio from
@@ -37,12 +37,13 @@ _GAP = (
 class Monitor(keras.callbacks.Callback):
     """Compares the ELBO with a bound that needs no adversary, and warns once if they disagree.
 
-    Adds two values to the logs, for the callbacks that follow:
+    Adds to the logs, for the callbacks that follow, means over the same examples in nats:
 
-    - `val_importance_bound`: a lower bound on the mean log p(x) in nats, by importance sampling
-      from a widened Gaussian with q(z|x)'s moments. Cheaper and coarser than the evaluation's.
-    - `val_elbo_minus_importance_bound`: the ELBO of the same examples minus that bound; it is well
-      above 0 only if the adversary is wrong.
+    - `val_monitored_elbo`: the ELBO. `val_elbo` is of all validation examples.
+    - `val_importance_bound`: a lower bound on log p(x), by importance sampling from a widened
+      Gaussian with q(z|x)'s moments. Cheaper and coarser than the evaluation's.
+    - `val_elbo_minus_importance_bound`: their difference, well above 0 only if the adversary is
+      wrong. `_lower` and `_upper` are two standard errors over the examples away from it.
 
     Args:
       x: [batch, *event], held-out examples, the same at every check.
@@ -62,9 +63,16 @@ class Monitor(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any]):
         """Computes both bounds with the averaged networks, and warns if they disagree."""
-        elbo, importance = (float(bound) for bound in self._bounds())
-        gap = elbo - importance
-        logs |= {"val_importance_bound": importance, "val_elbo_minus_importance_bound": gap}
+        elbo, importance = (bound.numpy() for bound in self._bounds())
+        gap, error = float(np.mean(elbo - importance)), results.standard_error(elbo - importance)
+        elbo, importance = float(elbo.mean()), float(importance.mean())
+        logs |= {
+            "val_monitored_elbo": elbo,
+            "val_importance_bound": importance,
+            "val_elbo_minus_importance_bound": gap,
+            "val_elbo_minus_importance_bound_lower": gap - 2.0 * error,
+            "val_elbo_minus_importance_bound_upper": gap + 2.0 * error,
+        }
         loss, accuracy = logs.get("adversary_loss"), logs.get("adversary_accuracy", 0.0)
         if loss is not None and (loss < SATURATED_LOSS or accuracy > SATURATED_ACCURACY):
             self._warn(
@@ -81,12 +89,11 @@ class Monitor(keras.callbacks.Callback):
         model, x = self.model, self.x
         shape = [ELBO_DRAWS, len(x), model.encoder.noise_dim]
         noise = tf.random.stateless_normal(shape, [_SEED, 0])
-        elbo = tf.reduce_mean(model.terms(x, noise).elbo)
+        elbo = tf.reduce_mean(model.terms(x, noise).elbo, 0)
         gaussian = proposal.widened_gaussian(model.averaged_encoder, x)
         z = gaussian.sample(self.samples, seed=[_SEED, 1])
         log_weights = joint.log_joint(model, x, z) - gaussian.log_prob(z)
-        each = tf.reduce_logsumexp(log_weights, 0) - tf.math.log(float(self.samples))
-        return elbo, tf.reduce_mean(each)
+        return elbo, tf.reduce_logsumexp(log_weights, 0) - tf.math.log(float(self.samples))
 
     def _warn(self, kind, text):
         if kind in self.warned:

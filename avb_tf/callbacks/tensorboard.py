@@ -33,6 +33,8 @@ api_pb2: Any = _api_pb2
 # (compare `monitor.SATURATED_ACCURACY`).
 HEALTHY_ACCURACY = (0.5, 0.8)
 _BAND = ("healthy_accuracy_low", "healthy_accuracy_high")
+# Sections of the config that the HParams panel shows; others do not change what is learned.
+_COMPARED = ("method", "optimizer", "steps", "batch_size", "precision", "model")
 _SEED = 0
 
 
@@ -67,7 +69,7 @@ class Panels(keras.callbacks.Callback):
             indented = "".join(f"    {line}\n" for line in described.splitlines())
             tf.summary.text("config", indented)  # Markdown's code
             tf.summary.experimental.write_raw_pb(layout().SerializeToString(), 0)
-            hparams.hparams(_flat(config))
+            hparams.hparams(_hyperparameters(config))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
         """Writes histograms of held-out examples and the healthy band of the accuracy."""
@@ -153,8 +155,12 @@ def write_metrics(workdir: Path, step: int, values: Mapping[str, float]) -> None
 
 def layout():
     """Layout of the custom scalars: the bounds side by side, and the adversary in its band."""
-    bounds = layout_pb2.MultilineChartContent(tag=["^elbo$", "^importance_bound$"])
-    gap = layout_pb2.MultilineChartContent(tag=["^elbo_minus_importance_bound$"])
+    bounds = layout_pb2.MultilineChartContent(tag=["^monitored_elbo$", "^importance_bound$"])
+    gap = layout_pb2.MarginChartContent.Series(
+        value="elbo_minus_importance_bound",
+        lower="elbo_minus_importance_bound_lower",
+        upper="elbo_minus_importance_bound_upper",
+    )
     series = layout_pb2.MarginChartContent.Series(
         value="adversary_accuracy", lower=_BAND[0], upper=_BAND[1]
     )
@@ -167,8 +173,11 @@ def layout():
                 category(
                     title="Is the bound valid?",
                     chart=[
-                        chart(title="ELBO and importance-sampled bound, nats", multiline=bounds),
-                        chart(title="ELBO minus that bound: at most 0", multiline=gap),
+                        chart(title="ELBO and importance-weighted bound, nats", multiline=bounds),
+                        chart(
+                            title="ELBO minus that bound, two standard errors: at most 0",
+                            margin=layout_pb2.MarginChartContent(series=[gap]),
+                        ),
                     ],
                 ),
                 category(
@@ -242,9 +251,12 @@ def sprite(x: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _flat(config: ml_collections.ConfigDict) -> dict[str, bool | int | float | str]:
-    """Flat hyperparameters, {"model.width": ...}, of the types that the HParams panel accepts."""
-    flat = {}
-    for key, value in configuration.flat(configuration.resolve(config)).items():
-        flat[key] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-    return flat
+def _hyperparameters(config: ml_collections.ConfigDict) -> dict[str, bool | int | float | str]:
+    """What runs are compared by, {"model.width": ...}, in types that the HParams panel accepts."""
+    flat = configuration.flat(configuration.resolve(config))
+    return {
+        key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+        for section in _COMPARED
+        for key, value in flat.items()
+        if key == section or key.startswith(f"{section}.")
+    }

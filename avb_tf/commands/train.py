@@ -10,7 +10,7 @@ import tensorflow as tf
 from absl import logging
 
 from avb_tf import assembly, checkpoints, configuration, data, replicas
-from avb_tf.callbacks import guard, monitor, tensorboard, writing
+from avb_tf.callbacks import guard, monitor, progress, tensorboard, writing
 from avb_tf.data import pipeline
 from avb_tf.errors import DivergenceError, UserError
 from avb_tf.model import AVB
@@ -136,7 +136,6 @@ class Training:
         )
         self.terminated = guard.SaveWhenTerminated(writer.save if chief else lambda: None, strategy)
         self.callbacks = [guard.Guard(config.guard.enabled), guard.StopAtStep(last)]
-        self.verbose = "auto" if chief else 0
         if chief:
             held_out = pipeline.examples(source.validation, FIGURE_EXAMPLES, binary)
             labels = source.validation.labels
@@ -150,6 +149,7 @@ class Training:
                     workdir / "logs" / "validation",
                 ),
                 *self.callbacks,
+                progress.Progress(last),
                 writing.Scalars(workdir / "logs"),
                 writing.Figures(workdir, config.figures_every, last, held_out, labels),
                 tensorboard.Panels(config, workdir, held_out, labels),
@@ -190,7 +190,7 @@ class Training:
             steps_per_epoch=steps_per_epoch,
             validation_data=self.validation,
             callbacks=[*self.callbacks, *more],
-            verbose=self.verbose,
+            verbose=0,  # `progress` shows the whole run
         )
 
 

@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import TENSORS, EventAccumulator
 
 BOUND = "importance_bound"  # logged by `callbacks.monitor`
+DIFFERENCE = "elbo_minus_importance_bound"
 _COLOURS = matplotlib.color_sequences["tab10"]
+_MARKED = 30  # points of a curve that are shown as such, at most
 _CLOSE = 6.0  # nats below the best value that the second panel shows
 
 
@@ -62,26 +64,43 @@ def draw(curves: Mapping[str, np.ndarray], methods: Mapping[str, str]) -> Figure
 
 
 def of_run(workdir: Path) -> Figure | None:
-    """The bounds and the adversary's metrics of a run against the step; None without logs."""
+    """The bounds and the adversary's metrics of a run against the step; None without logs.
+
+    The ELBO is compared with the importance-weighted bound on the same examples, in a panel of its
+    own; validation has more examples than that.
+    """
     sides = ("train", "validation")
-    elbo = {f"ELBO, {side}": read(workdir, "elbo", side) for side in sides}
-    bounds = elbo | {"importance-sampled, some of validation": read(workdir)}
+    elbo = {side: read(workdir, "elbo", side) for side in sides}
+    same = {"ELBO": read(workdir, "monitored_elbo"), "importance-weighted bound": read(workdir)}
     adversary = {
         f"{name.partition('_')[2]}, {side}": read(workdir, name, side)
         for name in ("adversary_loss", "adversary_accuracy")
         for side in sides
     }
-    panels = [(bounds, "nats per example"), (adversary, "adversary")]
-    panels = [panel for panel in panels if any(len(curve) for curve in panel[0].values())]
+    difference = {"difference, two standard errors": read(workdir, DIFFERENCE)}
+    panels = {
+        "ELBO of all examples": (elbo, "nats per example"),
+        "two bounds of the same examples": (same, "nats per example"),
+        "ELBO minus the other bound: at most 0": (difference, "nats per example"),
+        "adversary": (adversary, "loss in nats, accuracy"),
+    }
+    panels = {k: p for k, p in panels.items() if any(len(curve) for curve in p[0].values())}
     if not panels:
         return None
-    figure = Figure((4.6 * len(panels), 3.4), layout="constrained")
-    for axes, (curves, quantity) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
-                                        strict=True):  # fmt: skip
+    figure = Figure((4.4 * len(panels), 3.4), layout="constrained")
+    for axes, (title, (curves, quantity)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         for name, curve in curves.items():
             if len(curve):
                 style = "--" if name.endswith("train") else "-"
-                axes.plot(*curve.T, style, linewidth=1.2, label=name)
-        axes.set(xlabel="primal steps", ylabel=quantity)
+                marker = "o" if len(curve) <= _MARKED else None  # a single point has no line
+                axes.plot(*curve.T, style, marker=marker, markersize=3, linewidth=1.2, label=name)
+        if curves is difference:
+            lower, upper = (read(workdir, f"{DIFFERENCE}_{end}") for end in ("lower", "upper"))
+            if len(lower):
+                axes.fill_between(lower[:, 0], lower[:, 1], upper[:, 1], alpha=0.25, linewidth=0)
+            axes.axhline(0.0, color="black", linewidth=0.8)
+        axes.set(title=title, xlabel="primal steps", ylabel=quantity)
         axes.legend(frameon=False, fontsize=8)
     return figure

@@ -45,7 +45,7 @@ def run(
       record: a NamedTuple of arrays whose last axis is over examples.
       compute: (index of the chunk, its examples) -> record; a function of these alone.
       directory: for the chunks of this estimate alone (see `fingerprint`).
-      label: of the progress bar.
+      label: says what is computed, above the progress bar.
       size: examples in a chunk.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -69,10 +69,11 @@ def run(
 
 
 def tracked(items: Sequence[_Item], label: str) -> Iterator[_Item]:
-    """The items, with a progress bar that shows the remaining time."""
+    """The items, with a line that says what is computed and a bar with the remaining time."""
     if not items:
         return
-    progress = keras.utils.Progbar(len(items), unit_name=label)
+    print(label)
+    progress = keras.utils.Progbar(len(items), unit_name="part")
     for item in items:
         yield item
         progress.add(1)

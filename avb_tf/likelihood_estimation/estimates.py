@@ -23,6 +23,13 @@ CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2500, SAMPLES)  # each divide
 REPORTED = (1, 100, SAMPLES)
 _KEPT_WEIGHTS = 500  # importance weights of each example, for figures
 _EXAMPLES_SMOOTHED = 5  # in a chunk
+_COMPUTED = {  # directory of finished chunks -> what its progress bar says
+    "smoothed": "ELBO of the posterior with a little noise",
+    "importance": "log p(x) by importance sampling",
+    "ais": "log p(x) by annealed importance sampling",
+    "bidirectional": "check of annealed importance sampling on simulated data",
+    "gap": "best Gaussian posterior of each example",
+}
 _AGGREGATE_REPEATS, _AGGREGATE_POINTS = 4, 500  # of q(z)
 _AGGREGATE_BATCH = 500  # x at a time
 _STAGES = 10  # parts of an annealing whose acceptance is reported
@@ -115,7 +122,7 @@ def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
     """
     terms = _terms(model)
     means = []
-    for i in chunks.tracked(range(0, len(x), batch_size), "batch of the bound"):
+    for i in chunks.tracked(range(0, len(x), batch_size), f"ELBO of {len(x)} examples"):
         chunk = tf.convert_to_tensor(x[i : i + batch_size])
         noise = tf.random.stateless_normal(
             [DRAWS, len(chunk), model.encoder.noise_dim], [seed, i // batch_size]
@@ -126,7 +133,9 @@ def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
 
 def exact(model: AVB, x, grid: int) -> dict[str, Estimate]:
     """log p(x) by quadrature, which two latents allow."""
-    parts = chunks.tracked(np.array_split(x, -(-len(x) // 500)), "batch of quadrature")
+    parts = chunks.tracked(
+        np.array_split(x, -(-len(x) // 500)), f"log p(x) of {len(x)} examples by quadrature"
+    )
     pairs = [
         [quadrature.log_likelihood(model, part, n) for n in (grid, grid // 2)] for part in parts
     ]
@@ -285,15 +294,9 @@ def annealed(
         return AnnealedWeights(chains.log_weights, chains.acceptance, chains.step_size)
 
     weights, seconds = _run(
-        AnnealedWeights,
-        compute,
-        model,
-        x,
-        sizes,
-        directory,
-        "ais",
+        AnnealedWeights, compute, model, x, sizes, directory, "ais",
         _examples(model, sizes["chains"]),
-    )
+    )  # fmt: skip
     ess = diagnostics.effective_sample_size(weights.log_weights)
     stages = np.array_split(weights.acceptance.mean(-1), min(_STAGES, sizes["temperatures"]))
     settings = {
@@ -391,7 +394,8 @@ def _terms(model):
 def _run(record, compute, model, x, settings, directory, name, size=None):
     size = size or chunks.EXAMPLES
     key = f"{name}-{chunks.fingerprint(model, x, {**settings, 'chunk': size})}"
-    return chunks.run(record, compute, len(x), directory / key, f"chunk of {name}", size)
+    label = f"{_COMPUTED[name]}, {len(x)} examples"
+    return chunks.run(record, compute, len(x), directory / key, label, size)
 
 
 def _examples(model, rows: int) -> int:

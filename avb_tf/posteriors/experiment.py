@@ -70,10 +70,10 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """
     fit = _fit(workdir)
     problem = load_problem(config.model)
-    goal = models.of_problem(problem)
+    target = models.of_problem(problem)
     e, name = config.eval, config.model.rpartition(":")[2]
     folder = Path(e.reference) if e.reference else workdir
-    others, known = _others(problem, goal, fit.start, config, folder / name)
+    others, known = _others(problem, target, fit.start, config, folder / name)
     reference = others["reference"]
 
     draws, seconds = {"fit": fit.unconstrained(e.draws, _SEED)}, {"fit": fit.seconds}
@@ -83,7 +83,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
         draws["fit, refined"] = fit.refine(e.refine, e.draws, _SEED).u
         seconds["fit, refined"] = fit.seconds + time.perf_counter() - began
     methods = _measured(draws, seconds, reference) | known["methods"]
-    found = {
+    record = {
         "method": config.method,
         "model": name,
         "seed": config.seed,
@@ -91,17 +91,17 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
         "reference": known["reference"],
         "log_evidence": fit.log_evidence._asdict() | {"exact": problem.log_evidence},
         "diagnostics": vars(verdict),
-        "statistics": _statistics(problem, goal, draws | {"reference": reference}),
+        "statistics": _statistics(problem, target, draws | {"reference": reference}),
         "methods": methods,
     }
-    files.write_atomically(workdir / results.FILE, json.dumps(found, indent=2) + "\n")
+    files.write_atomically(workdir / results.FILE, json.dumps(record, indent=2) + "\n")
     print(verdict)
     print(comparison.table(methods))
-    for statistic, values in found["statistics"].items():
+    for statistic, values in record["statistics"].items():
         print(statistic, *(f"{label} {value:.3f}" for label, value in values.items()), sep=", ")
     fit.to_arviz(e.draws).to_netcdf(str(workdir / "posterior.nc"))
     shown = {label: (draws | others)[label] for label in ("fit", "full-rank VI", "reference")}
-    drawn = {"pairs": pairs(shown, goal.coordinates())}
+    drawn = {"pairs": pairs(shown, target.coordinates())}
     print(*figures.save(drawn, workdir / "figures"), sep="\n")
 
 
@@ -149,15 +149,15 @@ def load_problem(name: str) -> models.Problem:
     if not callable(namespace.get(function)):
         raise UserError(f"{path} has no function '{function}'; expected one that returns a model")
     try:
-        found = namespace[function]()
+        problem = namespace[function]()
     except Exception as error:  # whatever a user's code raises
         raise UserError(f"{name} raised {type(error).__name__}: {error}") from error
-    if isinstance(found, tuple):
-        return models.Problem(*found)
-    return found if isinstance(found, models.Problem) else models.Problem(found)
+    if isinstance(problem, tuple):
+        return models.Problem(*problem)
+    return problem if isinstance(problem, models.Problem) else models.Problem(problem)
 
 
-def _others(problem, goal, found: start.Start, config, stem: Path):
+def _others(problem, target, begun: start.Start, config, stem: Path):
     """What fits of a model are compared with, and how it does itself.
 
     Kept beside `stem`, for none of it depends on a fit but by where it starts: all seeds share it.
@@ -176,9 +176,9 @@ def _others(problem, goal, found: start.Start, config, stem: Path):
             return dict(file), kept
     draws, seconds = {}, {}
     for label, make in {
-        "mean-field VI": lambda: _gaussian(goal, found, settings, False),
-        "full-rank VI": lambda: _gaussian(goal, found, settings, True),
-        "NUTS": lambda: baselines.nuts(goal, found, settings.nuts_draws, _CHAINS),
+        "mean-field VI": lambda: _gaussian(target, begun, settings, False),
+        "full-rank VI": lambda: _gaussian(target, begun, settings, True),
+        "NUTS": lambda: baselines.nuts(target, begun, settings.nuts_draws, _CHAINS),
     }.items():
         began = time.perf_counter()
         draws[label] = make()
@@ -186,10 +186,10 @@ def _others(problem, goal, found: start.Start, config, stem: Path):
     chains, longer = draws["NUTS"], None
     draws["NUTS"] = _thinned(chains.u, settings.draws)
     if problem.exact:
-        reference, again = (_exact(problem, goal, settings.draws, s) for s in (_SEED, _SEED + 1))
+        reference, again = (_exact(problem, target, settings.draws, s) for s in (_SEED, _SEED + 1))
         draws["exact, again"], seconds["exact, again"] = again, 0.0
     else:
-        longer = baselines.nuts(goal, found, 4 * settings.nuts_draws, _CHAINS, 1000, seed=_SEED)
+        longer = baselines.nuts(target, begun, 4 * settings.nuts_draws, _CHAINS, 1000, seed=_SEED)
         reference = _thinned(longer.u, settings.draws)
         if longer.r_hat > baselines.R_HAT_LIMIT:
             print(f"warning: the reference's R-hat is {longer.r_hat:.3f}; raise eval.nuts_draws")
@@ -206,34 +206,35 @@ def _others(problem, goal, found: start.Start, config, stem: Path):
     return draws, known
 
 
-def _gaussian(goal, found, settings, full_rank):
-    return baselines.gaussian(goal, found, full_rank, settings.draws, settings.gaussian_steps)
+def _gaussian(target, begun, settings, full_rank):
+    return baselines.gaussian(target, begun, full_rank, settings.draws, settings.gaussian_steps)
 
 
-def _exact(problem, goal, count, seed):
-    return goal.unconstrain(tf.nest.map_structure(np.asarray, problem.exact(count, seed)))
+def _exact(problem, target, count, seed):
+    return target.unconstrain(tf.nest.map_structure(np.asarray, problem.exact(count, seed)))
 
 
 def _measured(draws, seconds, reference):
     """Measures by name of draws, and then of the measure."""
-    return {
-        label: comparison.compare(u, reference) | {"seconds": round(seconds[label], 1)}
-        for label, u in draws.items()
-    }
+    measures = {}
+    for label, u in draws.items():
+        print(f"comparing {label} with the reference", flush=True)
+        measures[label] = comparison.compare(u, reference) | {"seconds": round(seconds[label], 1)}
+    return measures
 
 
-def _statistics(problem, goal, draws) -> dict[str, dict[str, float]]:
+def _statistics(problem, target, draws) -> dict[str, dict[str, float]]:
     """What the model's file wants to see of the draws: by name, and then by whose draws."""
     if problem.statistics is None:
         return {}
-    found = {}
+    values = {}
     for label, u in draws.items():
-        parameters = goal.constrain(tf.constant(u, goal.dtype))
+        parameters = target.constrain(tf.constant(u, target.dtype))
         for name, value in problem.statistics(
             tf.nest.map_structure(np.asarray, parameters)
         ).items():
-            found.setdefault(name, {})[label] = float(value)
-    return found
+            values.setdefault(name, {})[label] = float(value)
+    return values
 
 
 def _thinned(u, count):

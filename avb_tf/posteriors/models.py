@@ -269,8 +269,8 @@ def of_batches(model: Any, data, batch_size: int) -> Target:
         )
 
     def of_batch(generator):
-        chosen = generator.uniform([batch_size], 0, rows, tf.int64)
-        joint: Any = model({name: tf.gather(value, chosen) for name, value in data.items()})
+        index = generator.uniform([batch_size], 0, rows, tf.int64)
+        joint: Any = model({name: tf.gather(value, index) for name, value in data.items()})
 
         def log_prob(parameters):
             likelihood, prior = (

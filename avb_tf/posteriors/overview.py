@@ -12,37 +12,37 @@ LABELS = ("fit", "fit, refined", "full-rank VI", "mean-field VI", "NUTS", "exact
 
 def find(directory: Path) -> list[dict[str, Any]]:
     """The results of all evaluated posteriors below `directory`, by model and seed."""
-    found = []
+    fits = []
     for file in directory.rglob(results.FILE):
         try:
             one = json.loads(file.read_text())
         except (OSError, ValueError):
             continue
         if isinstance(one, dict) and configuration.kind(one) is posterior:
-            found.append(one)
-    return sorted(found, key=lambda one: (one["model"], one["seed"]))
+            fits.append(one)
+    return sorted(fits, key=lambda one: (one["model"], one["seed"]))
 
 
-def write(directory: Path, found: list[dict[str, Any]]) -> None:
+def write(directory: Path, fits: list[dict[str, Any]]) -> None:
     """`posteriors.md` and `posteriors.json`, and the table on the terminal."""
-    table = markdown(found)
-    files.write_atomically(directory / "posteriors.json", json.dumps(found, indent=2) + "\n")
+    table = markdown(fits)
+    files.write_atomically(directory / "posteriors.json", json.dumps(fits, indent=2) + "\n")
     files.write_atomically(directory / "posteriors.md", table + "\n")
     print(table)
     print(directory / "posteriors.md", directory / "posteriors.json", sep="\n")
 
 
-def markdown(found: list[dict[str, Any]]) -> str:
+def markdown(fits: list[dict[str, Any]]) -> str:
     """A row for each model and seed: C2ST / whitened sliced W2 of every method, and seconds."""
     columns = {
-        "model": [one["model"] for one in found],
-        "seed": [str(one["seed"]) for one in found],
-        "verdict": [one["diagnostics"]["verdict"] for one in found],
-        "distance": [f"{one['diagnostics']['distance']:.2f}" for one in found],
-        **{label: [_cell(one["methods"].get(label)) for one in found] for label in LABELS},
-        "steps": [f"{one['steps']:,}" for one in found],
-        "seconds": [f"{one['methods']['fit']['seconds']:.0f}" for one in found],
-        "NUTS, seconds": [f"{one['methods']['NUTS']['seconds']:.0f}" for one in found],
+        "model": [one["model"] for one in fits],
+        "seed": [str(one["seed"]) for one in fits],
+        "verdict": [one["diagnostics"]["verdict"] for one in fits],
+        "distance": [f"{one['diagnostics']['distance']:.2f}" for one in fits],
+        **{label: [_cell(one["methods"].get(label)) for one in fits] for label in LABELS},
+        "steps": [f"{one['steps']:,}" for one in fits],
+        "seconds": [f"{one['methods']['fit']['seconds']:.0f}" for one in fits],
+        "NUTS, seconds": [f"{one['methods']['NUTS']['seconds']:.0f}" for one in fits],
     }
     note = "C2ST / whitened sliced W2 against the reference; distance: the total variation the "
     note += "verdict rests on, for which the best C2ST is 1/2 + distance / 2."

@@ -116,10 +116,10 @@ class Target:
 
     def coordinates(self) -> list[str]:
         """A name for each entry of u, such as "theta[3]"."""
-        found = []
+        labels = []
         for name, shape in zip(self.names, self._free_shapes, strict=True):
-            found += [f"{name}{list(i)}" if i else name for i in np.ndindex(*map(int, shape))]
-        return found
+            labels += [f"{name}{list(i)}" if i else name for i in np.ndindex(*map(int, shape))]
+        return labels
 
     def save(self, path) -> None:
         """Writes the log density and the constraint as a SavedModel, for `load`."""

@@ -13,6 +13,7 @@ import dataclasses
 import warnings
 
 import numpy as np
+import threadpoolctl
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
@@ -131,7 +132,7 @@ def classified(q: np.ndarray, p: np.ndarray, chains: int, seed: int = 0) -> floa
     network = MLPClassifier((64, 64), max_iter=40, random_state=seed, learning_rate_init=3e-3)
     accuracies = []
     for classifier, inputs in ((boosting, x[:, columns]), (network, x)):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1, "blas"):
             warnings.simplefilter("ignore", ConvergenceWarning)  # it stops after 40 passes
             classifier.fit(inputs[mask], y[mask])
         right = np.asarray(classifier.predict(inputs[~mask])) == y[~mask]

@@ -88,7 +88,7 @@ def saved_when_told(job):
 
 # What a job is doing: how that is seen from outside, and seconds for which it goes on.
 MOMENTS = {
-    "compile": (lambda job: job.printed("Epoch "), 4.0),
+    "compile": (lambda job: job.printed("compiling "), 4.0),
     "step": (has_saved, 0.3),
     "save": (lambda job: (job.workdir / checkpoints.DIRECTORY / "partial.keras").exists(), 0.05),
     "evaluation": (lambda job: _trained(job), 3.0),
