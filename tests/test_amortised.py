@@ -86,11 +86,11 @@ def test_a_good_fit_is_trusted_with_its_exact_evidence(linear_fit):
 
 
 def test_refined_draws_are_of_the_posterior(linear_fit):
-    found = linear_fit.posterior(OBSERVED[1]).refine(steps=10, chains=2000)
+    refined = linear_fit.posterior(OBSERVED[1]).refine(steps=10, chains=2000)
     truth = exact(OBSERVED[1])
     error = np.sqrt(np.diag(truth.cov) / 2000)
-    assert (np.abs(found.u.mean(0) - truth.mean) < 5.0 * error).all()
-    assert found.r_hat.max() < 1.05
+    assert (np.abs(refined.u.mean(0) - truth.mean) < 5.0 * error).all()
+    assert refined.r_hat.max() < 1.05
 
 
 def test_a_wrong_network_is_repaired(linear_fit):
@@ -122,7 +122,7 @@ def test_the_density_of_constrained_parameters_integrates_to_one():
             "y": lambda rate: tfd.Independent(tfd.Poisson(rate[..., tf.newaxis] * tf.ones(3)), 1),
         }
     )
-    fit = avb_tf.fit_amortised(joint, ("y",), steps=600, **TINY)
+    fit = avb_tf.fit_amortised(joint, ("y",), steps=400, **TINY)
     y = np.array([2, 0, 3])
     rate = np.linspace(1e-4, 20.0, 40_001).astype(np.float32)
     density = np.exp(fit.log_prob({"rate": rate}, y))
@@ -226,15 +226,20 @@ def simulate(parameters, seed):
     return mean + SCALE * rng.normal(size=mean.shape)
 
 
-def test_a_simulator_of_numpy_without_a_density():
+def test_a_simulator_of_numpy_without_a_density(tmp_path):
     prior = tfd.MultivariateNormalDiag(tf.zeros(2), tf.ones(2))
-    fit = avb_tf.fit_amortised(simulate, "y", prior=prior, steps=1000, **TINY)
+    fit = avb_tf.fit_amortised(simulate, "y", prior=prior, steps=800, **TINY)
     draws = fit.sample(OBSERVED[0], 10_000).numpy()
     np.testing.assert_allclose(draws.mean(0), exact(OBSERVED[0]).mean, atol=0.1)
     np.testing.assert_allclose(np.cov(draws.T), exact(OBSERVED[0]).cov, atol=0.05)
     with pytest.raises(UserError, match="simulator without a density"):
         fit.posterior(OBSERVED[0]).verdict  # noqa: B018
     assert not fit.surprise(OBSERVED[0]).flagged
+    fit.save(tmp_path)
+    loaded = avb_tf.AmortisedFit.load(tmp_path)
+    np.testing.assert_allclose(loaded.sample(OBSERVED[0], 10_000), draws, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="saved without its simulator"):
+        loaded.check()
 
 
 def test_a_simulator_of_tensorflow_and_a_joint_prior():
@@ -288,7 +293,8 @@ def test_several_observed_parts_keep_their_types():
 
 
 def test_a_saved_fit_needs_no_model(linear_fit, tmp_path):
-    linear_fit.save(tmp_path / "fit")
+    linear_fit.save(tmp_path / "first")
+    avb_tf.AmortisedFit.load(tmp_path / "first").save(tmp_path / "fit")
     loaded = avb_tf.AmortisedFit.load(tmp_path / "fit")
     y = {"y": OBSERVED[0]}
     before, after = (fit.sample(y, 100, seed=1)["mu"] for fit in (linear_fit, loaded))

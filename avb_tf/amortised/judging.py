@@ -47,8 +47,8 @@ class Given:
         """log q(u|y) in nats, [n, dim] -> [n]."""
         with np.errstate(over="ignore"):  # far away
             u = np.asarray(u, np.float32)
-        found = np.asarray(self.compiled.log_prob_given(tf.constant(u), self.context), np.float64)
-        return np.where(np.isnan(found), -np.inf, found)
+        log_q = np.asarray(self.compiled.log_prob_given(tf.constant(u), self.context), np.float64)
+        return _finite(log_q)
 
     def scores(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log p(y, u) and its gradient, [n, dim] -> [n] and [n, dim]."""

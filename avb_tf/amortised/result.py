@@ -272,8 +272,8 @@ class AmortisedPosterior:
         return x[rng.choice(len(x), n, p=weights / weights.sum())]
 
     def _log_weights(self, proposal, x):
-        found = self.given.scores(x)[0] - proposal.log_density(x)
-        return np.where(np.isnan(found), -np.inf, found)
+        log_weights = self.given.scores(x)[0] - proposal.log_density(x)
+        return np.where(np.isnan(log_weights), -np.inf, log_weights)
 
     def _judgement(self) -> Judgement:
         if self._judged is None:

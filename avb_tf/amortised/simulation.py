@@ -47,6 +47,7 @@ class Simulation:
         parts: Mapping[str, tuple[tf.TensorShape, tf.DType]],
         draw: Callable[[Any, Any], tuple[Any, list]],
         pin: Callable[[dict], Any] | None,
+        portable: bool = True,
     ):
         """From functions of a model.
 
@@ -55,10 +56,12 @@ class Simulation:
           parts: name -> (shape, dtype) of what is observed.
           draw: (n, seed) -> parameters in their structure, and the observed parts [n, ...].
           pin: observed values by name -> log density of the parameters, or None.
+          portable: whether `draw` is of TensorFlow's operations alone, so that it can be saved.
         Raises:
           UserError: a model that gives no pairs, or whose batches are not what its draws are.
         """
         self._target, self._draw, self._pin = target, draw, pin
+        self.portable = portable
         self.dim, self.dtype, self.names = target.dim, target.dtype, target.names
         self.observed = dict(parts)
         self.sizes = [_size(shape) for shape, _ in self.observed.values()]
@@ -310,7 +313,8 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
         for name, value in zip(observed, values, strict=True)
     }
     dtypes = [dtype for _, dtype in parts.values()]
-    compute = data_of if _traces(data_of, trial) else _by_numpy(data_of, prior.dtype, dtypes)
+    portable = _traces(data_of, trial)
+    compute = data_of if portable else _by_numpy(data_of, prior.dtype, dtypes)
 
     def draw(n, seed):
         # numpy takes no negative seeds
@@ -318,7 +322,7 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
         parameters = prior.sample(n, seed=_seed(prior, seeds[0]))
         return parameters, compute(parameters, seeds[1])
 
-    return Simulation(target, parts, draw, None)
+    return Simulation(target, parts, draw, None, portable)
 
 
 def _traces(data_of, trial) -> bool:
@@ -360,13 +364,23 @@ class Loaded(Simulation):
         }
         self.sizes = [_size(shape) for shape, _ in self.observed.values()]
         self.features, self.has_density = sum(self.sizes), record["has_density"]
+        self.portable = hasattr(self._module, "simulate")
         signature = self._module.unconstrain.input_signature
         self._dtypes = [spec.dtype for spec in tf.nest.flatten(signature)]
 
     def simulate(self, n, seed):
-        """Of as many pairs as were saved at a time, the first `n`."""
+        """`n` new pairs.
+
+        Raises:
+          UserError: the simulator was of numpy, and has not been saved.
+        """
+        if not self.portable:
+            raise UserError(
+                "the fit was saved without its simulator, which is not of TensorFlow's operations; "
+                "expected the fit itself where pairs are simulated: check it before it is saved"
+            )
         pairs, seeds = [], tf.random.split(tf.cast(seed, tf.int32), -(-n // SAVED))
-        for one in seeds:
+        for one in tf.unstack(seeds):
             pairs.append(self._module.simulate(one))
         return tuple(tf.concat(part, 0)[:n] for part in zip(*pairs, strict=True))
 
@@ -410,11 +424,13 @@ def save(simulation: Simulation, path) -> None:
         return simulation.unconstrain(tf.nest.pack_sequence_as(example, values))
 
     functions = {
-        "simulate": (functools.partial(simulation.simulate, SAVED), [tf.TensorSpec([2], tf.int32)]),
         "constrain": (simulation.constrain, [u]),
         "log_volume": (simulation.log_volume, [u]),
         "unconstrain": (unconstrain, [flat]),
     }
+    if simulation.portable:
+        pairs = functools.partial(simulation.simulate, SAVED)
+        functions["simulate"] = (pairs, [tf.TensorSpec([2], tf.int32)])
     if simulation.has_density:
         functions["log_density"] = (simulation.log_density, [u, y])
     for name, (function, signature) in functions.items():
