@@ -189,6 +189,10 @@ def test_ranks_are_uniform_and_those_of_a_wrong_scale_are_not(linear_fit):
     assert min(check.p_values.values()) > 1e-3
     assert (np.abs(check.coverage(0.9) - 0.9) < 5.0 * np.sqrt(0.09 / 400) + 0.02).all()
     assert "simulated data sets" in str(check)
+    lines = check.plot().axes[0].get_lines()
+    assert len(lines) == 4
+    largest = np.abs(lines[0].get_ydata()).max()
+    assert largest == pytest.approx(calibration.deviation(check.ranks[:, 0], check.draws))
     bias = linear_fit.q.head_bias
     before = bias.numpy()
     wider = before.copy()

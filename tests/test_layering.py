@@ -57,6 +57,7 @@ ORDER = [
     "avb_tf.assembly",
     "avb_tf.figures",
     "avb_tf.figures.pairs",
+    "avb_tf.figures.calibration",
     "avb_tf.figures.comparison",
     "avb_tf.figures.estimates",
     "avb_tf.figures.training",

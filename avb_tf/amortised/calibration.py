@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from avb_tf import tables
 from avb_tf.amortised.judging import Compiled
+from avb_tf.figures import calibration
 
 LEVELS = (0.5, 0.8, 0.9)
 _NULL = 4000  # uniform ranks drawn for the distribution of a largest deviation
@@ -42,13 +43,26 @@ class Check(NamedTuple):
     @property
     def p_values(self) -> dict[str, float]:
         """That all ranks of a kind are uniform, by name; each is uniform if q is exact."""
-        ranks = dict(zip(self.coordinates, self.ranks.T, strict=True))
-        ranks["log density"], ranks["distance"] = self.ranks_of_density, self.ranks_of_distance
         null = _null(len(self.ranks), self.draws)
         return {
-            name: float((1 + (null >= deviation(r, self.draws)).sum()) / (1 + len(null)))
-            for name, r in ranks.items()
+            name: float((1 + (null >= deviation(ranks, self.draws)).sum()) / (1 + len(null)))
+            for name, ranks in self.named_ranks().items()
         }
+
+    def named_ranks(self) -> dict[str, np.ndarray]:
+        """All ranks [pairs] by name."""
+        ranks = dict(zip(self.coordinates, self.ranks.T, strict=True))
+        return ranks | {"log density": self.ranks_of_density, "distance": self.ranks_of_distance}
+
+    def plot(self):
+        """The ranks' distribution functions less the uniform one, in a band: a matplotlib figure.
+
+        An arch says that the parameters lie lower than the draws, an S that the draws are too
+        narrow or too wide.
+        """
+        null = _null(len(self.ranks), self.draws)
+        shares = {name: _shares(r, self.draws) for name, r in self.named_ranks().items()}
+        return calibration.ranks(shares, float(np.quantile(null, 1.0 - FALSE_ALARMS)))
 
     @property
     def calibrated(self) -> bool:
@@ -147,9 +161,13 @@ def simulated(compiled: Compiled, pairs: int, seed: int) -> tuple[np.ndarray, np
 
 def deviation(ranks: np.ndarray, draws: int) -> float:
     """Largest distance of the ranks' distribution function from that of uniform ones."""
-    counts = np.bincount(ranks, minlength=draws + 1)
     uniform = np.arange(1, draws + 2) / (draws + 1)
-    return float(np.abs(np.cumsum(counts) / len(ranks) - uniform).max())
+    return float(np.abs(_shares(ranks, draws) - uniform).max())
+
+
+def _shares(ranks, draws) -> np.ndarray:
+    """Share of the ranks up to each of 0 .. draws."""
+    return np.cumsum(np.bincount(ranks, minlength=draws + 1)) / len(ranks)
 
 
 def _null(pairs: int, draws: int) -> np.ndarray:
@@ -185,6 +203,7 @@ def surprise(compiled: Compiled, y: np.ndarray, others: Typical, seed: int) -> S
     statistics = _distances(together)
     if others.log_evidence is not None:
         own = _log_evidence(compiled, y, seed)
+        assert own is not None
         statistics["log evidence"] = np.concatenate([own, others.log_evidence])
     count = len(together)
     p_values = {}

@@ -50,8 +50,8 @@ class Context(NamedTuple):
 
     def repeated(self, count: int) -> "Context":
         """Each y `count` times in a row."""
-        return Context(*(tf.repeat(part, count, 0) for part in self[:3]),
-                       tf.repeat(self.features, count, 1))  # fmt: skip
+        mean, precision, log_volume = (tf.repeat(part, count, 0) for part in self[:3])
+        return Context(mean, precision, log_volume, tf.repeat(self.features, count, 1))
 
 
 class Residual(keras.layers.Layer):
@@ -153,8 +153,8 @@ class ConditionalMixture(keras.Model):
         seen = self._seen(y)
         features = tf.reshape(self.context(self.trunk(seen)), [-1, self.dim, self.width])
         # Location and scale are learned by `log_student` alone.
-        frame = map(tf.stop_gradient, self.whitening(seen))
-        return Context(*frame, tf.transpose(features, [1, 0, 2]))
+        mean, precision, log_volume = map(tf.stop_gradient, self.whitening(seen))
+        return Context(mean, precision, log_volume, tf.transpose(features, [1, 0, 2]))
 
     def log_student(self, u, y):
         """Log density of a Student t at the whitening's location and scale, up to a constant.
