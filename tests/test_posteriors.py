@@ -71,7 +71,7 @@ def test_a_fit_leaves_the_callers_random_numbers_alone():
             pass
         return np.random.normal(), random.random()
 
-    assert numbers(contextlib.nullcontext()) == numbers(fit._seeded(0))
+    assert numbers(contextlib.nullcontext()) == numbers(fit.seeded(0))
 
 
 def test_a_density_that_the_adversary_has_lost_is_not_trusted():
