@@ -15,13 +15,14 @@ from avb_tf.version import __version__
 if TYPE_CHECKING:
     from avb_tf.assembly import build
     from avb_tf.checkpoints import load_model
+    from avb_tf.data.table import Table
     from avb_tf.hub import from_hub, push_to_hub
     from avb_tf.model import AVB
     from avb_tf.posteriors.fit import fit_posterior, load_posterior
 
 __all__ = [
-    "AVB", "UserError", "__version__", "build", "fit_posterior", "from_hub", "load_model",
-    "load_posterior", "push_to_hub",
+    "AVB", "Table", "UserError", "__version__", "build", "fit_posterior", "from_hub",
+    "load_model", "load_posterior", "push_to_hub",
 ]  # fmt: skip
 
 
@@ -61,6 +62,7 @@ else:
 
 _HOME = {
     "AVB": "avb_tf.model",
+    "Table": "avb_tf.data.table",
     "build": "avb_tf.assembly",
     "fit_posterior": "avb_tf.posteriors.fit",
     "from_hub": "avb_tf.hub",

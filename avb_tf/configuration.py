@@ -139,7 +139,7 @@ def read(workdir: Path) -> dict:
     try:
         config = json.loads(file.read_text())
         if isinstance(config, dict):
-            config = kind(config).SINCE | config
+            config = _completed(config, kind(config).SINCE)
         _check_fields(config, kind(config).template().to_dict())
     except FileNotFoundError as error:
         raise UserError(
@@ -151,6 +151,17 @@ def read(workdir: Path) -> dict:
     ) as error:  # UserError and the errors of JSON and Unicode are ValueErrors
         raise UserError(f"cannot use {file}: {error}; restore it or train anew") from error
     return config
+
+
+def _completed(config: dict, defaults: dict) -> dict:
+    """The config with what it lacks of `defaults`, in nested dicts, too."""
+    known = {k: v for k, v in defaults.items() if k not in config}
+    nested = {
+        k: _completed(config[k], v)
+        for k, v in defaults.items()
+        if isinstance(v, dict) and isinstance(config.get(k), dict)
+    }
+    return config | known | nested
 
 
 def load(workdir: Path) -> ml_collections.ConfigDict:

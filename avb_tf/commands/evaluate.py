@@ -37,7 +37,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
       UserError: there is no checkpoint, or the data cannot be used.
     """
     model = checkpoints.load(workdir)
-    source = data.load(config.data)
+    source = data.load(config.data, model.likelihood)
     began = time.perf_counter()
     split = getattr(source, config.eval.split)
     count = min(config.eval.examples or split.size, split.size)

@@ -12,7 +12,9 @@ from absl import logging
 from avb_tf import assembly, checkpoints, configuration, data, replicas
 from avb_tf.callbacks import guard, monitor, tensorboard, writing
 from avb_tf.data import pipeline
+from avb_tf.data.table import Table
 from avb_tf.errors import DivergenceError, UserError
+from avb_tf.likelihoods import LIKELIHOODS
 from avb_tf.model import AVB
 from avb_tf.optimizers import Adam
 from avb_tf.schedules import DelayedCosine
@@ -46,9 +48,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
 def _train(config, workdir, strategy) -> AVB:
     chief = replicas.is_chief()
     assembly.checked(config.method, **config.model)  # loading the data may take long
-    source = data.load(config.data)
+    source = data.load(config.data, LIKELIHOODS.get(config.model.likelihood))
     with strategy.scope():
-        model = create(config, source.event_shape)
+        model = create(config, source.event_shape, source.table)
     if chief:
         configuration.save(config, workdir)
     if _restore(model, strategy, workdir):
@@ -194,15 +196,21 @@ class Training:
         )
 
 
-def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> AVB:
+def create(
+    config: ml_collections.ConfigDict, event_shape: tuple[int, ...], table: Table | None = None
+) -> AVB:
     """The compiled model of a config.
 
+    Args:
+      config: of the run.
+      event_shape: shape of one example.
+      table: whose rows the examples are, or None.
     Raises:
       UserError: a name is unknown, or the parts do not fit each other.
     """
     keras.utils.set_random_seed(config.model.seed)  # for the initial weights
     with _computing_in(config.precision):
-        model = assembly.build(config.method, event_shape, **config.model)
+        model = assembly.build(config.method, table or event_shape, **config.model)
     model.skip_non_finite, model.patience = config.guard.enabled, config.guard.patience
     model.resident_megabytes = config.resident_megabytes
     o = config.optimizer
