@@ -70,8 +70,12 @@ def digest(config: dict, without: tuple[str, ...] = ()) -> str:
       config: plain values, as `resolve` returns them.
       without: names of fields to leave out, such as "model.seed".
     """
+    # A field that earlier versions lack has no part in it at its value of the time.
+    earlier = flat(kind(config).SINCE)
     kept = sorted(
-        item for item in flat(config).items() if not _later(item[0]) and item[0] not in without
+        (name, value)
+        for name, value in flat(config).items()
+        if not _later(name) and name not in without and (name, value) not in earlier.items()
     )
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
 

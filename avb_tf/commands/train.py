@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import keras
@@ -21,6 +22,7 @@ from avb_tf.schedules import DelayedCosine
 
 FIGURE_EXAMPLES = 500  # held-out examples in figures and validation curves
 CALL_SECONDS = 1.0  # longest call of the training graph
+SMALL_DATA = 128  # examples up to which a batch may hold them several times, with other noise
 FIRST_STEPS = 10  # steps in one call of a compiled loop, until a step has been timed
 
 
@@ -49,6 +51,7 @@ def _train(config, workdir, strategy) -> AVB:
     chief = replicas.is_chief()
     assembly.checked(config.method, **config.model)  # loading the data may take long
     source = data.load(config.data, LIKELIHOODS.get(config.model.likelihood))
+    _check_batch_size(config, source)
     with strategy.scope():
         model = create(config, source.event_shape, source.table)
     if chief:
@@ -67,8 +70,34 @@ def _train(config, workdir, strategy) -> AVB:
                 training.to_the_end()
             except DivergenceError as error:
                 _roll_back(config, workdir, strategy, model, error)
+            except tf.errors.ResourceExhaustedError as error:
+                raise UserError(
+                    f"the device's memory cannot hold a step of config.batch_size = "
+                    f"{config.batch_size} ({error.message:.80}); lower it"
+                ) from error
     print(f"{workdir}: trained to step {int(model.step.numpy())}")
     return model
+
+
+def _check_batch_size(config, source: data.Source) -> None:
+    """Refuses a batch of more examples than there are, or than the memory holds.
+
+    A step needs more than what is counted here: x, and for each of `draws` z the decoder's output
+    with its gradient.
+    """
+    size = config.batch_size
+    if size > (most := max(source.train.size, SMALL_DATA)):
+        raise UserError(
+            f"config.batch_size is {size}, and there are {source.train.size} examples to train on; "
+            f"expected at most {most}"
+        )
+    per_example = 4 * math.prod(source.event_shape) * (1 + 2 * config.model.draws)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (needed := size * per_example) > memory:
+        raise UserError(
+            f"config.batch_size is {size}; a step needs more than {needed / 2**30:.0f} GiB, and "
+            f"the machine has {memory / 2**30:.0f}; expected at most {memory // per_example}"
+        )
 
 
 def _restore(model, strategy, workdir) -> bool:
