@@ -143,7 +143,7 @@ DATA = {
     f"{DIGITS} --config.data.name=faces": "'faces'",
     f"{DIGITS} --config.data.name=tfds:no_such_data": "tfds:no_such_data",
     f"{DIGITS} --config.data.name=npz": "config.data.path is empty",
-    f"{DIGITS} --config.batch_size=100000000": "there are 1437 examples",
+    f"{DIGITS} --config.batch_size=100000000": "there are 1297 examples",
     f"{DIGITS} --config.data.name=table --config.data.path=text.csv": "config.model.likelihood",
     f"{TABLE} --config.data.path=text.csv": "column 'city' has 'Oslo' in row 0",
     f"{TABLE} --config.data.path=text.csv --config.data.columns=town=skip": "no column 'town'",
