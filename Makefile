@@ -7,8 +7,8 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors verdicts setup demo test test-fast coverage test-browser test-gpu load board lint seeds mnist \
-  faults durability bench bench-ais bench-replicas release-check docs clean
+.PHONY: setup demo test test-fast coverage test-browser test-gpu load board lint seeds mnist \
+  posteriors verdicts amortised faults durability bench bench-ais bench-replicas release-check docs clean
 
 setup: $(VENV)/installed
 
@@ -19,8 +19,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # The paper's four points and handwritten digits: AVB beside a Gaussian VAE, with exact numbers.
 # Two runs at a time, a core each.
-demo seeds mnist posteriors verdicts: export TF_NUM_INTEROP_THREADS = 1
-demo seeds mnist posteriors verdicts: export OPENBLAS_NUM_THREADS = 1
+demo seeds mnist posteriors verdicts amortised: export TF_NUM_INTEROP_THREADS = 1
+demo seeds mnist posteriors verdicts amortised: export OPENBLAS_NUM_THREADS = 1
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/demo
@@ -99,6 +99,11 @@ posteriors: setup
 # The error rate of the verdict: targets with exact draws, 60 and 6 seconds each, resumable; five hours.
 verdicts: setup
 	$(BIN)/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6
+
+# Amortised posteriors of five benchmark tasks beside reference draws: half an hour of training each, three
+# seeds, ten observations; resumable. The references are in $AVB_TF_DATA_DIR/sbibm or ../shared/data/sbibm.
+amortised: setup
+	$(BIN)/python -m tests.campaigns.amortised runs/amortised --seeds 0 1 2 --seconds 1800
 
 # Speed on this machine, quiet: a step of each kind beside the machine's peak, and how costs grow.
 bench: setup

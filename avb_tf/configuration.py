@@ -71,8 +71,12 @@ def digest(config: dict, without: tuple[str, ...] = ()) -> str:
       config: plain values, as `resolve` returns them.
       without: names of fields to leave out, such as "model.seed".
     """
+    # A field that earlier versions lack has no part in it at its value of the time.
+    earlier = flat(kind(config).SINCE)
     kept = sorted(
-        item for item in flat(config).items() if not _later(item[0]) and item[0] not in without
+        (name, value)
+        for name, value in flat(config).items()
+        if not _later(name) and name not in without and (name, value) not in earlier.items()
     )
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
 
@@ -140,7 +144,7 @@ def read(workdir: Path) -> dict:
     try:
         saved = json.loads(file.read_text())
         expected = saved.pop(_CHECKSUM, None) if isinstance(saved, dict) else None
-        config = kind(saved).SINCE | saved if isinstance(saved, dict) else saved
+        config = _completed(saved, kind(saved).SINCE) if isinstance(saved, dict) else saved
         _check_fields(config, kind(config).template().to_dict())
         if expected not in (None, _checksum(saved)):  # None: of an earlier version
             raise ValueError(
@@ -167,6 +171,17 @@ def text(config: dict) -> str:
 
 def _checksum(config: dict) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _completed(config: dict, defaults: dict) -> dict:
+    """The config with what it lacks of `defaults`, in nested dicts, too."""
+    known = {k: v for k, v in defaults.items() if k not in config}
+    nested = {
+        k: _completed(config[k], v)
+        for k, v in defaults.items()
+        if isinstance(v, dict) and isinstance(config.get(k), dict)
+    }
+    return config | known | nested
 
 
 def load(workdir: Path) -> ml_collections.ConfigDict:

@@ -15,8 +15,8 @@ DATA_FOLDERS = (os.environ.get("AVB_TF_DATA_DIR"), Path(__file__).parents[2] / "
 
 # Files whose tests train, export or start processes; `make test-fast` leaves them out.
 SLOW = (
-    "ais", "baselines", "benchmarks_*", "checkpoints", "command_line", "compare", "draw",
-    "estimates", "evaluate", "explore", "export*", "faults", "golden", "guard", "hub",
+    "ais", "amortised*", "baselines", "benchmarks_*", "checkpoints", "command_line", "compare",
+    "draw", "estimates", "evaluate", "explore", "export*", "faults", "golden", "guard", "hub",
     "inference_gap", "loops", "mistakes", "model", "monitor", "posterior*", "precision", "replicas",
     "serving_*", "tensorboard", "train",
 )  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageOps
 
 from avb_tf import data
 from avb_tf.data import mnist
@@ -284,6 +284,35 @@ def test_images_are_cropped_to_the_central_square(tmp_path, form, suffix, channe
         np.testing.assert_allclose(x, 0.4, atol=2 / 255)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for i in range(3):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png", exif=exif)
+    with Image.open(tmp_path / "0.png") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    source = load("images", tmp_path, image_size=6)
+    np.testing.assert_allclose(content(source.train)[0], upright / 255, atol=1e-6)
+
+
+def test_webp_and_folders_behind_links_are_read_once(tmp_path):
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    photos.mkdir()
+    elsewhere.mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(elsewhere / f"{i}.webp", lossless=True)
+    frames = [Image.new("RGB", (8, 8), (0, 200, 0)) for _ in range(2)]
+    frames[0].save(photos / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    (photos / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(photos)
+    (photos / "nowhere").symlink_to(tmp_path / "missing")
+    source = load("images", photos)
+    images = np.concatenate([content(split) for split in splits(source)])
+    assert sorted(np.rint(255 * images[:, 0, 0, 0]).tolist()) == [0, 0, 90, 180]
+
+
 def test_an_unreadable_image_is_skipped_with_a_warning(tmp_path, caplog):
     write_images(tmp_path, 6)
     whole = (tmp_path / "2.png").read_bytes()
@@ -391,7 +420,11 @@ def test_mnist_of_4x4_is_white_where_a_quarter_is_ink(mnist_path):
 
 
 MISTAKES = {
-    "name": ("mnits", lambda d: "", "'mnits'.*four_points, digits, mnist, mnist_4x4, npz, images"),
+    "name": (
+        "mnits",
+        lambda d: "",
+        "'mnits'.*four_points, digits, .*npz, table, images",
+    ),
     "seed": ("npz", lambda d: npz(d, x_train=X), "seed is -1"),
     "npz path empty": ("npz", lambda d: "", "path is empty"),
     "npz missing": ("npz", lambda d: d / "a.npz", "a.npz cannot be read.*No such file"),
@@ -470,7 +503,7 @@ MISTAKES = {
     "gzip": ("mnist", gzip_truncated, "train-images-idx3-ubyte.gz cannot be read"),
     "images path empty": ("images", lambda d: "", "'' is not a folder"),
     "images missing": ("images", lambda d: d / "nowhere", "nowhere' is not a folder"),
-    "images empty": ("images", lambda d: d, "holds no .png, .jpg or .jpeg"),
+    "images empty": ("images", lambda d: d, "holds no .png, .jpg, .jpeg or .webp"),
     "images bad": ("images", all_bad, "3 of 3 images cannot be decoded.*0.jpg first"),
     "images too few": ("images", lambda d: write_images(d, 2), "2 example.* at least 3"),
     "channels": ("images", lambda d: write_images(d, 3), "channels 2"),

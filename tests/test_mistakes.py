@@ -15,6 +15,7 @@ from tests.commands import content, run, trained
 
 DIGITS = "--config=configs/digits.py:vae --workdir=new"
 AVB = "--config=configs/digits.py:avb --workdir=new"
+TABLE = "--config=configs/table.py:vae --workdir=new"
 POINTS = "--config=configs/four_points.py:vae --workdir=new"
 NO_DATA = f"{DIGITS} --config.data.name=npz --config.data.path=no.npz"
 POSTERIOR = "--workdir=new --config=configs/posteriors.py"
@@ -142,6 +143,14 @@ DATA = {
     f"{DIGITS} --config.data.name=faces": "'faces'",
     f"{DIGITS} --config.data.name=tfds:no_such_data": "tfds:no_such_data",
     f"{DIGITS} --config.data.name=npz": "config.data.path is empty",
+    f"{DIGITS} --config.batch_size=100000000": "there are 1297 examples",
+    f"{DIGITS} --config.data.name=table --config.data.path=text.csv": "config.model.likelihood",
+    f"{TABLE} --config.data.path=text.csv": "column 'city' has 'Oslo' in row 0",
+    f"{TABLE} --config.data.path=text.csv --config.data.columns=town=skip": "no column 'town'",
+    f"{TABLE} --config.data.path=text.csv --config.data.columns=city=skip": "has no value in row 2",
+    f"{TABLE} --config.data.path=ragged.csv": "1 values in row 1",
+    f"{TABLE} --config.data.path=good.npz": "no .csv or .parquet file",
+    f"{TABLE}": "config.data.path is empty",
     f"{DIGITS} --config.data.name=npz --config.data.path=nothing.npz": "nothing.npz",
     f"{DIGITS} --config.data.name=npz --config.data.path=empty.npz": "empty.npz",
     f"{DIGITS} --config.data.name=npz --config.data.path=truncated.npz": "truncated.npz",
@@ -337,6 +346,8 @@ def _bad_data(root):
     x = np.full([6, 2, 2], 0.5)
     np.savez(root / "good.npz", x_train=x)
     (root / "empty.npz").touch()
+    (root / "text.csv").write_text("age,city\n1,Oslo\n2,Rome\n,Rome\n4,Oslo\n5,Rome\n")
+    (root / "ragged.csv").write_text("a,b\n1,2\n3\n")
     (root / "truncated.npz").write_bytes((root / "good.npz").read_bytes()[:200])
     np.savez(root / "shape.npz", x_train=x[:, 0, 0])
     np.savez(root / "nan.npz", x_train=np.where(x == x[0, 0, 0], np.nan, x))

@@ -39,7 +39,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
       UserError: there is no checkpoint, the data cannot be used, or the workdir is being evaluated.
     """
     model = checkpoints.load(workdir)
-    source = data.load(config.data)
+    source = data.load(config.data, model.likelihood)
     with files.locked(workdir / LOCK):
         _evaluate(config, workdir, model, source)
 

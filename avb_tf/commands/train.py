@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import keras
@@ -12,7 +13,9 @@ from absl import logging
 from avb_tf import assembly, checkpoints, configuration, data, files, replicas
 from avb_tf.callbacks import guard, monitor, progress, tensorboard, writing
 from avb_tf.data import pipeline
+from avb_tf.data.table import Table
 from avb_tf.errors import DivergenceError, UserError
+from avb_tf.likelihoods import LIKELIHOODS
 from avb_tf.model import AVB
 from avb_tf.optimizers import Adam
 from avb_tf.schedules import DelayedCosine
@@ -20,6 +23,7 @@ from avb_tf.schedules import DelayedCosine
 LOCK = ".train.lock"  # held in the workdir by the process that trains
 FIGURE_EXAMPLES = 500  # held-out examples in figures and validation curves
 CALL_SECONDS = 1.0  # longest call of the training graph
+SMALL_DATA = 128  # examples up to which a batch may hold them several times, with other noise
 FIRST_STEPS = 10  # steps in one call of a compiled loop, until a step has been timed
 
 
@@ -47,9 +51,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
 def _train(config, workdir, strategy) -> AVB:
     chief = replicas.is_chief()
     assembly.checked(config.method, **config.model)  # loading the data may take long
-    source = data.load(config.data)
+    source = data.load(config.data, LIKELIHOODS.get(config.model.likelihood))
+    _check_batch_size(config, source)
     with strategy.scope():
-        model = create(config, source.event_shape)
+        model = create(config, source.event_shape, source.table)
     if not chief:
         return _resumed(config, workdir, strategy, model, source)
     configuration.save(config, workdir)
@@ -74,8 +79,34 @@ def _resumed(config, workdir, strategy, model, source) -> AVB:
                 training.to_the_end()
             except DivergenceError as error:
                 _roll_back(config, workdir, strategy, model, error)
+            except tf.errors.ResourceExhaustedError as error:
+                raise UserError(
+                    f"the device's memory cannot hold a step of config.batch_size = "
+                    f"{config.batch_size} ({error.message:.80}); lower it"
+                ) from error
     print(f"{workdir}: trained to step {int(model.step.numpy())}")
     return model
+
+
+def _check_batch_size(config, source: data.Source) -> None:
+    """Refuses a batch of more examples than there are, or than the memory holds.
+
+    A step needs more than what is counted here: x, and for each of `draws` z the decoder's output
+    with its gradient.
+    """
+    size = config.batch_size
+    if size > (most := max(source.train.size, SMALL_DATA)):
+        raise UserError(
+            f"config.batch_size is {size}, and there are {source.train.size} examples to train on; "
+            f"expected at most {most}"
+        )
+    per_example = 4 * math.prod(source.event_shape) * (1 + 2 * config.model.draws)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (needed := size * per_example) > memory:
+        raise UserError(
+            f"config.batch_size is {size}; a step needs more than {needed / 2**30:.0f} GiB, and "
+            f"the machine has {memory / 2**30:.0f}; expected at most {memory // per_example}"
+        )
 
 
 def _restore(model, strategy, workdir) -> bool:
@@ -209,15 +240,21 @@ class Training:
         )
 
 
-def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> AVB:
+def create(
+    config: ml_collections.ConfigDict, event_shape: tuple[int, ...], table: Table | None = None
+) -> AVB:
     """The compiled model of a config.
 
+    Args:
+      config: of the run.
+      event_shape: shape of one example.
+      table: whose rows the examples are, or None.
     Raises:
       UserError: a name is unknown, or the parts do not fit each other.
     """
     keras.utils.set_random_seed(config.model.seed)  # for the initial weights
     with _computing_in(config.precision):
-        model = assembly.build(config.method, event_shape, **config.model)
+        model = assembly.build(config.method, table or event_shape, **config.model)
     model.skip_non_finite, model.patience = config.guard.enabled, config.guard.patience
     model.resident_megabytes = config.resident_megabytes
     o = config.optimizer

@@ -10,12 +10,13 @@ from avb_tf.data.source import Source, data_path
 from avb_tf.errors import UserError
 
 
-def load(path: str, seed: int) -> Source:
+def load(path: str, seed: int, support: str = "unit") -> Source:
     """A source of the file's arrays: x_train and optionally other splits and labels.
 
     Args:
       path: an .npz file, or a folder with exactly one; `arrays.check` describes the arrays.
       seed: of the tenths cut off train for a missing validation or test split.
+      support: what x is, as of a `Likelihood`.
 
     Raises:
       UserError: the file cannot be read, or an array is not as described.
@@ -31,7 +32,8 @@ def load(path: str, seed: int) -> Source:
                 f"{place} holds {len(files)} .npz files; expected one; name it in config.data.path"
             )
         file = files[0]
-    return arrays.source("npz", str(file), arrays.check(str(file), read(file)), seed)
+    examples = arrays.check(str(file), read(file), support)
+    return arrays.source("npz", str(file), examples, seed)
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

@@ -12,13 +12,12 @@ import keras
 import numpy as np
 
 from avb_tf import archives, files
-from avb_tf.model import AVB
 
 EXAMPLES = 25  # in a chunk
 _Item = TypeVar("_Item")
 
 
-def fingerprint(model: AVB, x, settings: dict[str, Any]) -> str:
+def fingerprint(model: Any, x, settings: dict[str, Any]) -> str:
     """A hash of everything that an estimate depends on: weights, examples and settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     weights = model.averaged_encoder.weights + model.averaged_decoder.weights

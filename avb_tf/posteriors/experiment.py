@@ -110,7 +110,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
         print(statistic, *(f"{label} {value:.3f}" for label, value in values.items()), sep=", ")
     _write_draws(fit.to_arviz(e.draws), workdir)
     shown = {label: (draws | others)[label] for label in ("fit", "full-rank VI", "reference")}
-    drawn = {"pairs": pairs(shown, target.coordinates())}
+    drawn = {"pairs": pairs(shown, target.coordinates(), "unconstrained")}
     print(*figures.save(drawn, workdir / "figures"), sep="\n")
 
 

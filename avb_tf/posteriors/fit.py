@@ -92,7 +92,7 @@ def fit_posterior(
     allowed = seconds and share * (seconds - clock.elapsed())
     start = starting.find(target, seed, allowed, steps or STEPS)
     clock.start_training(VERDICT_SHARE * (seconds or 0.0))
-    with _seeded(seed):
+    with seeded(seed):
         fit = _trained(target, start, seed, resolved_settings, clock)
     if seconds:
         fit.diagnostics()  # it is part of what the seconds are for
@@ -101,7 +101,7 @@ def fit_posterior(
 
 
 @contextlib.contextmanager
-def _seeded(seed: int):
+def seeded(seed: int):
     """Keras's initial weights come from global generators; a caller's go on as if unused."""
     python, numpy = random.getstate(), np.random.get_state()
     keras.utils.set_random_seed(seed)

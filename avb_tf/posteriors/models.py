@@ -191,7 +191,7 @@ def of_joint(pinned, of_batch=None) -> Target:
 
 
 def _bijector(pinned):
-    """From unconstrained parameters to those of a pinned joint, each part's checked.
+    """From unconstrained parameters to those of a joint, pinned or not, each part's checked.
 
     TFP's composition of the parts' bijectors, with `constraints.of_distribution` for each: a part's
     support may depend on another part.

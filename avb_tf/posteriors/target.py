@@ -68,6 +68,10 @@ class Target:
         """log p(data, parameters) + log |d parameters / du| in nats, [n, dim] -> [n]."""
         return self._lift(self._log_density, u)
 
+    def log_density_by(self, log_prob, u):
+        """As `log_density`, of another function `log_prob` of the same parameters."""
+        return self._lift(functools.partial(self._log_density, log_prob=log_prob), u)
+
     def estimator(self, seed: int):
         """A function like `log_density`, unbiased for it, of a new minibatch at every call."""
         if self._of_batch is None:
@@ -75,8 +79,7 @@ class Target:
         generator, of_batch = tf.random.Generator.from_seed(seed), self._of_batch
 
         def estimate(u):
-            density = functools.partial(self._log_density, log_prob=of_batch(generator))
-            return self._lift(density, u)
+            return self.log_density_by(of_batch(generator), u)
 
         return estimate
 
@@ -84,12 +87,22 @@ class Target:
         """The model's parameters, [n, dim] -> [n, ...] in the model's structure and dtypes."""
         return self._lift(self._parameters, u)
 
+    def log_volume(self, u):
+        """log |d parameters / du| in nats, [n, dim] -> [n]."""
+        return self._lift(self._log_volume, u)
+
     def unconstrain(self, parameters):
         """The inverse of `constrain`."""
+        return self.free(parameters).numpy()
+
+    def free(self, parameters):
+        """The inverse of `constrain`, as a tensor [n, dim]."""
         typed = tf.nest.map_structure(tf.cast, parameters, self._dtypes)
         flat = tf.nest.flatten(self._bijector.inverse(typed))
         parts = zip(flat, self.sizes, strict=True)
-        return np.concatenate([np.reshape(part, [len(part), size]) for part, size in parts], -1)
+        return tf.concat(
+            [tf.cast(tf.reshape(part, [-1, size]), self.dtype) for part, size in parts], -1
+        )
 
     def prior_draws(self, count: int, seed: int) -> np.ndarray:
         """Unconstrained draws of the prior, [at most count, dim]; none where it is not known."""
@@ -142,10 +155,14 @@ class Target:
         return self._bijector.forward(self._free(u))
 
     def _log_density(self, u, log_prob=None):
-        free = self._free(u)
-        volume = self._bijector.forward_log_det_jacobian(free, event_ndims=self._free_ranks)
-        density = (log_prob or self._log_prob)(self._bijector.forward(free))
-        return tf.cast(density, self.dtype) + tf.cast(volume, self.dtype)
+        density = (log_prob or self._log_prob)(self._parameters(u))
+        return tf.cast(density, self.dtype) + self._log_volume(u)
+
+    def _log_volume(self, u):
+        volume = self._bijector.forward_log_det_jacobian(
+            self._free(u), event_ndims=self._free_ranks
+        )
+        return tf.cast(volume, self.dtype)
 
     def _lifted(self):
         """How functions of this model are taken over a batch: (function, u [n, dim]) -> [n, ...].

@@ -1,0 +1,1 @@
+"""One posterior network for every data set of a user's model."""

@@ -1,0 +1,84 @@
+"""`fit_amortised`: one conditional density for the posteriors of all data sets of a model.
+
+A model goes one way:
+
+    model -> simulated pairs -> whitening given y -> mixtures in its coordinates
+          -> draws of any y -> a verdict for each
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tensorflow_probability import distributions as tfd
+
+from avb_tf.amortised import simulation, training
+from avb_tf.amortised.result import AmortisedFit
+from avb_tf.errors import UserError
+from avb_tf.posteriors.fit import seeded
+from avb_tf.posteriors.training import Clock
+from avb_tf.settings.amortised import STEPS, resolved
+
+
+def fit_amortised(
+    model: Any,
+    observed: Sequence[str] = ("y",),
+    *,
+    prior: Any = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    verbose: bool = True,
+    **settings: Any,
+) -> AmortisedFit:
+    """Trains a network that has the posterior of any data set of a model.
+
+        fit = fit_amortised(joint, observed=("y",), seconds=300)
+        fit.sample(y, 1000)              # {"mu": [1000, 2], ...}, in milliseconds
+        print(fit.posterior(y).verdict)  # whether to believe it, for this y
+
+    Args:
+      model: a TFP joint distribution; or a simulator, a function of a batch of parameters [n, ...]
+        and a seed [2] that returns data [n, ...], as an array or a dict by name.
+      observed: names of the parts that will be observed; all others are inferred.
+      prior: of a simulator: a TFP distribution of its parameters.
+      steps: of training, each with new pairs; 10,000 where `seconds` is not given either.
+      seconds: that the call may take, all included; the fit is then no function of `seed` alone.
+      seed: of initial weights and pairs. TensorFlow's global seed is set.
+      verbose: shows a progress bar.
+      **settings: changes to `settings.amortised.SETTINGS`.
+    Returns:
+      The fit. `fit.check()` has its calibration, `fit.posterior(y).verdict` that of one data set.
+    Raises:
+      UserError: a model that cannot be fitted, and what to do about it.
+    Source: neural posterior estimation (Papamakarios and Murray, 2016; Greenberg, Nonnenmacher and
+    Macke, 2019), with the density of this package's `network.ConditionalMixture`.
+    """
+    began = time.monotonic()
+    if (steps is not None and steps < 1) or (seconds is not None and seconds <= 0):
+        raise UserError(f"steps is {steps} and seconds {seconds}; expected numbers above 0")
+    if steps is None and seconds is None:
+        steps = STEPS
+    resolved_settings = resolved(**settings)
+    with seeded(seed):
+        source = _simulation(model, prior, observed)
+        clock = Clock(steps, seconds, began, verbose)
+        clock.start_training(0.0)
+        q = training.build(source, resolved_settings)
+        history = training.train(q, source, resolved_settings, clock, seed)
+    return AmortisedFit(source, q, resolved_settings, seed, clock.step, clock.elapsed(), history)
+
+
+def _simulation(model, prior, observed) -> simulation.Simulation:
+    if isinstance(model, tfd.JointDistribution):
+        if prior is not None:
+            raise UserError(
+                "a joint distribution came with a `prior`; expected one with a simulator alone"
+            )
+        return simulation.of_joint(model, observed)
+    if not callable(model) or isinstance(model, tfd.Distribution):
+        raise UserError(
+            f"the model is of type {type(model).__name__}; expected a TFP joint distribution, not "
+            "pinned, or a simulator: a function of parameters and a seed"
+        )
+    return simulation.of_simulator(model, prior, observed)

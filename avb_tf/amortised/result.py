@@ -1,0 +1,296 @@
+"""`AmortisedFit`: the posterior of any data set in milliseconds, and how far to believe it."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from avb_tf import diagnostics as weighing
+from avb_tf.amortised import calibration, simulation, training
+from avb_tf.amortised.calibration import Check, Surprise, Typical
+from avb_tf.amortised.judging import Compiled, Given, Judgement, judge
+from avb_tf.amortised.network import ConditionalMixture
+from avb_tf.amortised.simulation import Simulation
+from avb_tf.errors import UserError
+from avb_tf.files import write_atomically
+from avb_tf.posteriors import hmc
+from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.result import Refinement
+from avb_tf.posteriors.sampling import LEAPFROGS
+from avb_tf.posteriors.target import Structure
+from avb_tf.posteriors.verdict import Diagnostics
+
+META, WEIGHTS, MODEL = "amortised.json", "q.weights.h5", "model"  # what a saved fit consists of
+_BANK = 20_000  # simulated pairs, of which the nearest to y show where its posterior is
+_FEWEST = 0.05  # effective draws, as a share, that importance resampling needs
+_OVERSAMPLED = 4  # effective draws for each one resampled
+_CHAINS = 1000  # of a refinement
+NETWORK, RESAMPLED, CHAINS = "network", "importance resampling", "Hamiltonian Monte Carlo"
+
+
+class Answer(NamedTuple):
+    """Draws, how they were made, and the verdict on the network's draws that asked for it."""
+
+    parameters: Structure  # [n, ...], in the model's structure
+    method: str  # "network", "importance resampling" or "Hamiltonian Monte Carlo"
+    diagnostics: Diagnostics
+
+
+class AmortisedFit:
+    """One network for the posteriors of all data sets, by `avb_tf.fit_amortised`.
+
+        fit = avb_tf.fit_amortised(model, observed=("y",), seconds=300)
+        fit.sample(y, 10_000)           # draws of p(parameters | y), in milliseconds
+        print(fit.posterior(y).verdict)  # trust: ...
+
+    Attributes:
+      simulation: the model as a source of pairs.
+      q: the conditional density, of unconstrained parameters.
+      settings: of the fit.
+      seed: of the fit.
+      steps: of training.
+      seconds: that the fit took.
+      history: "log_q", the mean log density of new pairs in nats as training went.
+    """
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        q: ConditionalMixture,
+        settings: dict[str, Any],
+        seed: int,
+        steps: int,
+        seconds: float,
+        history: dict[str, list[float]],
+    ):
+        self.simulation, self.q, self.settings, self.seed = simulation, q, settings, seed
+        self.steps, self.seconds, self.history = steps, seconds, history
+        self.compiled = Compiled(q, simulation)
+        self._bank: tuple[np.ndarray, np.ndarray] | None = None
+        self._typical: Typical | None = None
+
+    def sample(self, y, n: int, seed: int = 0, escalate: bool = False):
+        """`n` draws of the posterior given y.
+
+        Args:
+          y: the observed data set: a dict of arrays by name, or the array alone.
+          n: draws.
+          seed: of the draws.
+          escalate: whether draws that the verdict does not trust are repaired: by importance
+            resampling, or by Hamiltonian Monte Carlo from them. Takes seconds.
+        Returns:
+          The parameters in the model's structure, [n, ...]; with `escalate`, an `Answer`.
+        Raises:
+          UserError: y does not fit the model.
+        """
+        if escalate:
+            return self.posterior(y).answer(n, seed)
+        row = tf.constant(self.simulation.flat(y))
+        return self.compiled.parameters(row, tf.constant(n), tf.constant([seed, 0]))
+
+    def log_prob(self, parameters, y) -> np.ndarray:
+        """log q(parameters|y) in nats, of parameters [n, ...] in the model's structure, [n]."""
+        u = self.simulation.unconstrain(parameters)
+        log_q = Given(self.compiled, self.simulation.flat(y)).log_density(u)
+        return log_q - np.asarray(self.simulation.log_volume(u), np.float64)
+
+    def posterior(self, y, seed: int = 0) -> "AmortisedPosterior":
+        """The posterior of one data set: `.sample`, `.verdict`, `.evidence`, `.refine`."""
+        return AmortisedPosterior(self, self.simulation.flat(y), seed)
+
+    def check(self, pairs: int = 1000, draws: int = 99, seed: int = 0) -> Check:
+        """Simulation-based calibration: ranks, coverage and TARP over simulated data sets."""
+        return calibration.check(self.compiled, pairs, draws, _away(seed))
+
+    def surprise(self, y) -> Surprise:
+        """Whether y looks like data of the model, at a false alarm rate of 5%."""
+        if self._typical is None:
+            self._typical = calibration.typical(self.compiled, _away(self.seed))
+        row = self.simulation.flat(y)
+        return calibration.surprise(self.compiled, row, self._typical, _away(self.seed))
+
+    def to_arviz(self, y, draws: int = 2000, seed: int = 0):
+        """`arviz.InferenceData` of independent draws, as one chain, with log q and the data."""
+        posterior = self.posterior(y)
+        u = posterior.unconstrained(draws, seed)
+        parameters = self.simulation.constrain(tf.constant(u, self.simulation.dtype))
+        stats = {"log_q": posterior.given.log_density(u)}
+        if self.simulation.has_density:
+            stats["lp"] = posterior.given.scores(u)[0]
+            stats["log_weight"] = stats["lp"] - stats["log_q"]
+        names, values = self.simulation.names, map(np.asarray, tf.nest.flatten(parameters))
+        observed = {
+            name: np.asarray(value)
+            for name, value in self.simulation.parts(posterior.given.y[0]).items()
+        }
+        return weighing.inference_data(dict(zip(names, values, strict=True)), stats, observed)
+
+    def save(self, path) -> None:
+        """Writes the fit, for `AmortisedFit.load`: a directory, nothing in it pickled.
+
+        Raises:
+          UserError: the path cannot be written.
+        """
+        path = Path(path)
+        meta = {
+            "seed": self.seed,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "settings": self.settings,
+            "history": self.history,
+        }
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.q.save_weights(path / WEIGHTS)
+            simulation.save(self.simulation, path / MODEL)
+            write_atomically(path / META, json.dumps(meta) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}; choose another path") from error
+
+    @classmethod
+    def load(cls, path) -> "AmortisedFit":
+        """A fit as `save` wrote it, without the model's own code.
+
+        The directory holds the model as a TensorFlow SavedModel. As any program it should come from
+        somebody you trust.
+
+        Raises:
+          UserError: it is not a saved fit, or damaged.
+        """
+        path = Path(path)
+        try:
+            meta = json.loads((path / META).read_text())
+            model = simulation.Loaded(path / MODEL)
+            q = training.build(model, meta["settings"])
+            q.load_weights(path / WEIGHTS)
+            return cls(model, q, **meta)
+        except Exception as error:  # whatever JSON, Keras and TensorFlow raise on a damaged file
+            raise UserError(
+                f"{path} cannot be loaded ({error!s:.200}); expected a directory that "
+                "AmortisedFit.save wrote"
+            ) from error
+
+    def bank(self) -> tuple[np.ndarray, np.ndarray]:
+        """Simulated pairs, u [n, dim] and y [n, features], the same at every call."""
+        if self._bank is None:
+            self._bank = calibration.simulated(self.compiled, _BANK, _away(self.seed))
+        return self._bank
+
+
+class AmortisedPosterior:
+    """The posterior of one data set, by a fit for all of them.
+
+    Attributes:
+      fit: the fit.
+      given: its density of unconstrained parameters, given the data.
+    """
+
+    def __init__(self, fit: AmortisedFit, y: np.ndarray, seed: int):
+        self.fit, self.given, self._seed = fit, Given(fit.compiled, y), seed
+        self._judged: Judgement | None = None
+
+    def sample(self, n: int, seed: int = 0) -> Structure:
+        """`n` draws of the network, [n, ...] in the model's structure."""
+        y = tf.constant(self.given.y)
+        return self.fit.compiled.parameters(y, tf.constant(n), tf.constant([seed, 0]))
+
+    def unconstrained(self, n: int, seed: int = 0) -> np.ndarray:
+        """`n` draws of the network before the constraint, [n, dim]."""
+        return self.given.draw(n, np.random.default_rng(seed))
+
+    @property
+    def verdict(self) -> Diagnostics:
+        """Whether to believe the network's draws, by their weights and by chains; in seconds.
+
+        Raises:
+          UserError: the model is a simulator, whose posterior has no density to compare with.
+        """
+        return self._judgement().diagnostics
+
+    @property
+    def evidence(self) -> Estimate:
+        """log p(y) in nats, by a bridge between q and the chains."""
+        return self._judgement().log_evidence
+
+    def answer(self, n: int, seed: int = 0) -> Answer:
+        """`n` draws, repaired where the verdict asks for it."""
+        diagnostics = self.verdict
+        if diagnostics.verdict == "trust":
+            return Answer(self.sample(n, seed), NETWORK, diagnostics)
+        u = self._resampled(n, seed)
+        method = RESAMPLED
+        if u is None:
+            u, method = self.refine(chains=n, seed=seed).u, CHAINS
+        parameters = self.fit.simulation.constrain(tf.constant(u, self.fit.simulation.dtype))
+        return Answer(parameters, method, diagnostics)
+
+    def refine(self, steps: int = 60, chains: int = _CHAINS, seed: int = 0) -> Refinement:
+        """Hamiltonian Monte Carlo from the verdict's chains, with jumps that q proposes.
+
+        The first half of the steps is thrown away.
+
+        Args:
+          steps: transitions of each chain.
+          chains: parallel chains, of which the last states are the draws returned.
+          seed: of the chains.
+        """
+        judged, rng = self._judgement(), np.random.default_rng(seed)
+        states = judged.states.reshape(-1, judged.states.shape[-1])
+        x = states[rng.integers(len(states), size=chains)]
+        jumps: Any = judged.proposal
+        half = (steps + 1) // 2
+        step_size = float(np.median(judged.step_size))
+
+        def run(x):
+            return hmc.run_chains(
+                self.given.scores, x, judged.root, half, LEAPFROGS, step_size, rng, jumps=jumps
+            )
+
+        kept = run(run(x).states[-1])
+        u = kept.states[-1]
+        return Refinement(
+            self.fit.simulation.constrain(tf.constant(u, self.fit.simulation.dtype)),
+            u,
+            *weighing.convergence(np.moveaxis(kept.states, 0, 1)),
+            float(kept.acceptance.mean()),
+        )
+
+    def _resampled(self, n, seed):
+        """Draws [n, dim] by importance resampling, or None where the weights cannot be trusted."""
+        proposal, rng = self._judgement().proposal, np.random.default_rng(seed)
+        x = proposal.draw(max(n, 1000), rng)
+        log_weights = self._log_weights(proposal, x)
+        share = float(weighing.effective_sample_size(log_weights)) / len(x)
+        if weighing.pareto_k(log_weights) > weighing.PARETO_K_LIMIT or share < _FEWEST:
+            return None
+        more = proposal.draw(int(_OVERSAMPLED * n / share), rng)
+        x = np.concatenate([x, more])
+        log_weights = np.concatenate([log_weights, self._log_weights(proposal, more)])
+        weights = np.exp(log_weights - log_weights.max())
+        return x[rng.choice(len(x), n, p=weights / weights.sum())]
+
+    def _log_weights(self, proposal, x):
+        log_weights = self.given.scores(x)[0] - proposal.log_density(x)
+        return np.where(np.isnan(log_weights), -np.inf, log_weights)
+
+    def _judgement(self) -> Judgement:
+        if self._judged is None:
+            if not self.fit.simulation.has_density:
+                raise UserError(
+                    "the model is a simulator without a density; expected a joint distribution for "
+                    "a verdict, evidence or refinement of one data set: use `fit.check()` and "
+                    "`fit.surprise(y)`"
+                )
+            u, y = self.fit.bank()
+            _, _, mean, scale = (weight.numpy() for weight in self.fit.q.locations)
+            away = np.arcsinh((y - mean) / scale) - np.arcsinh((self.given.y - mean) / scale)
+            nearest = np.argsort((away**2).sum(1), kind="stable")
+            self._judged = judge(self.given, u[nearest], u, self._seed)
+        return self._judged
+
+
+def _away(seed: int) -> int:
+    """A seed of pairs that training has not seen."""
+    return (seed + 2**30) % 2**31

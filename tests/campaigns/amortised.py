@@ -1,0 +1,165 @@
+"""Amortised posteriors of five benchmark tasks against reference draws, by C2ST.
+
+    .venv/bin/python -m tests.campaigns.amortised runs/amortised --seconds 1800 --seeds 0 1 2
+
+Each fit and each observation is a file, and what is finished is not done again. A task is a process
+of its own, since TensorFlow keeps all graphs. `table.md` has the means over observations.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+WRONG = 0.55  # C2ST above which "trust" is false
+GOALS = {
+    "two_moons": 0.52,
+    "gaussian_mixture": 0.52,
+    "gaussian_linear_uniform": 0.51,
+    "slcp": 0.62,
+    "bernoulli_glm": 0.53,
+}  # of a single pass, mean over observations
+
+
+def fitted(directory: Path, name: str, seconds: float, seed: int):
+    """The fit of a task, trained or loaded."""
+    import avb_tf
+    from tests.campaigns.sbibm import TASKS
+
+    folder = directory / f"{name}-{seconds:g}s-{seed}"
+    if (folder / "amortised.json").exists():
+        return avb_tf.AmortisedFit.load(folder), folder
+    fit = avb_tf.fit_amortised(TASKS[name]().model, seconds=seconds, seed=seed, verbose=False)
+    fit.save(folder)
+    return fit, folder
+
+
+def measured(fit, name: str, observation: int, draws: int) -> dict:
+    """A single pass and its escalation, beside the reference."""
+    import numpy as np
+
+    from avb_tf.posteriors.comparison import c2st
+    from tests.campaigns.sbibm import references
+
+    data = references(name)
+    reference = data["reference"][observation][:draws].astype(np.float64)
+    (shape, _), *_ = fit.simulation.observed.values()
+    y = data["observations"][observation].reshape(shape)
+    fit.sample(y, draws)  # traces
+    began = time.monotonic()
+    single = np.asarray(fit.sample(y, draws)["theta"], np.float64)
+    milliseconds = 1e3 * (time.monotonic() - began)
+    began = time.monotonic()
+    posterior = fit.posterior(y)
+    answer = posterior.answer(draws)
+    row = {
+        "milliseconds": milliseconds,
+        "c2st": c2st(single, reference),
+        "verdict": answer.diagnostics.verdict,
+        "distance": answer.diagnostics.distance,
+        "method": answer.method,
+        "evidence": list(posterior.evidence),
+        "unlike": fit.surprise(y).p_value,
+        "seconds_of_escalation": time.monotonic() - began,
+    }
+    escalated = np.asarray(answer.parameters["theta"], np.float64)
+    if answer.method != "network":
+        row["c2st_escalated"] = c2st(escalated, reference)
+    return row
+
+
+def calibration(fit) -> dict:
+    """Simulation-based calibration, coverage and TARP."""
+    check = fit.check()
+    return {
+        "steps": fit.steps,
+        "seconds": fit.seconds,
+        "log_q": fit.history["log_q"][-20:],
+        "p_values": check.p_values,
+        "coverage_90": check.coverage(0.9).tolist(),
+    }
+
+
+def table(directory: Path) -> str:
+    """All finished observations as Markdown, a row for each fit."""
+    import numpy as np
+
+    from avb_tf import tables
+
+    rows = []
+    for folder in sorted(directory.glob("*-*s-*")):
+        files = [json.loads(f.read_text()) for f in sorted(folder.glob("observation-*.json"))]
+        if not files:
+            continue
+        name, seconds, seed = folder.name.rsplit("-", 2)
+        calibrated = json.loads((folder / "calibration.json").read_text())
+        c2st = np.array([row["c2st"] for row in files])
+        escalated = [row.get("c2st_escalated", row["c2st"]) for row in files]
+        trusted = np.array([row["verdict"] == "trust" for row in files])
+        rows.append({
+            "task": name,
+            "training": seconds,
+            "seed": seed,
+            "steps": str(calibrated["steps"]),
+            "observations": str(len(files)),
+            "draws": str(files[0]["draws"]),
+            "C2ST": f"{c2st.mean():.3f}",
+            "largest": f"{c2st.max():.3f}",
+            "asked": f"{GOALS[name]:.2f}",
+            "escalated": f"{np.mean(escalated):.3f}",
+            "trusted": str(trusted.sum()),
+            "false trust": str((trusted & (c2st > WRONG)).sum()),
+            "least SBC p": f"{min(calibrated['p_values'].values()):.3f}",
+            "90% intervals": f"{np.mean(calibrated['coverage_90']):.3f}",
+        })  # fmt: skip
+    return tables.aligned([[k, *(row[k] for row in rows)] for k in rows[0]]) + "\n"
+
+
+def run(options) -> None:
+    """What is missing of the tasks and seeds, in this process."""
+    for name in options.only:
+        for seed in options.seeds:
+            fit, folder = fitted(options.directory, name, options.seconds, seed)
+            file = folder / "calibration.json"
+            if not file.exists():
+                file.write_text(json.dumps(calibration(fit)) + "\n")
+            for i in range(options.observations):
+                file = folder / f"observation-{i}.json"
+                if not file.exists():
+                    row = measured(fit, name, i, options.draws)
+                    row |= {"observation": i, "draws": options.draws}
+                    file.write_text(json.dumps(row) + "\n")
+                    print(name, seed, json.dumps(row), flush=True)
+
+
+def main() -> None:
+    """Runs what is not finished yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seconds", type=float, default=1800.0, help="of training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--observations", type=int, default=10)
+    parser.add_argument("--draws", type=int, default=10_000)
+    parser.add_argument("--only", nargs="+", default=list(GOALS), help="names of tasks")
+    parser.add_argument("--here", action="store_true", help="in this process")
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    if options.here:
+        run(options)
+        return
+    for name in options.only:
+        arguments = [sys.executable, "-m", "tests.campaigns.amortised", str(options.directory)]
+        arguments += ["--here", "--only", name, "--seconds", str(options.seconds)]
+        arguments += ["--seeds", *map(str, options.seeds), "--draws", str(options.draws)]
+        arguments += ["--observations", str(options.observations)]
+        subprocess.run(arguments, env=os.environ, check=False)
+    text = table(options.directory)
+    (options.directory / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
