@@ -1,3 +1,4 @@
+import collections
 import functools
 
 import numpy as np
@@ -9,6 +10,7 @@ from tensorflow_probability import distributions as tfd
 import avb_tf
 from avb_tf import UserError
 from avb_tf.amortised import calibration, judging, simulation
+from avb_tf.posteriors import models
 from avb_tf.posteriors.mixture import Mixture
 
 TINY = {
@@ -275,6 +277,29 @@ def test_pairs_of_an_auto_batched_joint_are_independent():
     assert stats.kstest(noise, stats.norm.cdf).pvalue > 1e-3
     again = np.asarray(source.simulate(2000, tf.constant([0, 6]))[0])
     assert not np.isin(again, u).any()
+
+
+@pytest.mark.parametrize("structure", [dict, collections.namedtuple("Parts", "p R a y")])
+def test_parameters_keep_their_names_in_any_order(structure):
+    """`tf.nest` sorts a dict's keys, capitals first; a joint has them by their dependence."""
+    joint = tfd.JointDistributionNamed(
+        structure(
+            p=tfd.Normal(100.0, 1.0),
+            R=tfd.Normal(-100.0, 1.0),
+            a=lambda p: tfd.Normal(p - 93.0, 1.0),
+            y=lambda p, R, a: tfd.Normal(p + R + a, 1.0),
+        )
+    )
+    source = simulation.of_joint(joint, ("y",))
+    u, *_ = source.simulate(100, tf.constant([0, 1]))
+    parameters = source.constrain(u)
+    parameters = parameters if structure is dict else parameters._asdict()
+    for name, value in {"p": 100.0, "R": -100.0, "a": 7.0}.items():
+        assert np.mean(parameters[name]) == pytest.approx(value, abs=1.0)
+    target = models.of_joint(models.pin(joint, {"y": 0.0}))
+    parameters = target.constrain(tf.constant(target.prior_draws(100, 0), tf.float32))
+    parameters = parameters if structure is dict else parameters._asdict()
+    assert np.mean(parameters["p"]) == pytest.approx(100.0, abs=1.0)
 
 
 def test_several_observed_parts_keep_their_types():
