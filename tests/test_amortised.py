@@ -1,5 +1,6 @@
 import collections
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -181,6 +182,22 @@ def test_a_lost_mode_is_not_trusted(q, trusted):
     assert abs(judged.log_evidence.value) < 5.0 * judged.log_evidence.standard_error + 1e-3
     share = np.mean(judged.states > 0.0)
     assert abs(share - 0.5) < 0.12  # of 256 chains that jump between modes
+
+
+def test_a_point_where_the_density_fails_is_as_good_as_outside():
+    """A singular matrix raises in TensorFlow, for the whole batch that it is in."""
+
+    def scores(u, y):
+        if np.any(u.numpy() > 1.0):
+            raise tf.errors.InvalidArgumentError(None, None, "Input is not invertible")
+        return u[:, 0], tf.ones_like(u)
+
+    compiled = SimpleNamespace(given=lambda y: None, scores=scores, dtype=tf.float32)
+    density, gradient = judging.Given(compiled, np.zeros([1, 1])).scores(
+        np.array([[0.0], [2.0], [0.5], [3.0], [0.25]])
+    )
+    np.testing.assert_array_equal(density, [0.0, -np.inf, 0.5, -np.inf, 0.25])
+    np.testing.assert_array_equal(gradient[:, 0], [1.0, 0.0, 1.0, 0.0, 1.0])
 
 
 # Calibration.
