@@ -7,8 +7,8 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: posteriors verdicts amortised setup demo test test-fast coverage test-browser test-gpu load board lint seeds mnist \
-  faults bench bench-ais bench-replicas release-check docs clean
+.PHONY: setup demo test test-fast coverage test-browser test-gpu load board lint seeds mnist \
+  posteriors verdicts amortised faults durability bench bench-ais bench-replicas release-check docs clean
 
 setup: $(VENV)/installed
 
@@ -127,6 +127,11 @@ bench-replicas: setup
 # Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for half an hour.
 faults: setup
 	$(BIN)/python -m tests.campaigns.faults
+
+# Crash states, kills, corruption and more: a table of trials and losses, resumable; hours.
+durability: setup
+	command -v strace >/dev/null || { apt-get update && apt-get install -y strace; }
+	$(BIN)/python -m tests.campaigns.durability runs/durability
 
 # The site, in docs/_build/html. Needs no network once it is set up; the tutorials are executed.
 docs: $(VENV)/docs-installed

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from avb_tf.amortised.result import AmortisedFit
     from avb_tf.assembly import build
     from avb_tf.checkpoints import load_model
+    from avb_tf.data.table import Table
     from avb_tf.hub import from_hub, push_to_hub
     from avb_tf.model import AVB
     from avb_tf.posteriors.fit import fit_posterior, load_posterior
 
 __all__ = [
-    "AVB", "AmortisedFit", "UserError", "__version__", "build", "fit_amortised", "fit_posterior",
-    "from_hub", "load_model", "load_posterior", "push_to_hub",
+    "AVB", "AmortisedFit", "Table", "UserError", "__version__", "build", "fit_amortised",
+    "fit_posterior", "from_hub", "load_model", "load_posterior", "push_to_hub",
 ]  # fmt: skip
 
 
@@ -64,6 +65,7 @@ else:
 _HOME = {
     "AVB": "avb_tf.model",
     "AmortisedFit": "avb_tf.amortised.result",
+    "Table": "avb_tf.data.table",
     "build": "avb_tf.assembly",
     "fit_amortised": "avb_tf.amortised.fit",
     "fit_posterior": "avb_tf.posteriors.fit",

@@ -7,7 +7,8 @@ from typing import Any
 
 import keras
 
-from avb_tf import auxiliary, encoders, flows, networks, parts
+from avb_tf import auxiliary, columns, encoders, flows, networks, parts
+from avb_tf.data.table import Table
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS
 from avb_tf.model import AVB
@@ -21,7 +22,7 @@ _TRAINING = (
 _SAMPLE_MOMENTS = ("black_box", "injected", "auxiliary")
 
 
-def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
+def build(method: str, event_shape: Sequence[int] | Table, **changes: Any) -> AVB:
     """Makes a model by the name of its method, ready for `compile` and `fit`.
 
             model = avb_tf.build("avb_ac", (28, 28, 1), latent_dim=8, network="conv")
@@ -30,7 +31,8 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
 
         Args:
           method: vae, avb, avb_ac, avb_flow, avb_ac_paper, iaf, auxvae or aae.
-          event_shape: shape of one example, (features,) or (height, width, channels).
+          event_shape: shape of one example, (features,) or (height, width, channels); or the
+            `Table` whose rows the examples are, with a likelihood for each column.
           **changes: settings that differ from the method's. All settings, with their defaults:
 
     {settings}
@@ -39,7 +41,17 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
         Raises:
           UserError: a name is unknown, or the parts do not fit each other.
     """
+    table = event_shape if isinstance(event_shape, Table) else None
+    if table is not None:
+        event_shape = (len(table.columns),)
+        changes = {"likelihood": "table"} | changes
     s = checked(method, **changes)
+    if (s.likelihood == "table") != (table is not None):
+        raise UserError(
+            f"likelihood is '{s.likelihood}' with {'a' if table else 'no'} table; expected 'table' "
+            "for the columns of a Table: avb_tf.build(method, avb_tf.Table.of(frame))"
+        )
+    s.table = table
     if s.network == "conv" and len(event_shape) != 3:
         raise UserError(
             f"network 'conv' needs x of (height, width, channels), found {tuple(event_shape)}; "
@@ -50,7 +62,7 @@ def build(method: str, event_shape: Sequence[int], **changes: Any) -> AVB:
         _encoder(s),
         _decoder(s, event_shape),
         _adversary(s),
-        likelihood=s.likelihood,
+        likelihood=table or s.likelihood,
         contrast=s.contrast,
         condition=s.condition,
         **{name: getattr(s, name) for name in _TRAINING},
@@ -67,12 +79,18 @@ def checked(method: str, **changes: Any) -> SimpleNamespace:
       UserError: a name is unknown, or the parts do not fit each other.
     """
     s = SimpleNamespace(**methods.settings(method, **changes))
-    parts.check_names(s.likelihood, s.contrast, s.condition)
+    parts.check_choice("likelihood", s.likelihood, [*LIKELIHOODS, "table"])
+    parts.check_names(LIKELIHOODS.get(s.likelihood), s.contrast, s.condition)
     parts.check_choice("network", s.network, ("dense", "conv"))
     if _as_published(s) and s.residual_blocks:
         raise UserError(
             f"residual_blocks is {s.residual_blocks} with encoder 'noise_basis'; expected 0, "
             "because the authors' networks have none"
+        )
+    if s.likelihood == "table" and (_as_published(s) or s.adversary == "factorised"):
+        raise UserError(
+            f"method '{method}' has the authors' networks for images; expected another for a "
+            "table, such as 'avb_ac'"
         )
     if s.encoder in _SAMPLE_MOMENTS:
         learned = s.adversary != "none"
@@ -107,9 +125,12 @@ def _activation(s) -> str:
 
 
 def _trunk(s, width, depth) -> keras.layers.Layer:
+    if s.table is not None:
+        return columns.TableTrunk(s.table, width, depth)
+    support = LIKELIHOODS[s.likelihood].support
     if s.network == "conv":
-        return networks.ConvTrunk(s.filters, width, s.strides)
-    return networks.DenseTrunk(width, depth)
+        return networks.ConvTrunk(s.filters, width, s.strides, support=support)
+    return networks.DenseTrunk(width, depth, support=support)
 
 
 def _encoder_trunk(s) -> keras.layers.Layer:
@@ -123,6 +144,9 @@ def _encoder_trunk(s) -> keras.layers.Layer:
 
 
 def _decoder(s, event_shape) -> keras.Model:
+    if s.table is not None:
+        size = columns.TableLikelihood(s.table).outputs
+        return networks.DenseDecoder((), size, s.width, s.depth)
     parameters, activation = LIKELIHOODS[s.likelihood].parameters, _activation(s)
     if s.network == "conv":
         return networks.ConvDecoder(event_shape, parameters, s.filters, s.strides, activation)

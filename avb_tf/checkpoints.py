@@ -1,7 +1,6 @@
 """Checkpoints: `.keras` files with the weights, their averages and both optimizers' state."""
 
 import contextlib
-import itertools
 import os
 import re
 import zipfile
@@ -11,7 +10,7 @@ import keras
 import numpy as np
 from absl import logging
 
-from avb_tf import configuration, files, model_card, results
+from avb_tf import archives, configuration, files, model_card, results
 from avb_tf.errors import DivergenceError, UserError
 from avb_tf.model import AVB
 
@@ -28,9 +27,11 @@ x_new = model.sample(64)"""
 def save(model: AVB, workdir: Path, keep: int) -> Path:
     """Writes a checkpoint atomically, with a model card, and deletes all but the newest `keep`.
 
+    At least two are kept: only the steps after a checkpoint show whether training goes on from it.
+
     Args:
       model: a compiled model.
-      workdir: the run's directory.
+      workdir: the run's directory, which must exist.
       keep: number of checkpoints to keep.
     Returns:
       The checkpoint's path.
@@ -43,22 +44,22 @@ def save(model: AVB, workdir: Path, keep: int) -> Path:
         if not np.isfinite(variable.numpy()).all():
             step = int(model.step.numpy())
             raise DivergenceError(f"{variable.path} is not finite at step {step}")
-    directory = workdir / DIRECTORY
-    directory.mkdir(parents=True, exist_ok=True)
     path = path_of(workdir, int(model.step.numpy()))
-    # A fixed name, so that the leftover of a killed process is overwritten.
-    temporary = directory / "partial.keras"
+    # A fixed name, so that the leftover of a killed process is removed.
+    temporary = path.with_name("partial.keras")
     try:
+        if not workdir.is_dir():
+            raise FileNotFoundError(f"{workdir} is gone")
+        files.make_directory(path.parent)
+        temporary.unlink(missing_ok=True)  # a link would be followed
         model.save(temporary)
-        with open(temporary, "rb") as written:
-            os.fsync(written)  # otherwise the rename may reach the disk before the content
-        os.replace(temporary, path)
+        files.replace(temporary, path)
         write_card(model, workdir)
     except OSError as error:
         raise OSError(f"cannot write {path} ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
-    for old in _paths(workdir)[keep:]:
+    for old in _paths(workdir)[max(keep, 2) :]:
         old.unlink()
     return path
 
@@ -100,18 +101,40 @@ def latest(workdir: Path) -> Path | None:
     Raises:
       UserError: all checkpoints are damaged; they are not renamed.
     """
-    paths = _paths(workdir)
-    damaged = list(itertools.takewhile(lambda path: not _intact(path), paths))
-    if paths and damaged == paths:
+    damaged, intact = {}, None
+    for path in _paths(workdir):
+        if (defect := _defect(path)) is None:
+            intact = path
+            break
+        damaged[path] = defect
+    if damaged and intact is None:
         raise UserError(
             f"{workdir / DIRECTORY} holds only damaged checkpoints; expected an intact one; "
             "restore it, or remove the directory to train anew"
         )
-    for path in damaged:
-        aside = path.with_suffix(".damaged")
-        os.replace(path, aside)
-        logging.warning("%s is damaged; renamed it to %s, using an older one", path, aside.name)
-    return paths[len(damaged)] if paths else None
+    for path, defect in damaged.items():
+        _set_aside(path, f"is damaged ({defect})")
+    return intact
+
+
+def set_diverged_aside(workdir: Path, since: int) -> None:
+    """Renames the newest checkpoint if it is of step `since` or later and not the only one.
+
+    A checkpoint may hold weights that have exploded and are still finite.
+
+    Args:
+      workdir: the run's directory.
+      since: the first step that has not been shown to be good.
+    """
+    paths = _paths(workdir)
+    if len(paths) > 1 and step_of(paths[0]) >= since:
+        _set_aside(paths[0], "is not good, because training diverged right after it")
+
+
+def _set_aside(path: Path, why: str) -> None:
+    aside = path.with_suffix(".damaged")
+    os.replace(path, aside)
+    logging.warning("%s %s; renamed it to %s, using an older one", path, why, aside.name)
 
 
 def restore(model: AVB, path: Path) -> None:
@@ -133,10 +156,13 @@ def load(workdir: Path) -> AVB:
     Raises:
       UserError: there is no checkpoint, or it cannot be loaded.
     """
-    path = latest(workdir)
-    if path is None:
-        raise UserError(f"{workdir} has no checkpoint; train the model first")
-    return _loaded(path)
+    while (path := latest(workdir)) is not None:
+        try:
+            return _loaded(path)
+        except UserError:
+            if path.exists():
+                raise  # otherwise a process that trains has just replaced it by a newer one
+    raise UserError(f"{workdir} has no checkpoint; train the model first")
 
 
 def load_model(path: str | Path) -> AVB:
@@ -161,6 +187,8 @@ def load_model(path: str | Path) -> AVB:
 
 def _loaded(path: Path) -> AVB:
     with _explained(path):
+        if path.is_file() and (defect := _defect(path)):
+            raise ValueError(defect)
         model = keras.models.load_model(path, safe_mode=True)  # never runs code from the file
         if not isinstance(model, AVB):
             raise TypeError(f"it holds a {type(model).__name__}")
@@ -191,13 +219,19 @@ def step_of(path: Path) -> int:
 def _paths(workdir: Path) -> list[Path]:
     """All checkpoints, the newest first."""
     paths = (workdir / DIRECTORY).glob("step_*.keras")
-    return sorted((p for p in paths if re.fullmatch(r"step_\d+\.keras", p.name)), reverse=True)
+    named = (p for p in paths if re.fullmatch(r"step_\d+\.keras", p.name))
+    return sorted(named, key=step_of, reverse=True)
 
 
-def _intact(path: Path) -> bool:
+def _defect(path: Path) -> str | None:
+    """What is wrong with a checkpoint's archive, or None."""
     try:
         with zipfile.ZipFile(path) as archive:
+            archives.check(archive)
             # `testzip` verifies the content's checksums, which do not cover the file names.
-            return archive.testzip() is None and _MEMBERS.issubset(archive.namelist())
-    except Exception:  # zipfile and zlib raise many kinds on a damaged header
-        return False
+            if (member := archive.testzip()) is not None:
+                return f"the checksum of {member} differs"
+            missing = _MEMBERS.difference(archive.namelist())
+            return f"{', '.join(sorted(missing))} is missing" if missing else None
+    except Exception as error:  # zipfile and zlib raise many kinds on a damaged header
+        return f"{error!s:.200}" or type(error).__name__

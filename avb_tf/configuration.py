@@ -17,8 +17,9 @@ FILE = "config.json"
 # Fields that may change between training and a later command, which may run on another machine.
 LATER = (
     "eval", "export", "profile_steps", "data.path", "strategy", "threads_per_op", "tf32",
-    "resident_megabytes",
+    "resident_megabytes", "worker_timeout",
 )  # fmt: skip
+_CHECKSUM = "sha256"  # field of the file, of all other fields
 default = run.default  # the starting point of a config file
 
 
@@ -70,8 +71,12 @@ def digest(config: dict, without: tuple[str, ...] = ()) -> str:
       config: plain values, as `resolve` returns them.
       without: names of fields to leave out, such as "model.seed".
     """
+    # A field that earlier versions lack has no part in it at its value of the time.
+    earlier = flat(kind(config).SINCE)
     kept = sorted(
-        item for item in flat(config).items() if not _later(item[0]) and item[0] not in without
+        (name, value)
+        for name, value in flat(config).items()
+        if not _later(name) and name not in without and (name, value) not in earlier.items()
     )
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
 
@@ -120,8 +125,8 @@ def save(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """
     check_same_run(config, workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(workdir / FILE, json.dumps(resolve(config), indent=2) + "\n")
+        files.make_directory(workdir)
+        files.write_atomically(workdir / FILE, text(resolve(config)))
     except OSError as error:
         raise UserError(
             f"cannot write to workdir {workdir}: {error.strerror or error}; choose another "
@@ -137,10 +142,15 @@ def read(workdir: Path) -> dict:
     """
     file = workdir / FILE
     try:
-        config = json.loads(file.read_text())
-        if isinstance(config, dict):
-            config = kind(config).SINCE | config
+        saved = json.loads(file.read_text())
+        expected = saved.pop(_CHECKSUM, None) if isinstance(saved, dict) else None
+        config = _completed(saved, kind(saved).SINCE) if isinstance(saved, dict) else saved
         _check_fields(config, kind(config).template().to_dict())
+        if expected not in (None, _checksum(saved)):  # None: of an earlier version
+            raise ValueError(
+                f"a field was changed or damaged since it was written; if you changed it, remove "
+                f"the line {_CHECKSUM}"
+            )
     except FileNotFoundError as error:
         raise UserError(
             f"{workdir} has no {FILE}; expected the workdir of a run, train one first"
@@ -148,9 +158,30 @@ def read(workdir: Path) -> dict:
     except (
         OSError,
         ValueError,
+        RecursionError,
     ) as error:  # UserError and the errors of JSON and Unicode are ValueErrors
         raise UserError(f"cannot use {file}: {error}; restore it or train anew") from error
     return config
+
+
+def text(config: dict) -> str:
+    """The content of `config.json` for plain values, with a checksum of them."""
+    return json.dumps(config | {_CHECKSUM: _checksum(config)}, indent=2) + "\n"
+
+
+def _checksum(config: dict) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _completed(config: dict, defaults: dict) -> dict:
+    """The config with what it lacks of `defaults`, in nested dicts, too."""
+    known = {k: v for k, v in defaults.items() if k not in config}
+    nested = {
+        k: _completed(config[k], v)
+        for k, v in defaults.items()
+        if isinstance(v, dict) and isinstance(config.get(k), dict)
+    }
+    return config | known | nested
 
 
 def load(workdir: Path) -> ml_collections.ConfigDict:

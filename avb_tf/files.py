@@ -1,11 +1,27 @@
-"""Atomic replacement of files."""
+"""Files that survive a crash: durable replacement, locks and checksums."""
 
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
 import os
+import platform
+import shutil
 from pathlib import Path
+
+from absl import logging
+
+from avb_tf.errors import UserError
+
+CHECKSUMS = "checksums.json"  # SHA-256 of the other files of a directory, by relative path
+# What a file system without locks, or without fsync on directories, answers.
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replaces `file` by `content` atomically.
+    """Replaces `file` by `content`, atomically and durably.
 
     Args:
       file: its folder must exist.
@@ -15,14 +31,72 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, file)
+        remove_leftovers(file)
+        with open(temporary, "xb") as new:  # "x" never follows a link
+            new.write(content.encode() if isinstance(content, str) else content)
+        replace(temporary, file)
     except OSError as error:  # the message of a full disk does not name the file
         raise OSError(f"cannot write {file} ({error.strerror or error})") from error
     finally:
-        # Processes that were killed while writing may have left such files, too.
-        for left in file.parent.glob(f".{file.name}.*"):
-            if left == temporary or not _runs(left.suffix[1:]):
+        temporary.unlink(missing_ok=True)
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """Renames `temporary` to `final`, so that a power loss leaves the old or all of the new.
+
+    The content reaches the disk before the rename, and the rename before this function returns.
+
+    Args:
+      temporary: a file, or a directory with all that is in it, beside `final`.
+      final: a file is replaced; a directory must be missing.
+    Raises:
+      OSError: the disk is full or not writable, or `final` is a directory that exists.
+    """
+    sync_all(temporary)
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
+def sync_all(path: Path) -> None:
+    """`sync` of a file, or of a directory and all that is below it."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            sync(Path(folder, name))
+        sync(Path(folder))
+    if not path.is_dir():
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a directory, have reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _UNSUPPORTED):
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_directory(directory: Path) -> None:
+    """Creates a directory and its missing parents durably; it may exist."""
+    missing = list(
+        itertools.takewhile(lambda path: not path.exists(), (directory, *directory.parents))
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync(made.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes `.<name>.<process>` of processes that were killed while they wrote `path`."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        process = left.name.removeprefix(f".{path.name}.")
+        if process == str(os.getpid()) or not _runs(process):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
                 left.unlink(missing_ok=True)
 
 
@@ -35,3 +109,83 @@ def _runs(process: str) -> bool:
     except (ValueError, OSError, OverflowError):
         return False
     return True
+
+
+@contextlib.contextmanager
+def locked(file: Path):
+    """Holds an exclusive lock on `file` inside the block.
+
+    The lock is the process's own and ends with it, even by SIGKILL; the file stays.
+
+    Args:
+      file: created if missing; its folder must exist.
+    Raises:
+      UserError: another process holds the lock.
+      OSError: the file cannot be written.
+    """
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise OSError(f"cannot write {file} ({error.strerror})") from error
+    with open(handle, "r+", errors="replace") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = " ".join(held.read(100).split()) or "another command"
+            raise UserError(
+                f"{file.parent} is in use by {holder}; expected one command at a time; wait for "
+                "its end, or stop it"
+            ) from error
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            logging.warning("%s cannot be locked (%s); start one command at a time", file, error)
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {platform.node()}\n")
+        held.flush()
+        yield
+
+
+def write_checksums(directory: Path, *names: str) -> None:
+    """Writes `CHECKSUMS`, for `verify`.
+
+    Args:
+      directory: where the file is written.
+      *names: of files and folders in it; the SHA-256 of each file is kept.
+    """
+    sums = {}
+    for name in names:
+        path = directory / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                sums[file.relative_to(directory).as_posix()] = _checksum(file)
+    write_atomically(directory / CHECKSUMS, json.dumps(sums, indent=2) + "\n")
+
+
+def verify(directory: Path) -> None:
+    """Compares files with the checksums in `directory`, if it has any; earlier versions wrote none.
+
+    Raises:
+      UserError: a file is missing or was changed since `write_checksums`.
+      OSError: a file cannot be read.
+    """
+    record = directory / CHECKSUMS
+    if not record.exists():
+        return
+    try:
+        expected = dict(json.loads(record.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{record} is damaged; restore {directory}, or write it anew") from error
+    for name, checksum in expected.items():
+        file = directory / name
+        if not file.is_file() or _checksum(file) != checksum:
+            state = "was changed or damaged since it was written" if file.exists() else "is missing"
+            raise UserError(
+                f"{file} {state}; expected the checksum of {record.name}; restore {directory}, or "
+                "write it anew"
+            )
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -44,7 +44,8 @@ class Likelihood:
       mean: decoder's output -> E[x|z], [..., *event].
       binary: whether the data are binarised.
       bits_per_dim: whether to report bits per dimension, too, as is usual for 256 levels.
-      unit: whether x has to lie in [0, 1], bytes being divided by 255.
+      support: what x is: "unit", numbers in [0, 1] or bytes, which are divided by 255; "real"; or
+        "count", 0, 1, 2, ...
     """
 
     parameters: int
@@ -52,7 +53,17 @@ class Likelihood:
     mean: Callable[[tf.Tensor], tf.Tensor]
     binary: bool
     bits_per_dim: bool
-    unit: bool = True
+    support: str = "unit"
+
+    def predictive_mean(self, outputs: tf.Tensor, x: tf.Tensor):
+        """E[x'|x], [batch, *event], from the decoder's output for draws of q(z|x).
+
+        Args:
+          outputs: [samples, batch, *event, parameters].
+          x: [batch, *event].
+        """
+        del x  # only a table's exposures matter
+        return tf.reduce_mean(self.mean(outputs), 0)
 
     def get_config(self):
         """The fields, for `.keras` files.
@@ -110,6 +121,40 @@ class _Levels:
 
 
 @_register
+def _gaussian(outputs):
+    return tfd.Normal(outputs[..., 0], SCALE_FLOOR + tf.nn.softplus(outputs[..., 1]))
+
+
+@_register
+def _student_t(outputs):
+    scale = SCALE_FLOOR + tf.nn.softplus(outputs[..., 1])
+    degrees = 2.0 + tf.nn.softplus(outputs[..., 2])  # above 2 there is a variance
+    return tfd.StudentT(degrees, outputs[..., 0], scale)
+
+
+@_register
+def _poisson(outputs):
+    return tfd.Poisson(log_rate=outputs[..., 0])
+
+
+@_register
+def _negative_binomial(outputs):
+    """Of mean exp(outputs[..., 0]) =: m and variance m + m^2 exp(outputs[..., 1])."""
+    log_failures = -outputs[..., 1]
+    return tfd.NegativeBinomial(tf.exp(log_failures), logits=outputs[..., 0] - log_failures)
+
+
+@_register
+def _first(outputs):
+    return outputs[..., 0]
+
+
+@_register
+def _exp_mean(outputs):
+    return tf.exp(outputs[..., 0])
+
+
+@_register
 def _sigmoid_mean(outputs):
     return tf.sigmoid(outputs[..., 0])
 
@@ -118,6 +163,10 @@ LIKELIHOODS = {
     "bernoulli": Likelihood(1, _bernoulli, _sigmoid_mean, binary=True, bits_per_dim=False),
     "normal": Likelihood(2, _normal, _sigmoid_mean, binary=False, bits_per_dim=False),
     "logistic": Likelihood(2, _logistic, _sigmoid_mean, binary=False, bits_per_dim=True),
+    "gaussian": Likelihood(2, _gaussian, _first, False, False, support="real"),
+    "student_t": Likelihood(3, _student_t, _first, False, False, support="real"),
+    "poisson": Likelihood(1, _poisson, _exp_mean, False, False, support="count"),
+    "negative_binomial": Likelihood(2, _negative_binomial, _exp_mean, False, False, "count"),
 }
 
 

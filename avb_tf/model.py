@@ -12,12 +12,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import auxiliary, flows, objectives, optimizers, parts, replicas, schedules
+from avb_tf import auxiliary, columns, flows, objectives, optimizers, parts, replicas, schedules
 from avb_tf import contrast as contrasts
 from avb_tf.data import checks
+from avb_tf.data.table import Table, is_frame
 from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
-from avb_tf.likelihoods import LIKELIHOODS, Likelihood, log_likelihood
+from avb_tf.likelihood_estimation import annealing
+from avb_tf.likelihood_estimation.annealing import LogLikelihood
+from avb_tf.likelihoods import Likelihood, log_likelihood
 from avb_tf.networks import Adversary, Restorable
 from avb_tf.training import Trained
 
@@ -33,15 +36,17 @@ _NOT_TAKEN = {"loss", "metrics", "weighted_metrics", "loss_weights"}  # argument
 class AVB(Restorable, Trained):
     """A latent-variable model trained by Adversarial Variational Bayes, or as a VAE.
 
-    Trains on x [batch, *event] in [0, 1]; labels that come with x are ignored. A binary likelihood
-    binarises x anew at each step; x that is binary already stays as it is.
+    Trains on x [batch, *event] in [0, 1], unless the likelihood is of other numbers; labels that
+    come with x are ignored. A binary likelihood binarises x anew at each step; x that is binary
+    already stays as it is.
 
     Args:
       event_shape: shape of one example.
       encoder: (x, noise) -> `Posterior`.
       decoder: z [..., latent] -> likelihood parameters [..., *event, parameters].
       adversary: (condition, z) -> T, or None where the encoder knows its density.
-      likelihood: a name in `likelihoods.LIKELIHOODS`, or a `Likelihood`.
+      likelihood: a name in `likelihoods.LIKELIHOODS`, a `Likelihood`, or the `Table` of the
+        rows x.
       contrast: a name in `contrast.CONTRASTS`; an adaptive one goes through the encoder's flow.
       condition: what the adversary reads beside z: "x", "posterior" for the encoder's own
         description of q(z|x) (`objectives.description`), or "none".
@@ -66,7 +71,7 @@ class AVB(Restorable, Trained):
         encoder: Encoder,
         decoder: keras.Model,
         adversary: Adversary | None = None,
-        likelihood: str | Likelihood = "bernoulli",
+        likelihood: str | Likelihood | Table = "bernoulli",
         contrast: str = "full",
         condition: str = "posterior",
         draws: int = 1,
@@ -94,8 +99,7 @@ class AVB(Restorable, Trained):
             name, latent_dim = type(encoder).__name__, encoder.latent_dim
             learned = adversary is not None
             parts.check_draws(draws, adversary_draws, learned, contrast, latent_dim, name)
-        known = isinstance(likelihood, str)
-        self.likelihood = LIKELIHOODS[likelihood] if known else likelihood
+        self.likelihood = columns.likelihood_of(likelihood)
         self.contrast = contrasts.CONTRASTS[contrast]
         self.condition = condition
         self.draws = draws
@@ -297,7 +301,7 @@ class AVB(Restorable, Trained):
         )
 
     def _inputs(self, data):
-        x = checks.as_examples(keras.utils.unpack_x_y_sample_weight(data)[0], self.event_shape)
+        x = self._as_examples(keras.utils.unpack_x_y_sample_weight(data)[0])
         if self.likelihood.binary:
             seed = replicas.stream_seed(self.seed, self.step.value, _BINARISE)
             uniform = replicas.rows(
@@ -310,7 +314,10 @@ class AVB(Restorable, Trained):
         """x as float32 [batch, *event], bytes scaled to [0, 1]; checked where it has a value."""
         if not tf.is_symbolic_tensor(x):
             x = self.checked(x)
-        return checks.as_examples(x, self.event_shape)
+        return self._as_examples(x)
+
+    def _as_examples(self, x):
+        return checks.as_examples(x, self.event_shape, self.likelihood.support == "unit")
 
     # Training.
 
@@ -409,11 +416,12 @@ class AVB(Restorable, Trained):
         rest = {id(v): v for other in others for v in other.variables if id(v) not in known}
         return groups + [[variable] for variable in rest.values()]
 
-    def _all_finite(self, *tensors) -> Any:
+    def _all_finite(self, x, *tensors) -> Any:
         """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`.
 
-        x is among them, for a relu may make a number of a nan.
+        x is among them unless its values may be missing, for a relu may make a number of a nan.
         """
+        tensors = tensors if self.table is not None and self.table.missing else (x, *tensors)
         return replicas.all_finite(*tensors) if self.skip_non_finite else tf.constant(True)
 
     def _adversary_loss(self, t_posterior, t_contrast, weights) -> Any:
@@ -492,7 +500,9 @@ class AVB(Restorable, Trained):
           samples: draws for each x.
           seed: the same seed gives the same draws.
         """
-        x = self._examples(x)
+        return self._posterior(self._examples(x), samples, seed)
+
+    def _posterior(self, x, samples, seed):
         shape = [samples, tf.shape(x)[0], self.encoder.noise_dim]
         noise = tf.random.stateless_normal(shape, [seed, 0])
         return self.averaged_encoder(x, noise)
@@ -521,7 +531,7 @@ class AVB(Restorable, Trained):
         return self._t(self._examples(x), q, r, noise)
 
     def decode(self, z: np.ndarray | tf.Tensor):
-        """E[x|z] for z [..., latent], [..., *event] in [0, 1]."""
+        """E[x|z] for z [..., latent], [..., *event]; of a category the likeliest code."""
         return self.likelihood.mean(self.averaged_decoder(tf.convert_to_tensor(z, tf.float32)))
 
     def sample(self, count: int, seed: int | None = None):
@@ -533,9 +543,61 @@ class AVB(Restorable, Trained):
         shape = [count, self.encoder.latent_dim]
         return self.decode(tf.random.stateless_normal(shape, [seed, 1]))
 
-    def reconstruct(self, x: np.ndarray | tf.Tensor, seed: int = 0):
-        """E[x'|z] for one z ~ q(z|x) per example, [batch, *event]."""
-        return self.decode(self.encode(x, 1, seed)[0])
+    def reconstruct(self, x: Any, seed: int = 0, samples: int = 1) -> Any:
+        """E[x'|z] at z ~ q(z|x), the mean over `samples` draws of z: [batch, *event].
+
+        Where x is missing (NaN in a table that allows it) these are imputed values. A data frame
+        gives a data frame, so `frame.fillna(model.reconstruct(frame, samples=100))` fills it.
+
+        Args:
+          x: [batch, *event], or a pandas data frame with the table's columns.
+          seed: the same seed gives the same draws.
+          samples: draws for each x.
+        """
+        examples = self._examples(x)
+        outputs = self.averaged_decoder(self._posterior(examples, samples, seed).z)
+        means = self.likelihood.predictive_mean(outputs, examples)
+        return self.table.frame(means, x.index) if is_frame(x) else means
+
+    def log_likelihood(
+        self,
+        x: Any,
+        temperatures: int = 100,
+        chains: int = 32,
+        leapfrog_steps: int = 10,
+        verbose: bool = True,
+    ) -> LogLikelihood:
+        """log p(x) of each example in nats, by annealed importance sampling.
+
+            log_p = model.log_likelihood(x_test)
+            print(log_p)  # the mean, its standard error and diagnostics
+            log_p.values  # [examples]
+
+        The adversary has no part in it. In expectation each value is a lower bound, which more
+        temperatures tighten. The same x give the same values. Of a table it is the log density of
+        the values that are there, in the user's units.
+
+        Args:
+          x: [examples, *event], binary where the likelihood is; or a data frame.
+          temperatures: from the start of the chains, a Gaussian near q(z|x), to p(x, z).
+          chains: for each example.
+          leapfrog_steps: of Hamiltonian Monte Carlo at each temperature.
+          verbose: whether to show a progress bar.
+        Raises:
+          UserError: x does not fit the model, or a size is below 1.
+        Source: Neal (2001); `likelihood_estimation.ais`.
+        """
+        sizes = {"temperatures": temperatures, "chains": chains, "leapfrog_steps": leapfrog_steps}
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"{name} is {size}; expected 1 or more")
+        x = self._examples(x)
+        if self.likelihood.binary and not np.isin(x, (0.0, 1.0)).all():
+            raise UserError(
+                "x has values between 0 and 1, and the model is of binary x; expected 0 and 1; "
+                "round x, or draw it: numpy.random.random(x.shape) < x, as float32"
+            )
+        return annealing.log_likelihood(self, x, **sizes, verbose=verbose)
 
     def export(self, directory: str | Path, **settings: Any):
         """Writes `<directory>/<version>/` for TensorFlow Serving, in place of Keras's one endpoint.

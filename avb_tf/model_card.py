@@ -27,8 +27,12 @@ def facts(model: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]
             "training data": config["data"]["name"],
             "likelihood": config["model"]["likelihood"],
         }
+    shape = f"[batch, {', '.join(map(str, model.event_shape))}]"
+    of = {"unit": "in [0, 1]", "real": "of real numbers", "count": "of counts"}
+    columns = () if model.table is None else model.table.columns
+    described = "; ".join(f"{column.name}: {column.kind}" for column in columns)
     return kind | {
-        "x": f"[batch, {', '.join(map(str, model.event_shape))}] in [0, 1]",
+        "x": f"{shape} {of.get(model.likelihood.support, f'of {described}')}",
         "latent dimensions": model.encoder.latent_dim,
         "adversary": "none: the posterior's density is known" if model.adversary is None else "yes",
         "training steps": int(model.step.numpy()),

@@ -71,9 +71,16 @@ class DenseStack(Restorable, keras.layers.Layer):
         return _unflatten(hidden, tf.shape(inputs)[:-1], hidden.shape[-1:])
 
 
+def _centred(x, support):
+    """x as a trunk's first layer reads it: around 0, counts on a log scale."""
+    return {"unit": lambda: 2.0 * x - 1.0, "count": lambda: tf.math.log1p(x)}.get(
+        support, lambda: x
+    )()
+
+
 @_register
 class DenseTrunk(Restorable, keras.layers.Layer):
-    """Features of x by dense layers: [batch, *event] in [0, 1] -> [batch, width].
+    """Features of x by dense layers: [batch, *event] -> [batch, width].
 
         trunk = DenseTrunk(width=300, depth=2)
         trunk(x)  # [batch, 300]
@@ -82,21 +89,25 @@ class DenseTrunk(Restorable, keras.layers.Layer):
       width: units of each layer.
       depth: number of layers; 0 returns x, flattened and centred.
       activation: of every layer, a Keras name.
+      support: what x is, as of a `Likelihood`: "unit" in [0, 1], "real" or "count".
     """
 
-    def __init__(self, width: int, depth: int, activation: str = "relu", **kwargs):
+    def __init__(
+        self, width: int, depth: int, activation: str = "relu", support: str = "unit", **kwargs
+    ):
         super().__init__(**kwargs)
+        self.support = support
         self.flatten = keras.layers.Flatten()
         self.stack = DenseStack(width, depth, activation)
 
     def call(self, x: tf.Tensor):
         """[batch, *event] -> [batch, width]."""
-        return self.stack(2.0 * self.flatten(x) - 1.0)
+        return self.stack(_centred(self.flatten(x), self.support))
 
 
 @_register
 class ConvTrunk(Restorable, keras.layers.Layer):
-    """Features of an image by 5x5 convolutions: [batch, height, width, channels] in [0, 1] ->
+    """Features of an image by 5x5 convolutions: [batch, height, width, channels] ->
     [batch, features].
 
         trunk = ConvTrunk(filters=(32, 64), features=256)
@@ -108,6 +119,7 @@ class ConvTrunk(Restorable, keras.layers.Layer):
       strides: of each convolution; 2 each by default.
       activation: of every layer, a Keras name.
       batch_norm: whether all convolutions but the last are followed by `BatchNorm`.
+      support: what x is, as of a `Likelihood`: "unit" in [0, 1], "real" or "count".
     """
 
     def __init__(
@@ -117,9 +129,11 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         strides: Sequence[int] = (),
         activation: str = "relu",
         batch_norm: bool = False,
+        support: str = "unit",
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.support = support
         self.activation = keras.activations.get(activation)
         normalised = [batch_norm and i < len(filters) - 1 for i in range(len(filters))]
         self.convolutions = [
@@ -134,7 +148,7 @@ class ConvTrunk(Restorable, keras.layers.Layer):
 
     def call(self, x: tf.Tensor, training: bool = False):
         """[batch, height, width, channels] -> [batch, features]."""
-        hidden = 2.0 * x - 1.0
+        hidden = _centred(x, self.support)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             hidden = self.activation(norm(convolution(hidden), training=training))
         features = self.flatten(hidden)

@@ -26,10 +26,10 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def check_names(likelihood: Any, contrast: str, condition: str) -> None:
-    """Checks the parts that `AVB` knows by name; a `Likelihood` object needs no check.
+    """Checks the parts that `AVB` knows by name; a `Likelihood` or a `Table` needs no check.
 
     Args:
-      likelihood: a name in `likelihoods.LIKELIHOODS`, or a `Likelihood`.
+      likelihood: a name in `likelihoods.LIKELIHOODS`, a `Likelihood` or a `Table`.
       contrast: a name in `contrast.CONTRASTS`.
       condition: a name in `CONDITIONS`.
     Raises:

@@ -5,6 +5,7 @@ update they lead to are functions of the step, whoever computes which share of t
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from avb_tf.errors import UserError, WorkerLostError
 
@@ -42,14 +44,18 @@ class _Cluster(NamedTuple):
         return sum(map(len, self.tasks.values()))
 
 
-def strategy(name: str) -> tf.distribute.Strategy:
+def strategy(name: str, worker_timeout: float = 600.0) -> tf.distribute.Strategy:
     """The strategy that config.strategy names.
 
     auto takes several workers where TF_CONFIG names them, else a TPU, else all GPUs, else what
     there is. Several workers have to be asked for before TensorFlow is used for anything else.
 
+    Args:
+      name: a value of config.strategy.
+      worker_timeout: seconds in which all workers must have started.
     Raises:
       UserError: TF_CONFIG or the machine is not what the name needs.
+      WorkerLostError: a worker did not start in time.
     """
     cluster = _cluster()
     several = cluster is not None and cluster.size > 1
@@ -63,7 +69,7 @@ def strategy(name: str) -> tf.distribute.Strategy:
             "'multi_worker' or 'auto'; or unset TF_CONFIG to train on this machine alone"
         )
     if name == "multi_worker":
-        return _multi_worker(cluster)
+        return _multi_worker(cluster, worker_timeout)
     if name == "tpu":
         return _tpu()
     if name == "mirrored":
@@ -114,16 +120,24 @@ def _cluster() -> _Cluster | None:
     return _Cluster(tasks, kind, index)
 
 
-def _multi_worker(cluster: _Cluster | None) -> tf.distribute.Strategy:
+def _multi_worker(cluster: _Cluster | None, timeout: float) -> tf.distribute.Strategy:
     if cluster is None:
         raise UserError(
             "config.strategy is 'multi_worker', and TF_CONFIG names no cluster; set it on each "
             "worker, or use 'auto'"
         )
+    # No public setting changes TensorFlow's hour.
+    runtime = context.context()
+    runtime.configure_coordination_service = functools.partial(
+        runtime.configure_coordination_service, cluster_register_timeout_in_ms=int(1000 * timeout)
+    )
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
-        raise WorkerLostError(f"another worker did not come ({error!s:.150})") from error
+        raise WorkerLostError(
+            f"another worker did not start within config.worker_timeout, {timeout:g} seconds "
+            f"({error!s:.150})"
+        ) from error
     except (tf.errors.OpError, RuntimeError) as error:
         raise UserError(
             f"cannot join the cluster of TF_CONFIG as {cluster.kind} {cluster.index} "

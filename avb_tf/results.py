@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from avb_tf import files, tables
+from avb_tf import archives, files, tables
 
 FILE = "results.json"
 EVALUATION = "evaluation"  # folder in the workdir: values of each example, and finished chunks
@@ -70,13 +69,28 @@ def read(file: Path) -> dict[str, Any] | None:
     """The results in `file`, or None if it is missing or not the results of a run."""
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if not (isinstance(content, dict) and content.keys() >= FIELDS):
+    if not (isinstance(content, dict) and content.keys() >= FIELDS and _well_formed(content)):
         return None
-    if isinstance(content["estimates"], dict):
-        content["estimates"] = {_RENAMED.get(k, k): v for k, v in content["estimates"].items()}
+    content["estimates"] = {_RENAMED.get(k, k): v for k, v in content["estimates"].items()}
     return content
+
+
+def _well_formed(content: dict[str, Any]) -> bool:
+    """Whether the fields that tables use are of the right types."""
+    estimates = content["estimates"]
+    return (
+        all(isinstance(content[name], str) for name in ("method", "data", "split"))
+        and isinstance(content["event_shape"], list)
+        and isinstance(content["step"], int)
+        and isinstance(estimates, dict)
+        and all(
+            isinstance(summary, dict)
+            and all(isinstance(summary.get(k), int | float) for k in ("mean", "standard_error"))
+            for summary in estimates.values()
+        )
+    )
 
 
 def save_values(workdir: Path, x: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
@@ -91,17 +105,15 @@ def save_values(workdir: Path, x: np.ndarray, values: Mapping[str, np.ndarray]) 
     buffer = io.BytesIO()
     example = np.frombuffer(b"".join(names), np.uint64)
     np.savez_compressed(buffer, allow_pickle=False, example=example, **values)
-    (workdir / EVALUATION).mkdir(exist_ok=True)
+    files.make_directory(workdir / EVALUATION)
     files.write_atomically(workdir / EVALUATION / VALUES, buffer.getvalue())
 
 
 def load_values(workdir: Path) -> dict[str, np.ndarray]:
     """Reads the file that `save_values` wrote; empty if it is missing or damaged."""
     try:
-        content = (workdir / EVALUATION / VALUES).read_bytes()
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            values = dict(archive)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        values = archives.read_arrays(workdir / EVALUATION / VALUES)
+    except Exception:  # zipfile, zlib and numpy raise many kinds on a damaged file
         return {}
     return values if "example" in values else {}
 

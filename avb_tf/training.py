@@ -13,8 +13,8 @@ import tensorflow as tf
 from avb_tf import epochs, loops
 from avb_tf.data import checks, pipeline, resident
 from avb_tf.data.source import Split, array_split
+from avb_tf.data.table import Table
 from avb_tf.errors import UserError
-from avb_tf.likelihoods import Likelihood
 
 
 class Trained(keras.Model):
@@ -24,7 +24,7 @@ class Trained(keras.Model):
     """
 
     event_shape: tuple[int, ...]
-    likelihood: Likelihood
+    likelihood: Any  # a `Likelihood` or a `TableLikelihood`
     seed: int
     step: Any  # a counter
 
@@ -34,13 +34,18 @@ class Trained(keras.Model):
         self.resident: resident.Resident | None = None  # the examples that `fit` keeps on devices
         self.resident_megabytes: float = resident.MEGABYTES  # that these may take
 
+    @property
+    def table(self) -> Table | None:
+        """The columns of x, or None if it is no table."""
+        return getattr(self.likelihood, "table", None)
+
     def checked(self, x: Any, place: str = "x") -> np.ndarray:
         """The array of x, once it fits the model.
 
         Raises:
           UserError: x has another shape, type or range, or holds NaN.
         """
-        return checks.examples(x, self.event_shape, place, self.likelihood.unit)
+        return checks.examples(x, self.event_shape, place, self.likelihood.support, self.table)
 
     def fit(self, x=None, *args, **kwargs):
         """As `keras.Model.fit`; x may also be a `data.Split`, and labels y are ignored.

@@ -19,8 +19,9 @@ def run(line):
 
 
 def content(folder):
-    """Path -> bytes of all that is below `folder`; None for a folder."""
-    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    """Path -> bytes of all that is below `folder`, without locks; None for a folder."""
+    paths = (path for path in folder.rglob("*") if path.suffix != ".lock")
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def trained(root):

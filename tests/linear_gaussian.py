@@ -32,7 +32,7 @@ def _mean(outputs):
 
 def make(monkeypatch):
     """The untrained model and the distribution of x."""
-    linear = likelihoods.Likelihood(1, _normal, _mean, False, False, unit=False)
+    linear = likelihoods.Likelihood(1, _normal, _mean, False, False, support="real")
     monkeypatch.setitem(likelihoods.LIKELIHOODS, "linear", linear)
     encoder = GaussianEncoder(keras.layers.Flatten(), 2, full_covariance=True)
     decoder = LinearDecoder()

@@ -4,14 +4,16 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
 
-from avb_tf import build, checkpoints, model_card
+from avb_tf import archives, build, checkpoints, model_card
 from avb_tf.errors import UserError
 
 STEPS = (1, 2, 10)
@@ -55,6 +57,47 @@ def test_only_the_newest_checkpoints_are_kept(model, workdir):
     kept = checkpoints.save(model, workdir, keep=2)
     assert kept == path(workdir, 11)
     assert names(workdir) == [path(workdir, 10).name, path(workdir, 11).name]
+
+
+def test_the_checkpoint_before_is_kept_until_the_next(model, workdir):
+    model.step.assign(11)
+    checkpoints.save(model, workdir, keep=1)
+    assert names(workdir) == [path(workdir, 10).name, path(workdir, 11).name]
+
+
+def test_steps_of_ten_digits_are_newer_than_those_of_nine(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for step in (999_999_999, 1_000_000_000):
+        path(tmp_path, step).touch()
+    assert checkpoints.newest_step(tmp_path) == 1_000_000_000
+    assert checkpoints._paths(tmp_path) == [path(tmp_path, s) for s in (10**9, 10**9 - 1)]
+
+
+def test_a_link_in_place_of_the_partial_file_is_not_followed(model, workdir):
+    (workdir / "kept").write_text("kept")
+    (workdir / "checkpoints/partial.keras").symlink_to(workdir / "kept")
+    model.step.assign(11)
+    checkpoints.save(model, workdir, keep=2)
+    assert (workdir / "kept").read_text() == "kept"
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_loaded_is_left_to_the_next(workdir, monkeypatch):
+    """As when another process trains, and deletes its old checkpoints."""
+    load = keras.models.load_model
+
+    def load_late(file, **arguments):
+        if file == path(workdir, 10):
+            file.unlink()
+        return load(file, **arguments)
+
+    monkeypatch.setattr(keras.models, "load_model", load_late)
+    assert int(checkpoints.load(workdir).step.value) == 2
+
+
+def test_a_workdir_that_is_gone_is_not_made_again(model, tmp_path):
+    with pytest.raises(OSError, match=r"cannot write .*gone is gone"):
+        checkpoints.save(model, tmp_path / "gone", keep=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_unrelated_files_are_not_deleted(model, workdir):
@@ -164,6 +207,41 @@ def test_a_pickle_is_not_unpickled(workdir, tmp_path, member):
     with pytest.raises(UserError, match="cannot be loaded"):
         checkpoints.load(workdir)
     assert not (tmp_path / "touched").exists()
+
+
+def _huge_h5(claimed):
+    """An HDF5 file with a dataset that claims so many numbers and stores none."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file.create_dataset("vars/0", [claimed], "f4", chunks=(1024,))
+    return buffer.getvalue()
+
+
+HOSTILE = {
+    "huge dataset": ("model.weights.h5", _huge_h5(10**13), "cannot be loaded"),
+    "deep config": ("config.json", b"[" * 100_000, "cannot be loaded"),
+    "outside": ("../evil.txt", b"evil", "lies outside the archive"),
+    "absolute": ("/tmp/evil.txt", b"evil", "lies outside the archive"),
+    "bomb": ("assets/zeros", bytes(2**26), "would expand to"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_archive_is_refused_in_bounded_memory(workdir, monkeypatch, case):
+    member, content, message = HOSTILE[case]
+    monkeypatch.setattr(archives, "FREE", 2**20)
+    file = path(workdir, 10)
+    with zipfile.ZipFile(file) as old:
+        members = {name: old.read(name) for name in old.namelist()} | {member: content}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in members.items():
+            new.writestr(name, data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=message) as error:
+        checkpoints.load_model(file)
+    assert "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+    assert not (workdir / "evil.txt").exists()
 
 
 def test_another_model_is_refused(workdir):

@@ -1,4 +1,4 @@
-"""The fault campaign in small: one or two faults of each kind, on a method without adversary."""
+"""The campaigns of faults in small: a few of each kind, on a method without adversary."""
 
 import random
 import shutil
@@ -6,14 +6,18 @@ import signal
 
 import pytest
 
-from tests.campaigns import faults, jobs
+from tests.campaigns import crashes, durability, faults, jobs
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An undisturbed run."""
-    workdir = tmp_path_factory.mktemp("undisturbed") / "whole"
-    status, error = jobs.Job(workdir, method="vae").finish()
+    """An undisturbed run, recorded where strace is installed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "root").mkdir()
+    workdir = folder / "root/whole"
+    under = crashes.under(folder / "strace.txt") if crashes.STRACE else ()
+    job = jobs.Job(workdir, method="vae", under=under, output=folder / "out.txt")
+    status, error = job.finish()
     assert status == 0, error
     return workdir
 
@@ -51,3 +55,32 @@ def test_what_is_lost_is_found(tmp_path, whole):
     losses = "; ".join(jobs.losses(workdir, whole))
     for word in ("weights differ", ".results.json.1", "logs differ", "results differ"):
         assert word in losses
+
+
+@pytest.mark.skipif(crashes.STRACE is None, reason="strace, which records the run, is missing")
+def test_no_power_loss_costs_what_was_saved(whole):
+    recording = crashes.Recording(whole.parents[1] / "strace.txt", whole.parent)
+    disk = crashes.Disk(recording.directories)
+    for operation in recording.operations:
+        disk.apply(operation)
+    files = {path: content for path, content in disk.live().items() if content is not None}
+    assert files
+    assert all((whole.parent / p).read_bytes() == c for p, c in files.items())
+    crashed = durability.crashed(recording, random.Random(0), 20)
+    assert not [loss for _, losses in crashed for loss in losses]
+    # Without its syncs the same run would lose something.
+    for left_out in ("files", "directories"):
+        operations = [
+            one
+            for one in recording.operations[:60]
+            if one.kind != "sync"
+            or (one.node in recording.directories) != (left_out == "directories")
+        ]
+        unsafe = crashes.crash(operations, recording.directories, random.Random(0))
+        assert any(losses for *_, losses in unsafe)
+
+
+@pytest.mark.parametrize("kind", ["checkpoints", "chunks", "configs"])
+def test_a_flipped_bit_is_found(tmp_path, whole, chance, kind):
+    count = 15 if kind == "checkpoints" else 100
+    assert not list(getattr(durability, f"flipped_{kind}")(tmp_path, whole, count, chance))

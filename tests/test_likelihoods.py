@@ -1,4 +1,4 @@
-"""Likelihoods against numpy and scipy, and as masses or densities of x in [0, 1]."""
+"""Likelihoods against numpy and scipy, as masses or densities of what they are of."""
 
 import numpy as np
 import pytest
@@ -27,6 +27,10 @@ def outputs_for(name, *shape, seed=0):
 
 def data_for(name, *shape, seed=1):
     x = np.random.default_rng(seed).random(shape)
+    if LIKELIHOODS[name].support == "count":
+        return np.floor(9 * x).astype(np.float32)
+    if LIKELIHOODS[name].support == "real":
+        return (6 * x - 3).astype(np.float32)
     return (np.round(x) if LIKELIHOODS[name].binary else np.round(255 * x) / 255).astype(np.float32)
 
 
@@ -48,6 +52,16 @@ def elementwise(name, outputs, x):
         return x * first - np.logaddexp(0.0, first)
     if name == "normal":
         return scipy.stats.norm.logpdf(x, scipy.special.expit(first), softplus(outputs[..., 1]))
+    if name == "gaussian":
+        return scipy.stats.norm.logpdf(x, first, softplus(outputs[..., 1]))
+    if name == "student_t":
+        degrees = 2.0 + np.logaddexp(0.0, outputs[..., 2])
+        return scipy.stats.t.logpdf(x, degrees, first, softplus(outputs[..., 1]))
+    if name == "poisson":
+        return scipy.stats.poisson.logpmf(x, np.exp(first))
+    if name == "negative_binomial":
+        failures = np.exp(-outputs[..., 1].astype(np.float64))
+        return scipy.stats.nbinom.logpmf(x, failures, failures / (failures + np.exp(first)))
     pairs = outputs.reshape(-1, 2).astype(np.float64)
     mass = np.reshape([levels_mass(*pair) for pair in pairs], (*first.shape, 256))
     levels = np.broadcast_to(np.rint(255 * x).astype(int), first.shape)
@@ -77,11 +91,22 @@ def test_pairs_are_log_likelihoods_pair_by_pair(name, event):
             np.testing.assert_allclose(pairs[i, j], one, rtol=1e-5, atol=1e-5)
 
 
+LINKS = {"unit": scipy.special.expit, "real": np.asarray, "count": np.exp}
+
+
 @every_likelihood
-def test_the_mean_is_the_sigmoid_of_the_first_parameter(name):
+def test_the_mean_is_a_function_of_the_first_parameter(name):
     outputs = outputs_for(name, 1000)
     mean = LIKELIHOODS[name].mean(outputs)
-    np.testing.assert_allclose(mean, scipy.special.expit(outputs[..., 0]), rtol=1e-5)
+    expected = LINKS[LIKELIHOODS[name].support](outputs[..., 0])
+    np.testing.assert_allclose(mean, expected, rtol=1e-5)
+
+
+def test_the_variance_of_a_negative_binomial_exceeds_that_of_a_poisson_by_its_dispersion():
+    outputs = tf.constant([[1.0, -2.0], [0.5, 0.3]])
+    mean = np.exp(outputs[..., 0])
+    variance = LIKELIHOODS["negative_binomial"].distribution(outputs).variance()
+    np.testing.assert_allclose(variance, mean + mean**2 * np.exp(outputs[..., 1]), rtol=1e-5)
 
 
 def test_the_mean_of_a_bernoulli_is_the_probability_of_one():
@@ -128,10 +153,10 @@ def test_a_level_far_from_the_logistic_has_a_finite_density_and_gradient():
 
 @every_likelihood
 def test_samples_have_the_mean_of_the_likelihood(name):
-    outputs = tf.constant([[0.3, -4.0][: LIKELIHOODS[name].parameters]] * 20_000)
+    outputs = tf.constant([[0.3, -4.0, 2.0][: LIKELIHOODS[name].parameters]] * 20_000)
     samples = np.asarray(LIKELIHOODS[name].distribution(outputs).sample(seed=(0, 1)), np.float64)
     error = samples.std() / np.sqrt(samples.size)
-    assert abs(samples.mean() - scipy.special.expit(0.3)) < 5 * error
+    assert abs(samples.mean() - LINKS[LIKELIHOODS[name].support](0.3)) < 5 * error
     if name == "logistic":
         assert 10 < len(np.unique(samples)) <= 256
         np.testing.assert_allclose(255 * samples, np.rint(255 * samples), atol=1e-4)

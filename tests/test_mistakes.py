@@ -8,12 +8,14 @@ import keras
 import numpy as np
 import pytest
 
-from avb_tf import command_line, configuration
+from avb_tf import command_line, configuration, files
+from avb_tf.commands import evaluate, train
 from avb_tf.settings import posterior
 from tests.commands import content, run, trained
 
 DIGITS = "--config=configs/digits.py:vae --workdir=new"
 AVB = "--config=configs/digits.py:avb --workdir=new"
+TABLE = "--config=configs/table.py:vae --workdir=new"
 POINTS = "--config=configs/four_points.py:vae --workdir=new"
 NO_DATA = f"{DIGITS} --config.data.name=npz --config.data.path=no.npz"
 POSTERIOR = "--workdir=new --config=configs/posteriors.py"
@@ -141,6 +143,14 @@ DATA = {
     f"{DIGITS} --config.data.name=faces": "'faces'",
     f"{DIGITS} --config.data.name=tfds:no_such_data": "tfds:no_such_data",
     f"{DIGITS} --config.data.name=npz": "config.data.path is empty",
+    f"{DIGITS} --config.batch_size=100000000": "there are 1297 examples",
+    f"{DIGITS} --config.data.name=table --config.data.path=text.csv": "config.model.likelihood",
+    f"{TABLE} --config.data.path=text.csv": "column 'city' has 'Oslo' in row 0",
+    f"{TABLE} --config.data.path=text.csv --config.data.columns=town=skip": "no column 'town'",
+    f"{TABLE} --config.data.path=text.csv --config.data.columns=city=skip": "has no value in row 2",
+    f"{TABLE} --config.data.path=ragged.csv": "1 values in row 1",
+    f"{TABLE} --config.data.path=good.npz": "no .csv or .parquet file",
+    f"{TABLE}": "config.data.path is empty",
     f"{DIGITS} --config.data.name=npz --config.data.path=nothing.npz": "nothing.npz",
     f"{DIGITS} --config.data.name=npz --config.data.path=empty.npz": "empty.npz",
     f"{DIGITS} --config.data.name=npz --config.data.path=truncated.npz": "truncated.npz",
@@ -184,6 +194,10 @@ WORKDIRS = {
     "--workdir=checkpoint_folder": "only damaged checkpoints",
     "--workdir=checkpoints_file": "checkpoints",
     "--workdir=other_model --mode=evaluate": "a Sequential",
+    "--workdir=changed --mode=evaluate": "remove the line sha256",
+    "--workdir=deep --mode=evaluate": "deep/config.json",
+    "--workdir=in_use": "in_use is in use by process",
+    "--workdir=in_use --mode=evaluate": "in_use is in use by process",
     "--workdir=wider": "step_000000020.keras cannot be loaded",
 }
 MODES = {
@@ -263,17 +277,24 @@ def root(tmp_path_factory):
         trained(root)
         _bad_configs(root)
         _bad_runs(root)
-        yield root
+        with (
+            files.locked(root / "in_use" / train.LOCK),
+            files.locked(root / "in_use" / evaluate.LOCK),
+        ):
+            yield root
 
 
 def _bad_configs(root):
     """Workdirs with only a config."""
     config = (root / "run/config.json").read_text()
+    wider = json.loads(config)
+    del wider["sha256"]
+    wider["model"]["width"] = 32
     without_width = json.loads(config)
     del without_width["model"]["width"]
     fit = posterior.config("configs/posteriors.py:banana")
     fit.name = "banana"
-    fit = json.dumps(configuration.resolve(fit), indent=2) + "\n"
+    fit = configuration.text(configuration.resolve(fit))
     for name, text in {
         "untrained": config,
         "damaged": config,
@@ -287,7 +308,9 @@ def _bad_configs(root):
         "checkpoints_file": config,
         "checkpoint_folder": config,
         "other_model": config,
-        "wider": config.replace('"width": 16', '"width": 32'),
+        "changed": config.replace('"log_every": 10,', '"log_every": 20,'),
+        "deep": "[" * 100_000,
+        "wider": configuration.text(wider),
     }.items():
         (root / name).mkdir()
         (root / name / "config.json").write_bytes(
@@ -308,6 +331,7 @@ def _bad_runs(root):
     shutil.copytree(root / "run/checkpoints", root / "wider/checkpoints")
     (root / "half_fitted/fit").mkdir()
     (root / "half_fitted/fit/fit.json").write_text("{")
+    shutil.copytree(root / "run", root / "in_use")
     shutil.copytree(root / "run", root / "exported")
     (root / "exported/export/7").mkdir(parents=True)
     shutil.copytree(root / "run", root / "blocked")
@@ -322,6 +346,8 @@ def _bad_data(root):
     x = np.full([6, 2, 2], 0.5)
     np.savez(root / "good.npz", x_train=x)
     (root / "empty.npz").touch()
+    (root / "text.csv").write_text("age,city\n1,Oslo\n2,Rome\n,Rome\n4,Oslo\n5,Rome\n")
+    (root / "ragged.csv").write_text("a,b\n1,2\n3\n")
     (root / "truncated.npz").write_bytes((root / "good.npz").read_bytes()[:200])
     np.savez(root / "shape.npz", x_train=x[:, 0, 0])
     np.savez(root / "nan.npz", x_train=np.where(x == x[0, 0, 0], np.nan, x))

@@ -19,6 +19,7 @@ from avb_tf.posteriors import (
     result,
     sampler,
     start,
+    tails,
     verdict,
 )
 from avb_tf.settings import posterior
@@ -222,6 +223,25 @@ def test_the_pair_plot_shows_every_set(gaussian_fit):
     assert figure.axes[-1].get_xlabel() == "mu[1]"
 
 
+def test_the_pair_plot_is_of_the_parameters_as_the_model_has_them():
+    joint = tfd.JointDistributionNamed(
+        {
+            "rate": tfd.Gamma(2.0, 1.0),
+            "R": tfd.LKJ(2, 1.0),
+            "y": lambda rate: tfd.Poisson(rate),
+        }
+    )
+    target = models.make(joint, {"y": 3.0})
+    z = np.random.default_rng(0).normal(size=[64, 2])
+    begun = start.Start(np.zeros(2), np.eye(2), z, tails.light(2), 4)
+    settings = posterior.resolved(2)
+    avb = building.avb(target, begun, 0, settings, charted=False)
+    figure = result.PosteriorFit(target, begun, avb, 0.0, 0, settings, {}).plot(100)
+    labels = [axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()]
+    assert labels == ["R[0, 1]", "rate"]  # the rest of R is fixed
+    assert figure.axes[-1].get_xlim()[0] > 0
+
+
 # The verdict.
 
 
@@ -284,7 +304,9 @@ def test_a_fit_that_lost_a_mode_is_not_trusted(one_mode):
 
 
 def test_refining_brings_a_lost_mode_back(one_mode):
-    u = one_mode.refine(30, chains=2000).u[:, 0]
+    refined = one_mode.refine(30, chains=2000)
+    u = refined.u[:, 0]
+    assert refined.r_hat.max() < 1.05  # the chains move between the modes
     assert np.mean(u < 0) == pytest.approx(0.3, abs=0.1)
     assert u[u < 0].std() == pytest.approx(0.5, abs=0.06)
     assert u[u > 0].std() == pytest.approx(0.8, abs=0.06)

@@ -6,9 +6,11 @@ import time
 
 import keras
 import numpy as np
+import pytest
 
 import avb_tf
 from avb_tf.serving.saved_model import RunError, SavedModel
+from tests import serving_fuzz
 
 REQUESTS = int(os.environ.get("AVB_TF_LOAD_REQUESTS", 800))
 THREADS = 8
@@ -22,10 +24,18 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_no_error_no_wrong_answer_and_constant_memory(tmp_path):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
     keras.utils.set_random_seed(0)
     built = avb_tf.build("avb_ac", EVENT, latent_dim=3, width=32, basis_width=16, bases=8)
-    model = SavedModel(built.export(tmp_path, importance_samples=32))
+    return SavedModel(built.export(tmp_path_factory.mktemp("export"), importance_samples=32))
+
+
+def test_any_request_is_answered_or_refused(model):
+    serving_fuzz.check(model, 25)
+
+
+def test_no_error_no_wrong_answer_and_constant_memory(model):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 2, [64, *EVENT]).astype(np.float32)
     inputs = {

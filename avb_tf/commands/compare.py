@@ -96,7 +96,8 @@ def _latents(workdir: Path, runs: list[EvaluatedRun]) -> dict[str, Figure]:
                 config = configuration.load(workdir / run.name)
                 if config.model.latent_dim == 2:
                     models[method] = checkpoints.load(workdir / run.name)
-                    source = source or data.load(config.data)
+                    likelihood = models[method].likelihood
+                    source = source or data.load(config.data, likelihood)
             except UserError as error:  # a run may keep its results and lose its checkpoints
                 print(f"Left out of the latent spaces: {error}")
         if source is not None and len(models) > 1:

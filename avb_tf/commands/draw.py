@@ -20,7 +20,7 @@ def draw(config: ml_collections.ConfigDict, workdir: Path) -> None:
       UserError: there is no checkpoint, or the data cannot be used.
     """
     model = checkpoints.load(workdir)
-    split = getattr(data.load(config.data), config.eval.split)
+    split = getattr(data.load(config.data, model.likelihood), config.eval.split)
     x = pipeline.examples(split, EXAMPLES, model.likelihood.binary)
     labels = None if split.labels is None else split.labels[: len(x)]
     drawn = model_figures.of_model(model, x, labels)

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 
-from avb_tf import checkpoints, configuration, data, figures, replicas, results
+from avb_tf import checkpoints, configuration, data, figures, files, replicas, results
 from avb_tf.callbacks import tensorboard, writing
 from avb_tf.commands import train
 from avb_tf.data import pipeline
@@ -16,6 +16,8 @@ from avb_tf.figures import model as model_figures
 from avb_tf.likelihood_estimation import estimates
 from avb_tf.likelihood_estimation.estimates import Estimate
 from avb_tf.settings import run
+
+LOCK = ".evaluate.lock"  # held in the workdir by the process that evaluates
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -34,10 +36,15 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     `config.eval.budget` sets the sizes. An interrupted evaluation resumes where it stopped.
 
     Raises:
-      UserError: there is no checkpoint, or the data cannot be used.
+      UserError: there is no checkpoint, the data cannot be used, or the workdir is being evaluated.
     """
     model = checkpoints.load(workdir)
-    source = data.load(config.data)
+    source = data.load(config.data, model.likelihood)
+    with files.locked(workdir / LOCK):
+        _evaluate(config, workdir, model, source)
+
+
+def _evaluate(config, workdir, model, source) -> None:
     began = time.perf_counter()
     split = getattr(source, config.eval.split)
     count = min(config.eval.examples or split.size, split.size)

@@ -34,7 +34,11 @@ def explore(config: ml_collections.ConfigDict, workdir: Path) -> None:
         decoder.
     """
     model = checkpoints.load(workdir)
-    split = getattr(data.load(config.data), config.eval.split)
+    if model.likelihood.support != "unit":
+        raise UserError(
+            "the explorer shows x in [0, 1], found a model of other numbers; use --mode=figures"
+        )
+    split = getattr(data.load(config.data, model.likelihood), config.eval.split)
     x = pipeline.examples(split, _EXAMPLES, model.likelihood.binary)
     labels = None if split.labels is None else split.labels[: len(x)]
     file = workdir / FILE

@@ -13,6 +13,8 @@ from avb_tf.figures import model as model_figures
 def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes 64 draws of the newest checkpoint, E[x|z] at z ~ p(z): `samples.npy` and a figure.
 
+    Of a table `samples.csv` has them with its names and categories.
+
     Raises:
       UserError: there is no checkpoint.
     """
@@ -22,6 +24,10 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
     np.save(buffer, draws, allow_pickle=False)
     files.write_atomically(workdir / "samples.npy", buffer.getvalue())
     print(workdir / "samples.npy")
+    if model.table is not None:
+        text = model.table.frame(draws).to_csv(index=False)
+        files.write_atomically(workdir / "samples.csv", text)
+        print(workdir / "samples.csv")
     if len(model.event_shape) == 3:
         print(
             *figures.save(

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import keras
@@ -9,16 +10,20 @@ import ml_collections
 import tensorflow as tf
 from absl import logging
 
-from avb_tf import assembly, checkpoints, configuration, data, replicas
+from avb_tf import assembly, checkpoints, configuration, data, files, replicas
 from avb_tf.callbacks import guard, monitor, progress, tensorboard, writing
 from avb_tf.data import pipeline
+from avb_tf.data.table import Table
 from avb_tf.errors import DivergenceError, UserError
+from avb_tf.likelihoods import LIKELIHOODS
 from avb_tf.model import AVB
 from avb_tf.optimizers import Adam
 from avb_tf.schedules import DelayedCosine
 
+LOCK = ".train.lock"  # held in the workdir by the process that trains
 FIGURE_EXAMPLES = 500  # held-out examples in figures and validation curves
 CALL_SECONDS = 1.0  # longest call of the training graph
+SMALL_DATA = 128  # examples up to which a batch may hold them several times, with other noise
 FIRST_STEPS = 10  # steps in one call of a compiled loop, until a step has been timed
 
 
@@ -30,13 +35,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
 
     Raises:
       UserError: the data cannot be used, the parts of the model do not fit each other, the
-        workdir holds another run, or training keeps diverging.
+        workdir holds another run or is in use, or training keeps diverging.
       WorkerLostError: another worker has stopped.
     """
     if checkpoints.newest_step(workdir) >= config.steps:
         strategy = tf.distribute.get_strategy()  # the other workers may have exited already
     else:
-        strategy = replicas.strategy(config.strategy)
+        strategy = replicas.strategy(config.strategy, config.worker_timeout)
     replicas.check_batch_size(config.batch_size, strategy)
     tf.config.experimental.enable_tensor_float_32_execution(config.tf32)
     with replicas.explained(strategy), writing.logged():
@@ -46,16 +51,25 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
 def _train(config, workdir, strategy) -> AVB:
     chief = replicas.is_chief()
     assembly.checked(config.method, **config.model)  # loading the data may take long
-    source = data.load(config.data)
+    source = data.load(config.data, LIKELIHOODS.get(config.model.likelihood))
+    _check_batch_size(config, source)
     with strategy.scope():
-        model = create(config, source.event_shape)
-    if chief:
-        configuration.save(config, workdir)
+        model = create(config, source.event_shape, source.table)
+    if not chief:
+        return _resumed(config, workdir, strategy, model, source)
+    configuration.save(config, workdir)
+    with files.locked(workdir / LOCK):
+        return _resumed(config, workdir, strategy, model, source)
+
+
+def _resumed(config, workdir, strategy, model, source) -> AVB:
+    """Trains from the newest checkpoint, if there is one, to the last step."""
     if _restore(model, strategy, workdir):
         print(f"{workdir}: at step {int(model.step.numpy())} of {config.steps}")
     if int(model.step.numpy()) >= config.steps:
         return model
-    if chief and int(model.step.numpy()) == 0:  # for a rollback before the first checkpoint
+    if replicas.is_chief() and int(model.step.numpy()) == 0:
+        # For a rollback before the first checkpoint.
         checkpoints.save(model, workdir, config.keep_checkpoints)
 
     training = Training(config, workdir, strategy, model, source)
@@ -65,8 +79,34 @@ def _train(config, workdir, strategy) -> AVB:
                 training.to_the_end()
             except DivergenceError as error:
                 _roll_back(config, workdir, strategy, model, error)
+            except tf.errors.ResourceExhaustedError as error:
+                raise UserError(
+                    f"the device's memory cannot hold a step of config.batch_size = "
+                    f"{config.batch_size} ({error.message:.80}); lower it"
+                ) from error
     print(f"{workdir}: trained to step {int(model.step.numpy())}")
     return model
+
+
+def _check_batch_size(config, source: data.Source) -> None:
+    """Refuses a batch of more examples than there are, or than the memory holds.
+
+    A step needs more than what is counted here: x, and for each of `draws` z the decoder's output
+    with its gradient.
+    """
+    size = config.batch_size
+    if size > (most := max(source.train.size, SMALL_DATA)):
+        raise UserError(
+            f"config.batch_size is {size}, and there are {source.train.size} examples to train on; "
+            f"expected at most {most}"
+        )
+    per_example = 4 * math.prod(source.event_shape) * (1 + 2 * config.model.draws)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (needed := size * per_example) > memory:
+        raise UserError(
+            f"config.batch_size is {size}; a step needs more than {needed / 2**30:.0f} GiB, and "
+            f"the machine has {memory / 2**30:.0f}; expected at most {memory // per_example}"
+        )
 
 
 def _restore(model, strategy, workdir) -> bool:
@@ -83,7 +123,10 @@ def _restore(model, strategy, workdir) -> bool:
 
 
 def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None:
-    """Restores the newest checkpoint and saves it again with lower learning rates.
+    """Restores a checkpoint and saves it again with lower learning rates.
+
+    It is the newest one; or the one before if an earlier rollback has not helped, and training
+    diverged within an epoch of the newest. Its weights may have exploded and still be finite.
 
     Raises:
       UserError: config.guard allows no further rollback.
@@ -95,6 +138,9 @@ def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None
             "learning rates; expected finite values; lower config.optimizer.learning_rate, in "
             "another --workdir; the last good checkpoint is kept"
         ) from error
+    if replicas.is_chief() and count:
+        epoch = min(config.log_every, config.steps)
+        checkpoints.set_diverged_aside(workdir, int(model.step.numpy()) - epoch)
     _restore(model, strategy, workdir)
     model.rollbacks.assign(count + 1)
     if replicas.is_chief():
@@ -194,15 +240,21 @@ class Training:
         )
 
 
-def create(config: ml_collections.ConfigDict, event_shape: tuple[int, ...]) -> AVB:
+def create(
+    config: ml_collections.ConfigDict, event_shape: tuple[int, ...], table: Table | None = None
+) -> AVB:
     """The compiled model of a config.
 
+    Args:
+      config: of the run.
+      event_shape: shape of one example.
+      table: whose rows the examples are, or None.
     Raises:
       UserError: a name is unknown, or the parts do not fit each other.
     """
     keras.utils.set_random_seed(config.model.seed)  # for the initial weights
     with _computing_in(config.precision):
-        model = assembly.build(config.method, event_shape, **config.model)
+        model = assembly.build(config.method, table or event_shape, **config.model)
     model.skip_non_finite, model.patience = config.guard.enabled, config.guard.patience
     model.resident_megabytes = config.resident_megabytes
     o = config.optimizer

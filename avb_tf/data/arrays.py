@@ -18,13 +18,16 @@ class Examples(NamedTuple):
     labels: np.ndarray | None  # integer [n]
 
 
-def check(place: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Examples]:
+def check(
+    place: str, arrays: Mapping[str, np.ndarray], support: str = "unit"
+) -> dict[str, Examples]:
     """Checks arrays named x_train, y_train, x_validation, ... and pairs x with its labels.
 
     Args:
       place: where the arrays came from, for error messages.
-      arrays: x_* are uint8 or float in [0, 1], [n, d], [n, h, w] or [n, h, w, c]; y_* are labels,
+      arrays: x_* are as `check_values` asks, [n, d], [n, h, w] or [n, h, w, c]; y_* are labels,
         integer [n]. Only x_train is required.
+      support: what x is, as of a `Likelihood`.
 
     Returns:
       Split -> its arrays; [n, h, w] is reshaped to [n, h, w, 1].
@@ -44,7 +47,7 @@ def check(place: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Examples]:
     examples = {}
     for split in SPLITS:
         if f"x_{split}" in arrays:
-            x = _checked_x(f"{place}: x_{split}", arrays[f"x_{split}"])
+            x = _checked_x(f"{place}: x_{split}", arrays[f"x_{split}"], support)
             labels = arrays.get(f"y_{split}")
             if labels is not None:
                 _check_labels(f"{place}: y_{split}", labels, len(x))
@@ -80,15 +83,23 @@ def source(name: str, place: str, examples: dict[str, Examples], seed: int = 0) 
     return Source(name, x.shape[1:], **splits)
 
 
-def check_values(place: str, x: np.ndarray, unit: bool = True) -> None:
-    """Checks that x holds bytes of 0..255, or floats in [0, 1]; any finite ones unless `unit`.
+def check_values(place: str, x: np.ndarray, support: str = "unit") -> None:
+    """Checks that x holds what a likelihood of that support is of.
 
+    Args:
+      place: its name in messages.
+      x: [n, *event].
+      support: "unit": bytes of 0..255, or floats in [0, 1]; "real": finite floats; "count": whole
+        numbers of at least 0.
     Raises:
       UserError: it does not, is empty, or holds NaN.
     """
+    unit = support == "unit"
     byte = unit and x.dtype == np.uint8
-    if not byte and not np.issubdtype(x.dtype, np.floating):
-        expected = "uint8, or float in [0, 1]" if unit else "float"
+    whole = support == "count" and np.issubdtype(x.dtype, np.integer)
+    if not byte and not whole and not np.issubdtype(x.dtype, np.floating):
+        expected = {"unit": "uint8, or float in [0, 1]", "real": "float"}
+        expected = expected.get(support, "integers, or whole numbers as float")
         raise UserError(f"{place} is of type {x.dtype}; expected {expected}; convert it")
     if x.size == 0:
         raise UserError(f"{place} has shape {x.shape}; expected at least one example and value")
@@ -102,20 +113,25 @@ def check_values(place: str, x: np.ndarray, unit: bool = True) -> None:
     elif np.isnan(low):
         expected = "values in [0, 1]" if unit else "finite values"
         raise UserError(f"{place} contains NaN; expected {expected}; remove or fill them")
-    elif not unit:
-        if not np.isfinite([low, high]).all():
-            raise UserError(f"{place} runs from {low} to {high}; expected finite values; mend them")
-    elif low < 0 or high > 1:
-        raise UserError(f"{place} runs from {low} to {high}; expected [0, 1]; rescale it")
+    elif not unit and not np.isfinite([low, high]).all():
+        raise UserError(f"{place} runs from {low} to {high}; expected finite values; mend them")
+    elif support == "count" and (low < 0 or (x != np.rint(x)).any()):
+        odd = low if low < 0 else x[x != np.rint(x)][0]
+        raise UserError(f"{place} holds {odd}; expected counts 0, 1, 2, ...; mend it")
+    elif unit and (low < 0 or high > 1):
+        raise UserError(
+            f"{place} runs from {low} to {high}; expected [0, 1]; rescale it, or use the "
+            "likelihood 'gaussian' for real numbers, 'poisson' for counts"
+        )
 
 
-def _checked_x(place: str, x: np.ndarray) -> np.ndarray:
+def _checked_x(place: str, x: np.ndarray, support: str) -> np.ndarray:
     if x.ndim not in (2, 3, 4):
         raise UserError(
             f"{place} has shape {x.shape}; expected [n, d], [n, height, width] or "
             "[n, height, width, channels]; reshape it"
         )
-    check_values(place, x)
+    check_values(place, x, support)
     return x[..., np.newaxis] if x.ndim == 3 else x
 
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from avb_tf.data.arrays import check_values
 from avb_tf.data.source import Split, decoded
+from avb_tf.data.table import Table
 from avb_tf.errors import UserError
 
 
@@ -19,18 +20,28 @@ def is_array(x: Any) -> bool:
     return hasattr(x, "__array__") or isinstance(x, (list, tuple, dict))
 
 
-def examples(x: Any, event_shape: Sequence[int], place: str = "x", unit: bool = True) -> np.ndarray:
-    """The array of x, once it fits the model.
+def examples(
+    x: Any,
+    event_shape: Sequence[int],
+    place: str = "x",
+    support: str = "unit",
+    table: Table | None = None,
+) -> np.ndarray:
+    """The array of x, once it fits the model; float32 unless it is of numbers in [0, 1].
 
     Args:
-      x: [n, *event], uint8 of 0..255 or float in [0, 1]; a single channel may be missing.
+      x: [n, *event]; of support "unit" uint8 of 0..255 or float in [0, 1]; a single channel may be
+        missing. Of a table rows, or a pandas data frame.
       place: its name, for the message.
-      unit: whether the likelihood is of x in [0, 1]; else of any numbers.
+      support: what x is, as of a `Likelihood`.
+      table: the columns of x, if it is a table.
     Raises:
       UserError: x has another shape, type or range, or holds NaN.
     """
     if isinstance(x, tf.Tensor) and x.dtype.is_floating:
         x = tf.cast(x, tf.float32)  # NumPy has no bfloat16
+    if table is not None:
+        return table.array(x, place)
     try:
         x = np.asarray(x)
     except (TypeError, ValueError) as error:
@@ -38,8 +49,8 @@ def examples(x: Any, event_shape: Sequence[int], place: str = "x", unit: bool = 
             f"{place} is no array ({error!s:.100}); {_expected(event_shape)}"
         ) from error
     check_shape(x.shape, event_shape, place)
-    check_values(place, x, unit)
-    return x
+    check_values(place, x, support)
+    return x if support == "unit" else x.astype(np.float32)
 
 
 def check_shape(shape: Sequence[int | None], event_shape: Sequence[int], place: str = "x") -> None:
@@ -79,9 +90,13 @@ def weights(sample_weight: Any, size: int) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def as_examples(x: Any, event_shape: Sequence[int]) -> tf.Tensor:
-    """x as float32 [batch, *event]: bytes scaled to [0, 1], a missing single channel added."""
-    x = decoded(tf.convert_to_tensor(x))
+def as_examples(x: Any, event_shape: Sequence[int], unit: bool = True) -> tf.Tensor:
+    """x as float32 [batch, *event]: bytes scaled to [0, 1], a missing single channel added.
+
+    Unless `unit`, bytes are numbers like all others.
+    """
+    x = tf.convert_to_tensor(x)
+    x = decoded(x) if unit else tf.cast(x, tf.float32)
     missing = event_shape[-1:] == (1,) and x.shape.rank == len(event_shape)
     x = x[..., tf.newaxis] if missing else x
     if x.shape.rank is not None:

@@ -1,24 +1,30 @@
-"""A folder of PNG and JPEG files, decoded on the fly, so it may be larger than memory."""
+"""A folder of PNG, JPEG and WebP files, decoded on the fly, so it may be larger than memory."""
 
+import math
 import os
+import warnings
 from pathlib import Path
 
 import tensorflow as tf
 from absl import logging
+from PIL import Image
 
 from avb_tf.data.source import Source, Split, cut, data_path
 from avb_tf.errors import UserError
 
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
+_LARGEST = 10**8  # pixels of an image, which takes 300 MB while it is decoded
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+_ORIENTATION = 0x0112  # the EXIF tag
 
 
 def load(path: str, seed: int, image_size: int, channels: int) -> Source:
     """The central square of each image, event [image_size, image_size, channels].
 
-    Every file is decoded once at the start; unreadable files are skipped with a warning.
+    Every file is decoded once at the start; unreadable files are skipped with a warning. Images are
+    turned upright as their EXIF orientation says.
 
     Args:
-      path: a folder, searched recursively.
+      path: a folder, searched recursively, links to folders included.
       seed: of the cut into 80 % train, 10 % validation and 10 % test.
       image_size: height and width in pixels after resizing.
       channels: 1 for grey, 3 for colour.
@@ -37,9 +43,10 @@ def load(path: str, seed: int, image_size: int, channels: int) -> Source:
         raise UserError(f"'{folder}' is not a folder; expected images; name it in config.data.path")
     event_shape = (image_size, image_size, channels)
     files = _decodable(folder, channels)
+    orientations = [_orientation(file) for file in files]
 
-    def square(file: tf.Tensor) -> tf.Tensor:
-        image = _decode(file, channels)
+    def square(file: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+        image = _upright(_decode(file, channels), orientation)
         size = tf.shape(image)[:2]
         side = tf.reduce_min(size)
         top, left = tf.unstack((size - side) // 2)
@@ -49,11 +56,12 @@ def load(path: str, seed: int, image_size: int, channels: int) -> Source:
 
     def split(part) -> Split:
         with tf.device("CPU:0"):
-            names = tf.gather(tf.constant(files), part)
+            names, turns = (tf.gather(tf.constant(v), part) for v in (files, orientations))
 
         def read(indices: tf.Tensor) -> tf.Tensor:
             spec = tf.TensorSpec(event_shape, tf.float32)
-            return tf.map_fn(square, tf.gather(names, indices), fn_output_signature=spec)
+            each = tf.gather(names, indices), tf.gather(turns, indices)
+            return tf.map_fn(lambda one: square(*one), each, fn_output_signature=spec)
 
         return Split(len(part), read)
 
@@ -64,25 +72,75 @@ def _decode(file: tf.Tensor, channels: int) -> tf.Tensor:
     return tf.io.decode_image(tf.io.read_file(file), channels, expand_animations=False)
 
 
+def _orientation(file: bytes) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, where there is none. Reads the header alone."""
+    try:
+        with Image.open(os.fsdecode(file)) as image:
+            value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises many kinds on damaged metadata
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+    """An image [height, width, channels] of that EXIF orientation, turned upright."""
+
+    def when(orientations, change, image):
+        return tf.cond(
+            tf.reduce_any(orientation == orientations), lambda: change(image), lambda: image
+        )
+
+    image = when([5, 6, 7, 8], lambda i: tf.transpose(i, [1, 0, 2]), image)
+    image = when([2, 3, 6, 7], lambda i: i[:, ::-1], image)
+    return when([3, 4, 7, 8], lambda i: i[::-1], image)
+
+
+def _files(folder: str) -> list[bytes]:
+    """Sorted names of the images below a folder, each real folder once."""
+    files, visited = [], set()
+    for directory, inner, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(directory)) in visited:  # a link may point upwards
+            inner.clear()
+            continue
+        visited.add(real)
+        paths = (Path(directory, name) for name in names)
+        files += [os.fsencode(path) for path in paths if path.suffix.lower() in _SUFFIXES]
+    return sorted(files)
+
+
 def _decodable(folder: str, channels: int) -> list[bytes]:
-    """Sorted names of the readable images; each is decoded in full, not only its header."""
-    files = sorted(
-        os.fsencode(file) for file in Path(folder).rglob("*") if file.suffix.lower() in _SUFFIXES
-    )
-    if not files:
-        raise UserError(f"{folder} holds no .png, .jpg or .jpeg file; expected a folder of images")
+    """Sorted names of the readable images; each is decoded in full, if its header allows it."""
+    if not (files := _files(folder)):
+        raise UserError(
+            f"{folder} holds no .png, .jpg, .jpeg or .webp file; expected a folder of images"
+        )
 
     def check(file: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return file, tf.shape(_decode(file, channels))
 
-    names = tf.data.Dataset.from_tensor_slices(files)
+    small = [file for file in files if _is_small(file)]
+    names = tf.data.Dataset.from_tensor_slices(tf.constant(small, tf.string))
     decoded = names.map(check, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
     readable = [file for file, _ in decoded.as_numpy_iterator()]
     if len(readable) < len(files):
         first = os.fsdecode(min(set(files) - set(readable)))
         unreadable = len(files) - len(readable)
-        summary = f"{unreadable} of {len(files)} images cannot be decoded, {first} first"
+        summary = (
+            f"{unreadable} of {len(files)} images cannot be decoded, or have more than "
+            f"{_LARGEST:,} pixels, {first} first"
+        )
         if not readable:
-            raise UserError(f"{summary}; expected PNG or JPEG files; check or replace them")
+            raise UserError(f"{summary}; expected PNG, JPEG or WebP files; check or replace them")
         logging.warning("%s; they are skipped", summary)
     return readable
+
+
+def _is_small(file: bytes) -> bool:
+    """Whether an image is small enough to be decoded, by its header; False if it has none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(os.fsdecode(file)) as image:
+                return math.prod(image.size) <= _LARGEST
+    except Exception:  # Pillow raises many kinds on a damaged header
+        return False

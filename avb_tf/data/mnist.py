@@ -19,6 +19,7 @@ _IDX_FILES = {  # array -> name and rank
     "x_test": ("t10k-images", 3),
     "y_test": ("t10k-labels", 1),
 }
+_LARGEST = 2**28  # bytes of a file that are read; MNIST has a fifth of it
 _EXPECTED = "mnist.npz or the four IDX files (train-images-idx3-ubyte and so on, or their .gz)"
 
 
@@ -101,7 +102,7 @@ def _find(folder: Path, stem: str, rank: int) -> Path | None:
 def _read_idx(path: Path, rank: int) -> np.ndarray:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            data = file.read()
+            data = file.read(_LARGEST)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); expected an IDX file") from error
     magic = bytes([0, 0, 8, rank])  # 8: unsigned bytes

@@ -4,17 +4,19 @@ from pathlib import Path
 
 import numpy as np
 
+from avb_tf import archives
 from avb_tf.data import arrays
 from avb_tf.data.source import Source, data_path
 from avb_tf.errors import UserError
 
 
-def load(path: str, seed: int) -> Source:
+def load(path: str, seed: int, support: str = "unit") -> Source:
     """A source of the file's arrays: x_train and optionally other splits and labels.
 
     Args:
       path: an .npz file, or a folder with exactly one; `arrays.check` describes the arrays.
       seed: of the tenths cut off train for a missing validation or test split.
+      support: what x is, as of a `Likelihood`.
 
     Raises:
       UserError: the file cannot be read, or an array is not as described.
@@ -30,7 +32,8 @@ def load(path: str, seed: int) -> Source:
                 f"{place} holds {len(files)} .npz files; expected one; name it in config.data.path"
             )
         file = files[0]
-    return arrays.source("npz", str(file), arrays.check(str(file), read(file)), seed)
+    examples = arrays.check(str(file), read(file), support)
+    return arrays.source("npz", str(file), examples, seed)
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -45,8 +48,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
             "save it with numpy.savez(file, x_train=...)"
         )
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
+        return archives.read_arrays(path)
     except Exception as error:  # numpy, zipfile, zlib and tokenize raise different kinds
         raise UserError(
             f"{path} cannot be read ({error}); expected an .npz of plain arrays; "

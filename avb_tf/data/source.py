@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from avb_tf.data.table import Table
 from avb_tf.errors import UserError
 
 
@@ -30,7 +31,7 @@ class Split:
 
     Attributes:
       size: number of examples.
-      read: indices, int64 [n] -> x, float32 [n, *event] in [0, 1]; TensorFlow operations only.
+      read: indices, int64 [n] -> x, float32 [n, *event]; TensorFlow operations only.
       labels: int64 [size], or None.
       stored: the examples in memory, or None if they are read from files.
     """
@@ -51,6 +52,7 @@ class Source:
       train: examples to train on.
       validation: held-out examples to watch during training.
       test: held-out examples for the final evaluation.
+      table: the columns of x, or None if it is no table.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Source:
     train: Split
     validation: Split
     test: Split
+    table: Table | None = None
 
 
 def data_path(path: str) -> str:
@@ -71,7 +74,7 @@ def array_split(
     """A split of an array in memory; uint8 is converted to float only when it is read.
 
     Args:
-      x: [size, *event], uint8 in 0..255 or float in [0, 1].
+      x: [size, *event], uint8 in 0..255 or float.
       labels: integer [size], or None.
       weights: of the examples in training, float32 [size], or None.
     """

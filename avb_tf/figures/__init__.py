@@ -21,7 +21,7 @@ def save(
     Returns:
       The paths of the files.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    files.make_directory(directory)
     paths = []
     for name, figure in figures.items():
         for kind in formats:

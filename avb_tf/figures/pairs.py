@@ -11,12 +11,15 @@ _POINTS = 1000  # draws of each set in a panel
 _COORDINATES = 6  # drawn at most; the last ones, which tend to be scales and means
 
 
-def pairs(draws: Mapping[str, np.ndarray], coordinates: Sequence[str]) -> Figure:
+def pairs(
+    draws: Mapping[str, np.ndarray], coordinates: Sequence[str], title: str | None = None
+) -> Figure:
     """Every pair of coordinates of several sets of draws, their densities on the diagonal.
 
     Args:
       draws: name -> [n, dim]; the first is drawn on top. Axes span the last one's central 99.8%.
       coordinates: a name for each of dim.
+      title: of the legend.
     """
     shown = list(range(len(coordinates)))[-_COORDINATES:]
     last = list(draws.values())[-1]
@@ -46,5 +49,5 @@ def pairs(draws: Mapping[str, np.ndarray], coordinates: Sequence[str]) -> Figure
             axes.set_xlabel(coordinates[j] if i == shown[-1] else "", fontsize=8)
             axes.set_ylabel(coordinates[i] if column == 0 and row else "", fontsize=8)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", fontsize=9, title="unconstrained")
+    figure.legend(handles, labels, loc="upper right", fontsize=9, title=title)
     return figure

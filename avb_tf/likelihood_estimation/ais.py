@@ -14,7 +14,7 @@ cache biases the chain, and renewing it costs one more evaluation per temperatur
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -22,9 +22,9 @@ from tensorflow_probability import distributions as tfd
 
 from avb_tf import proposal
 from avb_tf.likelihood_estimation import joint
-from avb_tf.model import AVB
 
 ROWS = 800  # chains of all examples in a call, which keep the processor busy
+_LARGEST = 2**21  # numbers of x for all chains of a chunk, to bound the memory
 PILOT_CHAINS = 8  # enough to estimate the mean acceptance
 INITIAL_STEP = 0.3  # in coordinates where the start is standard normal
 TARGET_ACCEPTANCE = 0.7
@@ -188,11 +188,11 @@ class AnnealedSampler:
     chains run anew.
 
     Args:
-      model: any; its weights may change afterwards, its parts may not.
+      model: an `AVB`; its weights may change afterwards, its parts may not.
       temperatures, chains, leapfrog_steps: sizes; the bounds tighten with the first two.
     """
 
-    def __init__(self, model: AVB, temperatures: int, chains: int, leapfrog_steps: int = 10):
+    def __init__(self, model: Any, temperatures: int, chains: int, leapfrog_steps: int = 10):
         self.model, self.chains, self.leapfrog_steps = model, chains, leapfrog_steps
         self.betas = sigmoid_schedule(temperatures)
         self._anneal = Annealer(lambda x, z: joint.log_joint(model, x, z), leapfrog_steps)
@@ -230,6 +230,14 @@ class AnnealedSampler:
     def _moments(self, x):
         start = proposal.widened_gaussian(self.model.averaged_encoder, x)
         return start.loc, start.scale.to_dense()
+
+
+kept_sampler = joint.kept_for_the_last_model(AnnealedSampler)
+
+
+def examples_at_once(model: Any, rows: int) -> int:
+    """Examples in a chunk with `rows` z for each, as the memory allows."""
+    return max(1, min(ROWS // rows, _LARGEST // (rows * int(np.prod(model.event_shape)))))
 
 
 def lower_bound(log_weights) -> np.ndarray:

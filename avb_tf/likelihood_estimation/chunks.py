@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,14 +11,13 @@ from typing import Any, TypeVar
 import keras
 import numpy as np
 
-from avb_tf.files import write_atomically
-from avb_tf.model import AVB
+from avb_tf import archives, files
 
 EXAMPLES = 25  # in a chunk
 _Item = TypeVar("_Item")
 
 
-def fingerprint(model: AVB, x, settings: dict[str, Any]) -> str:
+def fingerprint(model: Any, x, settings: dict[str, Any]) -> str:
     """A hash of everything that an estimate depends on: weights, examples and settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     weights = model.averaged_encoder.weights + model.averaged_decoder.weights
@@ -48,11 +46,11 @@ def run(
       label: says what is computed, above the progress bar.
       size: examples in a chunk.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    files.make_directory(directory)
     slices = [slice(i, min(i + size, count)) for i in range(0, count, size)]
-    files = [directory / f"chunk_{i:03d}.npz" for i in range(len(slices))]
+    paths = [directory / f"chunk_{i:03d}.npz" for i in range(len(slices))]
     finished = {}
-    for i, (file, part) in enumerate(zip(files, slices, strict=True)):
+    for i, (file, part) in enumerate(zip(paths, slices, strict=True)):
         if (done := _read(file, record, part.stop - part.start)) is not None:
             finished[i] = done
     for i in tracked([i for i in range(len(slices)) if i not in finished], label):
@@ -61,7 +59,7 @@ def run(
         arrays["seconds"] = np.array([time.perf_counter() - began])
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        write_atomically(files[i], buffer.getvalue())
+        files.write_atomically(paths[i], buffer.getvalue())
         finished[i] = arrays
     ordered = [finished[i] for i in range(len(slices))]
     whole = [np.concatenate([part[name] for part in ordered], -1) for name in record._fields]
@@ -82,10 +80,8 @@ def tracked(items: Sequence[_Item], label: str) -> Iterator[_Item]:
 def _read(file: Path, record: Any, count: int) -> dict[str, np.ndarray] | None:
     """A finished chunk, or None where there is none or it is damaged."""
     try:
-        # Read the bytes first: numpy leaves a damaged file open.
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
-            arrays = dict(archive)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+        arrays = archives.read_arrays(file)
+    except Exception:  # zipfile, zlib and numpy raise many kinds on a damaged file
         return None
     whole = arrays.keys() == {*record._fields, "seconds"} and arrays["seconds"].shape == (1,)
     fits = whole and all(arrays[name].shape[-1:] == (count,) for name in record._fields)

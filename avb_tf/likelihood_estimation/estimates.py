@@ -33,10 +33,8 @@ _COMPUTED = {  # directory of finished chunks -> what its progress bar says
 _AGGREGATE_REPEATS, _AGGREGATE_POINTS = 4, 500  # of q(z)
 _AGGREGATE_BATCH = 500  # x at a time
 _STAGES = 10  # parts of an annealing whose acceptance is reported
-_LARGEST = 2**21  # numbers of x for all chains of a chunk, to bound the memory
 
 _importance_sampler = joint.kept_for_the_last_model(importance.ImportanceSampler)
-_annealed_sampler = joint.kept_for_the_last_model(ais.AnnealedSampler)
 
 
 class Estimate(NamedTuple):
@@ -287,7 +285,7 @@ def annealed(
       sizes: temperatures, chains and leapfrog_steps.
       directory: for finished chunks.
     """
-    sampler = _annealed_sampler(model, **sizes)
+    sampler = ais.kept_sampler(model, **sizes)
 
     def compute(index, part):
         chains = sampler.forward(x[part], seed=index)
@@ -295,7 +293,7 @@ def annealed(
 
     weights, seconds = _run(
         AnnealedWeights, compute, model, x, sizes, directory, "ais",
-        _examples(model, sizes["chains"]),
+        ais.examples_at_once(model, sizes["chains"]),
     )  # fmt: skip
     ess = diagnostics.effective_sample_size(weights.log_weights)
     stages = np.array_split(weights.acceptance.mean(-1), min(_STAGES, sizes["temperatures"]))
@@ -319,7 +317,7 @@ def bidirectional(
     log p(x) of the simulated x lies between the two, so on data like them AIS is at most the gap
     below the truth (Grosse et al., 2015). The values are not comparable with those of test data.
     """
-    sampler = _annealed_sampler(model, **sizes)
+    sampler = ais.kept_sampler(model, **sizes)
 
     def compute(index, part):
         _, forward, reverse = sampler.bidirectional(part.stop - part.start, seed=index)
@@ -328,7 +326,7 @@ def bidirectional(
     settings = {**sizes, "simulated": count}
     weights, seconds = _run(
         BidirectionalWeights, compute, model, np.zeros(count), settings, directory,
-        "bidirectional", _examples(model, sizes["chains"]),
+        "bidirectional", ais.examples_at_once(model, sizes["chains"]),
     )  # fmt: skip
     bounds = [
         (bound(log_weights), _groups(bound, log_weights))
@@ -374,9 +372,8 @@ def inference_gap(
         diagonal, full = best(x[part], index)
         return BestBounds(diagonal.bound, full.bound)
 
-    gaussians, seconds = _run(
-        BestBounds, compute, model, x, {}, directory, "gap", _examples(model, DRAWS_PER_STEP)
-    )
+    size = ais.examples_at_once(model, DRAWS_PER_STEP)
+    gaussians, seconds = _run(BestBounds, compute, model, x, {}, directory, "gap", size)
     shape = Estimate(log_likelihood - gaussians.full, {"seconds": round(seconds, 2)})
     return {
         **own.below("gap_inference", log_likelihood),
@@ -396,11 +393,6 @@ def _run(record, compute, model, x, settings, directory, name, size=None):
     key = f"{name}-{chunks.fingerprint(model, x, {**settings, 'chunk': size})}"
     label = f"{_COMPUTED[name]}, {len(x)} examples"
     return chunks.run(record, compute, len(x), directory / key, label, size)
-
-
-def _examples(model, rows: int) -> int:
-    """Examples in a chunk with `rows` z for each, as the memory allows."""
-    return max(1, min(ais.ROWS // rows, _LARGEST // (rows * int(np.prod(model.event_shape)))))
 
 
 def _groups(bound, log_weights, groups: int = 4) -> np.ndarray:

@@ -26,8 +26,8 @@ class ImportanceSampler:
 
     def __init__(self, model: AVB):
         self.model = model
-        one = tf.zeros([1, *model.event_shape])
-        self.exact = model.posterior(one).log_prob is not None
+        one, noise = tf.zeros([1, *model.event_shape]), tf.zeros([1, 1, model.encoder.noise_dim])
+        self.exact = model.averaged_encoder(one, noise).log_prob is not None
         self._moments = tf.function(self._widened, reduce_retracing=True)
         self._draw = tf.function(self._draw_exact if self.exact else self._draw_gaussian)
 

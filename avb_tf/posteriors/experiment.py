@@ -1,7 +1,9 @@
 """A posterior's config -> a fit, and its comparison with what users would reach for otherwise."""
 
 import hashlib
+import io
 import json
+import os
 import runpy
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import configuration, figures, files, results
+from avb_tf import archives, configuration, figures, files, results
 from avb_tf.errors import UserError
 from avb_tf.figures.pairs import pairs
 from avb_tf.posteriors import baselines, comparison, models, start
@@ -19,6 +21,7 @@ from avb_tf.posteriors.result import META, PosteriorFit
 from avb_tf.serving import layout
 
 FIT = "fit"
+LOCK = ".train.lock"  # held in the workdir by the process that fits or evaluates
 _CHAINS = 4
 _SEED = 123  # of the reference and of draws for the comparison
 
@@ -38,25 +41,31 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     problem = load_problem(config.model)
     models.of_problem(problem)  # a mistake in it comes before anything is written
     configuration.save(config, workdir)
-    if (workdir / FIT / META).exists():  # written last
-        fit = load_posterior(workdir / FIT)
-    else:
-        fit = fit_posterior(
-            problem.model,
-            problem.observed,
-            shape=problem.shape,
-            bijector=problem.bijector,
-            dtype=problem.dtype,
-            batch_size=problem.batch_size,
-            steps=config.steps or None,
-            seconds=config.seconds or None,
-            seed=config.seed,
-            **config.fit,
-        )
-        fit.save(workdir / FIT)
+    with files.locked(workdir / LOCK):
+        fit = _trained(config, workdir, problem)
     print(f"{workdir}: {fit.steps} steps in {fit.seconds:.0f} s")
     print(fit.diagnostics())
     print(f"log evidence {fit.log_evidence} nats")
+
+
+def _trained(config, workdir, problem) -> PosteriorFit:
+    """The fit of the workdir, or a new one."""
+    if (workdir / FIT / META).exists():  # written last
+        return load_posterior(workdir / FIT)
+    fit = fit_posterior(
+        problem.model,
+        problem.observed,
+        shape=problem.shape,
+        bijector=problem.bijector,
+        dtype=problem.dtype,
+        batch_size=problem.batch_size,
+        steps=config.steps or None,
+        seconds=config.seconds or None,
+        seed=config.seed,
+        **config.fit,
+    )
+    fit.save(workdir / FIT)
+    return fit
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -99,9 +108,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     print(comparison.table(methods))
     for statistic, values in record["statistics"].items():
         print(statistic, *(f"{label} {value:.3f}" for label, value in values.items()), sep=", ")
-    fit.to_arviz(e.draws).to_netcdf(str(workdir / "posterior.nc"))
+    _write_draws(fit.to_arviz(e.draws), workdir)
     shown = {label: (draws | others)[label] for label in ("fit", "full-rank VI", "reference")}
-    drawn = {"pairs": pairs(shown, target.coordinates())}
+    drawn = {"pairs": pairs(shown, target.coordinates(), "unconstrained")}
     print(*figures.save(drawn, workdir / "figures"), sep="\n")
 
 
@@ -112,8 +121,7 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
       UserError: no fit.
     """
     del config
-    _fit(workdir).to_arviz().to_netcdf(str(workdir / "posterior.nc"))
-    print(workdir / "posterior.nc")
+    print(_write_draws(_fit(workdir).to_arviz(), workdir))
 
 
 def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -125,6 +133,15 @@ def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
     fit, plain = _fit(workdir), configuration.resolve(config)
     name = config.name or workdir.name
     print(fit.export(workdir / layout.DIRECTORY, **config.export, name=name, config=plain))
+
+
+def _write_draws(draws, workdir: Path) -> Path:
+    path = workdir / "posterior.nc"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    files.remove_leftovers(path)
+    draws.to_netcdf(str(temporary))
+    files.replace(temporary, path)
+    return path
 
 
 def _fit(workdir: Path) -> PosteriorFit:
@@ -171,9 +188,8 @@ def _others(problem, target, begun: start.Start, config, stem: Path):
     model, _, function = config.model.rpartition(":")
     asked["model"] = f"{function}, {hashlib.sha256(Path(model).read_bytes()).hexdigest()[:16]}"
     arrays, record = stem.with_suffix(".npz"), stem.with_suffix(".json")
-    if record.exists() and (kept := json.loads(record.read_text()))["settings"] == asked:
-        with np.load(arrays, allow_pickle=False) as file:
-            return dict(file), kept
+    if (kept := _kept(arrays, record, asked)) is not None:
+        return kept
     draws, seconds = {}, {}
     for label, make in {
         "mean-field VI": lambda: _gaussian(target, begun, settings, False),
@@ -200,10 +216,21 @@ def _others(problem, target, begun: start.Start, config, stem: Path):
         "methods": _measured(draws, seconds, reference),
     }
     draws["reference"] = reference
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(arrays, **draws)
+    files.make_directory(stem.parent)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **draws)
+    files.write_atomically(arrays, buffer.getvalue())
     files.write_atomically(record, json.dumps(known, indent=2) + "\n")
     return draws, known
+
+
+def _kept(arrays: Path, record: Path, asked: dict):
+    """What an earlier call kept for the same settings; None if it is missing or damaged."""
+    try:
+        known = json.loads(record.read_text())
+        return (archives.read_arrays(arrays), known) if known["settings"] == asked else None
+    except Exception:  # JSON, zipfile and numpy raise many kinds on a damaged file
+        return None
 
 
 def _gaussian(target, begun, settings, full_rank):

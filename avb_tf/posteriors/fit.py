@@ -18,6 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import files
 from avb_tf.errors import UserError
 from avb_tf.posteriors import building, models, training
 from avb_tf.posteriors import start as starting
@@ -202,14 +203,15 @@ def divergence(at_p: np.ndarray, at_q: np.ndarray) -> float:
 def load_posterior(path: Path | str) -> PosteriorFit:
     """A fit as `PosteriorFit.save` wrote it, without the model's own code.
 
-    The directory holds the model as a TensorFlow SavedModel. As any program it should come from
-    somebody you trust.
+    Load only what comes from somebody you trust: the directory holds the model as a TensorFlow
+    SavedModel, a program that may read and write files.
 
     Raises:
       UserError: it is not a saved fit, or damaged.
     """
     path = Path(path)
     try:
+        files.verify(path)
         meta = json.loads((path / META).read_text())
         target = targets.load(path / MODEL)
         before = "z" in meta  # an earlier version kept it there

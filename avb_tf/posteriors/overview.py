@@ -16,7 +16,7 @@ def find(directory: Path) -> list[dict[str, Any]]:
     for file in directory.rglob(results.FILE):
         try:
             one = json.loads(file.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(one, dict) and configuration.kind(one) is posterior:
             fits.append(one)

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import contrast, objectives
+from avb_tf import contrast, files, objectives
 from avb_tf import diagnostics as weighing
 from avb_tf.errors import UserError
 from avb_tf.figures.pairs import pairs
-from avb_tf.files import write_atomically
 from avb_tf.model import AVB
-from avb_tf.posteriors import hmc, verdict
+from avb_tf.posteriors import hmc, mixture, sampling, verdict
 from avb_tf.posteriors import start as starting
 from avb_tf.posteriors.evidence import Estimate
 from avb_tf.posteriors.sampler import Chart
@@ -134,7 +133,7 @@ class PosteriorFit:
         return verdict.total_variation(drawn.log_weights, chains.log_weights)[0]
 
     def refine(self, steps: int = 100, chains: int = 1000, seed: int = 0) -> Refinement:
-        """Hamiltonian Monte Carlo from the fit's draws.
+        """Hamiltonian Monte Carlo from the fit's draws, with jumps between modes.
 
         A posterior p is min(p, q), which draws of q make up if each is taken with probability
         min(1, p / q), and what q lacks, which the start's chains make up with probabilities
@@ -155,10 +154,14 @@ class PosteriorFit:
         rows = rng.choice(len(weights), chains, p=weights / weights.sum())
         v = self.start.tails.inverse(np.concatenate([drawn.u, states.u])[rows])
         scores = hmc.scores(starting.of_tails(self.target, self.start.tails), self.target.dtype)
-        root = hmc.root(np.cov(v.T))
-        first = hmc.run_chains(scores, v, root, (steps + 1) // 2, 8, 0.3, rng, adapt=True)
+        root, half = hmc.root(np.cov(v.T)), (steps + 1) // 2
+        # Without jumps a chain stays in the mode where it begins.
+        jumps = None
+        if self.target.dim <= starting.LARGEST:
+            jumps = mixture.fitted(v, sampling.around(v, rng))
+        first = hmc.run_chains(scores, v, root, half, 8, 0.3, rng, adapt=True, jumps=jumps)
         kept = hmc.run_chains(
-            scores, first.states[-1], root, (steps + 1) // 2, 8, first.step_size, rng
+            scores, first.states[-1], root, half, 8, first.step_size, rng, jumps=jumps
         )
         u = self.start.tails.forward(tf.constant(kept.states[-1], self.target.dtype))[0]
         return Refinement(
@@ -182,8 +185,17 @@ class PosteriorFit:
         )
 
     def plot(self, draws: int = 2000, seed: int = 0):
-        """Every pair of the last six coordinates at most, unconstrained: a matplotlib figure."""
-        return pairs({"fit": self.unconstrained(draws, seed)}, self.target.coordinates())
+        """Every pair of the last six numbers of the parameters at most: a matplotlib figure."""
+        values = map(np.asarray, tf.nest.flatten(self.sample(draws, seed)))
+        columns: dict[str, np.ndarray] = {}
+        for name, value in zip(self.target.names, values, strict=True):
+            for i in np.ndindex(*value.shape[1:]):
+                column = value[:, *i]
+                # A correlation matrix has ones, and every other entry twice.
+                known = any(np.array_equal(column, other) for other in columns.values())
+                if np.ptp(column) > 0 and not known:
+                    columns[f"{name}{list(i)}" if i else name] = column
+        return pairs({"fit": np.stack(list(columns.values()), -1)}, list(columns))
 
     def save(self, path) -> None:
         """Writes the fit, for `avb_tf.load_posterior`: a directory, nothing in it pickled.
@@ -200,11 +212,17 @@ class PosteriorFit:
             "charted": isinstance(self.model.decoder, Chart),
         }
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            files.make_directory(path)
+            for name in (META, files.CHECKSUMS):  # a fit that is being replaced is none
+                (path / name).unlink(missing_ok=True)
+            files.sync(path)
             self.model.save_weights(path / WEIGHTS)
             self.target.save(path / MODEL)
             self.start.save(path / START)
-            write_atomically(path / META, json.dumps(meta) + "\n")
+            for name in (WEIGHTS, MODEL, START):
+                files.sync_all(path / name)
+            files.write_atomically(path / META, json.dumps(meta) + "\n")
+            files.write_checksums(path, WEIGHTS, MODEL, START, META)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}; choose another path") from error
 

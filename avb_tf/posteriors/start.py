@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import archives
 from avb_tf.errors import UserError
 from avb_tf.posteriors import evidence, hmc, large, matching, mixture, sampling, search
 from avb_tf.posteriors import tails as tailing
@@ -103,21 +104,21 @@ class Start(NamedTuple):
 
 def load(path) -> Start:
     """A start as `Start.save` wrote it."""
-    with np.load(path, allow_pickle=False) as file:
-        location, scale, *weight = file["tails"]
-        chains, value, error, points, lacking = file["numbers"].tolist()
-        return Start(
-            file["mean"],
-            file["scale_tril"],
-            file["z"].astype(np.float64),
-            Tails(location, scale, np.stack(weight)),
-            int(chains),
-            Estimate(value, error),
-            int(points),
-            file["directions"],
-            file["stretch"],
-            lacking,
-        )
+    arrays = archives.read_arrays(path)
+    location, scale, *weight = arrays["tails"]
+    chains, value, error, points, lacking = arrays["numbers"].tolist()
+    return Start(
+        arrays["mean"],
+        arrays["scale_tril"],
+        arrays["z"].astype(np.float64),
+        Tails(location, scale, np.stack(weight)),
+        int(chains),
+        Estimate(value, error),
+        int(points),
+        arrays["directions"],
+        arrays["stretch"],
+        lacking,
+    )
 
 
 def of_record(record: dict) -> Start:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from avb_tf import files
 from avb_tf.serving.protos import DTYPES, MetaGraphDef
 
 INVALID_ARGUMENT = 3  # status code of TensorFlow and gRPC
@@ -74,13 +75,18 @@ class SavedModel:
         model = SavedModel("runs/digits-avb_ac/export/1")
         model.run("encode", {"x": x})  # {"z": ..., "mean": ...}
 
+    Load only what comes from somebody you trust: a SavedModel is a program that may read and write
+    files.
+
     Args:
       directory: of one version of the export.
     Raises:
+      UserError: a file was changed or damaged since the export.
       RunError: it cannot be loaded.
     """
 
     def __init__(self, directory: Path | str):
+        files.verify(Path(directory))
         self._graph = _C.TF_NewGraph()
         options, meta_graph = _C.TF_NewSessionOptions(), _C.TF_NewBuffer()
         tags = (ctypes.c_char_p * 1)(b"serve")

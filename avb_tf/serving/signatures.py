@@ -26,7 +26,7 @@ _POSTERIOR, _PRIOR = 0, 1  # independent streams of one seed
 def of_model(model: Any, importance_samples: int, max_batch: int) -> dict[str, Callable]:
     """All signatures of an `AVB` by name, each a `tf.function` from tensors to a dict of tensors.
 
-    A signature of x has a variant named `*_uint8` for images with values 0..255.
+    A signature of x in [0, 1] has a variant named `*_uint8` for images with values 0..255.
 
     Args:
       model: an `AVB`; the signatures use its averaged networks.
@@ -55,10 +55,13 @@ def of_model(model: Any, importance_samples: int, max_batch: int) -> dict[str, C
         "seed": tf.TensorSpec([None], tf.int64, "seed"),
         "row": tf.TensorSpec([None], tf.int64, "row"),
     }
+    valid = functools.partial(_of_support, model.likelihood)
     signatures = {
-        name: signature(functools.partial(f, model), [specs[i] for i in inputs], max_batch)
+        name: signature(functools.partial(f, model), [specs[i] for i in inputs], max_batch, valid)
         for name, (f, inputs) in functions.items()
     }
+    if model.likelihood.support != "unit":
+        return signatures
     return signatures | {f"{name}_uint8": of_bytes(signatures[name]) for name in of_x}
 
 
@@ -82,13 +85,35 @@ def of_posterior(fit: Any, max_batch: int) -> dict[str, Callable]:
     }
 
 
-def signature(function: Callable, specs: Sequence[tf.TensorSpec], max_batch: int) -> Callable:
+def _of_support(likelihood: Any, x: tf.Tensor):
+    """Raises an error in the graph where x is not what the likelihood is of."""
+    message = {
+        "unit": "x outside [0, 1]; images of 0..255 go to *_uint8",
+        "table": "x that the table's columns cannot have",
+        "count": "x that is no count",
+    }
+    valid = {
+        "unit": lambda: tf.reduce_all((x >= 0.0) & (x <= 1.0)),  # false for NaN
+        "table": lambda: likelihood.valid(x),
+        "count": lambda: tf.reduce_all((x >= 0.0) & (x == tf.round(x))),
+        "real": lambda: tf.reduce_all(tf.math.is_finite(x)),
+    }[likelihood.support]()
+    tf.debugging.Assert(valid, [message.get(likelihood.support, "x that is not finite")])
+
+
+def signature(
+    function: Callable,
+    specs: Sequence[tf.TensorSpec],
+    max_batch: int,
+    valid: Callable[[tf.Tensor], None] = lambda x: None,
+) -> Callable:
     """`function` as a `tf.function` that rejects invalid values and too many rows.
 
     Args:
       function: tensors -> dict of tensors.
       specs: of its inputs.
       max_batch: most rows in a request.
+      valid: raises an error for an x that the model is not of.
     """
 
     def serve(*inputs):
@@ -98,7 +123,7 @@ def signature(function: Callable, specs: Sequence[tf.TensorSpec], max_batch: int
         few = rows[0] <= max_batch
         tf.debugging.Assert(few, [f"rows of one request; expected at most {max_batch}:", rows[0]])
         named = zip(specs, inputs, strict=True)
-        return function(*[_checked(tensor, spec) for spec, tensor in named])
+        return function(*[_checked(tensor, spec, valid) for spec, tensor in named])
 
     return tf.function(serve, input_signature=specs, autograph=False)
 
@@ -114,12 +139,11 @@ def of_bytes(function: Callable) -> Callable:
     return tf.function(serve, input_signature=specs, autograph=False)
 
 
-def _checked(tensor, spec):
+def _checked(tensor, spec, valid):
     """The tensor, once its shape and values are checked against its spec."""
     tensor = tf.ensure_shape(tensor, spec.shape)  # the runtime itself accepts any shape
     if spec.name == "x":
-        inside = tf.reduce_all((tensor >= 0.0) & (tensor <= 1.0))  # false for NaN
-        tf.debugging.Assert(inside, ["x outside [0, 1]; images of 0..255 go to *_uint8"])
+        valid(tensor)
     elif tensor.dtype.is_floating:
         finite = tf.reduce_all(tf.math.is_finite(tensor))
         tf.debugging.Assert(finite, [f"{spec.name} that is not finite"])

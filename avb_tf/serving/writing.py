@@ -130,7 +130,8 @@ def write(
     made = next((p for p in (*reversed(directory.parents), directory) if not p.exists()), None)
     partial = directory / f".{version}.{os.getpid()}"  # not a number, so a server ignores it
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        files.make_directory(directory)
+        files.remove_leftovers(final)
         _save(partial, weights, functions)
         _describe(partial / layout.EXTRA, functions, max_batch, name, metadata)
         _write_card(partial / layout.EXTRA, version, functions, name, facts, metadata)
@@ -139,7 +140,8 @@ def write(
         files.write_atomically(
             directory / layout.BATCHING, _BATCHING.format(name=name, batch=batch)
         )
-        os.rename(partial, final)
+        files.write_checksums(partial, *(path.name for path in partial.iterdir()))
+        files.replace(partial, final)
     except (OSError, tf.errors.OpError) as error:
         if made is not None:
             shutil.rmtree(made, ignore_errors=True)
@@ -148,9 +150,7 @@ def write(
             f"cannot write {final} ({message!s:.200}); check that path, and the space on its disk"
         ) from error
     finally:
-        # Processes that were killed while writing may have left such folders, too.
-        for left in directory.glob(f".{version}.*"):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return final
 
 

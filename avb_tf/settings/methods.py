@@ -11,7 +11,10 @@ from avb_tf.errors import UserError
 # Every setting of a model with its default, which a method or the user may change.
 SETTINGS: dict[str, Any] = {
     "latent_dim": 8,
-    "likelihood": "bernoulli",  # bernoulli, normal, logistic
+    # Of x in [0, 1]: bernoulli, normal (its mean is in [0, 1], too), logistic; of real numbers,
+    # such as standardised ones: gaussian, student_t; of counts: poisson, negative_binomial; of a
+    # table, each column by its kind: table
+    "likelihood": "bernoulli",
     "network": "dense",  # dense, conv: the encoder's trunk and the decoder
     "width": 256,  # of dense layers in encoder and decoder
     "depth": 2,  # number of these layers

@@ -41,11 +41,14 @@ def default(method: str, **model: Any) -> ml_collections.ConfigDict:
     config.steps = 10_000
     config.batch_size = 128  # over all replicas
     config.data = {
-        "name": "digits",  # digits, four_points, mnist, mnist_4x4, npz, images, tfds:<name>
+        "name": "digits",  # digits, four_points, mnist, mnist_4x4, npz, table, images, tfds:<name>
         "path": "",  # file or folder; "": $AVB_TF_DATA_DIR
         "seed": 0,  # of splits that the source does not define
         "image_size": 64,  # images only: height and width after a centre crop
         "channels": 3,  # images only: 1 or 3
+        # table only: a kind for all columns, or "visits=poisson,city=category,id=skip" (`Table.of`)
+        "columns": "",
+        "missing": False,  # table only: whether values may be missing
     }
     config.optimizer = {
         "learning_rate": 5e-4,  # of encoder and decoder
@@ -63,6 +66,7 @@ def default(method: str, **model: Any) -> ml_collections.ConfigDict:
         "largest_gap": 3.0,  # nats that the ELBO may exceed their bound by without a warning
     }
     config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
+    config.worker_timeout = 600.0  # seconds in which all workers of TF_CONFIG must have started
     config.threads_per_op = 0  # of the CPU; 0: all cores. Small layers are faster with 1
     config.tf32 = True  # a GPU may compute float32 products with 10 bits of mantissa (TF32)
     config.resident_megabytes = 4096  # training data up to this size are kept on the device
@@ -105,7 +109,10 @@ def default(method: str, **model: Any) -> ml_collections.ConfigDict:
 
 
 # Fields that config files of earlier versions lack, with their values at the time.
-SINCE = {"tf32": True, "resident_megabytes": 4096}
+SINCE = {
+    "tf32": True, "resident_megabytes": 4096, "worker_timeout": 600.0,
+    "data": {"columns": "", "missing": False},
+}  # fmt: skip
 # Range in words, its test, and the fields. 2^31 is the limit of int32, and rules out inf.
 _RANGES = (
     (
@@ -120,7 +127,7 @@ _RANGES = (
             "model.draws", "model.adversary_draws", "model.adversary_steps",
             "optimizer.learning_rate", "optimizer.adversary_learning_rate",
             "monitor.examples", "monitor.samples",
-            "monitor.largest_gap",
+            "monitor.largest_gap", "worker_timeout",
             "export.importance_samples", "export.max_batch",
         ),
     ),
@@ -193,6 +200,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         if _get(config, name) not in choices:
             known = ", ".join(map(str, choices))
             raise UserError(f"config.{name} is '{_get(config, name)}'; expected one of {known}")
+    if (config.data.name == "table") != (config.model.likelihood == "table"):
+        raise UserError(
+            f"config.data.name is '{config.data.name}' with config.model.likelihood "
+            f"'{config.model.likelihood}'; expected 'table' for both, or for none; --config=table "
+            "has both"
+        )
     filters, strides = config.model.filters, config.model.strides
     for name, values in (("filters", filters), ("strides", strides)):
         if not all(type(n) is int and n > 0 for n in values):

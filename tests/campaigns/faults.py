@@ -180,6 +180,21 @@ PLACES = {
     "logs": ((), 8_192, 64),
     "export": (("--mode=export",), 40_000, 40_000),
 }
+# Runs the command line, and a statement at the end of the first save; the logs are written next.
+AFTER_SAVE = """
+import os, resource, shutil, subprocess, sys
+from avb_tf import checkpoints, command_line
+
+save, statement = checkpoints.save, sys.argv.pop(1)
+
+def save_and_execute(model, workdir, keep):
+    path = save(model, workdir, keep)
+    exec(statement)
+    return path
+
+checkpoints.save = save_and_execute
+command_line.main()
+"""
 
 
 def full_disks(folder, whole, places, mounted, **job):
@@ -188,26 +203,25 @@ def full_disks(folder, whole, places, mounted, **job):
         flags, space, quota = PLACES[place]
         workdir = shutil.copytree(whole, folder / f"full_disk_{list(PLACES).index(place)}")
         for checkpoint in sorted((workdir / checkpoints.DIRECTORY).glob("*.keras"))[1:]:
-            if place != "export":  # so that there is steps left to train
+            if place != "export":  # so that steps are left to train
                 checkpoint.unlink()
+        before = _checkpoints(workdir)
         disk = workdir / place
         if mounted:
-            _mount(disk, space)
+            mount(disk, space)
+        limited = place == "logs" and not mounted
+        limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({quota}, {quota}))"
+        program = ("-c", AFTER_SAVE, limit) if limited else jobs.MAIN
         # A quota would also apply to the file with the output.
-        run = Job(workdir, *flags, output=Path(os.devnull), **job)
-        if not mounted:
-            # After a checkpoint the logs are written next.
-            if place == "logs" and not run.wait_for(lambda run=run: jobs.has_saved(run)):
-                yield f"{place}: no checkpoint, {run.finish()[1][-300:]}"
-                continue
+        run = Job(workdir, *flags, output=Path(os.devnull), program=program, **job)
+        if not (mounted or limited):
             resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (quota, quota))
-        before = _contents(workdir / checkpoints.DIRECTORY)
         status, error = run.finish()
         lines = [line.replace(str(folder), "") for line in _told(error)]
         if status != 2 or len(lines) != 1 or place not in lines[0] or "Traceback" in error:
             yield f"{place}: exit status {status}, {error[-300:]}"
-        if _contents(workdir / checkpoints.DIRECTORY) != before:
-            yield f"{place}: other checkpoints than before"
+        if not before.items() <= _checkpoints(workdir).items():
+            yield f"{place}: an older checkpoint is lost"
         if mounted:
             subprocess.run(["umount", disk], check=True)
         status, error = Job(workdir, *flags, **job).finish()
@@ -218,7 +232,7 @@ def full_disks(folder, whole, places, mounted, **job):
         shutil.rmtree(workdir)
 
 
-def _mount(disk, space):
+def mount(disk, space):
     """Mounts a small disk with the existing checkpoints on it."""
     disk.mkdir(exist_ok=True)
     kept = {file: file.read_bytes() for file in disk.glob("*.keras")}
@@ -228,8 +242,10 @@ def _mount(disk, space):
         file.write_bytes(content)
 
 
-def _contents(directory):
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
+def _checkpoints(workdir):
+    """Name -> content."""
+    files = (workdir / checkpoints.DIRECTORY).glob("*.keras")
+    return {file.name: file.read_bytes() for file in files}
 
 
 def _grown(megabytes):

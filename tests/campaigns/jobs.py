@@ -16,7 +16,8 @@ from tensorboard.util.tensor_util import make_ndarray
 from avb_tf import checkpoints
 
 ROOT = Path(__file__).parents[2]
-STEPS, PERIOD = 400, 20
+MAIN = (str(ROOT / "main.py"),)
+STEPS, PERIOD, KEPT = 400, 20, 3
 FLAGS = [
     f"--config.steps={STEPS}", f"--config.log_every={PERIOD}",
     f"--config.checkpoint_every={PERIOD}", f"--config.figures_every={STEPS // 2}",
@@ -27,6 +28,11 @@ FLAGS = [
     "--config.monitor.examples=16", "--mode=train_and_evaluate",
 ]  # fmt: skip
 
+POSTERIOR_FLAGS = [
+    "--config.steps=20", "--config.fit.draws=64", "--config.fit.width=8",
+    "--config.fit.adversary_width=8",
+]  # fmt: skip
+
 
 class Job:
     """The command line in a process.
@@ -34,12 +40,17 @@ class Job:
     Args:
       workdir: of the run.
       *flags: after those that make it small.
-      method: of the digits' config.
+      method: of the digits' config, or a model of the posteriors' if `posterior`.
       cluster: addresses of all workers, and `task`, the index of this one.
       output: what is printed goes there, beside the workdir unless it is given.
+      program: what Python runs, the arguments before the flags.
+      under: a command that runs the Python command after it, such as strace.
     """
 
-    def __init__(self, workdir, *flags, method="avb_ac", cluster=(), task=0, output=None):
+    def __init__(
+        self, workdir, *flags, method="avb_ac", cluster=(), task=0, output=None, program=MAIN,
+        under=(), posterior=False,
+    ):  # fmt: skip
         self.workdir, self.first = workdir, checkpoints.newest_step(workdir)
         self.output = output or workdir.with_name(f"{workdir.name}-{task}.txt")
         self.told = 0.0  # when the signal was sent
@@ -48,8 +59,9 @@ class Job:
             task = {"type": "worker", "index": task}
             environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": cluster}, "task": task})
         command = [
-            sys.executable, str(ROOT / "main.py"), f"--config={ROOT}/configs/digits.py:{method}",
-            f"--workdir={workdir}", *FLAGS, *flags,
+            *under, sys.executable, *program,
+            f"--config={ROOT}/configs/{'posteriors' if posterior else 'digits'}.py:{method}",
+            f"--workdir={workdir}", *(POSTERIOR_FLAGS if posterior else FLAGS), *flags,
         ]  # fmt: skip
         with self.output.open("wb") as printed:
             self.process = subprocess.Popen(
@@ -91,8 +103,11 @@ MOMENTS = {
     "compile": (lambda job: job.printed("compiling "), 4.0),
     "step": (has_saved, 0.3),
     "save": (lambda job: (job.workdir / checkpoints.DIRECTORY / "partial.keras").exists(), 0.05),
+    "prune": (lambda job: len(list(job.workdir.glob("checkpoints/*.keras"))) > KEPT, 0.002),
     "evaluation": (lambda job: _trained(job), 3.0),
+    "chunks": (lambda job: any(job.workdir.glob("evaluation/*/chunk_*.npz")), 0.2),
 }
+AFTER_TRAINING = ("evaluation", "chunks")
 
 
 def _trained(job):
@@ -105,7 +120,7 @@ def disturb(job, moment, sent, chance):
     while job.wait_for(lambda: seen(job)):
         time.sleep(chance.uniform(0.0, seconds))
         if seen(job):  # the save may be over; then wait for the next
-            met = job.process.poll() is None and (moment == "evaluation") == _trained(job)
+            met = job.process.poll() is None and (moment in AFTER_TRAINING) == _trained(job)
             job.told = time.time()
             job.process.send_signal(sent)
             return met
@@ -119,15 +134,27 @@ def variables(model):
     return [v.numpy() for v in state]
 
 
-def losses(workdir, whole):
-    """Differences of a finished run from the undisturbed one, in words."""
+def difference(workdir, whole):
+    """The largest difference of a weight, an average or an optimizer's state."""
     expected, actual = (variables(checkpoints.load(folder)) for folder in (whole, workdir))
-    if not all(np.array_equal(a, b) for a, b in zip(expected, actual, strict=True)):
-        differences = [np.abs(a - b).max() for a, b in zip(expected, actual, strict=True)]
-        yield f"weights differ by {max(differences):.2g}"
+    return max(float(np.abs(a - b).max()) for a, b in zip(expected, actual, strict=True))
+
+
+def losses(workdir, whole, logged=True):
+    """Differences of a finished run from the undisturbed one, in words; of logs if `logged`."""
+    if apart := difference(workdir, whole):
+        yield f"weights differ by {apart:.2g}"
     # Partial files have names of their own.
-    if differing := _names(workdir) ^ _names(whole):
+    differing = _names(workdir) ^ _names(whole)
+    if differing := {name for name in differing if logged or not name.startswith("logs")}:
         yield f"{', '.join(sorted(differing))} in one of them alone"
+    if logged:
+        yield from _differing_logs(workdir, whole)
+    if _means(workdir) != _means(whole):
+        yield "results differ"
+
+
+def _differing_logs(workdir, whole):
     (train, validation), (own_train, own_validation) = (
         [_logged(folder / "logs" / side) for side in ("train", "validation")]
         for folder in (whole, workdir)
@@ -135,8 +162,6 @@ def losses(workdir, whole):
     # A run that resumes within an epoch restarts the epoch's means.
     if train.keys() != own_train.keys() or validation != own_validation:
         yield "logs differ"
-    if _means(workdir) != _means(whole):
-        yield "results differ"
 
 
 def _names(workdir):

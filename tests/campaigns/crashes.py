@@ -1,0 +1,342 @@
+"""Every state that a power loss may leave on a POSIX file system, from the system calls of a run.
+
+A recording by strace is a list of operations on files and directories. After each prefix of it the
+power is lost. What was synced is there. Of what was not:
+
+- data of a file: all, none, zeros in their place, or the first half;
+- names in a directory: any subset of the changes that keeps the order of those of one name; a
+  rename is whole or not at all.
+
+In each state a file that was renamed to its final name is whole, and no older than the last version
+that the program took for saved, which is when it went on to the next operation.
+"""
+
+import codecs
+import dataclasses
+import functools
+import hashlib
+import itertools
+import os
+import re
+import shutil
+from pathlib import Path
+
+STRACE = shutil.which("strace")
+_CALLS = (
+    "openat,creat,open,write,pwrite64,lseek,ftruncate,fsync,fdatasync,rename,renameat,renameat2,"
+    "unlink,unlinkat,mkdir,mkdirat,rmdir"
+)
+_LINE = re.compile(rb"(?P<pid>\d+) +(?P<call>\w+)\((?P<arguments>.*)\) += (?P<result>-?\d+)", re.S)
+_HANDLE = re.compile(rb"(?:AT_FDCWD|(?P<number>\d+))(?:<(?P<path>(?:[^<>\\]|\\.)*)>)?")
+_TEXT = re.compile(rb'"((?:[^"\\]|\\.)*)"')
+# Up to this many subsets and contents of one prefix are tried in full, and a sample beyond.
+_SUBSETS = 64
+
+
+def under(log):
+    """The command before the recorded one; it writes to `log`."""
+    return [STRACE, "-f", "-y", "--seccomp-bpf", "-s", str(2**26), "-e", f"trace={_CALLS}",
+            "-o", str(log)]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A change: `kind` is create, write, truncate, rename, unlink or sync.
+
+    Attributes:
+      kind: of the change.
+      node: number of the file or directory that is changed, or that gets a name.
+      directory: number of the directory whose names change.
+      name: in that directory.
+      new: name after a rename.
+      offset: of the data, or the size of a truncated file.
+      data: written.
+    """
+
+    kind: str
+    node: int
+    directory: int = -1
+    name: str = ""
+    new: str = ""
+    offset: int = 0
+    data: bytes = b""
+
+
+class Recording:
+    """The operations below a folder, which is empty when the recording begins.
+
+    Args:
+      log: of strace.
+      folder: whose content counts; node 0.
+      ignored: names of files and folders that are left out.
+    """
+
+    def __init__(self, log, folder, ignored=("logs",)):
+        self.folder, self.ignored = os.fsencode(folder), {os.fsencode(name) for name in ignored}
+        self.operations, self.directories = [], {0}
+        self._nodes, self._offsets, self._count = {self.folder: 0}, {}, itertools.count(1)
+        begun = {}
+        for line in Path(log).read_bytes().split(b"\n"):
+            pid, _, rest = line.partition(b" ")
+            if rest.endswith(b" <unfinished ...>"):
+                begun[pid] = line.removesuffix(b" <unfinished ...>")
+                continue
+            if resumed := re.match(rb"\s*<\.\.\. \w+ resumed>", rest):
+                line = begun.pop(pid) + rest[resumed.end() :]
+            if self.folder in line and (call := _LINE.match(line)) and int(call["result"]) >= 0:
+                self._add(call["call"].decode(), call["arguments"], int(call["result"]))
+
+    def _add(self, call, arguments, result):
+        handle = _HANDLE.match(arguments)
+        texts = [codecs.escape_decode(text)[0] for text in _TEXT.findall(arguments)]
+        if call in ("write", "pwrite64", "lseek", "ftruncate", "fsync", "fdatasync"):
+            node = self._nodes.get(codecs.escape_decode(handle["path"])[0])
+            if node is not None:
+                numbers = re.findall(rb", (-?\d+)", arguments)
+                self._data(call, int(handle["number"]), node, texts, numbers, result)
+            return
+        base = handle["path"] if handle else None
+        base = codecs.escape_decode(base)[0] if base else b"/"
+        paths = [os.path.normpath(os.path.join(base, text)) for text in texts]
+        if not all(self._counts(path) for path in paths):
+            return
+        if call in ("open", "openat", "creat"):
+            self._open(paths[0], arguments, result)
+        elif call in ("mkdir", "mkdirat"):
+            self.directories.add(self._create(paths[0]))
+        elif call.startswith("rename"):
+            self._rename(*paths)
+        else:
+            node = self._nodes.pop(paths[0])
+            self._named("unlink", node, paths[0])
+
+    def _counts(self, path):
+        parts = path.removeprefix(self.folder + b"/").split(b"/")
+        inside = path.startswith(self.folder + b"/") and self.ignored.isdisjoint(parts)
+        return inside and not path.endswith(b".lock")
+
+    def _named(self, kind, node, path, new=""):
+        directory = self._nodes[os.path.dirname(path)]
+        name = os.fsdecode(os.path.basename(path))
+        self.operations.append(Operation(kind, node, directory, name, new))
+
+    def _create(self, path):
+        self._nodes[path] = node = next(self._count)
+        self._named("create", node, path)
+        return node
+
+    def _open(self, path, arguments, number):
+        self._offsets[number] = 0
+        if path not in self._nodes:
+            if b"O_CREAT" in arguments:
+                self._create(path)
+        elif b"O_TRUNC" in arguments:
+            self.operations.append(Operation("truncate", self._nodes[path]))
+
+    def _rename(self, old, new):
+        self._named("rename", self._nodes[old], old, os.fsdecode(os.path.basename(new)))
+        assert os.path.dirname(old) == os.path.dirname(new), (old, new)
+        moved = {p: n for p, n in self._nodes.items() if p == old or p.startswith(old + b"/")}
+        for path in moved:
+            del self._nodes[path]
+        self._nodes |= {new + path.removeprefix(old): node for path, node in moved.items()}
+
+    def _data(self, call, number, node, texts, numbers, result):
+        if call in ("fsync", "fdatasync"):
+            self.operations.append(Operation("sync", node))
+        elif call == "ftruncate":
+            self.operations.append(Operation("truncate", node, offset=int(numbers[-1])))
+        elif call == "lseek":
+            self._offsets[number] = result
+        else:
+            offset = int(numbers[-1]) if call == "pwrite64" else self._offsets.get(number, 0)
+            self.operations.append(Operation("write", node, offset=offset, data=texts[0][:result]))
+            if call == "write":
+                self._offsets[number] = offset + result
+
+
+def _applied(content, operation):
+    """The content of a file after an operation on its data."""
+    if operation.kind == "truncate":
+        return content[: operation.offset].ljust(operation.offset, b"\0")
+    content = content.ljust(operation.offset, b"\0")
+    end = operation.offset + len(operation.data)
+    return content[: operation.offset] + operation.data + content[end:]
+
+
+def _torn(durable, pending):
+    """What may be there of the pending data of a file."""
+    whole = functools.reduce(_applied, pending, durable)
+    half = functools.reduce(_applied, pending[: len(pending) // 2], durable)
+    return [whole, durable, durable[: len(whole)].ljust(len(whole), b"\0"), half]
+
+
+def _subsets(pending, chance):
+    """Subsets of pending changes of names, in order; changes of one name keep their order."""
+    count = len(pending)
+    masks = (
+        itertools.product((True, False), repeat=count)
+        if 2**count <= _SUBSETS
+        else itertools.chain(
+            ([i < n for i in range(count)] for n in range(count + 1)),
+            ([i != n for i in range(count)] for n in range(count)),
+            ([chance.random() < 0.5 for _ in range(count)] for _ in range(_SUBSETS)),
+        )
+    )
+    for mask in masks:
+        applied = [change for change, taken in zip(pending, mask, strict=True) if taken]
+        left = [change for change, taken in zip(pending, mask, strict=True) if not taken]
+        if not any(
+            pending.index(a) < pending.index(b) and _names(a) & _names(b)
+            for a in left
+            for b in applied
+        ):
+            yield applied
+
+
+def _names(change):
+    return {(change.directory, change.name), (change.directory, change.new or change.name)}
+
+
+def _with(entries, changes):
+    """Names of all directories, {directory: {name: node}}, after changes."""
+    entries = {directory: dict(names) for directory, names in entries.items()}
+    for change in changes:
+        names = entries.setdefault(change.directory, {})
+        if change.kind == "create":
+            names[change.name] = change.node
+        else:
+            node = names.pop(change.name, None)
+            if change.kind == "rename" and node is not None:
+                names[change.new] = node
+    return entries
+
+
+class Disk:
+    """What is on the disk after a prefix of the operations: synced, and pending.
+
+    Args:
+      directories: numbers of the nodes that are directories.
+    """
+
+    def __init__(self, directories):
+        self.directories = directories
+        self.entries, self.pending_names = {}, []
+        self.contents, self.pending_data = {}, {}
+
+    def apply(self, operation):
+        node = operation.node
+        if operation.kind in ("write", "truncate"):
+            self.pending_data.setdefault(node, []).append(operation)
+        elif operation.kind != "sync":
+            self.pending_names.append(operation)
+        elif node in self.directories:
+            synced = [c for c in self.pending_names if c.directory == node]
+            self.entries = _with(self.entries, synced)
+            self.pending_names = [c for c in self.pending_names if c.directory != node]
+        else:
+            pending = self.pending_data.pop(node, [])
+            self.contents[node] = functools.reduce(_applied, pending, self.contents.get(node, b""))
+
+    def states(self, chance):
+        """Trees, {path: content, or None for a directory}, as a crash now may leave them."""
+        torn = {n: _torn(self.contents.get(n, b""), p) for n, p in self.pending_data.items()}
+        for changes in _subsets(self.pending_names, chance):
+            entries = _with(self.entries, changes)
+            unsynced = [n for n in torn if any(n in e.values() for e in entries.values())]
+            versions = range(4)
+            choices = (
+                itertools.product(versions, repeat=len(unsynced))
+                if 4 ** len(unsynced) <= _SUBSETS
+                else itertools.chain(
+                    ([v] * len(unsynced) for v in versions),
+                    (chance.choices(versions, k=len(unsynced)) for _ in range(8)),
+                )
+            )
+            for choice in choices:
+                contents = {n: torn[n][v] for n, v in zip(unsynced, choice, strict=True)}
+                yield self._tree(entries, self.contents | contents)
+
+    def live(self):
+        """The tree if nothing is lost."""
+        contents = {n: _torn(self.contents.get(n, b""), p)[0] for n, p in self.pending_data.items()}
+        return self._tree(_with(self.entries, self.pending_names), self.contents | contents)
+
+    def _tree(self, entries, contents, directory=0, above=""):
+        tree = {}
+        for name, node in entries.get(directory, {}).items():
+            path = f"{above}{name}"
+            if node in self.directories:
+                tree[path] = None
+                tree |= self._tree(entries, contents, node, f"{path}/")
+            else:
+                tree[path] = contents.get(node, b"")
+        return tree
+
+
+def _below(tree, path):
+    """The file, or all that is below the directory; None if there is none of this name."""
+    if path not in tree:
+        return None
+    inside = {k.removeprefix(path): v for k, v in tree.items() if k.startswith(f"{path}/")}
+    return digest({"": tree[path], **inside})
+
+
+def digest(tree):
+    """A hash of a tree."""
+    parts = hashlib.sha256()
+    for path, content in sorted(tree.items()):
+        parts.update(f"{path}\0{-1 if content is None else len(content)}\0".encode())
+        parts.update(content or b"")
+    return parts.digest()
+
+
+def crash(operations, directories, chance):
+    """Crashes after every operation.
+
+    Args:
+      operations: of a `Recording`.
+      directories: numbers of the nodes that are directories.
+      chance: of the states that are tried where there are too many.
+    Yields:
+      (number of the operation, tree, losses): each state once, with the final names in it whose
+      content is older than what was saved, or not whole.
+    """
+    disk, seen = Disk(directories), set()
+    paths = {0: ""}  # of directories
+    # Final path -> versions since the last one that counts as saved, the oldest first. None: gone.
+    allowed, renamed = {}, []
+    for number, operation in enumerate(operations):
+        if operation.kind != "sync":  # the program has gone on: what it renamed is saved
+            for path in renamed:
+                allowed[path] = allowed[path][-1:]
+            renamed = []
+        disk.apply(operation)
+        if operation.directory >= 0:
+            above = paths[operation.directory]
+            if operation.kind == "create" and operation.node in disk.directories:
+                paths[operation.node] = f"{above}{operation.name}/"
+            elif operation.kind == "rename":
+                path = f"{above}{operation.new}"
+                if operation.node in disk.directories:
+                    paths[operation.node] = f"{path}/"
+                if not any(part.startswith(".") for part in path.split("/")):
+                    allowed.setdefault(path, [None]).append(_below(disk.live(), path))
+                    renamed.append(path)
+            elif operation.kind == "unlink" and (path := f"{above}{operation.name}") in allowed:
+                allowed[path].append(None)
+        for tree in disk.states(chance):
+            losses = [p for p, versions in allowed.items() if _below(tree, p) not in versions]
+            key = digest(tree)
+            if losses or key not in seen:
+                seen.add(key)
+                yield number, tree, losses
+
+
+def write(tree, folder):
+    """Writes a tree into an empty folder."""
+    for path, content in sorted(tree.items()):
+        if content is None:
+            (folder / path).mkdir()
+        else:
+            (folder / path).write_bytes(content)
