@@ -107,7 +107,8 @@ def test_a_quantised_likelihood_is_reported_in_bits_per_dimension_too(tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", "{}", "nonsense", '{"estimates": {}}'])
 def test_other_files_next_to_a_run_are_ignored(tmp_path, content):
-    run = {name: 0 for name in results.FIELDS}
+    run = {name: "same" for name in results.FIELDS}
+    run |= {"event_shape": [2], "step": 1, "estimates": {}}
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
         results.save(tmp_path / name, run | {"data": "other"} if name == "c" else run)
