@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from avb_tf import diagnostics as weighing
 from avb_tf import files
-from avb_tf.amortised import calibration, simulation, training
+from avb_tf.amortised import calibration, saving, training
 from avb_tf.amortised.calibration import Check, Surprise, Typical
 from avb_tf.amortised.judging import Compiled, Given, Judgement, judge
 from avb_tf.amortised.network import ConditionalMixture
@@ -144,7 +144,7 @@ class AmortisedFit:
         try:
             with files.saving(path, META, json.dumps(meta) + "\n", WEIGHTS, MODEL):
                 self.q.save_weights(path / WEIGHTS)
-                simulation.save(self.simulation, path / MODEL)
+                saving.save(self.simulation, path / MODEL)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}; choose another path") from error
 
@@ -162,7 +162,7 @@ class AmortisedFit:
         try:
             files.verify(path)
             meta = json.loads((path / META).read_text())
-            model = simulation.Loaded(path / MODEL)
+            model = saving.Loaded(path / MODEL)
             q = training.build(model, meta["settings"])
             q.load_weights(path / WEIGHTS)
             return cls(model, q, **meta)
