@@ -8,7 +8,7 @@ COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: setup demo test test-fast coverage test-browser test-gpu load board lint seeds mnist \
-  posteriors verdicts amortised faults durability bench bench-ais bench-replicas release-check docs clean
+  posteriors verdicts amortised tables keras-ways faults durability bench bench-ais bench-replicas release-check docs clean
 
 setup: $(VENV)/installed
 
@@ -123,6 +123,14 @@ bench-ais: setup
 # The same batch on one device of this machine, on two logical ones and by two workers.
 bench-replicas: setup
 	$(BIN)/python -m avb_tf.benchmarks.replicas
+
+# Held-out log p(x) and imputation of tables, beside factor analysis and a Poisson.
+tables: setup
+	$(BIN)/python -m tests.campaigns.tables --seeds 0 1 2
+
+# What a plain Keras model can do, tried with ours.
+keras-ways: setup
+	$(BIN)/python -m tests.campaigns.keras_ways
 
 # Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for half an hour.
 faults: setup

@@ -63,7 +63,10 @@ class Trained(keras.Model):
         del arguments["self"]
         _refuse_class_weight(arguments)
         arguments["x"] = checks.inputs(x, self.checked)
-        if isinstance(held_out := arguments.get("validation_data"), (tuple, list)):
+        held_out = arguments.get("validation_data")
+        if checks.is_array(held_out) and not isinstance(held_out, (tuple, list)):
+            held_out = (held_out,)
+        if isinstance(held_out, (tuple, list)):
             x_held_out = checks.inputs(held_out[0], lambda x: self.checked(x, "validation_data"))
             arguments["validation_data"] = (x_held_out, *held_out[1:])
         before, self.resident = self.resident, None
@@ -77,7 +80,8 @@ class Trained(keras.Model):
             arguments["callbacks"] = [*callbacks, epochs.Rates(), epochs.Skipped()]
         self.training_calls.begin(arguments.get("steps_per_epoch"))
         self.test_calls.begin(arguments.get("validation_steps"))
-        if resident.traced(before) != resident.traced(self.resident):
+        compiled = self.loop_is_compiled
+        if resident.traced(before, compiled) != resident.traced(self.resident, compiled):
             self.train_function = None
         try:
             return super().fit(**arguments)

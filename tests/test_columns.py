@@ -195,7 +195,7 @@ def model():
 
 def test_a_model_trains_on_frames_and_arrays_with_missing_values(model):
     frame = TABLE.frame(X)
-    history = model.fit(frame, epochs=2, batch_size=4, verbose=0).history
+    history = model.fit(frame, epochs=2, batch_size=4, verbose=0, validation_data=frame).history
     assert np.isfinite(history["elbo"]).all()
     assert int(model.skipped.numpy()) == 0
     array = model.evaluate(X, verbose=0)

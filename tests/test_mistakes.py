@@ -346,7 +346,7 @@ def _bad_data(root):
     x = np.full([6, 2, 2], 0.5)
     np.savez(root / "good.npz", x_train=x)
     (root / "empty.npz").touch()
-    (root / "text.csv").write_text("age,city\n1,Oslo\n2,Rome\n,Rome\n4,Oslo\n5,Rome\n")
+    (root / "text.csv").write_text("city,age\nOslo,1\nRome,2\nRome,\nOslo,4\nRome,5\n")
     (root / "ragged.csv").write_text("a,b\n1,2\n3\n")
     (root / "truncated.npz").write_bytes((root / "good.npz").read_bytes()[:200])
     np.savez(root / "shape.npz", x_train=x[:, 0, 0])

@@ -292,7 +292,7 @@ def _numbers(column: Column, values, missing, place) -> np.ndarray:
     if column.kind == "exposure":
         _refuse(absent, "no value", column, values, place, "an exposure above 0")
     elif not missing:
-        advice = "a value; fill it, or allow missing values (missing=True)"
+        advice = "a value; fill it, or allow missing values (missing=True, config.data.missing)"
         _refuse(absent, "no value", column, values, place, advice)
     known = np.where(absent, 1.0, numbers)
     with np.errstate(over="ignore"):

@@ -7,7 +7,7 @@ modes, as what an unknown mode would exceed, and as one side of a bridge to the 
 from typing import NamedTuple
 
 import numpy as np
-from scipy import linalg, special
+from scipy import special
 
 DEGREES = 5.0  # of freedom: tails heavier than a Gaussian's, with a finite covariance
 _LARGEST_WORK = 2 * 10**5  # components times squared dimensions
@@ -43,13 +43,11 @@ class Mixture(NamedTuple):
 
     def log_densities(self, x: np.ndarray) -> np.ndarray:
         """Of each component by itself, with its weight, in nats, [components, n]."""
-        dim = x.shape[1]
-        columns = []
-        for weight, mean, root in zip(self.weights, self.means, self.roots, strict=True):
-            squares = (linalg.solve_triangular(root, (x - mean).T, lower=True) ** 2).sum(0)
-            volume = np.log(np.diag(root)).sum()
-            columns.append(np.log(weight) - volume + self._log_kernel(squares, dim))
-        return np.stack(columns)
+        # One product for all components: solving for each by itself takes ten times as long.
+        white = (x - self.means[:, np.newaxis]) @ np.swapaxes(np.linalg.inv(self.roots), 1, 2)
+        kernels = self._log_kernel((white**2).sum(-1), x.shape[1])
+        volumes = np.log(np.diagonal(self.roots, axis1=1, axis2=2)).sum(1)
+        return (np.log(self.weights) - volumes)[:, np.newaxis] + kernels
 
     @property
     def log_peak(self) -> float:
