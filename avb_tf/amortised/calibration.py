@@ -14,6 +14,7 @@ _NULL = 4000  # uniform ranks drawn for the distribution of a largest deviation
 _TYPICAL = 1000  # simulated data sets that an observed one is compared with
 _EVIDENCE_DRAWS = 64  # of q, for the log evidence of each data set
 _ROWS = 2**14  # draws at a time
+_TWO_SIDED = "log evidence"
 FALSE_ALARMS = 0.05  # rate of the tests
 
 
@@ -87,7 +88,7 @@ class Surprise(NamedTuple):
     Attributes:
       p_value: share of simulated data sets at least as unusual, with this one among them. It is
         uniform for data of the model, so that `flagged` is a false alarm in one of 20.
-      statistics: name -> two-sided p of each statistic by itself.
+      statistics: name -> p of each statistic by itself.
     """
 
     p_value: float
@@ -195,21 +196,24 @@ def surprise(compiled: Compiled, y: np.ndarray, others: Typical, seed: int) -> S
     """Ranks statistics of y [1, features] among those of simulated data sets.
 
     The statistics are the distance from the mean in the simulated data's covariance, the distance
-    to the nearest, and, where the density is known, the log evidence. Unusual are both ends of
-    each. The smallest of their p is ranked once more among those of the simulated data sets, so
-    that the false alarm rate is exact.
+    to the nearest, and, where the density is known, the log evidence. Unusual are long distances,
+    and an evidence that is low or high, as that of data with less noise than the model's. The
+    smallest of their p is ranked once more among those of the simulated data sets, so that the
+    false alarm rate is exact.
     """
     together = np.concatenate([y, others.y])
     statistics = _distances(together)
     if others.log_evidence is not None:
         own = _log_evidence(compiled, y, seed)
         assert own is not None
-        statistics["log evidence"] = np.concatenate([own, others.log_evidence])
+        statistics[_TWO_SIDED] = np.concatenate([own, others.log_evidence])
     count = len(together)
     p_values = {}
     for name, value in statistics.items():
         order = np.argsort(np.argsort(value, kind="stable"), kind="stable")
-        p_values[name] = np.minimum(1.0, 2.0 * np.minimum(order + 1, count - order) / count)
+        p_values[name] = (count - order) / count
+        if name == _TWO_SIDED:
+            p_values[name] = np.minimum(1.0, 2.0 * np.minimum(order + 1, count - order) / count)
     smallest = np.min(list(p_values.values()), axis=0)
     return Surprise(
         float((smallest <= smallest[0]).mean()), {k: float(p[0]) for k, p in p_values.items()}

@@ -59,8 +59,8 @@ class Given:
         except tf.errors.InvalidArgumentError:  # such as a matrix that rounding made singular
             if len(u) == 1:
                 return np.full(1, -np.inf), np.zeros(u.shape)
-            halves = [self.scores(part) for part in np.array_split(u, 2)]
-            return tuple(np.concatenate(part) for part in zip(*halves, strict=True))
+            first, second = (self.scores(part) for part in np.array_split(u, 2))
+            return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
         density, gradient = (np.asarray(part, np.float64) for part in scores)
         return density, gradient
 
