@@ -146,6 +146,30 @@ def locked(file: Path):
         yield
 
 
+@contextlib.contextmanager
+def saving(directory: Path, record: str, content: str, *names: str):
+    """The block writes `names` into `directory`; `record`, written last, says that all is there.
+
+        with files.saving(path, "fit.json", json.dumps(meta), "fit.weights.h5"):
+            model.save_weights(path / "fit.weights.h5")
+
+    Args:
+      directory: created if missing; what it has of an earlier call is replaced.
+      record: name of the file that is written last, before the checksums.
+      content: of that file.
+      *names: of the files and folders that the block writes.
+    """
+    make_directory(directory)
+    for name in (record, CHECKSUMS):
+        (directory / name).unlink(missing_ok=True)
+    sync(directory)
+    yield
+    for name in names:
+        sync_all(directory / name)
+    write_atomically(directory / record, content)
+    write_checksums(directory, *names, record)
+
+
 def write_checksums(directory: Path, *names: str) -> None:
     """Writes `CHECKSUMS`, for `verify`.
 

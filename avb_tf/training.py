@@ -80,7 +80,8 @@ class Trained(keras.Model):
             arguments["callbacks"] = [*callbacks, epochs.Rates(), epochs.Skipped()]
         self.training_calls.begin(arguments.get("steps_per_epoch"))
         self.test_calls.begin(arguments.get("validation_steps"))
-        if resident.traced(before) != resident.traced(self.resident):
+        compiled = self.loop_is_compiled
+        if resident.traced(before, compiled) != resident.traced(self.resident, compiled):
             self.train_function = None
         try:
             return super().fit(**arguments)

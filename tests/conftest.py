@@ -1,7 +1,8 @@
 import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # pytest does not capture its log
-os.environ["TF_NUM_INTRAOP_THREADS"] = "1"  # tests run two at a time, and their layers are small
+# Tests run two at a time, and their layers are small.
+os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if any(item.path.match(f"test_{name}.py") for name in SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_components():
+    """Evaluations of two latents with fewer components; tests of the interval bring their own."""
+    from avb_tf.likelihood_estimation import inference_gap
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference_gap, "PLANAR_COMPONENTS", inference_gap.COMPONENTS)
+        yield
 
 
 @pytest.fixture

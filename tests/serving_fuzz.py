@@ -87,7 +87,7 @@ def check(model, examples, number=None):
             answer = model.run(name, inputs)
         except RunError:
             return
-        (rows,) = {len(values) for values in inputs.values()}
+        (rows,) = {values.shape[0] for values in inputs.values()}
         for output, values in answer.items():
             assert values.shape[0] == rows, (name, output, values.shape, rows)
 

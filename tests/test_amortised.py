@@ -1,4 +1,6 @@
+import collections
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from tensorflow_probability import distributions as tfd
 import avb_tf
 from avb_tf import UserError
 from avb_tf.amortised import calibration, judging, simulation
+from avb_tf.posteriors import models
 from avb_tf.posteriors.mixture import Mixture
 
 TINY = {
@@ -181,6 +184,22 @@ def test_a_lost_mode_is_not_trusted(q, trusted):
     assert abs(share - 0.5) < 0.12  # of 256 chains that jump between modes
 
 
+def test_a_point_where_the_density_fails_is_as_good_as_outside():
+    """A singular matrix raises in TensorFlow, for the whole batch that it is in."""
+
+    def scores(u, y):
+        if np.any(u.numpy() > 1.0):
+            raise tf.errors.InvalidArgumentError(None, None, "Input is not invertible")
+        return u[:, 0], tf.ones_like(u)
+
+    compiled = SimpleNamespace(given=lambda y: None, scores=scores, dtype=tf.float32)
+    density, gradient = judging.Given(compiled, np.zeros([1, 1])).scores(
+        np.array([[0.0], [2.0], [0.5], [3.0], [0.25]])
+    )
+    np.testing.assert_array_equal(density, [0.0, -np.inf, 0.5, -np.inf, 0.25])
+    np.testing.assert_array_equal(gradient[:, 0], [1.0, 0.0, 1.0, 0.0, 1.0])
+
+
 # Calibration.
 
 
@@ -275,6 +294,29 @@ def test_pairs_of_an_auto_batched_joint_are_independent():
     assert stats.kstest(noise, stats.norm.cdf).pvalue > 1e-3
     again = np.asarray(source.simulate(2000, tf.constant([0, 6]))[0])
     assert not np.isin(again, u).any()
+
+
+@pytest.mark.parametrize("structure", [dict, collections.namedtuple("Parts", "p R a y")])
+def test_parameters_keep_their_names_in_any_order(structure):
+    """`tf.nest` sorts a dict's keys, capitals first; a joint has them by their dependence."""
+    joint = tfd.JointDistributionNamed(
+        structure(
+            p=tfd.Normal(100.0, 1.0),
+            R=tfd.Normal(-100.0, 1.0),
+            a=lambda p: tfd.Normal(p - 93.0, 1.0),
+            y=lambda p, R, a: tfd.Normal(p + R + a, 1.0),
+        )
+    )
+    source = simulation.of_joint(joint, ("y",))
+    u, *_ = source.simulate(100, tf.constant([0, 1]))
+    parameters = source.constrain(u)
+    parameters = parameters if structure is dict else parameters._asdict()
+    for name, value in {"p": 100.0, "R": -100.0, "a": 7.0}.items():
+        assert np.mean(parameters[name]) == pytest.approx(value, abs=1.0)
+    target = models.of_joint(models.pin(joint, {"y": 0.0}))
+    parameters = target.constrain(tf.constant(target.prior_draws(100, 0), tf.float32))
+    parameters = parameters if structure is dict else parameters._asdict()
+    assert np.mean(parameters["p"]) == pytest.approx(100.0, abs=1.0)
 
 
 def test_several_observed_parts_keep_their_types():

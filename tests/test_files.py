@@ -124,3 +124,20 @@ def test_changed_and_missing_files_are_noticed(tmp_path):
     (tmp_path / files.CHECKSUMS).write_text("[" * 100_000)
     with pytest.raises(UserError, match="is damaged"):
         files.verify(tmp_path)
+
+
+def test_a_directory_that_is_half_written_has_no_record(tmp_path):
+    folder = tmp_path / "fit"
+
+    def save(fails):
+        with files.saving(folder, "fit.json", "{}", "a"):
+            (folder / "a").write_text("half")
+            if fails:
+                raise OSError("full")
+
+    save(fails=False)
+    files.verify(folder)
+    assert set(contents(folder)) == {"a", "fit.json", files.CHECKSUMS}
+    with pytest.raises(OSError, match="full"):
+        save(fails=True)
+    assert set(contents(folder)) == {"a"}

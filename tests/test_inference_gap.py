@@ -127,7 +127,8 @@ def test_the_posterior_of_a_wedge_has_no_bound_above_its_log_likelihood():
     assert interval.lower.mean(0)[0] - 0.1 < elbo < interval.upper.mean(0)[0] + 0.1
 
 
-def test_components_are_shared_by_the_examples_of_the_plane():
+def test_components_are_shared_by_the_examples_of_the_plane(monkeypatch):
+    monkeypatch.setattr(inference_gap, "PLANAR_COMPONENTS", 4_000_000)
     assert inference_gap.smoothing_sizes(8, 4)["components"] == inference_gap.COMPONENTS
     few, many = (inference_gap.smoothing_sizes(2, n)["components"] for n in (4, 1000))
     assert few > many >= inference_gap.COMPONENTS

@@ -91,6 +91,7 @@ ORDER = [
     "avb_tf.posteriors.fit",
     "avb_tf.amortised",
     "avb_tf.amortised.simulation",
+    "avb_tf.amortised.saving",
     "avb_tf.amortised.network",
     "avb_tf.amortised.training",
     "avb_tf.amortised.judging",

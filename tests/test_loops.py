@@ -64,16 +64,16 @@ def test_a_compiled_step_has_no_condition(method):
 
 
 def test_the_number_of_steps_in_a_call_changes_no_bit():
-    whole = fitted(model_of("avb_ac", compiled=True), X, 12)
-    assert_equal(whole, fitted(model_of("avb_ac", compiled=True), X, 5))  # and a call of 2
+    whole = fitted(model_of("avb", compiled=True), X, 12)
+    assert_equal(whole, fitted(model_of("avb", compiled=True), X, 5))  # and a call of 2
 
 
 def test_data_on_the_device_are_those_of_a_stream():
     split = array_split(X)
     stream = pipeline.training_batches(split, 8, 0, 0)
-    on_device = fitted(model_of("avb_ac"), split, 5)  # and a call of 2
-    assert_equal(on_device, fitted(model_of("avb_ac"), stream, 1, shuffle=False))
-    model = model_of("avb_ac")
+    on_device = fitted(model_of("avb"), split, 5)  # and a call of 2
+    assert_equal(on_device, fitted(model_of("avb"), stream, 1, shuffle=False))
+    model = model_of("avb")
     model.resident_megabytes = 0
     assert_equal(on_device, fitted(model, split, 1))
 
@@ -82,8 +82,8 @@ def test_a_batch_may_be_larger_than_the_split():
     split = array_split(X[:3])
     stream = pipeline.training_batches(split, 8, 0, 0)
     assert_equal(
-        fitted(model_of("avb_ac"), split, 4),
-        fitted(model_of("avb_ac"), stream, 1, shuffle=False),
+        fitted(model_of("vae"), split, 4),
+        fitted(model_of("vae"), stream, 1, shuffle=False),
     )
 
 
@@ -110,7 +110,7 @@ def test_a_compiled_step_is_the_step():
 
 
 def test_a_compiled_loop_skips_a_step_that_is_not_finite():
-    model = model_of("avb_ac", compiled=True)
+    model = model_of("avb", compiled=True)
     kernel = model.adversary.weights[0]
     kernel.assign(np.full(kernel.shape, np.nan))  # so are T, both losses and all gradients
     before = state(model)
@@ -124,9 +124,9 @@ def test_a_compiled_loop_skips_a_step_that_is_not_finite():
 
 
 def test_a_resumed_fit_goes_on_with_the_next_batches():
-    whole = model_of("avb_ac")
+    whole = model_of("avb")
     whole.fit(X, batch_size=8, steps_per_epoch=6, epochs=4, verbose=0)
-    parts = model_of("avb_ac")
+    parts = model_of("avb")
     for _ in range(2):
         parts.fit(X, batch_size=8, steps_per_epoch=6, epochs=2, verbose=0)
     assert_equal(state(whole), state(parts))

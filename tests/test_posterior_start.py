@@ -165,7 +165,7 @@ def test_an_integral_that_diverges_is_refused(density):
 # Scales.
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_unscaled_columns(scale):
     rng = np.random.default_rng(0)
     x = (scale * rng.normal(size=(100, 5))).astype(np.float32)
@@ -239,7 +239,7 @@ def test_a_bridge_between_what_does_not_overlap_is_unknown():
 
 def test_evidences_of_closed_forms_are_within_their_errors():
     off = []
-    for seed in range(4):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
         y = rng.normal(size=[4, 2]).astype(np.float32)
         joint = tfd.JointDistributionNamed(
@@ -300,7 +300,7 @@ def test_three_hundred_correlated_dimensions(tmp_path):
         along = tf.linalg.matvec(z, direction / np.linalg.norm(direction))
         return -0.5 * (tf.reduce_sum(z**2, -1) - (1.0 - 1.0 / 25.0) * along**2)
 
-    u, begun = states(models.make(log_density, shape=[dim], dtype="float64"), seconds=30.0)
+    u, begun = states(models.make(log_density, shape=[dim], dtype="float64"), seconds=15.0)
     unit = direction / np.linalg.norm(direction)
     exact = sd * np.sqrt(1.0 + 24.0 * unit**2)
     np.testing.assert_allclose((u.mean(0) - mean) / exact, 0.0, atol=0.2)

@@ -57,7 +57,7 @@ def test_the_large_products_are_in_16_bits():
 
 
 @pytest.mark.parametrize(
-    ("method", "precision"), [("avb_ac", "mixed_bfloat16"), ("avb_ac_paper", "mixed_float16")]
+    ("method", "precision"), [("avb_ac_paper", "mixed_bfloat16"), ("avb", "mixed_float16")]
 )
 def test_training_reaches_the_same_bound(method, precision):
     # Rounding acts as noise: after the same steps the bounds agree, but not the weights.
@@ -85,7 +85,7 @@ def test_float16_scales_both_losses_and_an_overflow_changes_no_weight():
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
 def test_a_loaded_model_continues_in_float32(precision, tmp_path):
-    model = trained(model_of("avb_ac", precision), 3)
+    model = trained(model_of("avb", precision), 3)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     for a, b in zip(model.weights, loaded.weights, strict=True):

@@ -54,6 +54,7 @@ def test_no_error_no_wrong_answer_and_constant_memory(model):
         ("elbo", {"x": np.full_like(x, np.nan)}),
         ("sample", {"row": np.zeros(5000, np.int64)}),
         ("encode_seeded", {"x": x}),
+        ("sample", {"row": np.array(1)}),
         ("train", {"x": x}),
     ]
     failures, counted, after_warmup = [], {"answers": 0, "refusals": 0}, []

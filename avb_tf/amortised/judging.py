@@ -54,8 +54,15 @@ class Given:
         """log p(y, u) and its gradient, [n, dim] -> [n] and [n, dim]."""
         with np.errstate(over="ignore"):
             u = np.asarray(u, self.compiled.dtype.as_numpy_dtype)
-        density, gradient = self.compiled.scores(tf.constant(u), tf.constant(self.y[0]))
-        return np.asarray(density, np.float64), np.asarray(gradient, np.float64)
+        try:
+            scores = self.compiled.scores(tf.constant(u), tf.constant(self.y[0]))
+        except tf.errors.InvalidArgumentError:  # such as a matrix that rounding made singular
+            if len(u) == 1:
+                return np.full(1, -np.inf), np.zeros(u.shape)
+            halves = [self.scores(part) for part in np.array_split(u, 2)]
+            return tuple(np.concatenate(part) for part in zip(*halves, strict=True))
+        density, gradient = (np.asarray(part, np.float64) for part in scores)
+        return density, gradient
 
 
 class Compiled:

@@ -8,13 +8,13 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf import diagnostics as weighing
-from avb_tf.amortised import calibration, simulation, training
+from avb_tf import files
+from avb_tf.amortised import calibration, saving, training
 from avb_tf.amortised.calibration import Check, Surprise, Typical
 from avb_tf.amortised.judging import Compiled, Given, Judgement, judge
 from avb_tf.amortised.network import ConditionalMixture
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.errors import UserError
-from avb_tf.files import write_atomically
 from avb_tf.posteriors import hmc
 from avb_tf.posteriors.evidence import Estimate
 from avb_tf.posteriors.result import Refinement
@@ -142,10 +142,9 @@ class AmortisedFit:
             "history": self.history,
         }
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self.q.save_weights(path / WEIGHTS)
-            simulation.save(self.simulation, path / MODEL)
-            write_atomically(path / META, json.dumps(meta) + "\n")
+            with files.saving(path, META, json.dumps(meta) + "\n", WEIGHTS, MODEL):
+                self.q.save_weights(path / WEIGHTS)
+                saving.save(self.simulation, path / MODEL)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}; choose another path") from error
 
@@ -153,16 +152,17 @@ class AmortisedFit:
     def load(cls, path) -> "AmortisedFit":
         """A fit as `save` wrote it, without the model's own code.
 
-        The directory holds the model as a TensorFlow SavedModel. As any program it should come from
-        somebody you trust.
+        Load only what comes from somebody you trust: the directory holds the model as a TensorFlow
+        SavedModel, a program that may read and write files.
 
         Raises:
           UserError: it is not a saved fit, or damaged.
         """
         path = Path(path)
         try:
+            files.verify(path)
             meta = json.loads((path / META).read_text())
-            model = simulation.Loaded(path / MODEL)
+            model = saving.Loaded(path / MODEL)
             q = training.build(model, meta["settings"])
             q.load_weights(path / WEIGHTS)
             return cls(model, q, **meta)

@@ -5,9 +5,7 @@ counts keep their digits; the network reads them as float32.
 """
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from avb_tf.errors import UserError
 from avb_tf.posteriors import constraints, models
 from avb_tf.posteriors.target import Target, first_line
 
-RECORD = "record.json"
 _TRIAL = 64  # pairs that check a model
 _ROWS = 5  # rows of a batch that are compared with rows by themselves
 _UNUSABLE = 0.01  # share of pairs that may be at the edge of a float
@@ -64,9 +61,9 @@ class Simulation:
         self.portable = portable
         self.dim, self.dtype, self.names = target.dim, target.dtype, target.names
         self.observed = dict(parts)
-        self.sizes = [_size(shape) for shape, _ in self.observed.values()]
+        self.sizes = [size_of(shape) for shape, _ in self.observed.values()]
         self.features, self.has_density = sum(self.sizes), pin is not None
-        self._pairs = tf.function(self._simulate, autograph=False)
+        self._graphs: dict[int, Any] = {}
         self._check()
 
     def simulate(self, n: int, seed):
@@ -79,7 +76,10 @@ class Simulation:
           u [n, dim], y [n, features], and whether each u is finite, boolean [n]; where it is not,
           u is 0.
         """
-        return self._pairs(n, tf.cast(seed, tf.int32))
+        if n not in self._graphs:
+            simulate = functools.partial(self._simulate, n)
+            self._graphs[n] = tf.function(simulate, autograph=False)
+        return self._graphs[n](tf.cast(seed, tf.int32))
 
     def _simulate(self, n, seed):
         parameters, data = self._draw(n, seed)
@@ -228,14 +228,10 @@ def of_joint(joint, observed: Sequence[str]) -> Simulation:
     drawn = _by_name(joint, joint.sample(seed=_seed(joint, 0)))
     pinned = models.pin(joint, {name: drawn[name] for name in observed})
     target = models.of_joint(pinned)
-    parameters = [name for name in names if name not in observed]
 
     def draw(n, seed):
         values = _by_name(joint, joint.sample(n, seed=_seed(joint, seed)))
-        return (
-            tf.nest.pack_sequence_as(pinned.dtype, [values[name] for name in parameters]),
-            [values[name] for name in observed],
-        )
+        return models.structured(pinned, values), [values[name] for name in observed]
 
     def pin(values):
         return joint.experimental_pin(**values).unnormalized_log_prob
@@ -349,104 +345,6 @@ def _by_numpy(data_of, structure, dtypes):
     return compute
 
 
-class Loaded(Simulation):
-    """What `save` kept of a model, without its code."""
-
-    def __init__(self, path):
-        path = Path(path)
-        record = json.loads((path / RECORD).read_text())
-        self._module = tf.saved_model.load(str(path))
-        self.dim, self.dtype = record["dim"], tf.as_dtype(record["dtype"])
-        self.names, self._coordinates = record["names"], record["coordinates"]
-        self.observed = {
-            name: (tf.TensorShape(shape), tf.as_dtype(dtype))
-            for name, shape, dtype in record["observed"]
-        }
-        self.sizes = [_size(shape) for shape, _ in self.observed.values()]
-        self.features, self.has_density = sum(self.sizes), record["has_density"]
-        self.portable = hasattr(self._module, "simulate")
-        signature = self._module.unconstrain.input_signature
-        self._dtypes = [spec.dtype for spec in tf.nest.flatten(signature)]
-
-    def simulate(self, n, seed):
-        """`n` new pairs.
-
-        Raises:
-          UserError: the simulator was of numpy, and has not been saved.
-        """
-        if not self.portable:
-            raise UserError(
-                "the fit was saved without its simulator, which is not of TensorFlow's operations; "
-                "expected the fit itself where pairs are simulated: check it before it is saved"
-            )
-        pairs, seeds = [], tf.random.split(tf.cast(seed, tf.int32), -(-n // SAVED))
-        for one in tf.unstack(seeds):
-            pairs.append(self._module.simulate(one))
-        return tuple(tf.concat(part, 0)[:n] for part in zip(*pairs, strict=True))
-
-    def log_density(self, u, y):
-        """As the model's own."""
-        return self._module.log_density(u, tf.cast(y, tf.float64))
-
-    def constrain(self, u):
-        """As the model's own."""
-        return self._module.constrain(u)
-
-    def unconstrain(self, parameters):
-        """As the model's own."""
-        return self._module.unconstrain(
-            [tf.cast(p, d) for p, d in zip(tf.nest.flatten(parameters), self._dtypes, strict=True)]
-        )
-
-    def log_volume(self, u):
-        """As the model's own."""
-        return self._module.log_volume(u)
-
-    def coordinates(self):
-        """As the model's own."""
-        return self._coordinates
-
-
-SAVED = 1000  # pairs that a saved model simulates at a time
-
-
-def save(simulation: Simulation, path) -> None:
-    """Writes a model's functions as a SavedModel, for `Loaded`."""
-    module = tf.Module()
-    u, y = (
-        tf.TensorSpec([None, simulation.dim], simulation.dtype),
-        tf.TensorSpec([simulation.features], tf.float64),
-    )
-    example = simulation.constrain(tf.zeros([2, simulation.dim], simulation.dtype))
-    flat = [tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in tf.nest.flatten(example)]
-
-    def unconstrain(values):
-        return simulation.unconstrain(tf.nest.pack_sequence_as(example, values))
-
-    functions = {
-        "constrain": (simulation.constrain, [u]),
-        "log_volume": (simulation.log_volume, [u]),
-        "unconstrain": (unconstrain, [flat]),
-    }
-    if simulation.portable:
-        pairs = functools.partial(simulation.simulate, SAVED)
-        functions["simulate"] = (pairs, [tf.TensorSpec([2], tf.int32)])
-    if simulation.has_density:
-        functions["log_density"] = (simulation.log_density, [u, y])
-    for name, (function, signature) in functions.items():
-        setattr(module, name, tf.function(function, signature, autograph=False))
-    tf.saved_model.save(module, str(path))
-    record = {
-        "dim": simulation.dim,
-        "dtype": simulation.dtype.name,
-        "names": simulation.names,
-        "coordinates": simulation.coordinates(),
-        "observed": [[k, list(s), d.name] for k, (s, d) in simulation.observed.items()],
-        "has_density": simulation.has_density,
-    }
-    (Path(path) / RECORD).write_text(json.dumps(record) + "\n")
-
-
 def _names(observed) -> tuple[str, ...]:
     if isinstance(observed, str):
         observed = (observed,)
@@ -473,5 +371,6 @@ def _seed(distribution, seed):
     return tf.constant([0, seed]) if isinstance(seed, int) else tf.cast(seed, tf.int32)
 
 
-def _size(shape) -> int:
+def size_of(shape) -> int:
+    """Number of entries of a known shape."""
     return int(np.prod(tuple(shape), dtype=int))

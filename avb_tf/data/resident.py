@@ -28,9 +28,11 @@ class Resident(NamedTuple):
         return self.decode(gather(rows, tf.gather(indices, step)))
 
 
-def traced(resident: Resident | None) -> tuple:
-    """What of it is a constant of the graph that reads it."""
-    return () if resident is None else (resident.decode, resident.stride)
+def traced(resident: Resident | None, compiled: bool) -> tuple:
+    """What of it is a constant of the graph that reads it; only a compiled loop has a stride."""
+    if resident is None:
+        return ()
+    return (resident.decode, resident.stride) if compiled else (resident.decode,)
 
 
 def fits(split: Split, megabytes: float = MEGABYTES) -> bool:

@@ -212,8 +212,18 @@ def _prior(pinned, count, seed):
     joint = pinned.distribution
     drawn = joint._model_flatten(joint.sample(count, seed=(seed, 0)))
     by_name = dict(zip(joint._flat_resolve_names(), drawn, strict=True))
-    parameters = [by_name[name] for name in pinned._flat_resolve_names()]
-    return tf.nest.pack_sequence_as(pinned.dtype, parameters)
+    return structured(pinned, by_name)
+
+
+def structured(pinned, values: Mapping[str, Any]) -> Structure:
+    """Values by name in the structure of a pinned joint's parameters.
+
+    `tf.nest` sorts the keys of a dict, which the joint has in the order of their dependence.
+    """
+    if isinstance(pinned.dtype, Mapping):
+        return {name: values[name] for name in pinned.dtype}
+    names = getattr(pinned.dtype, "_fields", None) or pinned._flat_resolve_names()
+    return tf.nest.pack_sequence_as(pinned.dtype, [values[name] for name in names])
 
 
 def of_batches(model: Any, data, batch_size: int) -> Target:

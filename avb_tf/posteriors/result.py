@@ -212,17 +212,10 @@ class PosteriorFit:
             "charted": isinstance(self.model.decoder, Chart),
         }
         try:
-            files.make_directory(path)
-            for name in (META, files.CHECKSUMS):  # a fit that is being replaced is none
-                (path / name).unlink(missing_ok=True)
-            files.sync(path)
-            self.model.save_weights(path / WEIGHTS)
-            self.target.save(path / MODEL)
-            self.start.save(path / START)
-            for name in (WEIGHTS, MODEL, START):
-                files.sync_all(path / name)
-            files.write_atomically(path / META, json.dumps(meta) + "\n")
-            files.write_checksums(path, WEIGHTS, MODEL, START, META)
+            with files.saving(path, META, json.dumps(meta) + "\n", WEIGHTS, MODEL, START):
+                self.model.save_weights(path / WEIGHTS)
+                self.target.save(path / MODEL)
+                self.start.save(path / START)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}; choose another path") from error
 

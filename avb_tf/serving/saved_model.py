@@ -157,7 +157,7 @@ class SavedModel:
         if array.dtype not in numbers:
             known = ", ".join(map(str, numbers))
             raise RunError(INVALID_ARGUMENT, f"an input of {array.dtype}; expected one of {known}")
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # `ascontiguousarray` makes a scalar an array of one
         sizes = (ctypes.c_int64 * array.ndim)(*array.shape)
         tensor = _C.TF_AllocateTensor(numbers[array.dtype], sizes, array.ndim, array.nbytes)
         ctypes.memmove(_C.TF_TensorData(tensor), array.ctypes.data, array.nbytes)

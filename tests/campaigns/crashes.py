@@ -13,7 +13,6 @@ that the program took for saved, which is when it went on to the next operation.
 
 import codecs
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
@@ -30,7 +29,7 @@ _LINE = re.compile(rb"(?P<pid>\d+) +(?P<call>\w+)\((?P<arguments>.*)\) += (?P<re
 _HANDLE = re.compile(rb"(?:AT_FDCWD|(?P<number>\d+))(?:<(?P<path>(?:[^<>\\]|\\.)*)>)?")
 _TEXT = re.compile(rb'"((?:[^"\\]|\\.)*)"')
 # Up to this many subsets and contents of one prefix are tried in full, and a sample beyond.
-_SUBSETS = 64
+_SUBSETS = 32
 
 
 def under(log):
@@ -48,6 +47,7 @@ class Operation:
       node: number of the file or directory that is changed, or that gets a name.
       directory: number of the directory whose names change.
       name: in that directory.
+      target: directory after a rename.
       new: name after a rename.
       offset: of the data, or the size of a truncated file.
       data: written.
@@ -57,6 +57,7 @@ class Operation:
     node: int
     directory: int = -1
     name: str = ""
+    target: int = -1
     new: str = ""
     offset: int = 0
     data: bytes = b""
@@ -115,10 +116,12 @@ class Recording:
         inside = path.startswith(self.folder + b"/") and self.ignored.isdisjoint(parts)
         return inside and not path.endswith(b".lock")
 
-    def _named(self, kind, node, path, new=""):
-        directory = self._nodes[os.path.dirname(path)]
-        name = os.fsdecode(os.path.basename(path))
-        self.operations.append(Operation(kind, node, directory, name, new))
+    def _named(self, kind, node, *paths):
+        places = [
+            (self._nodes[os.path.dirname(path)], os.fsdecode(os.path.basename(path)))
+            for path in paths
+        ]
+        self.operations.append(Operation(kind, node, *itertools.chain(*places)))
 
     def _create(self, path):
         self._nodes[path] = node = next(self._count)
@@ -134,8 +137,7 @@ class Recording:
             self.operations.append(Operation("truncate", self._nodes[path]))
 
     def _rename(self, old, new):
-        self._named("rename", self._nodes[old], old, os.fsdecode(os.path.basename(new)))
-        assert os.path.dirname(old) == os.path.dirname(new), (old, new)
+        self._named("rename", self._nodes[old], old, new)
         moved = {p: n for p, n in self._nodes.items() if p == old or p.startswith(old + b"/")}
         for path in moved:
             del self._nodes[path]
@@ -164,11 +166,11 @@ def _applied(content, operation):
     return content[: operation.offset] + operation.data + content[end:]
 
 
-def _torn(durable, pending):
-    """What may be there of the pending data of a file."""
-    whole = functools.reduce(_applied, pending, durable)
-    half = functools.reduce(_applied, pending[: len(pending) // 2], durable)
-    return [whole, durable, durable[: len(whole)].ljust(len(whole), b"\0"), half]
+def _torn(durable, whole):
+    """What may be there of a file that has pending data: all, none, zeros, the first half."""
+    old = durable[: len(whole)].ljust(len(whole), b"\0")
+    half = len(whole) // 2
+    return [whole, durable, old, whole[:half] + old[half:]]
 
 
 def _subsets(pending, chance):
@@ -180,7 +182,7 @@ def _subsets(pending, chance):
         else itertools.chain(
             ([i < n for i in range(count)] for n in range(count + 1)),
             ([i != n for i in range(count)] for n in range(count)),
-            ([chance.random() < 0.5 for _ in range(count)] for _ in range(_SUBSETS)),
+            ([chance.random() < 0.5 for _ in range(count)] for _ in range(8)),
         )
     )
     for mask in masks:
@@ -195,7 +197,8 @@ def _subsets(pending, chance):
 
 
 def _names(change):
-    return {(change.directory, change.name), (change.directory, change.new or change.name)}
+    places = {(change.directory, change.name)}
+    return places | {(change.target, change.new)} if change.kind == "rename" else places
 
 
 def _with(entries, changes):
@@ -208,7 +211,7 @@ def _with(entries, changes):
         else:
             node = names.pop(change.name, None)
             if change.kind == "rename" and node is not None:
-                names[change.new] = node
+                entries.setdefault(change.target, {})[change.new] = node
     return entries
 
 
@@ -222,25 +225,30 @@ class Disk:
     def __init__(self, directories):
         self.directories = directories
         self.entries, self.pending_names = {}, []
-        self.contents, self.pending_data = {}, {}
+        self.contents, self.unsynced = {}, {}
 
     def apply(self, operation):
         node = operation.node
         if operation.kind in ("write", "truncate"):
-            self.pending_data.setdefault(node, []).append(operation)
+            before = self.unsynced.get(node, self.contents.get(node, b""))
+            self.unsynced[node] = _applied(before, operation)
         elif operation.kind != "sync":
             self.pending_names.append(operation)
         elif node in self.directories:
-            synced = [c for c in self.pending_names if c.directory == node]
+            synced = []  # a rename out of another directory brings what led to it
+            for change in reversed(self.pending_names):
+                if node in (change.directory, change.target) or any(
+                    _names(change) & _names(later) for later in synced
+                ):
+                    synced.insert(0, change)
             self.entries = _with(self.entries, synced)
-            self.pending_names = [c for c in self.pending_names if c.directory != node]
+            self.pending_names = [c for c in self.pending_names if c not in synced]
         else:
-            pending = self.pending_data.pop(node, [])
-            self.contents[node] = functools.reduce(_applied, pending, self.contents.get(node, b""))
+            self.contents[node] = self.unsynced.pop(node, self.contents.get(node, b""))
 
     def states(self, chance):
         """Trees, {path: content, or None for a directory}, as a crash now may leave them."""
-        torn = {n: _torn(self.contents.get(n, b""), p) for n, p in self.pending_data.items()}
+        torn = {n: _torn(self.contents.get(n, b""), c) for n, c in self.unsynced.items()}
         for changes in _subsets(self.pending_names, chance):
             entries = _with(self.entries, changes)
             unsynced = [n for n in torn if any(n in e.values() for e in entries.values())]
@@ -250,7 +258,7 @@ class Disk:
                 if 4 ** len(unsynced) <= _SUBSETS
                 else itertools.chain(
                     ([v] * len(unsynced) for v in versions),
-                    (chance.choices(versions, k=len(unsynced)) for _ in range(8)),
+                    (chance.choices(versions, k=len(unsynced)) for _ in range(2)),
                 )
             )
             for choice in choices:
@@ -259,8 +267,7 @@ class Disk:
 
     def live(self):
         """The tree if nothing is lost."""
-        contents = {n: _torn(self.contents.get(n, b""), p)[0] for n, p in self.pending_data.items()}
-        return self._tree(_with(self.entries, self.pending_names), self.contents | contents)
+        return self._tree(_with(self.entries, self.pending_names), self.contents | self.unsynced)
 
     def _tree(self, entries, contents, directory=0, above=""):
         tree = {}
@@ -317,10 +324,11 @@ def crash(operations, directories, chance):
             if operation.kind == "create" and operation.node in disk.directories:
                 paths[operation.node] = f"{above}{operation.name}/"
             elif operation.kind == "rename":
-                path = f"{above}{operation.new}"
+                path = f"{paths[operation.target]}{operation.new}"
                 if operation.node in disk.directories:
                     paths[operation.node] = f"{path}/"
-                if not any(part.startswith(".") for part in path.split("/")):
+                ours = operation.name.startswith((".", "partial."))  # TensorFlow has others
+                if ours and not any(part.startswith(".") for part in path.split("/")):
                     allowed.setdefault(path, [None]).append(_below(disk.live(), path))
                     renamed.append(path)
             elif operation.kind == "unlink" and (path := f"{above}{operation.name}") in allowed:

@@ -1,0 +1,108 @@
+"""A model's functions as a SavedModel, so that a fit works without the model's own code."""
+
+import functools
+import json
+from pathlib import Path
+
+import tensorflow as tf
+
+from avb_tf.amortised.simulation import Simulation, size_of
+from avb_tf.errors import UserError
+
+RECORD = "record.json"
+SAVED = 1000  # pairs that a saved model simulates at a time
+
+
+class Loaded(Simulation):
+    """What `save` kept of a model, without its code."""
+
+    def __init__(self, path):
+        path = Path(path)
+        record = json.loads((path / RECORD).read_text())
+        self._module = tf.saved_model.load(str(path))
+        self.dim, self.dtype = record["dim"], tf.as_dtype(record["dtype"])
+        self.names, self._coordinates = record["names"], record["coordinates"]
+        self.observed = {
+            name: (tf.TensorShape(shape), tf.as_dtype(dtype))
+            for name, shape, dtype in record["observed"]
+        }
+        self.sizes = [size_of(shape) for shape, _ in self.observed.values()]
+        self.features, self.has_density = sum(self.sizes), record["has_density"]
+        self.portable = hasattr(self._module, "simulate")
+        signature = self._module.unconstrain.input_signature
+        self._dtypes = [spec.dtype for spec in tf.nest.flatten(signature)]
+
+    def simulate(self, n, seed):
+        """`n` new pairs.
+
+        Raises:
+          UserError: the simulator was of numpy, and has not been saved.
+        """
+        if not self.portable:
+            raise UserError(
+                "the fit was saved without its simulator, which is not of TensorFlow's operations; "
+                "expected the fit itself where pairs are simulated: check it before it is saved"
+            )
+        pairs, seeds = [], tf.random.split(tf.cast(seed, tf.int32), -(-n // SAVED))
+        for one in tf.unstack(seeds):
+            pairs.append(self._module.simulate(one))
+        return tuple(tf.concat(part, 0)[:n] for part in zip(*pairs, strict=True))
+
+    def log_density(self, u, y):
+        """As the model's own."""
+        return self._module.log_density(u, tf.cast(y, tf.float64))
+
+    def constrain(self, u):
+        """As the model's own."""
+        return self._module.constrain(u)
+
+    def unconstrain(self, parameters):
+        """As the model's own."""
+        return self._module.unconstrain(
+            [tf.cast(p, d) for p, d in zip(tf.nest.flatten(parameters), self._dtypes, strict=True)]
+        )
+
+    def log_volume(self, u):
+        """As the model's own."""
+        return self._module.log_volume(u)
+
+    def coordinates(self):
+        """As the model's own."""
+        return self._coordinates
+
+
+def save(simulation: Simulation, path) -> None:
+    """Writes a model's functions as a SavedModel, for `Loaded`."""
+    module = tf.Module()
+    u, y = (
+        tf.TensorSpec([None, simulation.dim], simulation.dtype),
+        tf.TensorSpec([simulation.features], tf.float64),
+    )
+    example = simulation.constrain(tf.zeros([2, simulation.dim], simulation.dtype))
+    flat = [tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in tf.nest.flatten(example)]
+
+    def unconstrain(values):
+        return simulation.unconstrain(tf.nest.pack_sequence_as(example, values))
+
+    functions = {
+        "constrain": (simulation.constrain, [u]),
+        "log_volume": (simulation.log_volume, [u]),
+        "unconstrain": (unconstrain, [flat]),
+    }
+    if simulation.portable:
+        pairs = functools.partial(simulation.simulate, SAVED)
+        functions["simulate"] = (pairs, [tf.TensorSpec([2], tf.int32)])
+    if simulation.has_density:
+        functions["log_density"] = (simulation.log_density, [u, y])
+    for name, (function, signature) in functions.items():
+        setattr(module, name, tf.function(function, signature, autograph=False))
+    tf.saved_model.save(module, str(path))
+    record = {
+        "dim": simulation.dim,
+        "dtype": simulation.dtype.name,
+        "names": simulation.names,
+        "coordinates": simulation.coordinates(),
+        "observed": [[k, list(s), d.name] for k, (s, d) in simulation.observed.items()],
+        "has_density": simulation.has_density,
+    }
+    (Path(path) / RECORD).write_text(json.dumps(record) + "\n")
