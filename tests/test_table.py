@@ -114,6 +114,7 @@ WRONG = {
     "odd categories": (
         FRAME.assign(city=[pd.Timestamp(i) for i in range(40)]), KINDS, "'city' has the category",
     ),
+    "codes beyond all bounds": (np.array([[1e9], [1.0]]), "category", "1000000001 categories"),
     "nothing to model": (FRAME[["days"]], {"days": "exposure"}, "no column to model"),
     "no rows": (FRAME[:0], KINDS, "has no rows"),
     "same names": (FRAME.rename(columns={"id": "age"}), {}, "several columns 'age'"),

@@ -18,6 +18,7 @@ from avb_tf.errors import UserError
 REAL, COUNTS = ("gaussian", "student_t"), ("poisson", "negative_binomial")
 KINDS = (*REAL, *COUNTS, "bernoulli", "category", "exposure")
 SKIP = "skip"  # a column that is left out
+_MOST_CATEGORIES = 1000
 _FEWEST_DIGITS = 1e5  # largest mean of a column in standard deviations: float32 has 7 digits
 
 
@@ -259,14 +260,16 @@ def _categories(values, kind, name, place) -> tuple[Any, ...]:
     if isinstance(values, np.ndarray):
         if kind != "category":
             return ()
-        codes = values[np.isfinite(values)]
-        return tuple(range(int(codes.max(initial=0.0)) + 1))
+        count = 1 + int(values[np.isfinite(values)].max(initial=0.0))
+        _check_number(count, name, place)
+        return tuple(range(count))
     if hasattr(dtype, "categories"):
         distinct = list(dtype.categories)
     elif kind == "category":
         distinct = list(values.dropna().unique())
     else:
         return ()
+    _check_number(len(distinct), name, place)
     plain = [value.item() if isinstance(value, np.generic) else value for value in distinct]
     if odd := [value for value in plain if not isinstance(value, (str, int, float, bool))]:
         raise UserError(
@@ -276,6 +279,14 @@ def _categories(values, kind, name, place) -> tuple[Any, ...]:
     if hasattr(dtype, "categories"):
         return tuple(plain)
     return tuple(sorted(plain, key=lambda value: (isinstance(value, str), value)))
+
+
+def _check_number(count, name, place):
+    if count > _MOST_CATEGORIES:
+        raise UserError(
+            f"{place}: column '{name}' has {count} categories; expected at most "
+            f"{_MOST_CATEGORIES}; join some, or skip it"
+        )
 
 
 def _numbers(column: Column, values, missing, place) -> np.ndarray:
