@@ -7,7 +7,7 @@ RUN := $(BIN)/python main.py
 COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: setup demo test test-fast coverage test-browser test-gpu load board lint seeds mnist \
+.PHONY: setup demo test test-fast test-long coverage test-browser test-gpu load board lint seeds mnist \
   posteriors verdicts amortised tables keras-ways faults durability bench bench-ais bench-replicas release-check docs clean
 
 setup: $(VENV)/installed
@@ -42,14 +42,18 @@ runs/%/results.json:
 test: setup
 	$(BIN)/python -m pytest
 
+# The tests that CI leaves out for their time.
+test-long: setup
+	$(BIN)/python -m pytest -m "long and not browser and not gpu"
+
 # Without the tests that train, export or start processes (SLOW in tests/conftest.py).
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not browser and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not long and not browser and not gpu"
 
 # Reported, not enforced; the lines are in runs/coverage/index.html. FAST=1 runs the fast tests only.
 coverage: setup
 	$(BIN)/python -m pytest --cov=avb_tf --cov-report=term:skip-covered \
-	  --cov-report=html:runs/coverage $(if $(FAST),-m "not slow and not browser and not gpu")
+	  --cov-report=html:runs/coverage $(if $(FAST),-m "not slow and not long and not browser and not gpu")
 
 # In headless Chromium, Debian's package; screenshots are kept in runs/artefacts/.
 test-browser: setup

@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # pytest does not capture its log
@@ -11,6 +12,9 @@ import pytest
 
 from tests import linear_gaussian as linear_gaussian_model
 
+# Hundreds of traced graphs make a full collection slow.
+gc.set_threshold(100_000, 50, 1000)
+
 # Read here, since tests of the data remove the variable from their environment.
 DATA_FOLDERS = (os.environ.get("AVB_TF_DATA_DIR"), Path(__file__).parents[2] / "shared/data")
 
@@ -22,12 +26,55 @@ SLOW = (
     "serving_*", "tensorboard", "train",
 )  # fmt: skip
 
+# Tests of ten seconds and more whose kind a quicker test covers; `make test-long` runs them.
+LONG = (
+    "baselines.py::test_a_gaussian_of_full_rank_finds_the_gaussian[True]",
+    "baselines.py::test_nuts_draws_from_the_posterior[True",
+    "benchmarks_scaling.py::test_every_size",
+    "command_line.py::test_compare_prints_all_methods",
+    "command_line.py::test_three_examples_are_enough_data",
+    "configs.py::test_celeba_trains",
+    "configs.py::test_mnist_conv_trains_with_narrow_versions_of_the_authors_networks[-32]",
+    "evaluate.py::test_a_quantised_likelihood",
+    "export.py::test_an_export_answers_like_the_keras_model[aae]",
+    "export.py::test_an_export_answers_like_the_keras_model[avb]",
+    "export.py::test_an_export_answers_like_the_keras_model[avb_ac]",
+    "export.py::test_an_export_answers_like_the_keras_model[auxvae]",
+    "export.py::test_an_export_answers_like_the_keras_model[iaf]",
+    "export_posterior.py::test_from_the_command_line",
+    "faults.py::test_who_loses_a_worker",
+    "guard.py::test_a_batch_with_nan_every_50_steps",
+    "importance.py::test_every_method_has_weights_that_its_seed_fixes[iaf]",
+    "model.py::test_a_loaded_model_continues_like_the_saved_one[aae]",
+    "model.py::test_a_loaded_model_continues_like_the_saved_one[auxvae]",
+    "model.py::test_a_loaded_model_continues_like_the_saved_one[avb]",
+    "model.py::test_a_loaded_model_continues_like_the_saved_one[avb_ac]",
+    "model.py::test_a_loaded_model_continues_like_the_saved_one[avb_ac_paper]",
+    "model.py::test_a_loaded_model_continues_like_the_saved_one[iaf]",
+    "model.py::test_three_lines_of_keras_improve_the_bound[aae]",
+    "model.py::test_three_lines_of_keras_improve_the_bound[auxvae]",
+    "model.py::test_three_lines_of_keras_improve_the_bound[avb]",
+    "model.py::test_three_lines_of_keras_improve_the_bound[avb_ac_paper]",
+    "model.py::test_three_lines_of_keras_improve_the_bound[avb_flow]",
+    "model.py::test_three_lines_of_keras_improve_the_bound[iaf]",
+    "monitor.py::test_it_warns_of_prior_contrast_on_mnist",
+    "posterior_models.py::test_a_density_of_several_parameters_by_name_with_bijectors",
+    "posterior_models.py::test_minibatches_recover_a_conjugate_posterior",
+    "posteriors.py::test_means_of_targets_of_inference_gym_are_its_ground_truth[EightSchools]",
+    "precision.py::test_a_loaded_model_continues_in_float32[mixed_float16]",
+    "precision.py::test_training_reaches_the_same_bound[avb-mixed_float16]",
+    "replicas.py::test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers[avb_ac_paper:conv",
+    "train.py::test_200_steps_on_mnist_beat_independent_pixels[vae",
+)
+
 
 def pytest_collection_modifyitems(items):
-    """Marks all tests of the slow files."""
+    """Marks the tests of slow files, and long tests."""
     for item in items:
         if any(item.path.match(f"test_{name}.py") for name in SLOW):
             item.add_marker(pytest.mark.slow)
+        if any(f"test_{start}" in item.nodeid for start in LONG):
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -187,7 +187,7 @@ def results(workdir):
 
 def test_training_writes_all_files_of_a_run(root):
     names = {path.name for path in (root / "run").iterdir()}
-    assert names == {"config.json", "checkpoints", "figures", "logs"}
+    assert names == {".train.lock", "config.json", "checkpoints", "figures", "logs"}
     checkpoints = {path.name for path in (root / "run/checkpoints").iterdir()}
     # A run that diverges early returns to the checkpoint from before the first step.
     assert checkpoints == {"README.md", *(f"step_{step:09d}.keras" for step in (0, 10, 20))}

@@ -36,4 +36,4 @@ def test_training_curves_show_the_logs_and_need_them(tmp_path):
     (axes,) = training_figures.of_run(tmp_path).axes
     (line,) = axes.lines
     np.testing.assert_array_equal(line.get_xydata(), [[10, -3], [20, -2]])
-    assert line.get_label() == "ELBO, validation"
+    assert line.get_label() == "validation"

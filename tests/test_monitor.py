@@ -68,7 +68,7 @@ def test_the_difference_of_the_bounds_has_an_interval_over_the_same_examples(mon
         middle = (logs[f"{name}_lower"] + logs[f"{name}_upper"]) / 2
         assert logs[name] == pytest.approx(middle, rel=1e-5)
         assert logs["val_monitored_elbo"] - logs["val_importance_bound"] == pytest.approx(
-            logs[name], abs=1e-4
+            logs[name], rel=1e-4
         )
     errors = [(logs[f"{name}_upper"] - logs[name]) / 2 for logs in every]
     spread = np.std([logs[name] for logs in every], ddof=1)

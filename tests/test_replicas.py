@@ -136,7 +136,7 @@ def test_a_missing_worker_is_not_a_users_mistake(monkeypatch):
 
     monkeypatch.setenv("TF_CONFIG", tf_config())
     monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", alone)
-    with pytest.raises(WorkerLostError, match="another worker did not come"):
+    with pytest.raises(WorkerLostError, match="another worker did not start within"):
         replicas.strategy("auto")
 
 

@@ -31,7 +31,7 @@ def command(method, workdir, *flags):
 def test_200_steps_on_mnist_beat_independent_pixels(method, mnist_path, tmp_path):
     config = mnist.get_config(method)
     config.data.path, config.steps = str(mnist_path), 200
-    config.log_every, config.checkpoint_every = 100, 200
+    config.log_every, config.checkpoint_every = 50, 200
     config.figures_every = 0
     model = train.train(config, tmp_path)
     history = model.history.history
