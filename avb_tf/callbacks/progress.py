@@ -33,7 +33,8 @@ class Progress(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None):
         """Says that the first call compiles; the clock starts after it."""
         self.began: tuple[float, int] | None = None
-        self._write(f"compiling  step {self._step:,}/{self.last:,}")
+        if not self.shown:  # a later `fit` of the run has its graphs
+            self._write(f"compiling  step {self._step:,}/{self.last:,}")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
         """Starts the clock after the first call; updates a terminal."""
