@@ -79,6 +79,26 @@ def test_newtons_method_finds_modes_from_afar_whatever_the_units():
     assert modes.log_mass[0] == pytest.approx(exact, abs=1e-2)
 
 
+def test_the_neck_of_a_hierarchical_model_is_no_lost_mode():
+    """Its density has a pole where all slopes agree, and next to no mass there."""
+    rng = np.random.default_rng(0)
+    hours = rng.normal(size=[10, 8]).astype(np.float32)
+    slopes = rng.normal(0.8, 0.4, [10, 1])
+    score = (slopes * hours + 0.7 * rng.normal(size=hours.shape)).astype(np.float32)
+    joint = tfd.JointDistributionNamed(
+        {
+            "mean": tfd.Normal(0.0, 2.0),
+            "spread": tfd.HalfNormal(1.0),
+            "slope": lambda mean, spread: tfd.Sample(tfd.Normal(mean, spread), 10),
+            "score": lambda slope: tfd.Independent(
+                tfd.Normal(slope[..., tf.newaxis] * hours, 0.7), 2
+            ),
+        }
+    )
+    begun = start.find(models.make(joint, {"score": score}), steps=600)
+    assert begun.lacking < start.LACKING
+
+
 # Tails.
 
 
