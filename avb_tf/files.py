@@ -158,16 +158,41 @@ def saving(directory: Path, record: str, content: str, *names: str):
       record: name of the file that is written last, before the checksums.
       content: of that file.
       *names: of the files and folders that the block writes.
+    Raises:
+      UserError: the directory cannot be written.
     """
-    make_directory(directory)
-    for name in (record, CHECKSUMS):
-        (directory / name).unlink(missing_ok=True)
-    sync(directory)
-    yield
-    for name in names:
-        sync_all(directory / name)
-    write_atomically(directory / record, content)
-    write_checksums(directory, *names, record)
+    try:
+        make_directory(directory)
+        for name in (record, CHECKSUMS):
+            (directory / name).unlink(missing_ok=True)
+        sync(directory)
+        yield
+        for name in names:
+            sync_all(directory / name)
+        write_atomically(directory / record, content)
+        write_checksums(directory, *names, record)
+    except OSError as error:
+        raise UserError(f"cannot write {directory}: {error}; choose another path") from error
+
+
+@contextlib.contextmanager
+def loading(directory: Path, writer: str):
+    """The block loads what `saving` wrote, after its checksums have been verified.
+
+    Args:
+      directory: of the files.
+      writer: what writes such directories, for the message.
+    Raises:
+      UserError: a file is missing or damaged, or the block cannot use it.
+    """
+    try:
+        verify(directory)
+        yield
+    except Exception as error:  # whatever JSON, Keras and TensorFlow raise on a damaged file
+        raise UserError(
+            f"{directory} cannot be loaded ({error!s:.200}); expected a directory that {writer} "
+            "wrote"
+        ) from error
 
 
 def write_checksums(directory: Path, *names: str) -> None:

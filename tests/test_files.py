@@ -138,6 +138,6 @@ def test_a_directory_that_is_half_written_has_no_record(tmp_path):
     save(fails=False)
     files.verify(folder)
     assert set(contents(folder)) == {"a", "fit.json", files.CHECKSUMS}
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(UserError, match="full; choose another path"):
         save(fails=True)
     assert set(contents(folder)) == {"a"}

@@ -141,12 +141,9 @@ class AmortisedFit:
             "settings": self.settings,
             "history": self.history,
         }
-        try:
-            with files.saving(path, META, json.dumps(meta) + "\n", WEIGHTS, MODEL):
-                self.q.save_weights(path / WEIGHTS)
-                saving.save(self.simulation, path / MODEL)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error}; choose another path") from error
+        with files.saving(path, META, json.dumps(meta) + "\n", WEIGHTS, MODEL):
+            self.q.save_weights(path / WEIGHTS)
+            saving.save(self.simulation, path / MODEL)
 
     @classmethod
     def load(cls, path) -> "AmortisedFit":
@@ -159,18 +156,12 @@ class AmortisedFit:
           UserError: it is not a saved fit, or damaged.
         """
         path = Path(path)
-        try:
-            files.verify(path)
+        with files.loading(path, "AmortisedFit.save"):
             meta = json.loads((path / META).read_text())
             model = saving.Loaded(path / MODEL)
             q = training.build(model, meta["settings"])
             q.load_weights(path / WEIGHTS)
             return cls(model, q, **meta)
-        except Exception as error:  # whatever JSON, Keras and TensorFlow raise on a damaged file
-            raise UserError(
-                f"{path} cannot be loaded ({error!s:.200}); expected a directory that "
-                "AmortisedFit.save wrote"
-            ) from error
 
     def bank(self) -> tuple[np.ndarray, np.ndarray]:
         """Simulated pairs, u [n, dim] and y [n, features], the same at every call."""

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 
-from avb_tf import checkpoints, configuration, data, figures, files, replicas, results
+from avb_tf import checkpoints, configuration, data, diagnostics, figures, files, replicas, results
 from avb_tf.callbacks import tensorboard, writing
 from avb_tf.commands import train
 from avb_tf.data import pipeline
@@ -163,7 +163,7 @@ def _warnings(summaries) -> list[str]:
             )
     for name in ("log_likelihood_iwae_5000", "log_likelihood_ais"):
         share = summaries.get(name, {}).get("pareto_k_above_0.7")
-        if share and share > 0.1:
+        if share and share > diagnostics.PARETO_K_SHARE:
             warnings.append(
                 f"{name}: Pareto k is above 0.7 for {share:.0%} of the examples: a few draws "
                 "dominate the weights, and the true log p(x) is likely higher"

@@ -7,8 +7,6 @@ import numpy as np
 from avb_tf import diagnostics
 from avb_tf.likelihood_estimation import ais, chunks
 
-_SHARE = 0.1  # of examples whose Pareto k may exceed the limit
-
 
 class LogLikelihood(NamedTuple):
     """log p(x) in nats by annealed importance sampling, a lower bound in expectation.
@@ -50,7 +48,7 @@ class LogLikelihood(NamedTuple):
         """Reasons not to trust the values."""
         warnings = []
         share = float(np.mean(self.pareto_k > diagnostics.PARETO_K_LIMIT))
-        if share > _SHARE:
+        if share > diagnostics.PARETO_K_SHARE:
             warnings.append(
                 f"Pareto k is above {diagnostics.PARETO_K_LIMIT} for {share:.0%} of the examples: "
                 "log p(x) is likely higher; use more temperatures"
@@ -89,9 +87,10 @@ def log_likelihood(
     )
     size = ais.examples_at_once(model, chains)
     starts = range(0, len(x), size)
+    label = f"log p(x) by annealed importance sampling, {len(x)} examples"
     parts = [
         sampler.forward(x[i : i + size], seed=i // size)
-        for i in (chunks.tracked(starts, "chunk of AIS") if verbose else starts)
+        for i in (chunks.tracked(starts, label) if verbose else starts)
     ]
     log_weights = np.concatenate([part.log_weights for part in parts], -1)
     effective = diagnostics.effective_sample_size(log_weights)

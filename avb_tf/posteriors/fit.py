@@ -210,8 +210,7 @@ def load_posterior(path: Path | str) -> PosteriorFit:
       UserError: it is not a saved fit, or damaged.
     """
     path = Path(path)
-    try:
-        files.verify(path)
+    with files.loading(path, "PosteriorFit.save"):
         meta = json.loads((path / META).read_text())
         target = targets.load(path / MODEL)
         before = "z" in meta  # an earlier version kept it there
@@ -221,8 +220,3 @@ def load_posterior(path: Path | str) -> PosteriorFit:
         return PosteriorFit(
             target, start, avb, meta["seconds"], meta["seed"], meta["settings"], meta["history"]
         )
-    except Exception as error:  # whatever JSON, Keras and TensorFlow raise on a damaged file
-        raise UserError(
-            f"{path} cannot be loaded ({error!s:.200}); expected a directory that "
-            "PosteriorFit.save wrote"
-        ) from error

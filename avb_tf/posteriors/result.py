@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from avb_tf import contrast, files, objectives
 from avb_tf import diagnostics as weighing
-from avb_tf.errors import UserError
 from avb_tf.figures.pairs import pairs
 from avb_tf.model import AVB
 from avb_tf.posteriors import hmc, mixture, sampling, verdict
@@ -211,13 +210,10 @@ class PosteriorFit:
             "history": self.history,
             "charted": isinstance(self.model.decoder, Chart),
         }
-        try:
-            with files.saving(path, META, json.dumps(meta) + "\n", WEIGHTS, MODEL, START):
-                self.model.save_weights(path / WEIGHTS)
-                self.target.save(path / MODEL)
-                self.start.save(path / START)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error}; choose another path") from error
+        with files.saving(path, META, json.dumps(meta) + "\n", WEIGHTS, MODEL, START):
+            self.model.save_weights(path / WEIGHTS)
+            self.target.save(path / MODEL)
+            self.start.save(path / START)
 
     def export(self, directory, **settings) -> Path:
         """Writes `<directory>/<version>/` for TensorFlow Serving, with the signature `sample`.
