@@ -84,7 +84,10 @@ class Likelihood:
     @classmethod
     def from_config(cls, config):
         """The likelihood that `get_config` described."""
-        return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
+        values = {k: keras.saving.deserialize_keras_object(v) for k, v in config.items()}
+        if "unit" in values:  # of a file from before `support`
+            values["support"] = "unit" if values.pop("unit") else "real"
+        return cls(**values)
 
 
 @_register

@@ -60,7 +60,7 @@ class AVB(Restorable, Trained):
       skip_non_finite: whether to skip a step with a non-finite loss or gradient. `skipped`
         counts these.
       seed: of all noise drawn in training.
-      prior: p(z) is the standard normal; without one the likelihood is taken for log p(x, z).
+      prior: p(z) is the standard normal; without one the likelihood is log p(x, z).
     Raises:
       UserError: parts that do not fit each other.
     """
@@ -419,7 +419,7 @@ class AVB(Restorable, Trained):
     def _all_finite(self, x, *tensors) -> Any:
         """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`.
 
-        x is among them unless its values may be missing, for a relu may make a number of a nan.
+        x is among them, because a relu may turn a NaN into a number, unless values may be missing.
         """
         tensors = tensors if self.table is not None and self.table.missing else (x, *tensors)
         return replicas.all_finite(*tensors) if self.skip_non_finite else tf.constant(True)

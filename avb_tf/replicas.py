@@ -1,7 +1,7 @@
-"""What depends on how many devices there are: the strategy, a batch's shares, and its noise.
+"""Everything that depends on the number of devices: the strategy, a batch's shares, its noise.
 
-A run is the same whatever it runs on: the examples of a step, the noise of each of them and the
-update they lead to are functions of the step, whoever computes which share of them.
+A run is the same on any number of devices: its examples, their noise and the update are functions
+of the step, regardless of which replica computes which share.
 """
 
 import contextlib

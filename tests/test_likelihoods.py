@@ -9,6 +9,7 @@ import tensorflow as tf
 from avb_tf.likelihoods import (
     LIKELIHOODS,
     SCALE_FLOOR,
+    Likelihood,
     log_likelihood,
     pairwise_log_likelihood,
 )
@@ -160,3 +161,10 @@ def test_samples_have_the_mean_of_the_likelihood(name):
     if name == "logistic":
         assert 10 < len(np.unique(samples)) <= 256
         np.testing.assert_allclose(255 * samples, np.rint(255 * samples), atol=1e-4)
+
+
+@pytest.mark.parametrize(("unit", "support"), [(True, "unit"), (False, "real")])
+def test_a_likelihood_of_an_earlier_file_keeps_its_numbers(unit, support):
+    config = LIKELIHOODS["normal"].get_config()
+    del config["support"]
+    assert Likelihood.from_config(config | {"unit": unit}).support == support

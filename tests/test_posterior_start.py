@@ -79,6 +79,19 @@ def test_newtons_method_finds_modes_from_afar_whatever_the_units():
     assert modes.log_mass[0] == pytest.approx(exact, abs=1e-2)
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_the_share_of_a_mode_does_not_depend_on_the_gaussian_put_there(factor):
+    """Laplace's approximation would be off by the factor squared."""
+    weights, widths = np.array([0.3, 0.7]), np.array([0.5, 0.02])
+    target = mixture_of([[0.0, 0.0], [9.0, 9.0]], widths, weights)
+    scores = hmc.scores(target.log_density, target.dtype)
+    roots = factor * widths[:, np.newaxis, np.newaxis] * np.eye(2)
+    modes = search.Modes(np.array([[0.0, 0.0], [9.0, 9.0]]), roots, np.zeros(2))
+    shares = search.masses(scores, modes, 0.0, np.random.default_rng(0))
+    # The weights of 256 draws vary by 0.4 and 0.9 of their mean.
+    np.testing.assert_allclose(shares / weights, 1.0, atol=4 * (0.4 if factor == 1 else 0.9) / 16)
+
+
 def test_the_neck_of_a_hierarchical_model_is_no_lost_mode():
     """Its density has a pole where all slopes agree, and next to no mass there."""
     rng = np.random.default_rng(0)

@@ -133,7 +133,7 @@ def judge(given: Given, near: np.ndarray, prior: np.ndarray, seed: int = 0) -> J
     u = given.draw(DRAWS, rng)
     at_q = _finite(given.scores(u)[0]) - given.log_density(u)
     points = np.concatenate([near[:_NEAR], prior[:_PRIOR], u[:_OWN]])
-    lost = _lost_modes(given, points, _log_mean_exp(at_q))
+    lost = _lost_modes(given, points, _log_mean_exp(at_q), rng)
     proposal = Proposal(given, lost)
     jumps: Any = proposal  # draws and log_density are all that chains ask of a mixture
     x = sampling.weighed(given.scores, jumps, rng)
@@ -159,7 +159,7 @@ def judge(given: Given, near: np.ndarray, prior: np.ndarray, seed: int = 0) -> J
     return Judgement(diagnostics, log_evidence, proposal, states, root, kept.step_size)
 
 
-def _lost_modes(given: Given, points: np.ndarray, log_evidence: float) -> Mixture | None:
+def _lost_modes(given: Given, points: np.ndarray, log_evidence: float, rng) -> Mixture | None:
     """Gaussians at the modes where q has less than a tenth of its density, or None."""
     points = points[np.isfinite(given.scores(points)[0])]
     maxima = search.climb(given.scores, points) if len(points) else points
@@ -167,7 +167,7 @@ def _lost_modes(given: Given, points: np.ndarray, log_evidence: float) -> Mixtur
         return None
     modes = search.modes(given.scores, maxima)
     excess = given.scores(modes.x)[0] - log_evidence - given.log_density(modes.x)
-    lost = (excess > np.log(10.0)) & (modes.log_mass - log_evidence > np.log(_LOST))
+    lost = (excess > np.log(10.0)) & (search.masses(given.scores, modes, log_evidence, rng) > _LOST)
     if not lost.any():
         return None
     gaussians = list(zip(modes.x[lost], modes.roots[lost], strict=True))

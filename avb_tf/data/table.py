@@ -99,10 +99,10 @@ class Table:
                 raise UserError(
                     f"kind '{kind}' is unknown; expected one of {_listed((*KINDS, SKIP))}"
                 )
-        chosen = {name: kinds.get(name, kinds.get("*", "")) for name in values}
-        skipped = tuple(name for name, kind in chosen.items() if kind == SKIP)
+        kind_of = {name: kinds.get(name, kinds.get("*", "")) for name in values}
+        skipped = tuple(name for name, kind in kind_of.items() if kind == SKIP)
         kept = {name: column for name, column in values.items() if name not in skipped}
-        exposures = [name for name in kept if chosen[name] == "exposure"]
+        exposures = [name for name in kept if kind_of[name] == "exposure"]
         if len(exposures) > 1:
             raise UserError(f"{place} has the exposures {_listed(exposures)}; expected one at most")
         exposure = 1.0
@@ -110,7 +110,7 @@ class Table:
             column = Column(exposures[0], "exposure")
             exposure = _numbers(column, kept[column.name], missing, place)
         columns = tuple(
-            _described(name, column, chosen[name], missing, exposure, place)
+            _described(name, column, kind_of[name], missing, exposure, place)
             for name, column in kept.items()
         )
         if all(column.kind == "exposure" for column in columns):

@@ -175,9 +175,9 @@ def load_problem(name: str) -> models.Problem:
 
 
 def _others(problem, target, begun: start.Start, config, stem: Path):
-    """What fits of a model are compared with, and how it does itself.
+    """The baselines and the reference that fits of a model are compared with, and their measures.
 
-    Kept beside `stem`, for none of it depends on a fit but by where it starts: all seeds share it.
+    All seeds share them, so they are kept beside `stem`.
 
     Returns:
       Draws [eval.draws, dim] by name, "reference" among them; and a record of what they are, with
@@ -251,7 +251,7 @@ def _measured(draws, seconds, reference):
 
 
 def _statistics(problem, target, draws) -> dict[str, dict[str, float]]:
-    """What the model's file wants to see of the draws: by name, and then by whose draws."""
+    """The statistics of the model's file: name -> label of the draws -> value."""
     if problem.statistics is None:
         return {}
     values = {}

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 from scipy import special
 
+from avb_tf.posteriors import mixture
 from avb_tf.posteriors.mixture import Mixture
 
 WIDTHS = (0.5, 2.0, 5.0, 15.0, 50.0)  # standard deviations around 0 of the first points
@@ -20,6 +21,7 @@ _ITERATIONS = 30
 _LENGTHS = np.array([1.0, 0.3, 0.1, 0.02, 1e-3, 1e-5])  # of Newton's step
 _CLIMBS = np.array([10.0, 1.0, 0.1, 1e-2, 1e-3])  # lengths of a step along the gradient
 _MODES = 60
+_MASS_DRAWS = 256  # for the mass of a mode
 _LOOK = 2**15  # points in a batch of the wide look
 _SEEN = 64  # points of a look, those that exceed the mixture most
 _COMPARED = 256  # of them with the mixture, the densest for their distance
@@ -165,6 +167,26 @@ def _laplace(scores, x, score):
     inverse = np.linalg.inv(root)
     values, vectors = np.linalg.eigh(root @ root.T)
     return inverse.T @ inverse, (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+
+
+def masses(scores, modes: Modes, log_normaliser: float, rng) -> np.ndarray:
+    """The share of the posterior at each mode, [modes], by importance sampling.
+
+    Laplace's approximation is far off at a pole, such as the neck of a hierarchical model.
+
+    Args:
+      scores: as of `climb`.
+      modes: as `modes` returns them.
+      log_normaliser: of the log density, in nats.
+      rng: of the draws.
+    """
+    shares = []
+    for mode, root in zip(modes.x, modes.roots, strict=True):
+        near = mixture.of_gaussians([(mode, root)], mixture.DEGREES)
+        x = near.draw(_MASS_DRAWS, rng)
+        log_weights = scores(x)[0] - near.log_density(x) - log_normaliser
+        shares.append(np.exp(np.minimum(np.nan_to_num(log_weights, nan=-np.inf), 50.0)).mean())
+    return np.array(shares)
 
 
 class Look(NamedTuple):

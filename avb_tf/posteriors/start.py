@@ -32,7 +32,6 @@ MATCHES = 3  # Gaussians from around 0, beside those from the modes
 LARGEST = 200  # dimensions of a covariance in full
 LARGEST_OF_ALL = 2000  # dimensions
 AGAIN = 2  # times that the chains run with what a look saw, at most
-MASS_DRAWS = 256  # for the mass of a mode
 LACKING = 0.03  # share of the posterior that the chains may lack
 LOOK_SHARE = 0.6  # of the start's seconds, spent on the wide look
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, where no seconds are given
@@ -292,20 +291,6 @@ def _estimated(tails, sampled, dtype, rng):
     return tails, draws[rng.choice(len(draws), sampling.CHAINS)]
 
 
-def _masses(scores, modes, log_normaliser, rng) -> np.ndarray:
-    """The share of the posterior at each mode, by importance sampling.
-
-    Laplace's approximation is far off at a pole, such as the neck of a hierarchical model.
-    """
-    masses = []
-    for mode, root in zip(modes.x, modes.roots, strict=True):
-        near = mixture.of_gaussians([(mode, root)], mixture.DEGREES)
-        x = near.draw(MASS_DRAWS, rng)
-        log_weights = scores(x)[0] - near.log_density(x) - log_normaliser
-        masses.append(np.exp(np.minimum(np.nan_to_num(log_weights, nan=-np.inf), 50.0)).mean())
-    return np.array(masses)
-
-
 def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
     """The mixture with what a look saw beside it, if anything; and the share that it lacks.
 
@@ -317,7 +302,7 @@ def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
     if len(look.x):
         modes = search.modes(scores, search.climb(scores, look.x))
         excess = scores(modes.x)[0] - sampled.log_normaliser - known.log_density(modes.x)
-        mass = _masses(scores, modes, sampled.log_normaliser, rng)
+        mass = search.masses(scores, modes, sampled.log_normaliser, rng)
         fresh = (excess > np.log(3.0)) & (mass > 1e-3)
         means += list(modes.x[fresh])
         roots += [mixture.lower(root @ root) for root in modes.roots[fresh]]
