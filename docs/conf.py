@@ -45,6 +45,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signatures have them
 napoleon_custom_sections = [("Source", "references")]
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # autodoc lists the fields of a NamedTuple as well
 smartquotes = False  # shapes such as [..., latent]
 highlight_language = "python"
 
