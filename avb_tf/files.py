@@ -16,6 +16,7 @@ from absl import logging
 from avb_tf.errors import UserError
 
 CHECKSUMS = "checksums.json"  # SHA-256 of the other files of a directory, by relative path
+COMMITTED = ".new"  # in a directory: files of a finished `saving`, not yet at their places
 # What a file system without locks, or without fsync on directories, answers.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
 
@@ -94,10 +95,15 @@ def remove_leftovers(path: Path) -> None:
     for left in path.parent.glob(f".{path.name}.*"):
         process = left.name.removeprefix(f".{path.name}.")
         if process == str(os.getpid()) or not _runs(process):
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a link, or a directory with all that is in it; it may be missing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _runs(process: str) -> bool:
@@ -148,31 +154,62 @@ def locked(file: Path):
 
 @contextlib.contextmanager
 def saving(directory: Path, record: str, content: str, *names: str):
-    """The block writes `names` into `directory`; `record`, written last, says that all is there.
+    """Replaces files of `directory` together: a kill leaves all of the old ones, or of the new.
 
-        with files.saving(path, "fit.json", json.dumps(meta), "fit.weights.h5"):
-            model.save_weights(path / "fit.weights.h5")
+        with files.saving(path, "fit.json", json.dumps(meta), "fit.weights.h5") as new:
+            model.save_weights(new / "fit.weights.h5")
 
     Args:
-      directory: created if missing; what it has of an earlier call is replaced.
-      record: name of the file that is written last, before the checksums.
+      directory: created if missing; its other files stay.
+      record: name of a file whose presence says that all is there.
       content: of that file.
       *names: of the files and folders that the block writes.
+    Yields:
+      The directory in which the block writes `names`.
     Raises:
       UserError: the directory cannot be written.
     """
+    partial = directory / f".partial.{os.getpid()}"
     try:
         make_directory(directory)
-        for name in (record, CHECKSUMS):
-            (directory / name).unlink(missing_ok=True)
-        sync(directory)
-        yield
-        for name in names:
-            sync_all(directory / name)
-        write_atomically(directory / record, content)
-        write_checksums(directory, *names, record)
+        remove_leftovers(directory / "partial")
+        settle(directory)
+        partial.mkdir()
+        yield partial
+        (partial / record).write_text(content)
+        write_checksums(partial, *names, record)
+        replace(partial, directory / COMMITTED)
+        settle(directory)
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error}; choose another path") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def settle(directory: Path) -> None:
+    """Moves the files of a finished `saving` to their places, if a kill has kept it from that.
+
+    Raises:
+      OSError: the directory cannot be written.
+    """
+    new = directory / COMMITTED
+    if not new.is_dir():
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)  # another process may do the same
+        if new.is_symlink() or not new.is_dir():
+            return
+        for path in sorted(new.iterdir()):
+            _remove(directory / path.name)
+            os.replace(path, directory / path.name)
+        sync(directory)
+        sync(new)
+        new.rmdir()
+        sync(directory)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -186,6 +223,7 @@ def loading(directory: Path, writer: str):
       UserError: a file is missing or damaged, or the block cannot use it.
     """
     try:
+        settle(directory)
         verify(directory)
         yield
     except Exception as error:  # whatever JSON, Keras and TensorFlow raise on a damaged file

@@ -126,18 +126,85 @@ def test_changed_and_missing_files_are_noticed(tmp_path):
         files.verify(tmp_path)
 
 
-def test_a_directory_that_is_half_written_has_no_record(tmp_path):
+def test_a_failed_save_keeps_the_files_of_the_one_before(tmp_path):
     folder = tmp_path / "fit"
 
-    def save(fails):
-        with files.saving(folder, "fit.json", "{}", "a"):
-            (folder / "a").write_text("half")
+    def save(text, fails=False):
+        with files.saving(folder, "fit.json", "{}", "a") as new:
+            (new / "a").write_text(text)
             if fails:
                 raise OSError("full")
 
-    save(fails=False)
-    files.verify(folder)
-    assert set(contents(folder)) == {"a", "fit.json", files.CHECKSUMS}
+    save("old")
+    (folder / "other").write_text("other")
     with pytest.raises(UserError, match="full; choose another path"):
-        save(fails=True)
-    assert set(contents(folder)) == {"a"}
+        save("half", fails=True)
+    files.verify(folder)
+    before = contents(folder)
+    assert set(before) == {"a", "fit.json", files.CHECKSUMS, "other"}
+    assert before["a"] == "old"
+    save("new")
+    files.verify(folder)
+    assert contents(folder)["a"] == "new"
+    assert contents(folder)["other"] == "other"
+
+
+# Saves "old" and then "new" into a directory, and kills the process at every system call of the
+# second save; prints what is loaded after that.
+KILLED_AT_EVERY_CALL = """
+import itertools, os, pathlib, shutil, signal, sys
+from avb_tf import files
+
+folder = pathlib.Path(sys.argv[1])
+
+def save(text):
+    with files.saving(folder, "fit.json", text, "a", "model") as new:
+        (new / "model").mkdir()
+        for name in ("a", "model/b"):
+            (new / name).write_text(text)
+
+def kill_at(number):
+    calls = itertools.count()
+    def killing(call):
+        def wrapped(*arguments, **keywords):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **keywords)
+        return wrapped
+    for name in ("mkdir", "open", "fsync", "replace", "unlink", "rmdir"):
+        setattr(os, name, killing(getattr(os, name)))
+
+for number in itertools.count():
+    shutil.rmtree(folder, ignore_errors=True)
+    save("old")
+    if not (child := os.fork()):
+        kill_at(number)
+        save("new")
+        os._exit(0)
+    finished = os.waitpid(child, 0)[1] == 0
+    with files.loading(folder, "this test"):
+        print(*[(folder / name).read_text() for name in ("fit.json", "a", "model/b")])
+    save("third")
+    assert sorted(os.listdir(folder)) == ["a", "checksums.json", "fit.json", "model"]
+    if finished:
+        break
+"""
+
+
+def test_a_kill_leaves_all_files_of_a_save_or_all_of_the_one_before(tmp_path):
+    command = [sys.executable, "-c", KILLED_AT_EVERY_CALL, str(tmp_path / "fit")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()
+    assert loaded == sorted(loaded, reverse=True)  # old until a moment, and new after it
+    assert set(loaded) == {"old old old", "new new new"}
+    assert loaded.count("new new new") > 5
+
+
+def test_a_link_is_not_taken_for_the_files_of_a_save(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "fit"
+    for made in (elsewhere, folder):
+        made.mkdir()
+    (elsewhere / "a").write_text("kept")
+    (folder / files.COMMITTED).symlink_to(elsewhere)
+    files.settle(folder)
+    assert contents(elsewhere) == {"a": "kept"}

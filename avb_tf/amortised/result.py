@@ -133,7 +133,6 @@ class AmortisedFit:
         Raises:
           UserError: the path cannot be written.
         """
-        path = Path(path)
         meta = {
             "seed": self.seed,
             "steps": self.steps,
@@ -141,9 +140,9 @@ class AmortisedFit:
             "settings": self.settings,
             "history": self.history,
         }
-        with files.saving(path, META, json.dumps(meta) + "\n", WEIGHTS, MODEL):
-            self.q.save_weights(path / WEIGHTS)
-            saving.save(self.simulation, path / MODEL)
+        with files.saving(Path(path), META, json.dumps(meta) + "\n", WEIGHTS, MODEL) as new:
+            self.q.save_weights(new / WEIGHTS)
+            saving.save(self.simulation, new / MODEL)
 
     @classmethod
     def load(cls, path) -> "AmortisedFit":

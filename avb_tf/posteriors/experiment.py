@@ -50,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _trained(config, workdir, problem) -> PosteriorFit:
     """The fit of the workdir, or a new one."""
-    if (workdir / FIT / META).exists():  # written last
+    if _is_fitted(workdir):
         return load_posterior(workdir / FIT)
     fit = fit_posterior(
         problem.model,
@@ -145,9 +145,14 @@ def _write_draws(draws, workdir: Path) -> Path:
 
 
 def _fit(workdir: Path) -> PosteriorFit:
-    if not (workdir / FIT / META).exists():
+    if not _is_fitted(workdir):
         raise UserError(f"{workdir} has no fit; train it first")
     return load_posterior(workdir / FIT)
+
+
+def _is_fitted(workdir: Path) -> bool:
+    files.settle(workdir / FIT)
+    return (workdir / FIT / META).exists()
 
 
 def load_problem(name: str) -> models.Problem:
@@ -217,6 +222,8 @@ def _others(problem, target, begun: start.Start, config, stem: Path):
     }
     draws["reference"] = reference
     files.make_directory(stem.parent)
+    record.unlink(missing_ok=True)  # it must not describe the arrays of other settings
+    files.sync(stem.parent)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **draws)
     files.write_atomically(arrays, buffer.getvalue())

@@ -202,7 +202,6 @@ class PosteriorFit:
         Raises:
           UserError: the path cannot be written.
         """
-        path = Path(path)
         meta = {
             "seed": self.seed,
             "seconds": self.seconds,
@@ -210,10 +209,11 @@ class PosteriorFit:
             "history": self.history,
             "charted": isinstance(self.model.decoder, Chart),
         }
-        with files.saving(path, META, json.dumps(meta) + "\n", WEIGHTS, MODEL, START):
-            self.model.save_weights(path / WEIGHTS)
-            self.target.save(path / MODEL)
-            self.start.save(path / START)
+        content = json.dumps(meta) + "\n"
+        with files.saving(Path(path), META, content, WEIGHTS, MODEL, START) as new:
+            self.model.save_weights(new / WEIGHTS)
+            self.target.save(new / MODEL)
+            self.start.save(new / START)
 
     def export(self, directory, **settings) -> Path:
         """Writes `<directory>/<version>/` for TensorFlow Serving, with the signature `sample`.

@@ -29,9 +29,10 @@ from tests import serving_fuzz
 from tests.campaigns import crashes, faults, jobs
 from tests.campaigns.jobs import Job
 
-BATCH = 20  # kills of a part
+BATCH = 18  # kills of one run
 # Phases of a training run that are killed, in turn.
 PHASES = ("step", "save", "prune", "compile", "evaluation", "chunks")
+METHODS = ("vae", "avb_ac")  # of killed runs
 EXPORT = "--mode=export"
 TWO_DEVICES = """
 import tensorflow as tf
@@ -144,26 +145,28 @@ def crash_part(folder, chance, resumes, *flags, **job):
 # Kills.
 
 
-def kills(folder, whole, count, chance):
-    """SIGKILLs of one training run after the other."""
+def kills(folder, method, count, chance):
+    """SIGKILLs of one run, which is resumed after each."""
     moments = [PHASES[i % len(PHASES)] for i in range(count)]
     # A run that is evaluating has been trained, so the kills of one run are in order.
     moments.sort(key=lambda moment: moment in jobs.AFTER_TRAINING)
-    return list(faults.disturbed(folder, whole, [(signal.SIGKILL, m) for m in moments], chance))
+    sent = [(signal.SIGKILL, moment) for moment in moments]
+    whole = undisturbed(folder, method)
+    return list(faults.disturbed(folder, whole, sent, chance, method=method, forked=True))
 
 
 def killed_exports(folder, whole, count, chance):
     """SIGKILLs while an export is written: no half version, and the next one is whole."""
     workdir = shutil.copytree(whole, folder / "exports", dirs_exist_ok=True)
     for _ in range(count):
-        job = Job(workdir, EXPORT)
+        job = Job(workdir, EXPORT, forked=True)
         seen = job.wait_for(lambda: any((workdir / layout.DIRECTORY).glob(".[0-9]*.*")))
         if not seen:
             yield "missed the export"
         time.sleep(chance.uniform(0.0, 3.0))
         job.process.kill()
         job.finish()
-    status, error = Job(workdir, EXPORT).finish()
+    status, error = Job(workdir, EXPORT, forked=True).finish()
     if status:
         yield f"exit status {status}: {error[-200:]}"
     for version in layout.versions(workdir / layout.DIRECTORY):
@@ -176,7 +179,7 @@ def killed_exports(folder, whole, count, chance):
 
 def killed_fits(folder, count, chance):
     """SIGKILLs while a posterior is fitted and written: the fit ends as if there were none."""
-    fit = {"posterior": True, "method": "banana"}
+    fit = {"posterior": True, "method": "banana", "forked": True}
     whole, workdir = folder / "fit_whole", folder / "fit_killed"
     began = time.monotonic()
     if not (whole / "fit/checksums.json").exists():
@@ -381,6 +384,15 @@ def flipped_directories(directory, count, chance):
 # The table.
 
 
+def undisturbed(folder, method="avb_ac"):
+    """The workdir of a finished run of the method, made once."""
+    workdir = folder / f"whole_{method}"
+    if not (workdir / results.FILE).exists():
+        status, error = Job(workdir, method=method, forked=True).finish()
+        assert status == 0, error
+    return workdir
+
+
 def parts(folder, whole, options):
     """Name of a part -> function that returns (trials, losses, note)."""
 
@@ -404,7 +416,8 @@ def parts(folder, whole, options):
     for batch in range(-(-options.kills // BATCH)):
         count = min(BATCH, options.kills - batch * BATCH)
         note = ", ".join(f"{count // len(PHASES)}+ {phase}" for phase in PHASES)
-        tables[f"SIGKILL of a run, {batch}"] = part(kills, count, whole, count, note=note)
+        method = METHODS[batch % len(METHODS)]
+        tables[f"SIGKILL of a run, {batch}"] = part(kills, count, method, count, note=note)
     few, flips = max(1, options.kills // 15), options.flips
     tables |= {
         "SIGKILL of an export": part(killed_exports, few, whole, few),
@@ -487,10 +500,7 @@ def main():
     options = parser.parse_args()
     folder = options.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    whole, table = folder / "whole", folder / "table.jsonl"
-    if not (whole / results.FILE).exists():
-        status, error = Job(whole).finish()
-        assert status == 0, error
+    whole, table = undisturbed(folder), folder / "table.jsonl"
     lines = [json.loads(line) for line in table.read_text().splitlines()] if table.exists() else []
     for number, (name, run) in enumerate(parts(folder, whole, options).items()):
         wanted = options.only is None or any(name.startswith(only) for only in options.only)

@@ -1,7 +1,10 @@
 """Runs short jobs as processes, disturbs them, and compares them with undisturbed ones."""
 
+import functools
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +16,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from avb_tf import checkpoints
+from avb_tf import checkpoints, command_line
 
 ROOT = Path(__file__).parents[2]
 MAIN = (str(ROOT / "main.py"),)
@@ -34,6 +37,61 @@ POSTERIOR_FLAGS = [
 ]  # fmt: skip
 
 
+# Forks processes that have imported TensorFlow, which takes longer than a short job.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["avb_tf.commands.evaluate", "avb_tf.commands.export", "avb_tf.posteriors.experiment",
+     "avb_tf.amortised.fit", "tests.campaigns.jobs"]
+)  # fmt: skip
+
+
+class Fork:
+    """A process, as those of `subprocess`, that begins with all imports done.
+
+    Args:
+      output: what is printed goes there, and errors into a file beside it.
+      function: that the process calls; it can be imported, `partial` of such a function included.
+    """
+
+    def __init__(self, output, function):
+        self._errors = output.with_suffix(".err")
+        self._process = _FORKS.Process(target=_call, args=(function, output, self._errors))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    poll = returncode.fget
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout):
+        """Waits for the end; None and the errors."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+        return None, self._errors.read_text()
+
+
+def _call(function, output, errors):
+    for number, file in ((1, output), (2, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
+    function()
+
+
+def _main(arguments, before):
+    if before is not None:
+        before()
+    command_line.main(["avb-tf", *arguments])
+
+
 class Job:
     """The command line in a process.
 
@@ -45,11 +103,14 @@ class Job:
       output: what is printed goes there, beside the workdir unless it is given.
       program: what Python runs, the arguments before the flags.
       under: a command that runs the Python command after it, such as strace.
+      posterior: whether `method` is a model of the posteriors' config.
+      forked: whether the process is a `Fork`, which starts faster, without `program` and `under`.
+      before: what a fork calls before the command line.
     """
 
     def __init__(
         self, workdir, *flags, method="avb_ac", cluster=(), task=0, output=None, program=MAIN,
-        under=(), posterior=False,
+        under=(), posterior=False, forked=False, before=None,
     ):  # fmt: skip
         self.workdir, self.first = workdir, checkpoints.newest_step(workdir)
         self.output = output or workdir.with_name(f"{workdir.name}-{task}.txt")
@@ -58,11 +119,15 @@ class Job:
         if cluster:
             task = {"type": "worker", "index": task}
             environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": cluster}, "task": task})
-        command = [
-            *under, sys.executable, *program,
+        arguments = [
             f"--config={ROOT}/configs/{'posteriors' if posterior else 'digits'}.py:{method}",
             f"--workdir={workdir}", *(POSTERIOR_FLAGS if posterior else FLAGS), *flags,
         ]  # fmt: skip
+        if forked:
+            main = functools.partial(_main, arguments, before)
+            self.process = Fork(self.output, main)
+            return
+        command = [*under, sys.executable, *program, *arguments]
         with self.output.open("wb") as printed:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=printed, stderr=subprocess.PIPE, text=True
