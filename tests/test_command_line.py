@@ -190,7 +190,8 @@ def test_training_writes_all_files_of_a_run(root):
     assert names == {".train.lock", "config.json", "checkpoints", "figures", "logs"}
     checkpoints = {path.name for path in (root / "run/checkpoints").iterdir()}
     # A run that diverges early returns to the checkpoint from before the first step.
-    assert checkpoints == {"README.md", *(f"step_{step:09d}.keras" for step in (0, 10, 20))}
+    saved = {f"step_{step:09d}.keras" for step in (0, 10, 20)}
+    assert checkpoints == {"README.md", "first_elbo.json"} | saved
 
 
 def test_a_finished_run_is_not_trained_again(workdir, capsys):

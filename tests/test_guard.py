@@ -147,9 +147,12 @@ def test_a_diverging_run_rolls_back_with_lower_rates_and_finally_stops(tmp_path,
     assert all(np.isfinite(v.numpy()).all() for v in left.weights)
 
 
-def test_a_finite_explosion_at_the_end_of_an_epoch_costs_no_good_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_finite_explosion_at_the_end_of_an_epoch_costs_no_good_checkpoint(
+    tmp_path, monkeypatch, killed
+):
     """Twice the newest checkpoint fails; then the one before is taken, even if one is kept."""
-    config = tiny()
+    config, kills = tiny(), [1] if killed else []
     config.steps, config.keep_checkpoints = 40, 1
     save = checkpoints.save
 
@@ -157,9 +160,16 @@ def test_a_finite_explosion_at_the_end_of_an_epoch_costs_no_good_checkpoint(tmp_
         if int(model.step.value) == 20 and not int(model.rollbacks.value):
             for variable in model.decoder.weights:
                 variable.assign(1e6 * variable)
+            path = save(model, workdir, keep)
+            if kills:
+                raise SystemExit(kills.pop())
+            return path
         return save(model, workdir, keep)
 
     monkeypatch.setattr(checkpoints, "save", explode)
+    if killed:
+        with pytest.raises(SystemExit):
+            train.train(config, tmp_path / "run")
     model = train.train(config, tmp_path / "run")
     assert int(model.step.value) == 40
     assert int(model.rollbacks.value) == 2

@@ -1,16 +1,18 @@
 """Ends `fit`: at its last step, on SIGTERM, or when training diverges."""
 
 import contextlib
+import json
 import math
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from avb_tf import replicas
+from avb_tf import files, replicas
 from avb_tf.errors import DivergenceError
 
 PREEMPTED = 128 + signal.SIGTERM  # exit status that a shell reports after SIGTERM
@@ -26,11 +28,13 @@ class Guard(keras.callbacks.Callback):
     Args:
       enabled: whether to end on a finite ELBO that has dropped far below the first one, too. An
         ELBO that is not finite always ends training.
+      file: keeps the ELBO of the run's first step for processes that resume the run, because a
+        process may resume from weights that have exploded; None: each process takes its own.
     """
 
-    def __init__(self, enabled: bool = True):
+    def __init__(self, enabled: bool = True, file: Path | None = None):
         super().__init__()
-        self.enabled = enabled
+        self.enabled, self.file = enabled, file
         self.first = None  # ELBO of the first step
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
@@ -42,7 +46,7 @@ class Guard(keras.callbacks.Callback):
         if not math.isfinite(elbo) and int(self.model.means["elbo"].count.numpy()):
             raise DivergenceError(f"elbo is {elbo} at step {step}")
         if self.first is None and not count and math.isfinite(elbo):
-            self.first = elbo
+            self.first = elbo if self.file is None else _kept(self.file, elbo)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
         """Checks whether the ELBO has dropped too far."""
@@ -54,6 +58,16 @@ class Guard(keras.callbacks.Callback):
                     f"elbo is {elbo:.3g} up to step {int(self.model.step.numpy())}, from "
                     f"{self.first:.3g} at the first step"
                 )
+
+
+def _kept(file: Path, elbo: float) -> float:
+    """The number in the file; if it is missing or damaged it is written anew."""
+    try:
+        return float(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        if replicas.is_chief():
+            files.write_atomically(file, json.dumps(elbo))
+        return elbo
 
 
 class SaveWhenTerminated(keras.callbacks.Callback):

@@ -21,6 +21,7 @@ from avb_tf.optimizers import Adam
 from avb_tf.schedules import DelayedCosine
 
 LOCK = ".train.lock"  # held in the workdir by the process that trains
+FIRST = "first_elbo.json"  # beside the checkpoints, for the guard of a resumed run
 FIGURE_EXAMPLES = 500  # held-out examples in figures and validation curves
 CALL_SECONDS = 1.0  # longest call of the training graph
 SMALL_DATA = 128  # examples up to which a batch may hold them several times, with other noise
@@ -181,7 +182,8 @@ class Training:
             workdir, config.checkpoint_every, config.keep_checkpoints, last
         )
         self.terminated = guard.SaveWhenTerminated(writer.save if chief else lambda: None, strategy)
-        self.callbacks = [guard.Guard(config.guard.enabled), guard.StopAtStep(last)]
+        first = workdir / checkpoints.DIRECTORY / FIRST
+        self.callbacks = [guard.Guard(config.guard.enabled, first), guard.StopAtStep(last)]
         if chief:
             held_out = pipeline.examples(source.validation, FIGURE_EXAMPLES, binary)
             labels = source.validation.labels

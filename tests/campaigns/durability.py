@@ -1,14 +1,16 @@
 """Crash states, kills, corruption and more faults of long jobs: a table of trials and losses.
 
   python -m tests.campaigns.durability DIR [--kills=300] [--flips=1000] [--resumed=10]
-    [--fuzz=600] [--only=PART ...]
+    [--fuzz=600] [--explosions=10] [--requests=200000] [--versions=10] [--only=PART ...]
 
 Resumable: DIR/table.jsonl has a line for each part that is finished, which is not run again.
 `tests/campaigns/faults.py` has the faults of workers and full disks, and memory.
 """
 
 import argparse
+import functools
 import json
+import math
 import os
 import random
 import shutil
@@ -20,13 +22,17 @@ import time
 import zipfile
 from pathlib import Path
 
-from avb_tf import archives, checkpoints, configuration, files, results
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from avb_tf import archives, checkpoints, configuration, files, fit_amortised, results
+from avb_tf.amortised.result import AmortisedFit
 from avb_tf.errors import UserError
 from avb_tf.posteriors.fit import load_posterior
 from avb_tf.serving import layout
 from avb_tf.serving.saved_model import SavedModel
 from tests import serving_fuzz
-from tests.campaigns import crashes, faults, jobs
+from tests.campaigns import crashes, exhaustion, faults, jobs, reloading
 from tests.campaigns.jobs import Job
 
 BATCH = 18  # kills of one run
@@ -34,13 +40,6 @@ BATCH = 18  # kills of one run
 PHASES = ("step", "save", "prune", "compile", "evaluation", "chunks")
 METHODS = ("vae", "avb_ac")  # of killed runs
 EXPORT = "--mode=export"
-TWO_DEVICES = """
-import tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from avb_tf import command_line
-command_line.main()
-"""
 # What happens at the end of the first save: the statement, and words of the one line.
 LIMITS = {
     "the workdir vanishes": ("shutil.rmtree(workdir)", "is gone"),
@@ -79,14 +78,17 @@ def crashed(recording, chance, every=1):
       (tree, losses)
     """
     states = crashes.crash(recording.operations, recording.directories, chance)
+    renames = [i for i, o in enumerate(recording.operations) if o.new == files.COMMITTED]
+    fitted = renames[0] + 1 if renames else math.inf  # the directory is synced then
     for count, (number, tree, losses) in enumerate(states):
         lost = [f"operation {number}: {path} is not as saved" for path in losses]
         if count % every == 0:
             with tempfile.TemporaryDirectory() as folder:
                 crashes.write(tree, Path(folder))
-                lost += [
-                    f"operation {number}: {what}" for what in unreadable(Path(folder, "whole"))
-                ]
+                workdir = Path(folder, "whole")
+                lost += [f"operation {number}: {what}" for what in unreadable(workdir)]
+                if number >= fitted and not (workdir / "fit/fit.json").exists():
+                    lost.append(f"operation {number}: no fit")
         yield tree, lost
 
 
@@ -107,7 +109,8 @@ def unreadable(workdir):
         archives.read_arrays(file)
     for version in layout.versions(workdir / layout.DIRECTORY):
         files.verify(workdir / layout.DIRECTORY / str(version))
-    if (workdir / "fit/fit.json").exists():  # written last, but for the checksums
+    files.settle(workdir / "fit")
+    if (workdir / "fit/fit.json").exists():
         files.verify(workdir / "fit")
         missing = {"fit.weights.h5", "model", "start.npz"} - {
             path.name for path in (workdir / "fit").iterdir()
@@ -208,29 +211,57 @@ def killed_fits(folder, count, chance):
     shutil.rmtree(workdir)
 
 
+def fit_and_save(path, steps):
+    """Fits amortised posteriors of a tiny model and saves them."""
+    model = tfp.distributions.JointDistributionNamed({
+        "mu": tfp.distributions.Normal(0.0, 1.0),
+        "y": lambda mu: tfp.distributions.Normal(mu, 1.0),
+    })  # fmt: skip
+    sizes = {"batch_size": 16, "components": 2, "width": 4, "trunk_width": 4, "depth": 1}
+    fit_amortised(model, steps=steps, verbose=False, **sizes).save(path)
+
+
+def killed_amortised_fits(folder, count, chance):
+    """SIGKILLs while amortised posteriors are fitted and saved over those of an earlier fit."""
+    path, output = folder / "amortised/fit", folder / "amortised.txt"
+    began = time.monotonic()
+    first = jobs.Fork(output, functools.partial(fit_and_save, path, 3))
+    errors = first.communicate(600)[1]
+    assert first.returncode == 0, errors
+    seconds = time.monotonic() - began
+    for trial in range(count):
+        process = jobs.Fork(output, functools.partial(fit_and_save, path, 4))
+        while trial % 2 and process.poll() is None and not any(path.glob(".[pn]*")):
+            time.sleep(0.002)
+        end = 0.5 if trial % 2 else seconds  # while it is saved, and at any time
+        time.sleep(chance.uniform(0.0, end))
+        process.kill()
+        process.communicate(60)
+        try:
+            steps = AmortisedFit.load(path).steps
+        except UserError as error:
+            yield f"{error!s:.200}"
+        else:
+            if steps not in (3, 4):
+                yield f"a fit of {steps} steps"
+
+
 # One workdir, and what may happen to it.
 
 
-def one_line(status, error, words):
-    """Whether a command ended with status 2 and one line that has the words."""
-    lines = [line for line in error.splitlines() if line.startswith("avb-tf: ")]
-    if status != 2 or len(lines) != 1 or words not in lines[0] or "Traceback" in error:
-        yield f"exit status {status}, {error[-300:]}"
-
-
-def two_at_once(folder, whole, **job):
+def two_at_once(folder, whole):
     """Two commands that train in one workdir, and one that evaluates meanwhile."""
     workdir = folder / "shared"
-    both = [Job(workdir, output=folder / f"shared_{i}.txt", **job) for i in range(2)]
+    both = [Job(workdir, output=folder / f"shared_{i}.txt", forked=True) for i in range(2)]
     ends = sorted((j.finish() for j in both), key=lambda end: end[0])
     if ends[0][0]:
         yield f"exit status {ends[0]}"
-    yield from one_line(*ends[1], "is in use by process")
+    yield from jobs.one_line(*ends[1], "is in use by process")
     yield from jobs.losses(workdir, whole)
     shutil.rmtree(workdir)
 
 
-def limited(folder, whole, names, **job):
+def limited(folder, whole, names):
     """Something happens to a workdir at the end of the first save; later the run resumes."""
     for name in names:
         statement, words = LIMITS[name]
@@ -240,13 +271,14 @@ def limited(folder, whole, names, **job):
         mounted = "mount" in statement
         if mounted:
             faults.mount(workdir / checkpoints.DIRECTORY, 10**7)
-        program = ("-c", faults.AFTER_SAVE, statement)
+        before = functools.partial(faults.after_save, statement)
         # Standard output would be one more open file.
-        status, error = Job(workdir, program=program, output=Path(os.devnull), **job).finish()
-        yield from (f"{name}: {what}" for what in one_line(status, error, words))
+        output = folder / "limited.txt"
+        status, error = Job(workdir, forked=True, before=before, output=output).finish()
+        yield from (f"{name}: {what}" for what in jobs.one_line(status, error, words))
         if mounted:
             subprocess.run(["umount", workdir / checkpoints.DIRECTORY], check=True)
-        status, error = Job(workdir, **job).finish()
+        status, error = Job(workdir, forked=True).finish()
         if status:
             yield f"{name}, mended: exit status {status}, {error[-300:]}"
         else:
@@ -255,7 +287,7 @@ def limited(folder, whole, names, **job):
         shutil.rmtree(workdir)
 
 
-def clock_goes_back(folder, whole, **job):
+def clock_goes_back(folder, whole):
     """All that a run has written is of the future; it resumes as if it were not."""
     workdir = shutil.copytree(whole, folder / "future")
     for checkpoint in sorted(workdir.glob("checkpoints/*.keras"))[1:]:
@@ -267,7 +299,7 @@ def clock_goes_back(folder, whole, **job):
             parts = file.name.split(".")
             parts[3] = str(int(parts[3]) + 10**6)
             file.rename(file.with_name(".".join(parts)))
-    status, error = Job(workdir, **job).finish()
+    status, error = Job(workdir, forked=True).finish()
     yield from [f"exit status {status}: {error}"] if status else jobs.losses(workdir, whole)
     shutil.rmtree(workdir)
 
@@ -277,7 +309,8 @@ def late_worker(folder, seconds=5):
     cluster = [f"127.0.0.1:{port}" for port in faults.free_ports(2)]
     for task in range(2):
         began = time.monotonic()
-        job = Job(folder / "late", f"--config.worker_timeout={seconds}", cluster=cluster, task=task)
+        wait = f"--config.worker_timeout={seconds}"
+        job = Job(folder / "late", wait, cluster=cluster, task=task, forked=True)
         status, error = job.finish()
         told = [line for line in error.splitlines() if line.startswith("avb-tf: ")]
         if status != faults.LOST or len(told) != 1 or "config.worker_timeout" not in told[0]:
@@ -286,22 +319,41 @@ def late_worker(folder, seconds=5):
             yield f"task {task}: waited {waited:.0f} s"
 
 
-def elastic(folder, whole, chance, **job):
-    """One device, two, and one again, changed in the middle of the run."""
+def one(workdir):
+    """A run on one device."""
+    return [Job(workdir, forked=True)]
+
+
+def two_devices(workdir):
+    """A run on two devices of one worker."""
+    return [Job(workdir, "--config.strategy=mirrored", forked=True, before=split_device)]
+
+
+def two_workers(workdir):
+    """A run on two workers, the chief first."""
+    return faults.pair(workdir, forked=True)
+
+
+def split_device():
+    """Makes two devices of the CPU."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+def elastic(folder, whole, stages, chance):
+    """A run that is told to leave in the middle of each stage but the last."""
     workdir = folder / "elastic"
-    two = {"program": ("-c", TWO_DEVICES)}
-    for devices, flags in (({}, ()), (two, ("--config.strategy=mirrored",))):
-        run = Job(workdir, *flags, **devices, **job)
-        if not jobs.disturb(run, "step", signal.SIGTERM, chance):
-            yield "missed the step"
-        if (status := run.finish()[0]) != faults.PREEMPTED:
-            yield f"exit status {status}"
-    status, error = Job(workdir, **job).finish()
-    if status:
-        yield f"exit status {status}: {error[-200:]}"
-    elif (apart := jobs.difference(workdir, whole)) > 1e-6:
+    shutil.rmtree(workdir, ignore_errors=True)
+    for number, start in enumerate(stages, 1):
+        running, last = start(workdir), number == len(stages)
+        if not (last or jobs.disturb(running[0], "step", signal.SIGTERM, chance)):
+            yield f"stage {number}: missed the step"
+        for job in running:
+            status, error = job.finish()
+            if status != (0 if last else faults.PREEMPTED):
+                yield f"stage {number}: exit status {status}, {error[-200:]}"
+    if (apart := jobs.difference(workdir, whole)) > 1e-6:
         yield f"weights differ by {apart:.2g}"
-    shutil.rmtree(workdir)
 
 
 # Corruption.
@@ -422,13 +474,16 @@ def parts(folder, whole, options):
     tables |= {
         "SIGKILL of an export": part(killed_exports, few, whole, few),
         "SIGKILL of a posterior's fit": part(killed_fits, few, few),
+        "SIGKILL of an amortised fit": part(killed_amortised_fits, few, few),
         "two commands at once": lambda chance: (1, list(two_at_once(folder, whole)), ""),
         "limits": lambda chance: (
             len(limits), list(limited(folder, whole, limits)), "; ".join(limits)
         ),
         "the clock goes back": lambda chance: (1, list(clock_goes_back(folder, whole)), ""),
         "a worker never comes": lambda chance: (2, list(late_worker(folder)), ""),
-        "one device to two to one": part(elastic, 1, whole),
+        "one device to two to one": part(elastic, 1, whole, (one, two_devices, one)),
+        "one worker to two to one": part(elastic, 1, whole, (one, two_workers, one)),
+        "two workers to one to two": part(elastic, 1, whole, (two_workers, one, two_workers)),
         "flipped bits in checkpoints": part(flipped_checkpoints, flips, whole, flips),
         "flipped bits in chunks": part(flipped_chunks, flips, whole, flips),
         "flipped bits in config.json": part(flipped_configs, flips, whole, flips),
@@ -438,9 +493,42 @@ def parts(folder, whole, options):
         "flipped bits in a posterior": lambda chance: (
             flips, list(flipped_directories(_fitted(folder), flips, chance)), "",
         ),
+        "no more open files": lambda chance: exhausted(folder, whole, "files"),
+        "no more memory": lambda chance: exhausted(folder, whole, "memory"),
+        "finite explosions": lambda chance: (
+            options.explosions,
+            list(exhaustion.explosions(
+                folder, undisturbed(folder, "vae"), options.explosions, chance, method="vae"
+            )), "",
+        ),
         "fuzzed requests": lambda chance: fuzzed(_exported(folder, whole), options.fuzz, chance),
+        "requests while versions are loaded": lambda chance: (
+            options.requests,
+            *reloading.reloaded(
+                functools.partial(reloading.exported, folder, whole),
+                options.requests, options.versions,
+            ),
+        ),
     }  # fmt: skip
     return tables
+
+
+def exhausted(folder, whole, kind):
+    """A run, an export and a posterior's fit that may not have more than there is."""
+    count = 3 * len(exhaustion.LIMITS[kind])
+    workdirs = [folder / f"exhausted_{kind}_{what}" for what in ("run", "export", "fit")]
+    run, export, fit = workdirs
+    for workdir in workdirs:
+        shutil.rmtree(workdir, ignore_errors=True)
+    shutil.copytree(whole, export)
+    lost = [f"run, {what}" for what in exhaustion.exhausted(run, kind)]
+    lost += jobs.losses(run, whole)
+    lost += [f"export, {what}" for what in exhaustion.exhausted(export, kind, EXPORT)]
+    for version in layout.versions(export / layout.DIRECTORY):
+        files.verify(export / layout.DIRECTORY / str(version))
+    exhausting = exhaustion.exhausted(fit, kind, posterior=True, method="banana")
+    lost += [f"fit, {what}" for what in exhausting]
+    return count, lost, "a run, an export and a fit"
 
 
 def crash_export(folder, whole, chance):
@@ -494,7 +582,15 @@ def main():
     """Runs what is not finished, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    for name, count in {"kills": 300, "flips": 1000, "resumed": 10, "fuzz": 600}.items():
+    for name, count in {
+        "kills": 300,
+        "flips": 1000,
+        "resumed": 10,
+        "fuzz": 600,
+        "explosions": 10,
+        "requests": 200_000,
+        "versions": 10,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--only", nargs="*", help="beginnings of the names of parts")
     options = parser.parse_args()

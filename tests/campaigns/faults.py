@@ -9,6 +9,7 @@ or memory that grows.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import random
@@ -180,21 +181,18 @@ PLACES = {
     "logs": ((), 8_192, 64),
     "export": (("--mode=export",), 40_000, 40_000),
 }
-# Runs the command line, and a statement at the end of the first save; the logs are written next.
-AFTER_SAVE = """
-import os, resource, shutil, subprocess, sys
-from avb_tf import checkpoints, command_line
 
-save, statement = checkpoints.save, sys.argv.pop(1)
 
-def save_and_execute(model, workdir, keep):
-    path = save(model, workdir, keep)
-    exec(statement)
-    return path
+def after_save(statement):
+    """From now on each save executes a statement at its end; the logs are written next."""
+    save = checkpoints.save
 
-checkpoints.save = save_and_execute
-command_line.main()
-"""
+    def save_and_execute(model, workdir, keep):
+        path = save(model, workdir, keep)
+        exec(statement, globals() | {"workdir": workdir})
+        return path
+
+    checkpoints.save = save_and_execute
 
 
 def full_disks(folder, whole, places, mounted, **job):
@@ -211,9 +209,9 @@ def full_disks(folder, whole, places, mounted, **job):
             mount(disk, space)
         limited = place == "logs" and not mounted
         limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({quota}, {quota}))"
-        program = ("-c", AFTER_SAVE, limit) if limited else jobs.MAIN
+        forked = {"forked": True, "before": functools.partial(after_save, limit)} if limited else {}
         # A quota would also apply to the file with the output.
-        run = Job(workdir, *flags, output=Path(os.devnull), program=program, **job)
+        run = Job(workdir, *flags, output=Path(os.devnull), **forked, **job)
         if not (mounted or limited):
             resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (quota, quota))
         status, error = run.finish()

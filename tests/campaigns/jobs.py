@@ -82,11 +82,13 @@ class Fork:
 def _call(function, output, errors):
     for number, file in ((1, output), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-    sys.stdout, sys.stderr = (open(n, "w", 1, closefd=False) for n in (1, 2))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
     function()
 
 
-def _main(arguments, before):
+def _main(arguments, before, environment):
+    os.environ.update(environment)
     if before is not None:
         before()
     command_line.main(["avb-tf", *arguments])
@@ -124,7 +126,7 @@ class Job:
             f"--workdir={workdir}", *(POSTERIOR_FLAGS if posterior else FLAGS), *flags,
         ]  # fmt: skip
         if forked:
-            main = functools.partial(_main, arguments, before)
+            main = functools.partial(_main, arguments, before, environment)
             self.process = Fork(self.output, main)
             return
         command = [*under, sys.executable, *program, *arguments]
@@ -217,6 +219,13 @@ def losses(workdir, whole, logged=True):
         yield from _differing_logs(workdir, whole)
     if _means(workdir) != _means(whole):
         yield "results differ"
+
+
+def one_line(status, error, words=""):
+    """A loss unless a command ended with status 2 and one line that has the words."""
+    lines = [line for line in error.splitlines() if line.startswith("avb-tf: ")]
+    if status != 2 or len(lines) != 1 or words not in lines[0] or "Traceback" in error:
+        yield f"exit status {status}, {error[-300:]}"
 
 
 def _differing_logs(workdir, whole):
