@@ -48,9 +48,7 @@ def save(model: AVB, workdir: Path, keep: int) -> Path:
     # A fixed name, so that the leftover of a killed process is removed.
     temporary = path.with_name("partial.keras")
     try:
-        if not workdir.is_dir():
-            raise FileNotFoundError(f"{workdir} is gone")
-        files.make_directory(path.parent)
+        files.make_directory(path.parent, inside=workdir)
         temporary.unlink(missing_ok=True)  # a link would be followed
         model.save(temporary)
         files.replace(temporary, path)

@@ -80,8 +80,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def make_directory(directory: Path) -> None:
-    """Creates a directory and its missing parents durably; it may exist."""
+def make_directory(directory: Path, inside: Path | None = None) -> None:
+    """Creates a directory and its missing parents durably; it may exist.
+
+    Args:
+      directory: to create.
+      inside: a folder above it that must exist, such as the workdir of a run, which would lack its
+        config and checkpoints if it were made again.
+    Raises:
+      OSError: `inside` is gone, or the directory cannot be created.
+    """
+    if inside is not None and not inside.is_dir():
+        raise FileNotFoundError(f"{inside} is gone")
     missing = list(
         itertools.takewhile(lambda path: not path.exists(), (directory, *directory.parents))
     )

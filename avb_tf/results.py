@@ -105,7 +105,7 @@ def save_values(workdir: Path, x: np.ndarray, values: Mapping[str, np.ndarray]) 
     buffer = io.BytesIO()
     example = np.frombuffer(b"".join(names), np.uint64)
     np.savez_compressed(buffer, allow_pickle=False, example=example, **values)
-    files.make_directory(workdir / EVALUATION)
+    files.make_directory(workdir / EVALUATION, inside=workdir)
     files.write_atomically(workdir / EVALUATION / VALUES, buffer.getvalue())
 
 

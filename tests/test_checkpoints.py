@@ -13,8 +13,10 @@ import keras
 import numpy as np
 import pytest
 
-from avb_tf import archives, build, checkpoints, model_card
+from avb_tf import archives, build, checkpoints, figures, model_card, results
+from avb_tf.callbacks import tensorboard
 from avb_tf.errors import UserError
+from avb_tf.likelihood_estimation import chunks
 
 STEPS = (1, 2, 10)
 
@@ -97,6 +99,15 @@ def test_a_checkpoint_that_vanishes_while_it_is_loaded_is_left_to_the_next(workd
 def test_a_workdir_that_is_gone_is_not_made_again(model, tmp_path):
     with pytest.raises(OSError, match=r"cannot write .*gone is gone"):
         checkpoints.save(model, tmp_path / "gone", keep=1)
+    gone, x = tmp_path / "gone", np.zeros([1, 6])
+    for write in (
+        lambda: figures.save({}, gone / "figures"),
+        lambda: results.save_values(gone, x, {}),
+        lambda: chunks.run(None, None, 0, gone / "evaluation/bound", "", 1),
+        lambda: tensorboard.project(gone / "logs/validation", model, x),
+    ):
+        with pytest.raises(OSError, match="gone is gone"):
+            write()
     assert not list(tmp_path.iterdir())
 
 

@@ -77,7 +77,7 @@ def test_every_figure_of_an_image_model_is_saved_as_png(model, tmp_path):
     x = data(model.event_shape)
     drawn = model_figures.of_model(model, x, labels=np.arange(len(x)) % 3)
     drawn["posteriors"] = model_figures.posteriors({"model": model}, x[:2], cells=40)
-    paths = figures.save(drawn, tmp_path / "new" / "figures")
+    paths = figures.save(drawn, tmp_path / "figures")
     assert [path.name for path in paths] == [f"{name}.png" for name in drawn]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

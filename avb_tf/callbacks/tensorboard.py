@@ -22,7 +22,7 @@ from tensorboard.plugins.hparams import api as hparams
 from tensorboard.plugins.hparams import api_pb2 as _api_pb2
 from tensorboard.plugins.hparams import summary as hparams_summary
 
-from avb_tf import configuration
+from avb_tf import configuration, files
 from avb_tf.model import AVB
 
 layout_pb2: Any = _layout_pb2  # protobuf generates the messages at run time only
@@ -220,7 +220,7 @@ def project(directory: Path, model: AVB, x: np.ndarray, labels: np.ndarray | Non
       x: [count, *event].
       labels: [count] or None.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    files.make_directory(directory, inside=directory.parent.parent)
     means = np.asarray(model.posterior(x, 64, _SEED).mean)
     # The projector needs at least three dimensions.
     means = np.pad(means, [(0, 0), (0, max(0, 3 - means.shape[1]))])

@@ -16,12 +16,12 @@ def save(
 
     Args:
       figures: file name without suffix -> figure.
-      directory: created if missing.
+      directory: created if missing; its parent must exist.
       formats: of "png" and "pdf".
     Returns:
       The paths of the files.
     """
-    files.make_directory(directory)
+    files.make_directory(directory, inside=directory.parent)
     paths = []
     for name, figure in figures.items():
         for kind in formats:

@@ -42,11 +42,12 @@ def run(
     Args:
       record: a NamedTuple of arrays whose last axis is over examples.
       compute: (index of the chunk, its examples) -> record; a function of these alone.
-      directory: for the chunks of this estimate alone (see `fingerprint`).
+      directory: for the chunks of this estimate alone (see `fingerprint`), two levels below one
+        that exists.
       label: says what is computed, above the progress bar.
       size: examples in a chunk.
     """
-    files.make_directory(directory)
+    files.make_directory(directory, inside=directory.parent.parent)
     slices = [slice(i, min(i + size, count)) for i in range(0, count, size)]
     paths = [directory / f"chunk_{i:03d}.npz" for i in range(len(slices))]
     finished = {}
