@@ -166,7 +166,7 @@ def killed_exports(folder, whole, count, chance):
         seen = job.wait_for(lambda: any((workdir / layout.DIRECTORY).glob(".[0-9]*.*")))
         if not seen:
             yield "missed the export"
-        time.sleep(chance.uniform(0.0, 3.0))
+        time.sleep(chance.uniform(0.0, 1.0))
         job.process.kill()
         job.finish()
     status, error = Job(workdir, EXPORT, forked=True).finish()
