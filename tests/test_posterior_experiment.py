@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from avb_tf import UserError
+from avb_tf import UserError, files
 from avb_tf.posteriors import comparison, experiment, overview
 from avb_tf.settings import posterior
 
@@ -98,3 +98,21 @@ def test_the_measures_between_halves_of_the_same_draws_and_of_shifted_ones():
     table = comparison.table({"fit": same, "other": apart})
     assert len(table.splitlines()) == 4
     assert json.dumps(same)
+
+
+def test_a_kill_leaves_no_record_of_the_arrays_of_other_settings(tmp_path, monkeypatch):
+    arrays, record = tmp_path / "normal.npz", tmp_path / "normal.json"
+    known = [{"settings": {"draws": count}} for count in (3, 4)]
+    experiment._keep(arrays, record, {"NUTS": np.zeros([3, 1])}, known[0])
+    assert experiment._kept(arrays, record, known[0]["settings"])
+    write = files.write_atomically
+
+    def killed_after_the_arrays(file, content):
+        write(file, content)
+        raise SystemExit
+
+    monkeypatch.setattr(files, "write_atomically", killed_after_the_arrays)
+    with pytest.raises(SystemExit):
+        experiment._keep(arrays, record, {"NUTS": np.zeros([4, 1])}, known[1])
+    assert len(experiment.archives.read_arrays(arrays)["NUTS"]) == 4
+    assert not any(experiment._kept(arrays, record, one["settings"]) for one in known)

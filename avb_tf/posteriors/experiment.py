@@ -221,14 +221,19 @@ def _others(problem, target, begun: start.Start, config, stem: Path):
         "methods": _measured(draws, seconds, reference),
     }
     draws["reference"] = reference
-    files.make_directory(stem.parent)
+    _keep(arrays, record, draws, known)
+    return draws, known
+
+
+def _keep(arrays: Path, record: Path, draws: dict, known: dict) -> None:
+    """Writes both files, for `_kept`."""
+    files.make_directory(record.parent)
     record.unlink(missing_ok=True)  # it must not describe the arrays of other settings
-    files.sync(stem.parent)
+    files.sync(record.parent)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **draws)
     files.write_atomically(arrays, buffer.getvalue())
     files.write_atomically(record, json.dumps(known, indent=2) + "\n")
-    return draws, known
 
 
 def _kept(arrays: Path, record: Path, asked: dict):
