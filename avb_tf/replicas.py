@@ -9,7 +9,9 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +128,10 @@ def _multi_worker(cluster: _Cluster | None, timeout: float) -> tf.distribute.Str
             "config.strategy is 'multi_worker', and TF_CONFIG names no cluster; set it on each "
             "worker, or use 'auto'"
         )
+    if is_chief():
+        addresses = [address for group in cluster.tasks.values() for address in group]
+        addresses.remove(cluster.tasks[cluster.kind][cluster.index])
+        _await(addresses, timeout)
     # No public setting changes TensorFlow's hour.
     runtime = context.context()
     runtime.configure_coordination_service = functools.partial(
@@ -134,15 +140,37 @@ def _multi_worker(cluster: _Cluster | None, timeout: float) -> tf.distribute.Str
     try:
         return tf.distribute.MultiWorkerMirroredStrategy()
     except (tf.errors.UnavailableError, tf.errors.DeadlineExceededError) as error:
-        raise WorkerLostError(
-            f"another worker did not start within config.worker_timeout, {timeout:g} seconds "
-            f"({error!s:.150})"
-        ) from error
+        raise _late(timeout, f"{error!s:.150}") from error
     except (tf.errors.OpError, RuntimeError) as error:
         raise UserError(
             f"cannot join the cluster of TF_CONFIG as {cluster.kind} {cluster.index} "
             f"({error!s:.150}); expected a free port of this machine at that place"
         ) from error
+
+
+def _await(addresses: Iterable[str], timeout: float) -> None:
+    """Waits until the other workers listen; TensorFlow's chief would wait for an hour.
+
+    Raises:
+      WorkerLostError: one does not within `timeout` seconds.
+    """
+    end = time.monotonic() + timeout
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        while True:
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), 5.0).close()
+                break
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise _late(timeout, f"{address}: {error.strerror or error}") from error
+                time.sleep(0.1)
+
+
+def _late(timeout: float, reason: str) -> WorkerLostError:
+    return WorkerLostError(
+        f"another worker did not start within config.worker_timeout, {timeout:g} seconds ({reason})"
+    )
 
 
 def _has_tpu() -> bool:

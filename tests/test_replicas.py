@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -134,10 +135,22 @@ def test_a_missing_worker_is_not_a_users_mistake(monkeypatch):
     def alone():
         raise tf.errors.DeadlineExceededError(None, None, "Barrier timed out")
 
-    monkeypatch.setenv("TF_CONFIG", tf_config())
+    monkeypatch.setenv("TF_CONFIG", tf_config(index=1))
     monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", alone)
     with pytest.raises(WorkerLostError, match="another worker did not start within"):
         replicas.strategy("auto")
+
+
+def test_the_chief_waits_for_the_others_as_long_as_the_setting_says(monkeypatch):
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", lambda: "all there")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port, free = other.getsockname()[1], free_ports(1)[0]
+        cluster = {"worker": [f"127.0.0.1:{free}", f"127.0.0.1:{port}"]}
+        monkeypatch.setenv("TF_CONFIG", tf_config(cluster))
+        assert replicas.strategy("multi_worker", 0.0) == "all there"
+    told = rf"within config.worker_timeout, 0.2 seconds \(127.0.0.1:{port}: Connection refused"
+    with pytest.raises(WorkerLostError, match=told):
+        replicas.strategy("multi_worker", 0.2)
 
 
 @pytest.mark.parametrize("applied", [True, False])
