@@ -226,7 +226,7 @@ def checked(name: str, distribution):
     kind = f"'{name}' ({type(distribution).__name__})"
     if isinstance(distribution, _SPHERES):
         raise UserError(
-            f"{kind} lies on a sphere, to which no R^n is mapped one to one; expected an angle, or "
+            f"{kind} lies on a sphere, which has no one-to-one map from R^n; expected an angle, or "
             "a Gaussian vector that the model normalises"
         )
     try:
@@ -324,9 +324,9 @@ def _check_own_draws(kind, distribution, bijector, draws):
         off = np.abs(moment[usable].mean(0) - expected) / error
         if off.max() > _STANDARD_ERRORS:
             raise UserError(
-                f"the bijector of {kind} has a log determinant under which the density is not that "
-                f"of its own draws, by {off.max():.0f} standard errors; expected one that fits: "
-                "give a log density with `bijector`"
+                f"the bijector of {kind} has a wrong log determinant: the density is not that of "
+                f"its own draws, by {off.max():.0f} standard errors; expected one that fits: give "
+                "a log density with `bijector`"
             )
 
 
