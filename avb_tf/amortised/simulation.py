@@ -187,7 +187,7 @@ class Simulation:
         return np.concatenate(row)[np.newaxis]
 
     def _check(self):
-        """Simulates a few pairs, and checks that each has a finite density by itself.
+        """Simulates a few pairs, and checks that the log density of each pair alone is finite.
 
         Raises:
           UserError: the check fails; the message says why.

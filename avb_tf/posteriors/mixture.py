@@ -27,7 +27,7 @@ class Mixture(NamedTuple):
     degrees: float = DEGREES  # degrees of freedom; infinity: Gaussians
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Independent draws, [count, dim]."""
+        """Returns independent draws, [count, dim]."""
         component = rng.choice(len(self.weights), count, p=self.weights)
         noise = rng.normal(size=[count, self.means.shape[1]])
         if np.isfinite(self.degrees):

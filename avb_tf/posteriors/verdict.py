@@ -183,7 +183,7 @@ def diagnose(
     if missing > TRUSTED:
         reason += f", {missing:.2f} of it where the fit has next to nothing"
     if lacking > 0.05:
-        reason += f", {lacking:.2f} of it seen where the chains that this rests on have not been"
+        reason += f", {lacking:.2f} of it in regions that the reference chains have not visited"
     rare = k > weighing.PARETO_K_LIMIT and size < _EQUAL
     mixed = r_hat < R_HAT_LIMIT
     if distance <= TRUSTED and not rare and mixed:
@@ -193,7 +193,7 @@ def diagnose(
         if rare:
             reason = f"some draws are rarer than they should be, Pareto k {k:.2f}; {reason}"
         if not mixed:
-            reason = f"the chains that it rests on have not mixed, R-hat {r_hat:.2f}; {reason}"
+            reason = f"the reference chains have not mixed, R-hat {r_hat:.2f}; {reason}"
     else:
         verdict = "do not trust"
         reason += "; more steps may help"
