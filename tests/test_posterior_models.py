@@ -175,6 +175,7 @@ def test_minibatches_of_what_has_no_rows():
     joint = slopes({"x": np.ones(2, np.float32), "y": np.ones(2, np.float32)})
     refused("a function from rows", joint, {"y": np.ones(2)}, batch_size=1)
     refused("as many of each", slopes, {"x": np.ones(2), "y": np.ones(3)}, batch_size=1)
+    refused("as many of each", slopes, {"x": 1.0, "y": np.ones(3)}, batch_size=1)
     refused("pinned on the rows", lambda data: joint.distribution, {"y": [1.0]}, batch_size=1)
 
     def local(data):

@@ -1,5 +1,7 @@
 """Where a fit starts: modes, tails, scales, the evidence; against closed forms and quadrature."""
 
+import time
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -307,6 +309,29 @@ def test_a_mixture_has_the_density_of_its_draws():
     fitted = mixture.fitted(x, two)
     np.testing.assert_allclose(fitted.weights, two.weights, atol=0.06)
     np.testing.assert_allclose(x.mean(0), two.weights @ two.means, atol=0.15)
+
+
+def test_a_large_start_takes_its_first_steps_though_its_time_is_over():
+    calls = []
+
+    def scores(u):  # N(2, 0.5^2) in each coordinate
+        calls.append(len(u))
+        return -2.0 * ((u - 2.0) ** 2).sum(1), -4.0 * (u - 2.0)
+
+    rng = np.random.default_rng(0)
+    mean, scale = large.gaussian(scores, np.zeros([2, 300]), rng, time.monotonic() - 1.0)
+    assert np.isfinite(mean).all()
+    assert (scale > 0.0).all()
+    assert len(calls) < 60  # not the 1,500 steps of both points
+
+
+def test_a_large_density_that_is_finite_nowhere_is_refused():
+    def scores(u):
+        return np.full(len(u), np.nan), np.zeros_like(u)
+
+    rng = np.random.default_rng(0)
+    with pytest.raises(UserError, match="not finite wherever the fit started"):
+        large.states(scores, 300, np.zeros([1, 300]), rng, time.monotonic() + 1.0)
 
 
 def test_directions_that_stand_out_of_the_noise():

@@ -171,11 +171,15 @@ def test_draws_have_the_structure_of_the_joint():
 # What a fit can do.
 
 
-def test_a_saved_fit_comes_back_without_the_model_and_without_pickle(gaussian_fit, tmp_path):
+def test_a_saved_fit_comes_back_without_the_model_and_without_pickle(
+    gaussian_fit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gaussian_fit, "steps", 700)  # as of a chart that is used alone
     gaussian_fit.save(tmp_path / "fit")
     loaded = avb_tf.load_posterior(tmp_path / "fit")
     np.testing.assert_array_equal(loaded.sample(5)["mu"], gaussian_fit.sample(5)["mu"])
     assert loaded.log_evidence == gaussian_fit.log_evidence
+    assert loaded.steps == gaussian_fit.steps
     assert loaded.refine(10, chains=50).u.shape == (50, 2)
     loaded.save(tmp_path / "again")
     again = avb_tf.load_posterior(tmp_path / "again")
@@ -301,6 +305,35 @@ def test_a_fit_that_lost_a_mode_is_not_trusted(one_mode):
     assert judged.distance == pytest.approx(0.3, abs=0.1)
     assert judged.missing == pytest.approx(0.3, abs=0.1)
     assert "next to nothing" in judged.reason
+
+
+def test_states_that_the_chart_cannot_reach_count_as_lost(one_mode, monkeypatch):
+    """A chart's inverse may overflow, and NaN once gave a distance of 0."""
+    kind = type(one_mode.model.averaged_decoder)
+    inverse = kind.inverse
+
+    def overflowing(chart, z):
+        return tf.where(z < 0.0, np.nan, inverse(chart, z))
+
+    monkeypatch.setattr(kind, "inverse", overflowing)
+    states = one_mode._chains()
+    assert np.isfinite(states.u).all()
+    assert np.isfinite(states.log_density).all()
+    lost = one_mode.start.z[:, 0] < 0.0
+    np.testing.assert_array_equal(states.log_q == -np.inf, lost)
+    assert one_mode.overlap() >= lost.mean() - 0.05
+
+
+def test_draws_without_a_density_count_against_the_fit(one_mode, monkeypatch):
+    density = one_mode.target.log_density
+
+    def outside(u):
+        return tf.where(u[:, 0] < 4.0, tf.constant(np.nan, u.dtype), density(u))
+
+    monkeypatch.setattr(one_mode.target, "log_density", outside)
+    drawn = one_mode.draws(1000)
+    np.testing.assert_array_equal(drawn.log_weights == -np.inf, drawn.u[:, 0] < 4.0)
+    assert not np.isnan(drawn.log_weights).any()
 
 
 def test_refining_brings_a_lost_mode_back(one_mode):

@@ -226,6 +226,8 @@ def load_posterior(path: Path | str) -> PosteriorFit:
         start = starting.of_record(meta) if before else starting.load(path / START)
         avb = building.avb(target, start, meta["seed"], meta["settings"], meta["charted"])
         avb.load_weights(path / WEIGHTS)
-        return PosteriorFit(
+        fit = PosteriorFit(
             target, start, avb, meta["seconds"], meta["seed"], meta["settings"], meta["history"]
         )
+        fit.steps = meta.get("steps", fit.steps)  # earlier versions did not store it
+        return fit

@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from avb_tf.errors import UserError
-from avb_tf.posteriors import hmc
+from avb_tf.posteriors import hmc, sampling
 
 CHAINS = 64
 ROUNDS = 12  # warm-up rounds; the scales are estimated again from all chains after each
@@ -22,11 +22,11 @@ THINNED = 4  # transitions from one kept state to the next
 RANK = 20  # most directions of correlation
 _ROWS = 512  # evaluations of the gradient in a batch
 _DRAWS = 16  # draws in each step that fits the Gaussian
-_STEPS = 1500  # most steps that fit the Gaussian
+_LEAST, _STEPS = 20, 1500  # fewest and most steps that fit the Gaussian
 _RATE = 0.1  # Adam's first learning rate, in standard deviations; it falls to a hundredth of it
 
 
-def gaussian(scores, dim: int, points: np.ndarray, rng, deadline: float):
+def gaussian(scores, points: np.ndarray, rng, deadline: float):
     """Fits a Gaussian with a diagonal covariance from each point, and returns the best one.
 
     Adam moves the mean in units of the standard deviations, and the logarithms of the standard
@@ -34,7 +34,6 @@ def gaussian(scores, dim: int, points: np.ndarray, rng, deadline: float):
 
     Args:
       scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
-      dim: dimensions of u.
       points: first means, [n, dim].
       rng: source of random numbers.
       deadline: value of `time.monotonic` at which the fits end; each point gets an equal share.
@@ -57,9 +56,11 @@ def _mean_field(scores, mean, rng, deadline):
     moments = np.zeros([2, 2, len(mean)])  # Adam's moments of both gradients
     bound, began = -np.inf, time.monotonic()
     for step in range(1, _STEPS + 1):
-        share = max(step / _STEPS, (time.monotonic() - began) / (deadline - began))
-        if share > 1.0:
+        passed = time.monotonic() - began
+        share = max(step / _STEPS, passed / max(deadline - began, 1e-9))
+        if share > 1.0 and step > _LEAST:
             break
+        share = min(share, 1.0)
         half = rng.normal(size=[_DRAWS // 2, len(mean)])
         noise = np.concatenate([half, -half])
         scale = np.exp(log_scale)
@@ -114,16 +115,14 @@ def states(scores, dim: int, points: np.ndarray, rng, deadline: float) -> np.nda
       UserError: the density is not finite near any point.
     """
     began = time.monotonic()
-    best = gaussian(scores, dim, points, rng, began + 0.4 * (deadline - began))
+    best = gaussian(scores, points, rng, began + 0.4 * (deadline - began))
     if best is None:
-        raise UserError(
-            "the log density is not finite wherever the fit started; expected a finite number near "
-            "0 in unconstrained space: check the model at a plausible value of its parameters"
-        )
+        raise UserError(sampling.NOT_FINITE)
     mean, scale = best
     draws = mean + scale * rng.normal(size=[CHAINS, dim])
-    density = scores(draws)[0]
-    usable = np.flatnonzero(np.isfinite(density))
+    usable = np.flatnonzero(np.isfinite(scores(draws)[0]))
+    if not len(usable):
+        raise UserError(sampling.NOT_FINITE)
     draws = draws[rng.choice(usable, CHAINS)]
     step_size: float | np.ndarray = 0.1
     for _ in range(ROUNDS):

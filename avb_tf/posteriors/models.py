@@ -264,7 +264,7 @@ def of_batches(model: Any, data, batch_size: int) -> Target:
             "a pinned joint, and a dict of arrays"
         )
     data = {name: tf.convert_to_tensor(value) for name, value in data.items()}
-    lengths = {name: len(value) for name, value in data.items()}
+    lengths = {name: value.shape[0] if value.shape.rank else 0 for name, value in data.items()}
     rows = next(iter(lengths.values()), 0)
     if not rows or set(lengths.values()) != {rows}:
         raise UserError(

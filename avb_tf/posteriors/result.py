@@ -207,6 +207,7 @@ class PosteriorFit:
         meta = {
             "seed": self.seed,
             "seconds": self.seconds,
+            "steps": self.steps,
             "settings": self.settings,
             "history": self.history,
             "charted": isinstance(self.model.decoder, Chart),
@@ -257,26 +258,44 @@ class PosteriorFit:
         adversary: Any = self.model.adversary
         return adversary(tf.zeros([1, 1]), contrast.whiten(z[:, tf.newaxis], r))[:, 0]
 
-    def _described(self, z, highest=np.inf) -> Draws:
-        """Returns the `Draws` at z [n, dim], with T limited to at most `highest`."""
-        r = self._contrast()
-        u, volume = self._charted(z)
-        log_q = r.log_prob(z[:, tf.newaxis])[:, 0] + np.minimum(self._t(z, r), highest) - volume
-        density = self.target.log_density(u)
-        u, density, log_q = (np.asarray(v, np.float64) for v in (u, density, log_q))
-        # NaN arises outside the model's support and where the chart's inverse overflows.
-        density, log_q = (np.where(np.isnan(v), -np.inf, v) for v in (density, log_q))
-        return Draws(u, density, log_q)
+    def _described(self, z) -> Draws:
+        """Returns the `Draws` at draws z [n, dim] of q."""
+        u, _ = self._charted(z)
+        # NaN arises outside the model's support and where the chart overflows. Both count as places
+        # where the posterior has no mass.
+        density, log_q = self._log_density(u), self._log_q(z)
+        return Draws(
+            np.asarray(u, np.float64),
+            np.where(np.isnan(density), -np.inf, density),
+            np.where(np.isfinite(log_q), log_q, np.inf),
+        )
 
     def _chains(self) -> Draws:
         """Returns the states of the start's chains as `Draws`, with q's density at them.
 
         T is not trained far from the draws of q and r, where a large value could hide any distance.
-        It is therefore limited to the largest value at q's draws.
+        It is therefore limited to the largest value at q's draws. Where the chart's inverse
+        overflows, q has no mass.
         """
         chart: Any = self.model.averaged_decoder
         highest = np.max(self._t(self._z(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED), self._contrast()))
-        return self._described(chart.inverse(tf.constant(self.start.z, tf.float32)), highest)
+        u, _ = self.start.place(self.start.z, self.target.dtype)
+        log_q = self._log_q(chart.inverse(tf.constant(self.start.z, tf.float32)), highest)
+        return Draws(
+            np.asarray(u, np.float64),
+            self._log_density(u),
+            np.where(np.isfinite(log_q), log_q, -np.inf),
+        )
+
+    def _log_density(self, u):
+        """Returns log p(data, parameters) in nats as a density of u, [n, dim] -> [n]."""
+        return np.asarray(self.target.log_density(u), np.float64)
+
+    def _log_q(self, z, highest=np.inf):
+        """Returns log q in nats, a density of u, at z [n, dim] -> [n], with T at most `highest`."""
+        r, (_, volume) = self._contrast(), self._charted(z)
+        log_q = r.log_prob(z[:, tf.newaxis])[:, 0] + np.minimum(self._t(z, r), highest) - volume
+        return np.asarray(log_q, np.float64)
 
     def _charted(self, z):
         """Returns u [n, dim] for z [n, dim], and log |du / dz| [n]."""
