@@ -31,8 +31,8 @@ def build(method: str, event_shape: Sequence[int] | Table, **changes: Any) -> AV
 
     Args:
       method: vae, avb, avb_ac, avb_flow, avb_ac_paper, iaf, auxvae or aae.
-      event_shape: shape of one example, (features,) or (height, width, channels). For tabular data
-        it is the `Table` of the columns, which has a likelihood for each; an example is a row.
+      event_shape: shape of one example, (features,) or (height, width, channels). If the examples
+        are rows of a table, the `Table`, which has a likelihood for each column.
       **changes: settings that differ from the method's. `avb_tf.settings.methods.SETTINGS` lists
         all settings with their defaults.
     Returns:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 PARETO_K_LIMIT = 0.7  # above it importance sampling is unreliable (Vehtari et al., 2024)
-PARETO_K_SHARE = 0.1  # of examples whose Pareto k may be above the limit without a warning
+PARETO_K_SHARE = 0.1  # largest share of examples above the limit without a warning
 _FEWEST_DRAWS = 25  # leaves five draws in the tail
 
 

@@ -345,7 +345,7 @@ class NoiseBasisEncoder(BasisEncoder):
         return self.mean(features), tf.nn.elu(a - 5.0) + 1.0 if self.positive else a
 
     def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
-        """Draws sums of the bases, with the moments in closed form in those of v.
+        """Draws sums of the bases; the moments follow in closed form from the moments of v.
 
         Args:
           parameters: z0 and the coefficients a.
@@ -425,7 +425,7 @@ class JointBasisEncoder(BasisEncoder):
         return self.mean(features), scale * (identity + functions**-0.5 * a)
 
     def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
-        """Draws sums of functions of the noise, with their moments in closed form in those of v.
+        """Draws sums of functions of the noise; the moments follow from the moments of v.
 
         Args:
           parameters: z0 and W.

@@ -22,7 +22,7 @@ class Rates(keras.callbacks.Callback):
         """Scales the adversary's learning rate by the change of the other rate."""
         primal, dual = self.start
         rate = rate_of(self.model.optimizer)
-        if primal and dual and rate is not None:  # with an adversary, without schedules, not 0
+        if primal and dual and rate is not None:  # there is an adversary and no schedule
             self.model.adversary_optimizer.learning_rate = dual / primal * rate
 
     on_epoch_end = on_epoch_begin

@@ -1,7 +1,7 @@
 """The graphs that `fit` and `evaluate` call: several steps each, under any strategy and compiler.
 
-They replace Keras's graphs, which reduce the logs over replicas, and that fails for scalars with
-several workers. The loop in Keras's graphs also fails with several replicas.
+They replace Keras's graphs for two reasons. Keras reduces the logs over replicas, which fails for
+scalars with several workers. And the loop in Keras's graphs fails with several replicas.
 """
 
 import inspect

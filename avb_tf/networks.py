@@ -34,7 +34,7 @@ class Restorable:
         instance = super().__new__(cls, *args, **kwargs)
         bound = inspect.signature(cls.__init__).bind(instance, *args, **kwargs).arguments
         _, *arguments = (bound | bound.pop("kwargs", {})).items()
-        vars(instance)["_arguments"] = dict(arguments)  # Keras does not track it
+        vars(instance)["_arguments"] = dict(arguments)  # bypasses Keras's tracking
         return instance
 
     def get_config(self):
@@ -76,7 +76,7 @@ class DenseStack(Restorable, keras.layers.Layer):
 
     def call(self, inputs: tf.Tensor):
         """Maps inputs [..., inputs] to features [..., width]."""
-        hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # fuses bias and activation, at rank 2
+        hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # at rank 2 bias and activation fuse
         for layer in self.hidden:
             hidden = layer(hidden)
         return _unflatten(hidden, tf.shape(inputs)[:-1], hidden.shape[-1:])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-LARGE = 2**20  # elements from which a weight is updated by itself
+LARGE = 2**20  # a weight with at least this many elements is updated by itself
 
 
 @keras.saving.register_keras_serializable("avb_tf")

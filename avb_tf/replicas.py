@@ -287,8 +287,8 @@ def all_finite(*tensors: tf.Tensor) -> tf.Tensor:
 def apply(optimizer, gradients, variables, applied) -> None:
     """Calls `optimizer.apply` in a replica if `applied` is true.
 
-    Optimizers synchronise the replicas, which is not possible inside a condition. So the replicas
-    synchronise first, and the condition comes after.
+    Optimizers synchronise the replicas, which a replica cannot do inside a condition. So the
+    condition is evaluated once for all replicas together, outside of them (`update`).
 
     Args:
       optimizer: a Keras optimizer.

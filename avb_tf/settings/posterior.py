@@ -73,7 +73,7 @@ def config(model: str) -> ml_collections.ConfigDict:
         "reference": "",  # folder for the reference, shared by all seeds; "": the workdir
     }
     fields.export = {
-        "max_batch": 1024,  # most rows in a request
+        "max_batch": 1024,  # largest number of rows in a request
         "version": 0,  # 0: one more than the newest
     }
     return fields
