@@ -247,8 +247,8 @@ POSTERIORS = {
     "--workdir=half_fitted": "half_fitted/fit cannot be loaded",
 }
 CLUSTERS = {
-    f"TF_CONFIG={{ {DIGITS}": "no such JSON",
-    f"TF_CONFIG=[1] {DIGITS}": "no such JSON",
+    f"TF_CONFIG={{ {DIGITS}": "not JSON of that form",
+    f"TF_CONFIG=[1] {DIGITS}": "not JSON of that form",
     f'TF_CONFIG={TWO[:-1]},"ps":["c:1"]}}}} {DIGITS}': "tasks of type 'ps'",
     f"TF_CONFIG={TWO}}} {DIGITS}": "the task {}",
     f'TF_CONFIG={TWO},"task":{{"type":"worker","index":2}}}} {DIGITS}': "'index': 2",
