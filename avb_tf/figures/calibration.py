@@ -1,4 +1,4 @@
-"""Ranks of simulation-based calibration."""
+"""The figure of ranks in simulation-based calibration."""
 
 from collections.abc import Mapping
 
@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 
 
 def ranks(shares: Mapping[str, np.ndarray], band: float) -> Figure:
-    """How far the distribution functions of ranks are from that of uniform ones.
+    """Draws the distribution function of the ranks minus the uniform distribution function.
 
     Args:
-      shares: name -> [possible ranks], share of the ranks of this kind up to each.
-      band: largest deviation of uniform ranks with probability 95%.
+      shares: name -> [possible ranks], the share of this name's ranks up to each possible rank.
+      band: half-width of the band that contains uniform ranks with probability 95%.
     """
     figure = Figure((6.0, 4.0), layout="constrained")
     axes = figure.subplots()
