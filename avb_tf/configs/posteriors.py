@@ -235,7 +235,7 @@ def mixture():
 
 
 def logistic_regression():
-    """Logistic regression: ten features of 150 patients in scikit-learn's breast cancer data."""
+    """Logistic regression: ten features of the first 150 patients in the breast cancer data."""
     import tensorflow as tf
     from sklearn.datasets import load_breast_cancer
     from tensorflow_probability import distributions as tfd
