@@ -53,7 +53,7 @@ WRONG = {
     "one example": (X[0], r"x has shape \(4,\)"),
     "no examples": (X[:0], r"x has shape \(0, 4\); expected at least one"),
     "two inputs": ([X, X], r"x has shape \(2, 12, 4\)"),
-    "ragged": ([[0.0], [0.0, 1.0]], "x is no array"),
+    "ragged": ([[0.0], [0.0, 1.0]], "x is not an array"),
     "named": ({"x": X}, "x has shape"),
 }
 
