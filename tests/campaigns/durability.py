@@ -153,8 +153,7 @@ def kills(folder, whole, count, chance):
 
 
 def killed_exports(folder, whole, count, chance):
-    """Kills exports while they are written: no incomplete version remains, and the next
-    succeeds."""
+    """Kills exports while they are written: no incomplete version may remain; the next succeeds."""
     workdir = shutil.copytree(whole, folder / "exports", dirs_exist_ok=True)
     for _ in range(count):
         job = Job(workdir, EXPORT)

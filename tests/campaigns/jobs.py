@@ -155,7 +155,7 @@ def losses(workdir, whole, logged=True):
     """Yields descriptions of differences between a finished run and the undisturbed one.
 
     Args:
-      workdir: of the finished run.
+      workdir: workdir of the finished run.
       whole: workdir of the undisturbed run.
       logged: whether logs have to agree too.
     """

@@ -156,7 +156,7 @@ def shell(dim, radius, width):
 
 
 def prior(make):
-    """Returns a target with one constrained parameter, of which the data are independent."""
+    """Returns a target with one constrained parameter, which the data do not inform."""
     distribution = make()
     joint = tfd.JointDistributionNamed(
         {"x": make(), "y": tfd.Normal(np.float64(0.0), np.float64(1.0))}
