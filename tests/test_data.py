@@ -130,7 +130,7 @@ def test_the_splits_of_digits_are_fixed():
     assert sizes(source) == (1297, 200, 300)
     assert_disjoint_and_complete(source, load_digits(return_X_y=True)[0] / 16)
     assert_same(source, load("digits", seed=1))
-    # Labels belong to their images: most test images are closest to the training mean of their class.
+    # Labels belong to their images: most test images are nearest to the mean of their class.
     x, y = content(source.train), source.train.labels
     means = np.stack([x[y == digit].mean(0) for digit in range(10)])
     distances = ((content(source.test) - means[:, np.newaxis]) ** 2).sum((2, 3, 4))
