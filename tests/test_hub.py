@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, replaced by a folder: a downloaded model equals the uploaded one."""
+"""Tests that a model downloaded from a local double of the Hub equals the uploaded model."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ from tests.commands import trained
 
 
 class Hub(ModuleType):
-    """huggingface_hub's functions as its documentation describes them, over a folder."""
+    """A local folder with the interface that the documentation of huggingface_hub describes."""
 
     def __init__(self, root):
         super().__init__("huggingface_hub")

@@ -1,4 +1,4 @@
-"""Tables: kinds and scales of their columns, and CSV and Parquet files."""
+"""Tests tables: kinds and scales of their columns, and CSV and Parquet files."""
 
 import numpy as np
 import pandas as pd
