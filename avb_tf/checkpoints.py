@@ -79,7 +79,9 @@ def card(model: AVB, workdir: Path, name: str) -> str:
       workdir: the run's directory.
       name: file or address to load, for the card's example of use.
     """
-    config = configuration.read(workdir) if (workdir / configuration.FILE).exists() else None
+    # A folder that Keras wrote has a `config.json` of its own.
+    is_run = (workdir / DIRECTORY).is_dir() and (workdir / configuration.FILE).exists()
+    config = configuration.read(workdir) if is_run else None
     return model_card.text(
         workdir.absolute().name,
         model_card.facts(model, config),

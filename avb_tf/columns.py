@@ -167,7 +167,7 @@ class TableLikelihood:
             if group.kind in ("bernoulli", "category"):
                 fits &= part < (2.0 if group.kind == "bernoulli" else group.parameters)
             if group.kind == "exposure":
-                fits &= part >= 0.0
+                fits &= part > 0.0
             elif self.table.missing:
                 fits |= tf.math.is_nan(part)
             valid.append(tf.reduce_all(fits))

@@ -31,6 +31,7 @@ __all__ = ["AVB", "auxiliary", "flows", "schedules"]
 # Streams of randomness within a step. `AVB.noises` takes two consecutive streams; further dual
 # steps take the pairs of streams after the pair of _TRAIN.
 _BINARISE, _TEST, _, _TRAIN = range(4)
+_MOMENT_DRAWS = 64  # fewest draws whose moments define a contrast
 _NOT_TAKEN = {"loss", "metrics", "weighted_metrics", "loss_weights"}  # arguments of `compile`
 
 
@@ -567,10 +568,13 @@ class AVB(Restorable, Trained):
           samples: draws for each x.
           seed: the same seed gives the same draws.
         """
-        posterior = self.posterior(x, samples, seed)
+        # An adaptive contrast may take its moments from these draws.
+        count = max(samples, _MOMENT_DRAWS) if self.encoder.moments_from_draws else samples
+        posterior = self.posterior(x, count, seed)
         noise = tf.random.stateless_normal(tf.shape(posterior.z), [seed, 2])
         q, r = contrasts.compare(posterior, self.contrast)
-        return self._t(self._examples(x), q, r, noise)
+        t, t_contrast = self._t(self._examples(x), q, r, noise)
+        return t[:samples], None if t_contrast is None else t_contrast[:samples]
 
     def decode(self, z: np.ndarray | tf.Tensor):
         """Returns E[x|z], [..., *event], for z [..., latent]; for a category its likeliest code."""

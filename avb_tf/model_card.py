@@ -39,7 +39,7 @@ def facts(model: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]
     return kind | {
         "x": f"{shape} {of.get(model.likelihood.support, f'of {described}')}",
         "latent dimensions": model.encoder.latent_dim,
-        "adversary": "none: the posterior's density is known" if model.adversary is None else "yes",
+        "adversary": "no" if model.adversary is None else "yes",
         "training steps": int(model.step.numpy()),
     }
 

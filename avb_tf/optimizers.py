@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
+from avb_tf.errors import UserError
+
+_UNSUPPORTED = (
+    "amsgrad", "weight_decay", "clipnorm", "clipvalue", "use_ema", "gradient_accumulation_steps",
+)  # fmt: skip
 LARGE = 2**20  # a weight with at least this many elements is updated by itself
 
 
@@ -17,6 +22,15 @@ class Adam(keras.optimizers.Adam):
     `global_clipnorm`, Keras clips each replica's share; here the sum over replicas is clipped, so
     that a run does not depend on the number of replicas. Gradients must be dense.
     """
+
+    def __init__(self, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7, **kwargs):
+        for name in _UNSUPPORTED:
+            if kwargs.get(name):
+                raise UserError(
+                    f"avb_tf.optimizers.Adam got {name}={kwargs[name]}; expected none: use "
+                    "global_clipnorm to clip, or keras.optimizers.Adam"
+                )
+        super().__init__(learning_rate, beta_1, beta_2, epsilon, **kwargs)
 
     def update_step(self, gradient, variable, learning_rate):
         """Updates one weight.

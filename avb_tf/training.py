@@ -119,6 +119,11 @@ class Trained(keras.Model):
             x = array_split(x, weights=weights)
         elif weights is not None:
             raise UserError("sample_weight goes with an array x; expected none with a Split")
+        elif validation_split:
+            raise UserError(
+                "validation_split goes with an array x; expected none with a Split: pass "
+                "validation_data"
+            )
         batch_size = arguments.pop("batch_size", None) or 32
         if not isinstance(data, Split):  # as in Keras; a split's batches may repeat its examples
             batch_size = min(batch_size, x.size)

@@ -393,6 +393,9 @@ def discrete():
         (lambda fit: fit(linear(), "y", steps=0), "expected numbers above 0"),
         (lambda fit: fit(linear(), "y", widht=3), "unknown setting 'widht'"),
         (lambda fit: fit(linear(), "y", width=0.5), "width is 0.5; expected a int"),
+        (lambda fit: fit(linear(), "y", depth=True), "depth is True; expected a int"),
+        (lambda fit: fit(linear(), "y", learning_rate=np.nan), "learning_rate is nan"),
+        (lambda fit: fit(linear(), "y", clip_norm=np.inf), "clip_norm is inf"),
         (lambda fit: fit(batched_wrongly(), "y"), "write it for batches"),
         (lambda fit: fit(discrete(), "y"), "'k' .Poisson. has no default bijector"),
         (

@@ -76,6 +76,12 @@ def test_errors_are_standard_errors_and_bad_weights_warn():
     assert "Pareto k is above 0.7 for 100%" in str(bad)
 
 
+def test_a_single_chain_has_no_error(model):
+    alone = model.log_likelihood(X, temperatures=3, chains=1, leapfrog_steps=2, verbose=False)
+    assert np.isfinite(alone.values).all()
+    assert np.isnan(alone.errors).all()
+
+
 def test_what_has_no_log_p_is_refused(model):
     with pytest.raises(UserError, match="temperatures is 0"):
         model.log_likelihood(X, temperatures=0)

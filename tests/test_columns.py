@@ -156,7 +156,7 @@ def test_a_unit_of_measurement_changes_the_density_by_its_log_alone():
 BAD = {
     "infinite": (0, np.inf), "a code too high": (1, 3.0), "half a code": (1, 0.5),
     "negative count": (2, -1.0), "half a count": (7, 0.5), "no zero or one": (5, 2.0),
-    "negative exposure": (4, -1.0), "no exposure": (4, NAN),
+    "negative exposure": (4, -1.0), "an exposure of 0": (4, 0.0), "no exposure": (4, NAN),
 }  # fmt: skip
 
 

@@ -74,6 +74,16 @@ def test_keras_loads_an_uploaded_model(hub, workdir):
     np.testing.assert_array_equal(model.encode(X), checkpoints.load(workdir).encode(X))
 
 
+def test_a_model_that_keras_saved_as_a_folder_is_uploaded(hub, workdir, tmp_path):
+    checkpoints.load(workdir).save(tmp_path / "folder", zipped=False)  # with Keras's config.json
+    avb_tf.push_to_hub(tmp_path / "folder", "me/digits")
+    card = (hub.root / "me/digits/README.md").read_text()
+    assert "This model has not been evaluated" in card
+    np.testing.assert_array_equal(
+        avb_tf.from_hub("me/digits").encode(X), checkpoints.load(workdir).encode(X)
+    )
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -8,6 +8,7 @@ import tensorflow as tf
 import avb_tf
 from avb_tf.data import pipeline, resident
 from avb_tf.data.source import array_split
+from avb_tf.errors import UserError
 from avb_tf.settings.methods import METHODS
 
 SMALL = {
@@ -137,6 +138,11 @@ def test_fit_takes_validation_split_and_order_of_the_data():
     history = model.fit(X, batch_size=10, validation_split=0.2, shuffle=False, verbose=0).history
     assert int(model.step.numpy()) == 4
     assert np.isfinite(history["val_elbo"]).all()
+
+
+def test_a_split_is_not_split_again():
+    with pytest.raises(UserError, match="validation_split goes with an array"):
+        model_of("vae").fit(array_split(X), validation_split=0.2, verbose=0)
 
 
 def test_an_example_larger_than_the_limit_is_a_stream():

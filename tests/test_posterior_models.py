@@ -256,8 +256,24 @@ def test_heavy_tails_do_not_run_away():
     assert np.isfinite(start.find(target, seed=0).mean).all()
 
 
-def test_an_unknown_setting_and_no_steps():
-    refused("unknown setting 'wdith'", lambda x: -(x[..., 0] ** 2), shape=[1], wdith=3)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"wdith": 3}, "unknown setting 'wdith'"),
+        ({"draws": 0}, "draws is 0; expected a whole number of at least 1"),
+        ({"blocks": True}, "blocks is True; expected a whole number"),
+        ({"chart_steps": 1.5}, "chart_steps is 1.5; expected a whole number of at least 0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0; expected a number of at least 0.0 and below 1"),
+        ({"annealing": float("nan")}, "annealing is nan"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; expected a number of at least"),
+        ({"width": "64"}, "width is '64'"),
+    ],
+)
+def test_settings_out_of_range(setting, message):
+    refused(message, lambda x: -(x[..., 0] ** 2), shape=[1], **setting)
+
+
+def test_no_steps():
     refused("expected numbers above 0", lambda x: -(x[..., 0] ** 2), shape=[1], steps=0)
 
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import avb_tf
 from avb_tf.likelihood_estimation import quadrature
+from avb_tf.likelihoods import LIKELIHOODS
 from avb_tf.serving import signatures
 from tests import linear_gaussian as linear_gaussian_model
 
@@ -117,3 +118,12 @@ def test_seeded_draws_follow_the_posterior():
     draws = model.encode(x[:1], 3000, seed=1)[:, 0].numpy()
     for latent in range(3):
         assert scipy.stats.ks_2samp(z[:, latent], draws[:, latent]).pvalue > 0.01
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, -1.0, 0.5])
+@pytest.mark.parametrize("name", ["poisson", "negative_binomial"])
+def test_a_graph_of_counts_refuses_other_numbers(name, value):
+    valid = functools.partial(graph, functools.partial(signatures._of_support, LIKELIHOODS[name]))
+    valid(tf.constant([[0.0, 3.0]]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="x that is not a count"):
+        valid(tf.constant([[1.0, value]]))

@@ -17,8 +17,8 @@ class LogLikelihood(NamedTuple):
 
     Attributes:
       values: [examples], the estimates.
-      errors: [examples], the standard error of each value, estimated from its chains; 0 with a
-        single chain.
+      errors: [examples], the standard error of each value, estimated from its chains; NaN with
+        a single chain.
       effective_sample_size: [examples], from 1 to the number of chains.
       pareto_k: [examples]; above 0.7 a value and its error cannot be trusted. NaN with fewer than
         25 chains.
@@ -97,7 +97,8 @@ def log_likelihood(
     ]
     log_weights = np.concatenate([part.log_weights for part in parts], -1)
     effective = diagnostics.effective_sample_size(log_weights)
-    variance = (1.0 / effective - 1.0 / chains) * chains / max(1, chains - 1)  # of the mean weight
+    # Of the mean weight, relative to its square.
+    variance = (1.0 / effective - 1.0 / chains) * chains / (chains - 1 if chains > 1 else np.nan)
     return LogLikelihood(
         ais.lower_bound(log_weights),
         np.sqrt(np.maximum(variance, 0.0)),

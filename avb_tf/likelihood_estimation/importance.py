@@ -7,7 +7,7 @@ from avb_tf import proposal
 from avb_tf.likelihood_estimation import joint
 from avb_tf.model import AVB
 
-_CHUNK = 2**23  # numbers in the largest intermediate tensor
+_CHUNK = 2**23  # numbers in the tensor of all E[x|z] that one call computes
 
 
 class ImportanceSampler:
@@ -47,6 +47,7 @@ class ImportanceSampler:
         """
         x = tf.convert_to_tensor(x, tf.float32)
         per_call = max(1, _CHUNK // (len(x) * int(np.prod(self.model.event_shape))))
+        per_call = min(per_call, draws)
         calls = -(-draws // per_call)
         moments = () if self.exact else self._moments(x)
         log_weights = [

@@ -95,7 +95,7 @@ def _of_support(likelihood: Any, x: tf.Tensor):
     valid = {
         "unit": lambda: tf.reduce_all((x >= 0.0) & (x <= 1.0)),  # false for NaN
         "table": lambda: likelihood.valid(x),
-        "count": lambda: tf.reduce_all((x >= 0.0) & (x == tf.round(x))),
+        "count": lambda: tf.reduce_all((x >= 0.0) & tf.math.is_finite(x) & (x == tf.round(x))),
         "real": lambda: tf.reduce_all(tf.math.is_finite(x)),
     }[likelihood.support]()
     tf.debugging.Assert(valid, [message.get(likelihood.support, "x that is not finite")])

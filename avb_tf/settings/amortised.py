@@ -30,9 +30,8 @@ def resolved(**changes: Any) -> dict[str, Any]:
     settings = {**SETTINGS, **changes}
     for name, value in settings.items():
         kind = type(SETTINGS[name])
-        whole = kind is int and not isinstance(value, bool) and isinstance(value, int)
-        number = kind is float and isinstance(value, int | float)
-        if not (whole or number) or value <= 0:
+        number = isinstance(value, int | float if kind is float else int)
+        if isinstance(value, bool) or not number or not 0 < value < float("inf"):
             raise UserError(f"{name} is {value!r}; expected a {kind.__name__} above 0")
     if not settings["whitening_share"] < 1.0:
         raise UserError(f"whitening_share is {settings['whitening_share']}; expected less than 1")

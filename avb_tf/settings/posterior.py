@@ -1,8 +1,10 @@
 """Settings of `fit_posterior` with their defaults, and the fields and checks of its config."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from avb_tf.errors import UserError
 
@@ -29,6 +31,15 @@ SETTINGS: dict[str, Any] = {
     "ema_decay": 0.995,  # decay of the sampler's averaged weights
     "clip_norm": 100.0,  # largest global norm of the gradient
 }
+# The lowest value, and what a value must be below, of all but whole numbers of at least 1.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("noise_dim", "chart_steps", "chart_width"), (0, 2**31)),
+    **dict.fromkeys(("chart_share", "adversary_warmup", "annealing", "ema_decay"), (0.0, 1.0)),
+    **dict.fromkeys(
+        ("chart_learning_rate", "learning_rate", "adversary_learning_rate", "clip_norm"),
+        (0.0, float("inf")),
+    ),
+}
 SINCE: dict[str, Any] = {}  # fields that config files of earlier versions lack, with their values
 STEPS = 3000  # used if neither steps nor seconds are given
 
@@ -40,14 +51,36 @@ def resolved(dim: int, **changes: Any) -> dict[str, Any]:
       dim: dimensions of the posterior.
       **changes: settings that differ from the default, by their names in `SETTINGS`.
     Raises:
-      UserError: a setting is unknown.
+      UserError: a setting is unknown or out of range.
     """
     if unknown := sorted(set(changes) - set(SETTINGS)):
         raise UserError(f"unknown setting '{unknown[0]}'; expected one of {', '.join(SETTINGS)}")
     settings = {**SETTINGS, **changes}
+    check(settings)
     settings["noise_dim"] = settings["noise_dim"] or max(8, min(dim, 32))
     settings["chart_width"] = settings["chart_width"] or max(64, 2 * dim)
     return settings
+
+
+def check(settings: Mapping[str, Any], prefix: str = "") -> None:
+    """Checks types and ranges of all settings.
+
+    Args:
+      settings: all settings, by their names in `SETTINGS`.
+      prefix: what precedes a name in the error.
+    Raises:
+      UserError: a setting is out of range.
+    """
+    for name, value in settings.items():
+        low, high = _RANGES.get(name, (1, 2**31))
+        whole = isinstance(SETTINGS[name], int)
+        number = isinstance(value, int | np.integer) if whole else isinstance(value, float | int)
+        if isinstance(value, bool) or not number or not low <= value < high:
+            below = "" if high == float("inf") else f" and below {high:g}"
+            kind = "a whole number" if whole else "a number"
+            raise UserError(
+                f"{prefix}{name} is {value!r}; expected {kind} of at least {low}{below}"
+            )
 
 
 def config(model: str) -> ml_collections.ConfigDict:
@@ -97,7 +130,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: a field is out of range.
     """
-    fields = {**config.to_dict(), **{f"fit.{k}": v for k, v in config.fit.items()}}
+    check(config.fit, "config.fit.")
+    fields = config.to_dict()
     for part in ("eval", "export"):
         fields |= {f"{part}.{k}": v for k, v in config[part].items()}
     least = {
@@ -106,7 +140,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "eval.gaussian_steps": 1,
         "eval.nuts_draws": 4,
     }
-    least |= dict.fromkeys(("fit.draws", "fit.blocks", "fit.width"), 1)
     for key, value in fields.items():
         if isinstance(value, int | float) and not least.get(key, 0) <= value < 2**31:
             expected = f"{least.get(key, 0)} or more and below 2^31"
