@@ -86,6 +86,7 @@ LONG = (
     "networks.py::test_running_averages_approach_the_moments",
     "posterior_models.py::test_a_density_of_several_parameters_by_name_with_bijectors",
     "posterior_models.py::test_minibatches_recover_a_conjugate_posterior",
+    "posterior_start.py::test_the_noise_of_an_estimated_covariance",
     "posteriors.py::test_means_of_targets_of_inference_gym_are_its_ground_truth",
     "precision.py::test_a_loaded_model_continues_in_float32",
     "precision.py::test_training_reaches_the_same_bound[avb-mixed_float16]",
