@@ -16,17 +16,17 @@ from absl import logging
 from avb_tf.errors import UserError
 
 CHECKSUMS = "checksums.json"  # SHA-256 of the other files of a directory, by relative path
-COMMITTED = ".new"  # in a directory: files of a finished `saving`, not yet at their places
-# What a file system without locks, or without fsync on directories, answers.
+COMMITTED = ".new"  # subdirectory with the files of a finished `saving` that are still to be moved
+# Errors of a file system that has no locks, or no fsync on directories.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replaces `file` by `content`, atomically and durably.
+    """Replaces the content of `file`, atomically and durably.
 
     Args:
-      file: its folder must exist.
-      content: text is encoded as UTF-8.
+      file: the file; its folder must exist.
+      content: the new content; text is encoded as UTF-8.
     Raises:
       OSError: the file cannot be written; the old content stays.
     """
@@ -36,20 +36,20 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         with open(temporary, "xb") as new:  # "x" never follows a link
             new.write(content.encode() if isinstance(content, str) else content)
         replace(temporary, file)
-    except OSError as error:  # the message of a full disk does not name the file
+    except OSError as error:  # the system's message about a full disk does not name the file
         raise OSError(f"cannot write {file} ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def replace(temporary: Path, final: Path) -> None:
-    """Renames `temporary` to `final`, so that a power loss leaves the old or all of the new.
+    """Renames `temporary` to `final`, so that a power loss leaves the old or the complete new one.
 
     The content reaches the disk before the rename, and the rename before this function returns.
 
     Args:
-      temporary: a file, or a directory with all that is in it, beside `final`.
-      final: a file is replaced; a directory must be missing.
+      temporary: a file or a directory, in the same folder as `final`.
+      final: the new path. An existing file is replaced; a directory must not exist yet.
     Raises:
       OSError: the disk is full or not writable, or `final` is a directory that exists.
     """
@@ -59,7 +59,7 @@ def replace(temporary: Path, final: Path) -> None:
 
 
 def sync_all(path: Path) -> None:
-    """`sync` of a file, or of a directory and all that is below it."""
+    """Calls `sync` for a file, or for a directory and everything below it."""
     for folder, _, names in os.walk(path, topdown=False):
         for name in names:
             sync(Path(folder, name))
@@ -81,14 +81,14 @@ def sync(path: Path) -> None:
 
 
 def make_directory(directory: Path, inside: Path | None = None) -> None:
-    """Creates a directory and its missing parents durably; it may exist.
+    """Creates a directory and its missing parents durably, unless it exists.
 
     Args:
       directory: to create.
-      inside: a folder above it that must exist, such as the workdir of a run, which would lack its
-        config and checkpoints if it were made again.
+      inside: a parent that must exist, such as the workdir of a run. A workdir that has vanished
+        must not be created again, because it would lack its config and checkpoints.
     Raises:
-      OSError: `inside` is gone, or the directory cannot be created.
+      OSError: `inside` does not exist, or the directory cannot be created.
     """
     if inside is not None and not inside.is_dir():
         raise FileNotFoundError(f"{inside} is gone")
@@ -101,7 +101,7 @@ def make_directory(directory: Path, inside: Path | None = None) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes `.<name>.<process>` of processes that were killed while they wrote `path`."""
+    """Removes the files `.<name>.<process>` that killed processes left while they wrote `path`."""
     for left in path.parent.glob(f".{path.name}.*"):
         process = left.name.removeprefix(f".{path.name}.")
         if process == str(os.getpid()) or not _runs(process):
@@ -117,7 +117,7 @@ def _remove(path: Path) -> None:
 
 
 def _runs(process: str) -> bool:
-    """Whether a process of this id is running on this machine."""
+    """Returns whether a process with this id is running on this machine."""
     try:
         os.kill(int(process), 0)
     except PermissionError:
@@ -131,10 +131,10 @@ def _runs(process: str) -> bool:
 def locked(file: Path):
     """Holds an exclusive lock on `file` inside the block.
 
-    The lock is the process's own and ends with it, even by SIGKILL; the file stays.
+    The lock ends with the process, even after SIGKILL. The file stays.
 
     Args:
-      file: created if missing; its folder must exist.
+      file: the lock file, created if missing; its folder must exist.
     Raises:
       UserError: another process holds the lock.
       OSError: the file cannot be written.
@@ -164,18 +164,21 @@ def locked(file: Path):
 
 @contextlib.contextmanager
 def saving(directory: Path, record: str, content: str, *names: str):
-    """Replaces files of `directory` together: a kill leaves all of the old ones, or of the new.
+    """Replaces files of a directory together: a kill leaves all old ones or all new ones.
 
         with files.saving(path, "fit.json", json.dumps(meta), "fit.weights.h5") as new:
             model.save_weights(new / "fit.weights.h5")
 
+    The block writes into a subdirectory, which is renamed once it is complete. `settle` then moves
+    its files into place, also after a kill in between.
+
     Args:
-      directory: created if missing; its other files stay.
-      record: name of a file whose presence says that all is there.
-      content: of that file.
-      *names: of the files and folders that the block writes.
+      directory: created if missing; its other files are kept.
+      record: name of the file that marks the directory as complete.
+      content: content of the record.
+      *names: names of the files and folders that the block writes.
     Yields:
-      The directory in which the block writes `names`.
+      The directory into which the block writes `names`.
     Raises:
       UserError: the directory cannot be written.
     """
@@ -197,7 +200,7 @@ def saving(directory: Path, record: str, content: str, *names: str):
 
 
 def settle(directory: Path) -> None:
-    """Moves the files of a finished `saving` to their places, if a kill has kept it from that.
+    """Moves the files of a finished `saving` into place if a kill has prevented that.
 
     Raises:
       OSError: the directory cannot be written.
@@ -224,11 +227,11 @@ def settle(directory: Path) -> None:
 
 @contextlib.contextmanager
 def loading(directory: Path, writer: str):
-    """The block loads what `saving` wrote, after its checksums have been verified.
+    """Verifies the checksums of a directory that `saving` wrote, then runs the block that loads it.
 
     Args:
-      directory: of the files.
-      writer: what writes such directories, for the message.
+      directory: the directory.
+      writer: name of the function that writes such directories, for the message.
     Raises:
       UserError: a file is missing or damaged, or the block cannot use it.
     """
@@ -236,7 +239,7 @@ def loading(directory: Path, writer: str):
         settle(directory)
         verify(directory)
         yield
-    except Exception as error:  # whatever JSON, Keras and TensorFlow raise on a damaged file
+    except Exception as error:  # JSON, Keras and TensorFlow raise many types on a damaged file
         raise UserError(
             f"{directory} cannot be loaded ({error!s:.200}); expected a directory that {writer} "
             "wrote"
@@ -247,8 +250,8 @@ def write_checksums(directory: Path, *names: str) -> None:
     """Writes `CHECKSUMS`, for `verify`.
 
     Args:
-      directory: where the file is written.
-      *names: of files and folders in it; the SHA-256 of each file is kept.
+      directory: the directory of the files, where `CHECKSUMS` is written.
+      *names: files and folders in it; the SHA-256 of each file, also in the folders, is recorded.
     """
     sums = {}
     for name in names:
@@ -260,7 +263,9 @@ def write_checksums(directory: Path, *names: str) -> None:
 
 
 def verify(directory: Path) -> None:
-    """Compares files with the checksums in `directory`, if it has any; earlier versions wrote none.
+    """Compares the files in `directory` with its checksums.
+
+    A directory without checksums is accepted, because earlier versions wrote none.
 
     Raises:
       UserError: a file is missing or was changed since `write_checksums`.

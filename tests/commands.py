@@ -1,6 +1,9 @@
-"""Command lines in this process, and a small finished run for them."""
+"""Runs command lines in this process, and provides a small finished run for them."""
 
+import atexit
+import functools
 import shutil
+import tempfile
 from pathlib import Path
 
 from avb_tf.command_line import main
@@ -19,12 +22,21 @@ def run(line):
 
 
 def content(folder):
-    """Path -> bytes of all that is below `folder`, without locks; None for a folder."""
+    """Returns {path: bytes, or None for a folder} of everything below `folder` except locks."""
     paths = (path for path in folder.rglob("*") if path.suffix != ".lock")
     return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def trained(root):
-    """Puts the configs and `run`, a finished one, into `root`, the working directory."""
+    """Puts the configs and a finished run, `run`, into `root`, which is the working directory."""
     shutil.copytree(REPOSITORY / "configs", root / "configs")
-    run(f"--config=configs/digits.py:vae --workdir=run {TINY}")
+    shutil.copytree(_finished_run(), root / "run")
+
+
+@functools.cache
+def _finished_run():
+    """Trains the run once in this process, and returns its workdir."""
+    workdir = Path(tempfile.mkdtemp()) / "run"
+    atexit.register(shutil.rmtree, workdir.parent, ignore_errors=True)
+    run(f"--config={REPOSITORY}/configs/digits.py:vae --workdir={workdir} {TINY}")
+    return workdir
