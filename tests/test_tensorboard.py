@@ -11,10 +11,11 @@ import urllib.request
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from matplotlib.image import imread
 
 from avb_tf import command_line
-from avb_tf.callbacks import tensorboard
+from avb_tf.callbacks import tensorboard, writing
 from tests import browser
 
 SETTINGS = [
@@ -219,3 +220,9 @@ def test_panels_render_without_errors(panel, server, tmp_path, artefacts):
             TEXT
         )  # text that the projector generates but does not show
         assert not page.errors
+
+
+def test_logs_that_cannot_be_opened_are_an_os_error(tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(OSError, match="cannot write logs"), writing.logged():
+        tf.summary.create_file_writer(str(tmp_path / "logs/train"))

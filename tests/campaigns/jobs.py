@@ -32,7 +32,7 @@ FLAGS = [
 ]  # fmt: skip
 
 POSTERIOR_FLAGS = [
-    "--config.steps=20", "--config.fit.draws=64", "--config.fit.width=8",
+    "--config.steps=20", "--config.seconds=0", "--config.fit.draws=64", "--config.fit.width=8",
     "--config.fit.adversary_width=8",
 ]  # fmt: skip
 
