@@ -25,7 +25,7 @@ def logged():
     try:
         yield
     except tf.errors.OpError as error:
-        if not any(words in error.message for words in ("Failed to flush", "events writer")):
+        if not any(words in error.message for words in ("Failed to flush", "SummaryFileWriter")):
             raise
         reason = error.message.splitlines()[0].rpartition("}} ")[2]
         raise OSError(f"cannot write logs ({reason:.300})") from error
