@@ -557,7 +557,11 @@ class AVB(Restorable, Trained):
         examples = self._examples(x)
         outputs = self.averaged_decoder(self._posterior(examples, samples, seed).z)
         means = self.likelihood.predictive_mean(outputs, examples)
-        return self.table.frame(means, x.index) if is_frame(x) else means
+        if not is_frame(x):
+            return means
+        # Under the labels of x, or `fillna` would fill nothing where these are numbers.
+        labels = {str(label): label for label in x.columns}
+        return self.table.frame(means, x.index).rename(columns=labels)
 
     def log_likelihood(
         self,

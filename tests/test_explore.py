@@ -1,11 +1,13 @@
 """The latent explorer: the page's content, and in a browser that it decodes like the model."""
 
+import dataclasses
 import json
 import re
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import avb_tf
 from avb_tf.commands import explore
@@ -57,6 +59,27 @@ def test_an_unknown_decoder_is_refused():
     model.averaged_decoder = keras.Sequential([keras.layers.Dense(7)])
     with pytest.raises(UserError, match="Sequential"):
         explore.layers(model.averaged_decoder)
+
+
+MEANS = {
+    "identity": (1, lambda outputs: outputs[..., 0]),
+    "exponential": (1, lambda outputs: tf.exp(outputs[..., 0])),
+    "the second output": (2, lambda outputs: tf.sigmoid(outputs[..., 1])),
+    "a softmax over x": (1, lambda outputs: tf.nn.softmax(outputs[..., 0])),
+    "half of the sigmoid": (1, lambda outputs: 0.5 * tf.sigmoid(outputs[..., 0])),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_likelihood_with_another_mean_is_refused(name):
+    model, x = make("rows")
+    parameters, mean = MEANS[name]
+    known = model.likelihood
+    model.likelihood = dataclasses.replace(known, parameters=parameters, mean=mean)
+    with pytest.raises(UserError, match="another mean; use --mode=figures"):
+        explore.page(model, x)
+    model.likelihood = dataclasses.replace(known, mean=lambda outputs: tf.sigmoid(outputs[..., 0]))
+    assert described(explore.page(model, x))["latents"] == 3
 
 
 @pytest.mark.browser

@@ -192,3 +192,30 @@ def test_contour_levels_enclose_half_and_nine_tenths_of_a_gaussian(covariance):
     # Of a Gaussian in two dimensions, the share 1 - h is where the density is above h of its peak.
     np.testing.assert_allclose([1 - inner / 7.0, 1 - outer / 7.0], [0.5, 0.9], atol=0.01)
     assert top > 7.0 * density.max()
+
+
+@pytest.mark.parametrize(
+    "density",
+    [
+        np.pad([[1.0]], 9),  # one cell has all of the mass
+        np.pad([[0.96, 0.04]], 9),
+        np.ones([9, 9]),
+        np.pad(np.ones([3, 4]), 9),
+        np.exp(-0.5 * np.add.outer(*2 * [np.linspace(-30, 30, 13) ** 2])),
+    ],
+    ids=["a cell", "two cells", "uniform", "a rectangle", "narrow"],
+)
+def test_contours_of_narrow_and_flat_densities_are_drawn(density):
+    levels = model_figures._levels(density)
+    assert (np.diff(levels) > 0).all()
+    contours = Figure().subplots().contourf(density, levels)
+    inside = [path for path in contours.get_paths() if len(path.vertices)]
+    assert inside
+
+
+def test_posteriors_far_narrower_than_q_are_drawn():
+    model, x = model_for((6,)), data((6,), 2)
+    for weight in (model.averaged_decoder.head.kernel, model.averaged_decoder.head.bias):
+        weight.assign(1e4 * np.ones(weight.shape))  # log p(x|z) falls by thousands of nats
+    figure = model_figures.posteriors({"one": model}, x, cells=20)
+    assert pixels(figure).shape[-1] == 4

@@ -279,7 +279,7 @@ def _repeated(step: Callable[[], object], count: int, model: AVB) -> Callable[[]
 def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> dict[str, float]:
     """What training does beside its steps, each at its rate in the config, as a share of a step."""
     model = train.create(config, source.event_shape)
-    batches = iter(pipeline.training_batches(source.train, config.batch_size, 0, 0, 2**31))
+    batches = iter(pipeline.training_batches(source.train, config.batch_size, 0, 0))
     with tempfile.TemporaryDirectory() as directory:
         workdir = Path(directory)
         run = train.Training(config, workdir, tf.distribute.get_strategy(), model, source)

@@ -139,11 +139,6 @@ def row(group: list[EvaluatedRun], runs: list[EvaluatedRun]) -> dict[str, Any]:
     """
     first = group[0].results
     name = results.best_log_likelihood(first["estimates"]) or ""  # "" if no subset was evaluated
-    bound = "elbo" if "elbo" in first["estimates"] else "elbo_adversary"
-    # log p(x) of a subset is compared with the bound of the same examples.
-    bound_beside = "elbo_of_the_same_examples"
-    if name == "log_likelihood_quadrature" or bound_beside not in first["estimates"]:
-        bound_beside = bound
     baseline = [r for r in runs if _data(r) == _data(group[0]) and r.results["method"] == BASELINE]
     baseline = [r for r in baseline if r not in group]
     return {
@@ -155,8 +150,8 @@ def row(group: list[EvaluatedRun], runs: list[EvaluatedRun]) -> dict[str, Any]:
         "estimate": name,
         "log_likelihood": _over_seeds(group, name),
         "above_vae": _paired(group, baseline, name) if baseline else None,
-        "bound": bound,
-        "elbo": _over_seeds(group, bound_beside),
+        "bound": "elbo" if "elbo" in first["estimates"] else "elbo_adversary",
+        "elbo": _over_seeds(group, results.bound_of_same_examples(first["estimates"])),
         "gap_inference": _interval(group, "gap_inference"),
         "gap_shape": _over_seeds(group, "gap_shape"),
         "bdmc_gap": _over_seeds(group, "bdmc_gap"),

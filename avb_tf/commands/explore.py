@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import ml_collections
 import numpy as np
+import tensorflow as tf
 from sklearn.decomposition import PCA
 
 from avb_tf import checkpoints, data, files
@@ -34,10 +35,6 @@ def explore(config: ml_collections.ConfigDict, workdir: Path) -> None:
         decoder.
     """
     model = checkpoints.load(workdir)
-    if model.likelihood.support != "unit":
-        raise UserError(
-            "the explorer shows x in [0, 1], found a model of other numbers; use --mode=figures"
-        )
     split = getattr(data.load(config.data, model.likelihood), config.eval.split)
     x = pipeline.examples(split, _EXAMPLES, model.likelihood.binary)
     labels = None if split.labels is None else split.labels[: len(x)]
@@ -57,8 +54,9 @@ def page(
       labels: [count] or None; they colour the map.
       title: of the page.
     Raises:
-      UserError: the page cannot run the decoder.
+      UserError: the page cannot run the decoder, or x is not in [0, 1].
     """
+    _check_mean(model)
     means = np.asarray(model.posterior(x, 64).mean)
     components = PCA().fit(means) if len(means) > means.shape[1] else None
     described = {
@@ -74,6 +72,25 @@ def page(
     }
     # "</" would end the script, and the title is user input.
     return _TEMPLATE.read_text().replace(_MARK, json.dumps(described).replace("</", "<\\/"))
+
+
+def _check_mean(model):
+    """Raises `UserError` unless E[x|z] is the sigmoid of the decoder's first output."""
+    likelihood = model.likelihood
+    if likelihood.support != "unit":
+        raise UserError(
+            "the explorer shows x in [0, 1], found a model of other numbers; use --mode=figures"
+        )
+    shape = [8, *model.event_shape, likelihood.parameters]
+    outputs = np.random.default_rng(0).normal(0.0, 3.0, shape).astype(np.float32)
+    expected = 1.0 / (1.0 + np.exp(-outputs[..., :1]))
+    if not likelihood.parameters or not np.allclose(
+        likelihood.mean(tf.constant(outputs)), expected[..., 0], atol=1e-5
+    ):
+        raise UserError(
+            "the explorer shows means sigmoid(output 0 of the decoder), found a likelihood with "
+            "another mean; use --mode=figures"
+        )
 
 
 def layers(decoder: keras.Model) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import tensorflow as tf
 from avb_tf.data.source import Split
 
 _AHEAD = 4  # batches that are ready before they are asked for
-_END = 2**62  # the last step of a stream that does not end
 _BLOCK = 4096  # examples ordered in one go, in whole epochs: an op per epoch of 4 would be slow
 
 
@@ -15,7 +14,8 @@ def training_batches(
     batch_size: int,
     seed: int,
     first_step: int,
-    last_step: int = _END,
+    last_step: int | None = None,
+    *,
     shuffle: bool = True,
     context: tf.distribute.InputContext | None = None,
 ) -> tf.data.Dataset:
@@ -25,14 +25,18 @@ def training_batches(
 
     Args:
       seed: of the orders.
+      last_step: None for batches without an end.
       shuffle: whether each epoch has an order of its own, or all have that of the data.
       context: where several replicas share each batch: this worker's part of it, in one element
         [batch_size / replicas, *event] for each of its replicas.
     """
-    indices = training_indices(split.size, batch_size, seed, first_step, shuffle, context)
-    context = context or tf.distribute.InputContext()
-    local = context.num_replicas_in_sync // context.num_input_pipelines
-    indices = indices.take(local * (last_step - first_step))
+    indices = training_indices(
+        split.size, batch_size, seed, first_step, shuffle=shuffle, context=context
+    )
+    if last_step is not None:
+        context = context or tf.distribute.InputContext()
+        local = context.num_replicas_in_sync // context.num_input_pipelines
+        indices = indices.take(local * (last_step - first_step))
     return untuned(indices.map(split.read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(_AHEAD))
 
 
@@ -41,6 +45,7 @@ def training_indices(
     batch_size: int,
     seed: int,
     first_step: int,
+    *,
     shuffle: bool = True,
     context: tf.distribute.InputContext | None = None,
 ) -> tf.data.Dataset:
