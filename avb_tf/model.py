@@ -341,7 +341,8 @@ class AVB(Restorable, Trained):
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
             kl = self._kl_weight() * objectives.mean(terms.kl, weights)
             log_likelihood = objectives.mean(terms.log_likelihood, weights)
-            loss: Any = self._share() * (kl - log_likelihood)
+            penalty = _penalty(self.encoder, self.decoder)
+            loss: Any = self._share() * (kl - log_likelihood + penalty)
             loss = self.optimizer.scale_loss(loss)
             if dual:
                 adversary_loss = self._adversary_loss(terms.t, t_contrast, weights)
@@ -426,7 +427,7 @@ class AVB(Restorable, Trained):
 
     def _adversary_loss(self, t_posterior, t_contrast, weights) -> Any:
         losses = objectives.adversary_loss(t_posterior, t_contrast)
-        loss = self._share() * objectives.mean(losses, weights)
+        loss = self._share() * (objectives.mean(losses, weights) + _penalty(self.adversary))
         return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
 
     def average(self, applied: tf.Tensor):
@@ -488,9 +489,18 @@ class AVB(Restorable, Trained):
 
     # Use. All by the averaged networks; the same seed gives the same draws.
 
-    def call(self, x: np.ndarray | tf.Tensor):
-        """Reconstructions of x, [batch, *event]; `predict` calls this."""
-        return self.reconstruct(x)
+    def call(self, x: np.ndarray | tf.Tensor, training: bool = False):
+        """Reconstructions of x, [batch, *event]; `predict` calls this.
+
+        In training they are of the trained networks and have new noise at every call, so that
+        another model or a loop of one's own can train these.
+        """
+        if not training:
+            return self.reconstruct(x)
+        examples = self._examples(x)
+        noise = tf.random.normal([1, tf.shape(examples)[0], self.encoder.noise_dim])
+        posterior = self.encoder(examples, noise, training=True)
+        return self.likelihood.predictive_mean(self.decoder(posterior.z), examples)
 
     def posterior(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0) -> Posterior:
         """Draws of q(z|x) with its moments and, if known, its density.
@@ -603,6 +613,19 @@ class AVB(Restorable, Trained):
             )
         return annealing.log_likelihood(self, x, **sizes, verbose=verbose)
 
+    def save(self, filepath: str | Path, *args, **kwargs):
+        """As `keras.Model.save`, in Keras's own format.
+
+        Raises:
+          UserError: the name asks for HDF5, which Keras cannot load such a model from.
+        """
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise UserError(
+                f"{filepath} asks for HDF5, from which Keras cannot load this model; expected a "
+                "name that ends in .keras"
+            )
+        super().save(filepath, *args, **kwargs)
+
     def export(self, directory: str | Path, **settings: Any):
         """Writes `<directory>/<version>/` for TensorFlow Serving, in place of Keras's one endpoint.
 
@@ -617,6 +640,11 @@ def _weights(data):
     """The weights of the examples that Keras passes as `data`, float32 [batch], or None."""
     weights = keras.utils.unpack_x_y_sample_weight(data)[2]
     return None if weights is None else tf.cast(weights, tf.float32)
+
+
+def _penalty(*parts) -> Any:
+    """Sum of the losses that layers add, such as those of their regularizers; 0 without any."""
+    return sum(tf.cast(loss, tf.float32) for part in parts for loss in part.losses)
 
 
 def _move(strategy, weights, averages, decay):

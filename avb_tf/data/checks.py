@@ -16,8 +16,13 @@ from avb_tf.errors import UserError
 
 
 def is_array(x: Any) -> bool:
-    """Whether x is an array, or a list or a data frame that becomes one."""
-    return hasattr(x, "__array__") or isinstance(x, (list, tuple, dict))
+    """Whether x is an array, or a list or a data frame that becomes one, or one that has gaps."""
+    return hasattr(x, "__array__") or isinstance(x, (list, tuple, dict)) or _has_gaps(x)
+
+
+def _has_gaps(x) -> bool:
+    """Whether x is a sparse matrix of SciPy, or a sparse or ragged tensor."""
+    return hasattr(x, "toarray") or isinstance(x, (tf.SparseTensor, tf.RaggedTensor))
 
 
 def examples(
@@ -40,6 +45,11 @@ def examples(
     """
     if isinstance(x, tf.Tensor) and x.dtype.is_floating:
         x = tf.cast(x, tf.float32)  # NumPy has no bfloat16
+    if _has_gaps(x):
+        raise UserError(
+            f"{place} is a {type(x).__name__}; expected a dense array; convert it, as toarray() "
+            "and tf.sparse.to_dense do"
+        )
     if table is not None:
         return table.array(x, place)
     try:
