@@ -174,9 +174,11 @@ def test_a_latent_space_without_labels_has_one_colour_and_no_legend():
 def test_posteriors_has_a_row_for_each_model_and_a_column_for_each_x():
     model, x = model_for((6,)), data((6,), 3)
     figure = model_figures.posteriors({"one": model, "two": model}, x, cells=30)
-    assert len(figure.axes) == 6
+    assert len(figure.axes) == 9
+    for axes, one in zip(figure.axes[:3], x, strict=True):  # x itself
+        np.testing.assert_allclose([bar.get_height() for bar in axes.patches], one)
     draws = np.asarray(model.posterior(x, 600).z)
-    for i, axes in enumerate(figure.axes):
+    for i, axes in enumerate(figure.axes[3:]):
         points = axes.collections[-1].get_offsets()
         np.testing.assert_allclose(points, draws[:, i % 3], atol=1e-5)
 
