@@ -54,7 +54,7 @@ def load(path: str, seed: int, image_size: int, channels: int) -> Source:
         def read(indices: tf.Tensor) -> tf.Tensor:
             spec = tf.TensorSpec(event_shape, tf.float32)
             each = tf.gather(names, indices), tf.gather(turns, indices)
-            return tf.map_fn(lambda one: _centre(*one, event_shape), each, fn_output_signature=spec)
+            return tf.map_fn(lambda one: _centre(one[0], one[1], event_shape), each, fn_output_signature=spec)
 
         return Split(len(part), read)
 
