@@ -27,7 +27,7 @@ SCALE = 0.6
 
 
 def linear():
-    """mu ~ N(0, I), y = W mu + noise: the posterior is a Gaussian."""
+    """Returns the model mu ~ N(0, I), y = W mu + noise, whose posterior is a Gaussian."""
     return tfd.JointDistributionNamed(
         {
             "mu": tfd.MultivariateNormalDiag(tf.zeros(2), tf.ones(2)),
@@ -37,7 +37,7 @@ def linear():
 
 
 def exact(y):
-    """Posterior of `linear`."""
+    """Returns the exact posterior of `linear`."""
     covariance = np.linalg.inv(np.eye(2) + WEIGHT.T @ WEIGHT / SCALE**2)
     return stats.multivariate_normal(covariance @ WEIGHT.T @ y / SCALE**2, covariance)
 
@@ -97,7 +97,7 @@ def test_refined_draws_are_of_the_posterior(linear_fit):
 
 
 def test_a_wrong_network_is_repaired(linear_fit):
-    """Draws twice as wide, and draws of next to nothing."""
+    """The network's draws are twice as wide as the posterior, or far too narrow."""
     bias = linear_fit.q.head_bias
     before = bias.numpy()
     wider = before.copy()
@@ -140,7 +140,7 @@ def test_the_density_of_constrained_parameters_integrates_to_one():
 
 
 class OneDimension:
-    """q and a posterior of scipy's kind, as `judging.Given` has them."""
+    """One-dimensional q and posterior from scipy, with the interface of `judging.Given`."""
 
     def __init__(self, q, p):
         self.q, self.p = q, p
@@ -170,7 +170,7 @@ def gaussians(means, scales, weights=None):
         (gaussians([3.0], [0.3]), False),  # a lost mode
         (gaussians([-3.0], [0.3]), False),
         (gaussians([-3.0, 3.0], [0.3, 0.3], [0.8, 0.2]), False),  # wrong shares
-        (gaussians([-3.0, 3.0], [0.3, 0.1]), False),  # a narrow one
+        (gaussians([-3.0, 3.0], [0.3, 0.1]), False),  # a mode that is too narrow
     ],
 )
 def test_a_lost_mode_is_not_trusted(q, trusted):
@@ -181,11 +181,11 @@ def test_a_lost_mode_is_not_trusted(q, trusted):
     assert (judged.diagnostics.verdict == "trust") == trusted
     assert abs(judged.log_evidence.value) < 5.0 * judged.log_evidence.standard_error + 1e-3
     share = np.mean(judged.states > 0.0)
-    assert abs(share - 0.5) < 0.12  # of 256 chains that jump between modes
+    assert abs(share - 0.5) < 0.12  # there are 256 chains, which jump between modes
 
 
 def test_a_point_where_the_density_fails_is_as_good_as_outside():
-    """A singular matrix raises in TensorFlow, for the whole batch that it is in."""
+    """A singular matrix makes TensorFlow raise an error for the whole batch."""
 
     def scores(u, y):
         if np.any(u.numpy() > 1.0):
@@ -231,7 +231,7 @@ def test_the_deviation_of_ranks_by_hand():
 def test_data_unlike_the_model_are_flagged_and_its_own_rarely(linear_fit):
     own = linear().sample(60, seed=(5, 5))["y"].numpy()
     flagged = sum(linear_fit.surprise(y).flagged for y in own)
-    assert flagged <= 9  # of 60 at a rate of 1/20: a chance of 0.001
+    assert flagged <= 9  # more than 9 of 60 at a rate of 1/20 have a probability of 0.001
     rng = np.random.default_rng(0)
     strange = OBSERVED[0] + np.array([0.0, 8.0, 0.0])
     assert linear_fit.surprise(strange).flagged
@@ -281,7 +281,7 @@ def test_a_simulator_of_tensorflow_and_a_joint_prior():
 
 
 def test_pairs_of_an_auto_batched_joint_are_independent():
-    """Written for one draw: indexing works, and every draw has noise of its own."""
+    """A model written for one draw may use indexing, and every draw has its own noise."""
 
     @tfd.JointDistributionCoroutineAutoBatched
     def joint():
@@ -298,7 +298,7 @@ def test_pairs_of_an_auto_batched_joint_are_independent():
 
 @pytest.mark.parametrize("structure", [dict, collections.namedtuple("Parts", "p R a y")])
 def test_parameters_keep_their_names_in_any_order(structure):
-    """`tf.nest` sorts a dict's keys, capitals first; a joint has them by their dependence."""
+    """`tf.nest` sorts a dict's keys, capitals first; a joint orders them by dependence."""
     joint = tfd.JointDistributionNamed(
         structure(
             p=tfd.Normal(100.0, 1.0),
@@ -350,7 +350,7 @@ def test_a_saved_fit_needs_no_model(linear_fit, tmp_path):
         linear_fit.log_prob(mu, y), loaded.log_prob(mu, y), rtol=1e-4, atol=1e-4
     )
     assert loaded.posterior(y).verdict.verdict == "trust"
-    # Of other simulated data sets: the standard error of a p-value's difference is 0.02.
+    # The data sets are simulated anew: the standard error of the p-values' difference is 0.02.
     assert abs(loaded.surprise(y).p_value - linear_fit.surprise(y).p_value) < 0.1
     assert loaded.history == linear_fit.history
 
@@ -393,6 +393,9 @@ def discrete():
         (lambda fit: fit(linear(), "y", steps=0), "expected numbers above 0"),
         (lambda fit: fit(linear(), "y", widht=3), "unknown setting 'widht'"),
         (lambda fit: fit(linear(), "y", width=0.5), "width is 0.5; expected a int"),
+        (lambda fit: fit(linear(), "y", depth=True), "depth is True; expected a int"),
+        (lambda fit: fit(linear(), "y", learning_rate=np.nan), "learning_rate is nan"),
+        (lambda fit: fit(linear(), "y", clip_norm=np.inf), "clip_norm is inf"),
         (lambda fit: fit(batched_wrongly(), "y"), "write it for batches"),
         (lambda fit: fit(discrete(), "y"), "'k' .Poisson. has no default bijector"),
         (

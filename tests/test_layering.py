@@ -1,4 +1,4 @@
-"""The flow of the design, kept true: each module imports only from those above it."""
+"""Tests the layering of the package: each module imports only from modules above it."""
 
 import ast
 from pathlib import Path
@@ -153,7 +153,7 @@ def file(module):
 
 
 def imported(module):
-    """Modules of the package that `module` names in an import, wherever in its text."""
+    """Yields modules of the package that `module` imports, anywhere in its text."""
     for node in ast.walk(ast.parse(file(module).read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -1,9 +1,9 @@
 """`fit_amortised`: one conditional density for the posteriors of all data sets of a model.
 
-A model goes one way:
+These are the stages of a fit and its use:
 
-    model -> simulated pairs -> whitening given y -> mixtures in its coordinates
-          -> draws of any y -> a verdict for each
+    model -> simulated pairs -> whitening given y -> mixtures in whitened coordinates
+          -> draws for any y -> a verdict for each y
 """
 
 import time
@@ -31,7 +31,7 @@ def fit_amortised(
     verbose: bool = True,
     **settings: Any,
 ) -> AmortisedFit:
-    """Trains a network that has the posterior of any data set of a model.
+    """Trains a network that represents the posterior of any data set of a model.
 
         fit = fit_amortised(joint, observed=("y",), seconds=300)
         fit.sample(y, 1000)              # {"mu": [1000, 2], ...}, in milliseconds
@@ -41,16 +41,18 @@ def fit_amortised(
       model: a TFP joint distribution; or a simulator, a function of a batch of parameters [n, ...]
         and a seed [2] that returns data [n, ...], as an array or a dict by name.
       observed: names of the parts that will be observed; all others are inferred.
-      prior: of a simulator: a TFP distribution of its parameters.
-      steps: of training, each with new pairs; 10,000 where `seconds` is not given either.
-      seconds: that the call may take, all included; the fit is then no function of `seed` alone.
-      seed: of initial weights and pairs. TensorFlow's global seed is set.
-      verbose: shows a progress bar.
+      prior: TFP distribution of a simulator's parameters; only for a simulator.
+      steps: number of training steps, each with new pairs; 10,000 if `seconds` is not given either.
+      seconds: time that the whole call may take. The number of training steps then depends on the
+        machine, so the fit is not determined by `seed` alone.
+      seed: seed of the initial weights and the pairs. TensorFlow's global seed is set.
+      verbose: whether to show a progress bar.
       **settings: changes to `settings.amortised.SETTINGS`.
     Returns:
-      The fit. `fit.check()` has its calibration, `fit.posterior(y).verdict` that of one data set.
+      The fit. `fit.check()` tests its calibration over simulated data sets, and
+      `fit.posterior(y).verdict` is the verdict for one data set.
     Raises:
-      UserError: a model that cannot be fitted, and what to do about it.
+      UserError: the model cannot be fitted; the message says what to do about it.
     Source: neural posterior estimation (Papamakarios and Murray, 2016; Greenberg, Nonnenmacher and
     Macke, 2019), with the density of this package's `network.ConditionalMixture`.
     """
@@ -73,7 +75,7 @@ def _simulation(model, prior, observed) -> simulation.Simulation:
     if isinstance(model, tfd.JointDistribution):
         if prior is not None:
             raise UserError(
-                "a joint distribution came with a `prior`; expected one with a simulator alone"
+                "a joint distribution came with a `prior`; expected a `prior` only with a simulator"
             )
         return simulation.of_joint(model, observed)
     if not callable(model) or isinstance(model, tfd.Distribution):

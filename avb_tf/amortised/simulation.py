@@ -1,7 +1,7 @@
-"""A user's model as a source of pairs: unconstrained parameters u and data y, flat vectors.
+"""A user's model as a source of simulated pairs of flat vectors: unconstrained u and data y.
 
-The data are the model's parts that will be observed, side by side in float64 [n, features], so that
-counts keep their digits; the network reads them as float32.
+The data are those parts of the model that will be observed, concatenated to [n, features]. They are
+in float64, so that counts keep all their digits; the network converts them to float32.
 """
 
 import functools
@@ -17,9 +17,9 @@ from avb_tf.errors import UserError
 from avb_tf.posteriors import constraints, models
 from avb_tf.posteriors.target import Target, first_line
 
-_TRIAL = 64  # pairs that check a model
-_ROWS = 5  # rows of a batch that are compared with rows by themselves
-_UNUSABLE = 0.01  # share of pairs that may be at the edge of a float
+_TRIAL = 64  # pairs simulated to check a model
+_ROWS = 5  # rows used to check densities, and to try a simulator
+_UNUSABLE = 0.01  # largest share of pairs that may be infinite or NaN
 
 
 class Simulation:
@@ -27,15 +27,16 @@ class Simulation:
 
         simulation = of_joint(joint, ("y",))
         u, y, usable = simulation.simulate(512, tf.constant([0, 1]))
-        simulation.log_density(u, y[0])  # of many u and one y, [512]
+        simulation.log_density(u, y[0])  # for many u and one y, [512]
 
     Attributes:
-      dim: of u.
-      dtype: of u.
-      features: of y.
-      observed: name -> (shape, dtype) of each part of y, in their order.
-      names: of the parameters.
-      has_density: whether `log_density` is known; if not, it is a simulator's.
+      dim: dimensions of u.
+      dtype: dtype of u.
+      features: dimensions of y.
+      observed: name -> (shape, dtype) of each part of y, in their order in y.
+      names: names of the parameters.
+      has_density: whether `log_density` is known; it is not for a simulator.
+      portable: whether `simulate` can be saved, as it uses only TensorFlow's operations.
     """
 
     def __init__(
@@ -46,16 +47,18 @@ class Simulation:
         pin: Callable[[dict], Any] | None,
         portable: bool = True,
     ):
-        """From functions of a model.
+        """Builds the simulation from functions of a model.
 
         Args:
-          target: the posterior of one y, or the prior where there is no density.
-          parts: name -> (shape, dtype) of what is observed.
-          draw: (n, seed) -> parameters in their structure, and the observed parts [n, ...].
-          pin: observed values by name -> log density of the parameters, or None.
-          portable: whether `draw` is of TensorFlow's operations alone, so that it can be saved.
+          target: the posterior of some y, or the prior if there is no density.
+          parts: name -> (shape, dtype) of each observed part.
+          draw: function from (n, seed) to parameters in their structure and a list of the observed
+            parts, [n, ...] each.
+          pin: function from observed values by name to the log density of the parameters; None if
+            the density is unknown.
+          portable: whether `draw` uses only TensorFlow's operations, so that it can be saved.
         Raises:
-          UserError: a model that gives no pairs, or whose batches are not what its draws are.
+          UserError: the model cannot be simulated, or its draws in a batch are not independent.
         """
         self._target, self._draw, self._pin = target, draw, pin
         self.portable = portable
@@ -67,14 +70,14 @@ class Simulation:
         self._check()
 
     def simulate(self, n: int, seed):
-        """`n` new pairs of the joint.
+        """Simulates new pairs.
 
         Args:
-          n: their number, a Python integer.
+          n: number of pairs, a Python integer.
           seed: integers [2].
         Returns:
-          u [n, dim], y [n, features], and whether each u is finite, boolean [n]; where it is not,
-          u is 0.
+          u [n, dim], y [n, features], and whether each pair is finite, boolean [n]; u and y are 0
+          where it is not.
         """
         if n not in self._graphs:
             simulate = functools.partial(self._simulate, n)
@@ -98,42 +101,49 @@ class Simulation:
         )
 
     def log_density(self, u, y):
-        """log p(y, parameters) + log |d parameters / du| in nats.
+        """Returns log p(y, parameters) + log |d parameters / du| in nats.
 
         Args:
-          u: [n, dim].
-          y: [features], one data set.
+          u: unconstrained parameters, [n, dim].
+          y: one data set, [features].
         Returns:
-          [n]; minus infinity where the model's density is NaN.
+          Log densities, [n]; minus infinity where the model's density is NaN.
         """
         assert self._pin is not None
         density = self._target.log_density_by(self._pin(self.parts(y)), u)
         return tf.where(tf.math.is_nan(density), tf.constant(-np.inf, density.dtype), density)
 
     def log_densities(self, u, y):
-        """The same for several y: u [batch, n, dim] and y [batch, features] -> [batch, n]."""
+        """Returns `log_density` for several y.
+
+        Args:
+          u: unconstrained parameters, [batch, n, dim].
+          y: data sets, [batch, features].
+        Returns:
+          Log densities, [batch, n].
+        """
         return tf.map_fn(
             lambda pair: self.log_density(*pair), (u, y), fn_output_signature=self.dtype
         )
 
     def constrain(self, u):
-        """The model's parameters, [n, dim] -> [n, ...] in the model's structure and dtypes."""
+        """Maps u to parameters in the model's structure and dtypes, [n, dim] -> [n, ...]."""
         return self._target.constrain(u)
 
     def unconstrain(self, parameters):
-        """The inverse of `constrain`, a tensor."""
+        """Applies the inverse of `constrain`, and returns a tensor [n, dim]."""
         return self._target.free(parameters)
 
     def log_volume(self, u):
-        """log |d parameters / du| in nats, [n, dim] -> [n]."""
+        """Returns log |d parameters / du| in nats, [n, dim] -> [n]."""
         return self._target.log_volume(u)
 
     def coordinates(self) -> list[str]:
-        """A name for each entry of u."""
+        """Returns a name for each entry of u."""
         return self._target.coordinates()
 
     def parts(self, y) -> dict[str, Any]:
-        """y [features] as the observed parts by name, in the model's shapes and dtypes."""
+        """Splits y [features] into the observed parts by name, in the model's shapes and dtypes."""
         pieces = tf.split(y, self.sizes)
         return {
             name: tf.cast(tf.reshape(piece, shape), dtype)
@@ -141,12 +151,12 @@ class Simulation:
         }
 
     def flat(self, y) -> np.ndarray:
-        """What a user observed as a row, [1, features].
+        """Returns a user's observed data as a row, [1, features].
 
         Args:
-          y: a dict of arrays by name, or the array alone where one part is observed.
+          y: a dict of arrays by name, or an array if a single part is observed.
         Raises:
-          UserError: other names or shapes than the model's, or values that are not finite.
+          UserError: names or shapes differ from the model's, or values are not finite numbers.
         """
         if not isinstance(y, Mapping) and len(self.observed) == 1:
             y = {next(iter(self.observed)): y}
@@ -177,20 +187,20 @@ class Simulation:
         return np.concatenate(row)[np.newaxis]
 
     def _check(self):
-        """Simulates a few pairs, and compares their densities with each by itself.
+        """Simulates a few pairs, and checks that the log density of each pair alone is finite.
 
         Raises:
-          UserError: what is wrong, in one line.
+          UserError: the check fails; the message says why.
         """
         try:
             pairs = self.simulate(_TRIAL, tf.constant([0, 1]))
         except UserError:
             raise
-        except Exception as error:  # whatever TFP or a user's model raises
+        except Exception as error:  # TFP or a user's model may raise anything
             raise UserError(
                 f"the model cannot be simulated ({type(error).__name__}: {first_line(error)}); "
                 f"expected {_TRIAL} draws of shapes [{_TRIAL}, ...] at once: write it for batches, "
-                "with [..., i] in place of [i], or as an AutoBatched joint"
+                "with [..., i] instead of [i], or as an AutoBatched joint"
             ) from error
         u, y, usable = (np.asarray(part) for part in pairs)
         if usable.mean() < 1.0 - _UNUSABLE:
@@ -205,19 +215,19 @@ class Simulation:
         own = np.concatenate([density(tf.constant(u[i : i + 1]), tf.constant(y[i])) for i in rows])
         if not np.isfinite(own).all():
             raise UserError(
-                "the log density is not finite at the model's own draws; expected that their batch "
-                "is of independent draws: write the model for batches, or as an AutoBatched joint"
+                "the log density is not finite at the model's own draws; expected a batch of "
+                "independent draws: write the model for batches, or as an AutoBatched joint"
             )
 
 
 def of_joint(joint, observed: Sequence[str]) -> Simulation:
-    """The pairs of a TFP joint distribution.
+    """Returns the simulation of a TFP joint distribution.
 
     Args:
       joint: the joint distribution.
       observed: names of its parts that will be observed.
     Raises:
-      UserError: names that it does not have, or a model that `posteriors.models` refuses.
+      UserError: the joint has no part of such a name, or `posteriors.models` refuses the model.
     """
     observed = _names(observed)
     names = list(joint._flat_resolve_names())  # TFP has no public list of names
@@ -241,15 +251,15 @@ def of_joint(joint, observed: Sequence[str]) -> Simulation:
 
 
 def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
-    """The pairs of a function without a density.
+    """Returns the simulation of a simulator, a function without a density.
 
     Args:
-      simulator: (parameters [n, ...] in the prior's structure, seed int32 [2]) -> data [n, ...],
-        one array or a dict by name; of TensorFlow's operations or of numpy's.
+      simulator: function from parameters [n, ...], in the prior's structure, and a seed, int32 [2],
+        to data [n, ...], one array or a dict by name. It may use TensorFlow or numpy.
       prior: a TFP distribution of the parameters.
       observed: names of the data.
     Raises:
-      UserError: a prior that is none, or a simulator that fails.
+      UserError: the prior is not a TFP distribution, or the simulator fails.
     """
     observed = _names(observed)
     if not isinstance(prior, tfd.Distribution):
@@ -293,7 +303,7 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
         values = [np.asarray(v) for v in data_of(trial, tf.constant([0, 0]))]
     except UserError:
         raise
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # a user's code may raise anything
         raise UserError(
             f"the simulator fails ({type(error).__name__}: {first_line(error)}); expected a "
             "function of a batch of parameters [n, ...] and a seed [2]"
@@ -313,7 +323,7 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
     compute = data_of if portable else _by_numpy(data_of, prior.dtype, dtypes)
 
     def draw(n, seed):
-        # numpy takes no negative seeds
+        # numpy refuses negative seeds, so the sign bit is cleared.
         seeds = tf.bitwise.bitwise_and(tf.random.split(tf.cast(seed, tf.int32), 2), 2**31 - 1)
         parameters = prior.sample(n, seed=_seed(prior, seeds[0]))
         return parameters, compute(parameters, seeds[1])
@@ -322,16 +332,16 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
 
 
 def _traces(data_of, trial) -> bool:
-    """Whether a simulator is of TensorFlow's operations."""
+    """Returns whether a simulator consists of TensorFlow's operations, so that it can be traced."""
     try:
         tf.function(data_of, autograph=False).get_concrete_function(trial, tf.constant([0, 0]))
-    except Exception:  # whatever a user's code raises of symbolic tensors
+    except Exception:  # a user's code may raise anything when it gets symbolic tensors
         return False
     return True
 
 
 def _by_numpy(data_of, structure, dtypes):
-    """A simulator of numpy within a graph."""
+    """Wraps a numpy simulator so that graphs can call it."""
 
     def call(seed, *flat):
         parameters = tf.nest.pack_sequence_as(structure, list(flat))
@@ -340,7 +350,7 @@ def _by_numpy(data_of, structure, dtypes):
 
     def compute(parameters, seed):
         values = tf.numpy_function(call, [seed, *tf.nest.flatten(parameters)], dtypes)
-        return tf.nest.flatten(values)  # of a single one it is no list
+        return tf.nest.flatten(values)  # `numpy_function` returns a single value without a list
 
     return compute
 
@@ -362,9 +372,10 @@ def _by_name(joint, drawn) -> dict[str, Any]:
 
 
 def _seed(distribution, seed):
-    """Stateless where TFP vectorises it; an AutoBatched joint would loop over draws.
+    """Returns the seed for a distribution's `sample`, or 0 for an AutoBatched joint.
 
-    Its numbers are then those of TensorFlow's global seed and the call's turn.
+    With a stateless seed, an AutoBatched joint would loop over the draws. Without one, its random
+    numbers depend on TensorFlow's global seed and on the order of the calls.
     """
     if getattr(distribution, "use_vectorized_map", False):
         return 0
@@ -372,5 +383,5 @@ def _seed(distribution, seed):
 
 
 def size_of(shape) -> int:
-    """Number of entries of a known shape."""
+    """Returns the number of entries of a known shape."""
     return int(np.prod(tuple(shape), dtype=int))

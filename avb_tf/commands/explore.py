@@ -1,6 +1,7 @@
-"""Writes an interactive page of the latent space: one HTML file, no server and no network.
+"""Writes an interactive page of the latent space as one HTML file.
 
-The page contains the decoder's weights and a few lines of JavaScript that run it (`explorer.html`).
+The page needs neither a server nor a network, because it contains the decoder's weights and the
+JavaScript that runs the decoder. `explorer.html` in this folder is its template.
 """
 
 import base64
@@ -33,7 +34,7 @@ _ACTIVATIONS = ("linear", "relu", "tanh", "sigmoid")
 
 
 def explore(config: ml_collections.ConfigDict, workdir: Path, images: Sequence[str] = ()) -> None:
-    """Writes `explorer.html` of the newest checkpoint.
+    """Writes `explorer.html` for the newest checkpoint.
 
     Args:
       config: of the run.
@@ -75,13 +76,13 @@ def page(
     title: str = "Latent explorer",
     own: Mapping[str, np.ndarray] | None = None,
 ) -> str:
-    """The page as HTML.
+    """Returns the page as HTML.
 
     Args:
       model: an `AVB`.
-      x: [count, *event], examples on the map; the first of them are shown.
+      x: [count, *event], the examples on the map; the page shows the first of them.
       labels: [count] or None; they colour the map.
-      title: of the page.
+      title: title of the page.
       own: name -> [*event], further examples, which are shown first.
     Raises:
       UserError: the page cannot run the decoder, or x is not in [0, 1].
@@ -105,7 +106,7 @@ def page(
         "labels": None if labels is None else np.asarray(labels).tolist(),
         "components": [] if components is None else components.components_.tolist(),
     }
-    # "</" would end the script, and the title is user input.
+    # "</" in the title, which is user input, would end the script.
     return _TEMPLATE.read_text().replace(_MARK, json.dumps(described).replace("</", "<\\/"))
 
 
@@ -114,7 +115,7 @@ def _check_mean(model):
     likelihood = model.likelihood
     if likelihood.support != "unit":
         raise UserError(
-            "the explorer shows x in [0, 1], found a model of other numbers; use --mode=figures"
+            "the explorer shows x in [0, 1], found a model of other values; use --mode=figures"
         )
     shape = [8, *model.event_shape, likelihood.parameters]
     outputs = np.random.default_rng(0).normal(0.0, 3.0, shape).astype(np.float32)
@@ -129,7 +130,7 @@ def _check_mean(model):
 
 
 def layers(decoder: keras.Model) -> list[dict[str, Any]]:
-    """The decoder as a list of layers for the page, with their weights.
+    """Returns the decoder as a list of layers for the page, with their weights.
 
     Raises:
       UserError: the decoder is not one of this package's, or the page lacks an activation.
@@ -167,5 +168,5 @@ def _weights(layer) -> dict[str, Any]:
 
 
 def _encoded(array) -> str:
-    """float32, little-endian, base64."""
+    """Encodes an array as little-endian float32 in base64."""
     return base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()

@@ -1,4 +1,4 @@
-"""Ranks of simulation-based calibration."""
+"""The figure of ranks in simulation-based calibration."""
 
 from collections.abc import Mapping
 
@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 
 
 def ranks(shares: Mapping[str, np.ndarray], band: float) -> Figure:
-    """How far the distribution functions of ranks are from that of uniform ones.
+    """Draws the distribution function of the ranks minus the uniform distribution function.
 
     Args:
-      shares: name -> [possible ranks], share of the ranks of this kind up to each.
-      band: largest deviation of uniform ranks with probability 95%.
+      shares: name -> [possible ranks], the share of this name's ranks up to each possible rank.
+      band: half-width of the band that contains uniform ranks with probability 95%.
     """
     figure = Figure((6.0, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -20,7 +20,7 @@ def ranks(shares: Mapping[str, np.ndarray], band: float) -> Figure:
         axes.plot(uniform, share - uniform, linewidth=1.0, label=name)
     axes.axhspan(-band, band, color="0.9", zorder=0, label="95% of uniform ranks")
     axes.set_xlabel("rank of the parameters among draws, as a share")
-    axes.set_ylabel("distribution function less the uniform one")
+    axes.set_ylabel("distribution function minus the uniform one")
     axes.set_title("Ranks of true parameters: calibrated inside the band", fontsize=10)
     axes.legend(fontsize=7, ncols=2)
     return figure

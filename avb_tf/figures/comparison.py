@@ -1,4 +1,4 @@
-"""The figure of a comparison."""
+"""The figure that compares methods."""
 
 from typing import Any
 
@@ -10,13 +10,14 @@ _BLUE, _GREY = _COLOURS[0], _COLOURS[7]
 
 
 def log_likelihoods(rows: list[dict[str, Any]]) -> Figure:
-    """How far each method is from the vae in log p(x), and below it log p(x) and the bound.
+    """Draws how far each method is from `vae` in log p(x), and below it log p(x) and the bound.
 
-    A column for each data set. The differences, paired by example, answer which method is better;
-    the errors of log p(x) itself are mostly those of the choice of examples, which methods share.
+    There is a column for each data set. The differences, paired by example, show which method is
+    better. The errors of log p(x) itself come mostly from the choice of examples, which all methods
+    share.
 
     Args:
-      rows: as `commands.compare.row` makes them.
+      rows: rows as `commands.compare.row` returns them.
     """
     data = list(dict.fromkeys((row["data"], row["split"]) for row in rows))
     groups = [[row for row in rows if (row["data"], row["split"]) == key] for key in data]
