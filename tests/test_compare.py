@@ -129,7 +129,7 @@ def test_the_figure_draws_the_paired_differences(tmp_path):
     rows = compared(tmp_path)
     figure = comparison_figures.log_likelihoods(rows)
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[0] == "digits (test): log p(x) less that of the vae"
+    assert titles[0] == "digits (test): log p(x) minus that of vae"
     differences = figure.axes[0].lines
     row = next(row for row in rows if row["method"] == "avb")
     means = [line.get_xdata()[0] for line in differences if line.get_marker() == "o"]

@@ -28,7 +28,7 @@ def log_likelihoods(rows: list[dict[str, Any]]) -> Figure:
     panels = figure.subplots(1 + paired, len(data), squeeze=False)
     for column, (key, of_data) in enumerate(zip(data, groups, strict=True)):
         if paired:
-            panels[0, column].set_title(f"{key[0]} ({key[1]}): log p(x) less that of the vae")
+            panels[0, column].set_title(f"{key[0]} ({key[1]}): log p(x) minus that of vae")
             _differences(panels[0, column], [row for row in of_data if row["above_vae"]][::-1])
         panels[-1, column].set_title(f"{key[0]} ({key[1]}): log p(x) and the bound")
         _absolute(panels[-1, column], of_data[::-1])
@@ -42,26 +42,27 @@ def log_likelihoods(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _differences(axes, rows):
-    """log p(x) less that of the vae: one standard error thick, two thin, and as text."""
+    """Draws log p(x) minus that of `vae`: one standard error thick, two thin, and as text."""
+    if not rows:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "no other method on the same examples", transform=axes.transAxes,
+                  ha="center", fontsize=8)  # fmt: skip
+        return
     axes.axvline(0.0, color="black", lw=0.8)
     for i, row in enumerate(rows):
         mean, error = (row["above_vae"][key] for key in ("mean", "standard_error"))
         _interval(axes, i, mean, error, "o", _BLUE)
         axes.annotate(
-            f"{mean:+.3f} $\\pm$ {error:.3f}", (mean, i), (0, 7), fontsize=8, ha="center",
-            textcoords="offset points",
+            f"{mean:+.3f} $\\pm$ {error:.3f}", (mean, i), (0, 8), fontsize=8, ha="center",
+            textcoords="offset points", bbox={"facecolor": "white", "lw": 0, "pad": 0.5},
         )  # fmt: skip
     _methods(axes, rows)
     axes.set_xlabel("nats per example; right of the line is better")
     axes.margins(x=0.3)
-    if not rows:
-        axes.set_xticks([])
-        axes.text(0.5, 0.5, "no other method on the same examples", transform=axes.transAxes,
-                  ha="center", fontsize=8)  # fmt: skip
 
 
 def _absolute(axes, rows):
-    """log p(x) and the bound of each method."""
+    """Draws log p(x) and the bound of each method."""
     for i, row in enumerate(rows):
         for key, label, marker, colour, offset in (
             ("elbo", "bound", "s", _GREY, -0.12),
@@ -82,7 +83,7 @@ def _interval(axes, y, mean, error, marker, colour, label=None):
 
 
 def _methods(axes, rows):
-    """A line for each row, named by its method and number of seeds."""
+    """Labels each row with its method and number of seeds."""
     axes.set_yticks(range(len(rows)), [f"{row['label']} ({row['seeds']})" for row in rows])
     axes.set_ylim(-0.6, max(len(rows), 1) - 0.4)
     axes.grid(axis="x", lw=0.3)
