@@ -84,12 +84,12 @@ def test_an_own_image_of_a_binary_model_is_binary(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.png", "text.png"])
-def test_a_file_that_is_no_image_is_refused(name, tmp_path):
+def test_a_file_that_is_no_image_is_refused(name, of_rows, tmp_path):
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(UserError, match=f"{name} cannot be decoded"):
-        explore._own(make("dense, colour")[0], [str(tmp_path / name)])
+        images.read(tmp_path / name, (6, 5, 3))
     with pytest.raises(UserError, match=r"is an image, and the model's x has shape \(7,\)"):
-        explore._own(make("rows")[0], [str(tmp_path / name)])
+        explore._own(of_rows[0], [str(tmp_path / name)])
 
 
 def test_an_unknown_decoder_is_refused():
@@ -108,15 +108,21 @@ MEANS = {
 }
 
 
+@pytest.fixture(scope="module")
+def of_rows():
+    return make("rows")
+
+
 @pytest.mark.parametrize("name", MEANS)
-def test_a_likelihood_with_another_mean_is_refused(name):
-    model, x = make("rows")
+def test_a_likelihood_with_another_mean_is_refused(of_rows, name):
+    model, x = of_rows
     parameters, mean = MEANS[name]
     known = model.likelihood
     model.likelihood = dataclasses.replace(known, parameters=parameters, mean=mean)
     with pytest.raises(UserError, match="another mean; use --mode=figures"):
         explore.page(model, x)
-    model.likelihood = dataclasses.replace(known, mean=lambda outputs: tf.sigmoid(outputs[..., 0]))
+    own = dataclasses.replace(known, mean=lambda outputs: tf.sigmoid(outputs[..., 0]))
+    model.likelihood = own  # of one's own, with the same mean
     assert described(explore.page(model, x))["latents"] == 3
 
 
