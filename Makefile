@@ -150,9 +150,11 @@ durability: setup
 	command -v strace >/dev/null || { apt-get update && apt-get install -y strace; }
 	$(BIN)/python -m tests.campaigns.durability runs/durability
 
-# Builds the site in docs/_build/html and executes the tutorials. After the setup it needs no network.
+# Builds the site in docs/_build/html and executes the tutorials; EXECUTE=off leaves their output out.
+# After the setup it needs no network.
 docs: $(VENV)/docs-installed
-	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees \
+	  $(if $(EXECUTE),-D nb_execution_mode=$(EXECUTE)) docs docs/_build/html
 
 $(VENV)/docs-installed: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt

@@ -15,6 +15,7 @@ from absl import logging
 
 from avb_tf.errors import UserError
 
+TRAINING, EVALUATION = ".train.lock", ".evaluate.lock"  # what a process locks in its workdir
 CHECKSUMS = "checksums.json"  # SHA-256 of the other files of a directory, by relative path
 # Errors of a file system that has no locks, or no fsync on directories.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)

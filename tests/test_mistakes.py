@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from avb_tf import command_line, configuration, files
-from avb_tf.commands import evaluate, train
 from avb_tf.settings import posterior
 from tests.commands import content, run, trained
 
@@ -149,7 +148,7 @@ DATA = {
     f"{TABLE} --config.data.path=text.csv --config.data.columns=town=skip": "no column 'town'",
     f"{TABLE} --config.data.path=text.csv --config.data.columns=city=skip": "has no value in row 2",
     f"{TABLE} --config.data.path=ragged.csv": "1 values in row 1",
-    f"{TABLE} --config.data.path=good.npz": "no .csv or .parquet file",
+    f"{TABLE} --config.data.path=good.npz": "is not a .csv or .parquet file",
     f"{TABLE}": "config.data.path is empty",
     f"{DIGITS} --config.data.name=npz --config.data.path=nothing.npz": "nothing.npz",
     f"{DIGITS} --config.data.name=npz --config.data.path=empty.npz": "empty.npz",
@@ -279,8 +278,8 @@ def root(tmp_path_factory):
         _bad_configs(root)
         _bad_runs(root)
         with (
-            files.locked(root / "in_use" / train.LOCK),
-            files.locked(root / "in_use" / evaluate.LOCK),
+            files.locked(root / "in_use" / files.TRAINING),
+            files.locked(root / "in_use" / files.EVALUATION),
         ):
             yield root
 

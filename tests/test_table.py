@@ -195,7 +195,7 @@ FILES = {
     "binary.csv": (b"\xff\xfe\x00a", "cannot be read"),
     "quote.csv": (b'a,b\n"1,2\n', "cannot be read"),
     "table.parquet": (b"PAR1", "cannot be read|needs pyarrow"),
-    "table.pkl": (b"", "no .csv or .parquet file"),
+    "table.pkl": (b"", "is not a .csv or .parquet file"),
     "infinite.csv": (b"a\n1\n1e999\n2\n3\n", "'a' has inf in row 1"),
 }
 

@@ -17,8 +17,6 @@ from avb_tf.likelihood_estimation import estimates
 from avb_tf.likelihood_estimation.estimates import Estimate
 from avb_tf.settings import run
 
-LOCK = ".evaluate.lock"  # file in the workdir that the evaluating process locks
-
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Trains a run and evaluates it; with several workers only the chief evaluates."""
@@ -40,7 +38,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """
     model = checkpoints.load(workdir)
     source = data.load(config.data, model.likelihood)
-    with files.locked(workdir / LOCK):
+    with files.locked(workdir / files.EVALUATION):
         _evaluate(config, workdir, model, source)
 
 

@@ -20,7 +20,6 @@ from avb_tf.model import AVB
 from avb_tf.optimizers import Adam
 from avb_tf.schedules import DelayedCosine
 
-LOCK = ".train.lock"  # file in the workdir that the training process locks
 FIGURE_EXAMPLES = 500  # held-out examples in figures and validation curves
 CALL_SECONDS = 1.0  # longest call of the training graph
 SMALL_DATA = 128  # a batch up to this size may repeat examples, each time with other noise
@@ -58,7 +57,7 @@ def _train(config, workdir, strategy) -> AVB:
     if not chief:
         return _resumed(config, workdir, strategy, model, source)
     configuration.save(config, workdir)
-    with files.locked(workdir / LOCK):
+    with files.locked(workdir / files.TRAINING):
         return _resumed(config, workdir, strategy, model, source)
 
 

@@ -21,7 +21,6 @@ from avb_tf.posteriors.result import META, PosteriorFit
 from avb_tf.serving import layout
 
 FIT = "fit"
-LOCK = ".train.lock"  # the process that fits holds this lock in the workdir
 _CHAINS = 4
 _SEED = 123  # seed of the reference and of the draws for the comparison
 
@@ -41,7 +40,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     problem = load_problem(config.model)
     models.of_problem(problem)  # raises for a wrong model before anything is written
     configuration.save(config, workdir)
-    with files.locked(workdir / LOCK):
+    with files.locked(workdir / files.TRAINING):
         fit = _trained(config, workdir, problem)
     print(f"{workdir}: {fit.steps} steps in {fit.seconds:.0f} s")
     print(fit.diagnostics())
@@ -75,9 +74,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     the length otherwise. Writes `results.json`, `posterior.nc` for arviz, and pair plots.
 
     Raises:
-      UserError: the workdir has no fit.
+      UserError: the workdir has no fit, or is being evaluated.
     """
     fit = _fit(workdir)
+    with files.locked(workdir / files.EVALUATION):
+        _evaluate(config, workdir, fit)
+
+
+def _evaluate(config, workdir, fit) -> None:
     problem = load_problem(config.model)
     target = models.of_problem(problem)
     e, name = config.eval, config.model.rpartition(":")[2]

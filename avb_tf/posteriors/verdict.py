@@ -181,7 +181,7 @@ def diagnose(
     reason = f"fit and posterior differ by {distance:.2f} in total variation"
     if kl < _IMPOSSIBLE:  # then log q = log r + T is wrong, and so are the numbers above
         distance, reason = 1.0, f"the adversary has lost the fit, whose KL would be {kl:.2f} nats"
-    if missing > TRUSTED:
+    elif missing > TRUSTED:
         reason += f", {missing:.2f} of it where the fit has next to nothing"
     if lacking > 0.05:
         reason += f", {lacking:.2f} of it in regions that the reference chains have not visited"

@@ -116,6 +116,8 @@ def table(directory: Path) -> str:
             "least SBC p": f"{min(calibrated['p_values'].values()):.3f}",
             "90% intervals": f"{np.mean(calibrated['coverage_90']):.3f}",
         })  # fmt: skip
+    if not rows:
+        return "Nothing is finished.\n"
     return tables.aligned([[k, *(row[k] for row in rows)] for k in rows[0]]) + "\n"
 
 
@@ -151,15 +153,19 @@ def main() -> None:
     if options.here:
         run(options)
         return
+    failed = []
     for name in options.only:
         arguments = [sys.executable, "-m", "tests.campaigns.amortised", str(options.directory)]
         arguments += ["--here", "--only", name, "--seconds", str(options.seconds)]
         arguments += ["--seeds", *map(str, options.seeds), "--draws", str(options.draws)]
         arguments += ["--observations", str(options.observations)]
-        subprocess.run(arguments, env=os.environ, check=False)
+        if subprocess.run(arguments, env=os.environ, check=False).returncode:
+            failed.append(name)
     text = table(options.directory)
     (options.directory / "table.md").write_text(text)
     print(text)
+    if failed:
+        sys.exit(f"not finished: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def table(directory: Path) -> str:
         "distance": [f"{row['distance']:.2f}" if "distance" in row else "" for row in rows],
         "C2ST": [f"{row['c2st']:.3f}" if "c2st" in row else "" for row in rows],
         "SW2": [f"{row['sliced_wasserstein']:.3f}" if "c2st" in row else "" for row in rows],
-        "share off": [f"{row['share_off']:.2f}" if row.get("share_off") else "" for row in rows],
+        "share off": [_two_digits(row.get("share_off")) for row in rows],
         "evidence, in errors": [_errors(row) for row in rows],
     }
     verdicts = [row["verdict"] for row in rows]
@@ -100,6 +100,10 @@ def table(directory: Path) -> str:
     false = sum(map(false_trust, rows))
     summary = f"{len(rows)} fits: {counts}; {false} of them false trust."
     return tables.aligned([[k, *v] for k, v in columns.items()]) + "\n\n" + summary + "\n"
+
+
+def _two_digits(value):
+    return "" if value is None else f"{value:.2f}"
 
 
 def _errors(row):
@@ -123,6 +127,7 @@ def main() -> None:
     options.directory.mkdir(parents=True, exist_ok=True)
     from tests.campaigns.verdict_targets import TARGETS
 
+    failed = []
     for name in options.only or TARGETS:
         missing = [
             (seconds, seed)
@@ -134,7 +139,8 @@ def main() -> None:
             arguments = [sys.executable, "-m", "tests.campaigns.verdicts", str(options.directory)]
             arguments += ["--here", "--only", name, "--seconds", *map(str, options.seconds)]
             arguments += ["--seeds", *map(str, options.seeds)]
-            subprocess.run(arguments, env=os.environ, check=False)
+            if subprocess.run(arguments, env=os.environ, check=False).returncode:
+                failed.append(name)
             continue
         for seconds, seed in missing:
             row = {"target": name, "limit": seconds, "seed": seed}
@@ -145,6 +151,8 @@ def main() -> None:
         text = table(options.directory)
         (options.directory / "table.md").write_text(text)
         print(text)
+    if failed:
+        sys.exit(f"not finished: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
