@@ -23,7 +23,6 @@ demo seeds mnist posteriors verdicts amortised: export OPENBLAS_NUM_THREADS = 1
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/demo
-	@echo; echo "Results, and figures of both methods side by side, are in runs/demo/"
 
 # The path of a run, such as runs/seeds/digits/avb_ac-2, names its config, variant and optional seed.
 runs/%/results.json: parts = $(subst /, ,$(subst -,/,$*))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import ml_collections
 from absl import flags
@@ -83,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"expected one of {', '.join(modes)}"
             )
         module, function = modes[values.mode].split(":")
-        extra = {"baseline": values.baseline} if values.baseline else {}
+        extra: dict[str, Any] = {"baseline": values.baseline} if values.baseline else {}
+        extra |= {"images": values.image} if values.image else {}
         if threads := config and config.get("threads_per_op"):
             # TensorFlow reads the variable only when it starts.
             os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
@@ -159,6 +161,10 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "baseline", None, "A benchmark.json to compare with, for benchmark.", flag_values=values
     )
+    flags.DEFINE_multi_string(
+        "image", None, "An image of yours, for explore; several --image are allowed.",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool("version", False, "Print the version and leave.", flag_values=values)
     flags.DEFINE_bool("debug", False, "Show the traceback of a mistake.", flag_values=values)
     return values
@@ -180,6 +186,8 @@ def _parse(
         rest = values(argv, known_only=True)  # the flags --config.FIELD are not yet defined
         if values.baseline and values.mode != "benchmark":
             raise UserError(f"--baseline is for --mode=benchmark, found --mode={values.mode}")
+        if values.image and values.mode != "explore":
+            raise UserError(f"--image is for --mode=explore, found --mode={values.mode}")
         if values.mode == "compare":
             return None, _compared(values, rest[1:])
         config = _config(values.config, values.workdir)

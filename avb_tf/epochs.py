@@ -36,7 +36,7 @@ def rate_of(optimizer) -> float | None:
     schedule = keras.optimizers.schedules.LearningRateSchedule
     if isinstance(optimizer._learning_rate, schedule):
         return None
-    return float(optimizer.learning_rate)
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))  # mirrored on replicas
 
 
 class Skipped(keras.callbacks.Callback):

@@ -367,7 +367,8 @@ class AVB(Restorable, Trained):
             terms, t_contrast = self._terms(x, posterior, self.decoder, self.draws, contrast_noise)
             kl = self._kl_weight() * objectives.mean(terms.kl, weights)
             log_likelihood = objectives.mean(terms.log_likelihood, weights)
-            loss: Any = self._share() * (kl - log_likelihood)
+            penalty = _penalty(self.encoder, self.decoder)
+            loss: Any = self._share() * (kl - log_likelihood + penalty)
             loss = self.optimizer.scale_loss(loss)
             if dual:
                 adversary_loss = self._adversary_loss(terms.t, t_contrast, weights)
@@ -462,7 +463,7 @@ class AVB(Restorable, Trained):
 
     def _adversary_loss(self, t_posterior, t_contrast, weights) -> Any:
         losses = objectives.adversary_loss(t_posterior, t_contrast)
-        loss = self._share() * objectives.mean(losses, weights)
+        loss = self._share() * (objectives.mean(losses, weights) + _penalty(self.adversary))
         return self.adversary_optimizer.scale_loss(loss)  # small gradients underflow in float16
 
     def average(self, applied: tf.Tensor):
@@ -527,9 +528,18 @@ class AVB(Restorable, Trained):
 
     # Use. All methods use the averaged networks; the same seed gives the same draws.
 
-    def call(self, x: np.ndarray | tf.Tensor):
-        """Returns reconstructions of x, [batch, *event]; `predict` calls this."""
-        return self.reconstruct(x)
+    def call(self, x: np.ndarray | tf.Tensor, training: bool = False):
+        """Returns reconstructions of x, [batch, *event]; `predict` calls this.
+
+        In training they come from the trained networks with new noise at every call, so that an
+        enclosing model or a custom loop can train these networks.
+        """
+        if not training:
+            return self.reconstruct(x)
+        examples = self._examples(x)
+        noise = tf.random.normal([1, tf.shape(examples)[0], self.encoder.noise_dim])
+        posterior = self.encoder(examples, noise, training=True)
+        return self.likelihood.predictive_mean(self.decoder(posterior.z), examples)
 
     def posterior(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0) -> Posterior:
         """Draws from q(z|x) and returns its moments and, if known, its density.
@@ -606,7 +616,11 @@ class AVB(Restorable, Trained):
         examples = self._examples(x)
         outputs = self.averaged_decoder(self._posterior(examples, samples, seed).z)
         means = self.likelihood.predictive_mean(outputs, examples)
-        return self.table.frame(means, x.index) if is_frame(x) else means
+        if not is_frame(x):
+            return means
+        # Under the labels of x, or `fillna` would fill nothing where these are numbers.
+        labels = {str(label): label for label in x.columns}
+        return self.table.frame(means, x.index).rename(columns=labels)
 
     def log_likelihood(
         self,
@@ -649,6 +663,19 @@ class AVB(Restorable, Trained):
             )
         return annealing.log_likelihood(self, x, **sizes, verbose=verbose)
 
+    def save(self, filepath: str | Path, *args, **kwargs):
+        """As `keras.Model.save`, in Keras's own format.
+
+        Raises:
+          UserError: the name asks for HDF5, which Keras cannot load such a model from.
+        """
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise UserError(
+                f"{filepath} asks for HDF5, from which Keras cannot load this model; expected a "
+                "name that ends in .keras"
+            )
+        super().save(filepath, *args, **kwargs)
+
     def export(self, directory: str | Path, **settings: Any):
         """Exports the model to `<directory>/<version>/` for TensorFlow Serving.
 
@@ -668,6 +695,11 @@ def _weights(data):
     """Returns the weights of the examples in Keras's `data`, float32 [batch], or None."""
     weights = keras.utils.unpack_x_y_sample_weight(data)[2]
     return None if weights is None else tf.cast(weights, tf.float32)
+
+
+def _penalty(*parts) -> Any:
+    """Sum of the losses that layers add, such as those of their regularizers; 0 without any."""
+    return sum(tf.cast(loss, tf.float32) for part in parts for loss in part.losses)
 
 
 def _move(strategy, weights, averages, decay):

@@ -124,6 +124,18 @@ def best_log_likelihood(estimates: Mapping[str, Any]) -> str | None:
     return next((name for name in LOG_LIKELIHOODS if name in estimates), None)
 
 
+def bound_of_same_examples(estimates: Mapping[str, Any]) -> str:
+    """The name of the ELBO over the examples of `best_log_likelihood`.
+
+    Quadrature takes all examples, as the ELBO does; AIS and importance sampling take a subset.
+    """
+    exact = best_log_likelihood(estimates) == "log_likelihood_quadrature"
+    subset = "elbo_of_the_same_examples"
+    if subset in estimates and not exact:
+        return subset
+    return "elbo" if "elbo" in estimates else "elbo_adversary"
+
+
 def siblings(workdir: Path) -> dict[str, dict[str, Any]]:
     """Returns the results of `workdir` and of all runs next to it that evaluated the same data.
 

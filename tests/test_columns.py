@@ -235,6 +235,14 @@ def test_reconstructions_fill_a_frame_in_its_own_units(model):
         np.testing.assert_allclose(filled[name][absent], array[absent, i], rtol=1e-6)
 
 
+def test_a_frame_whose_columns_have_numbers_for_names_is_filled():
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=[8, 3])).mask(np.eye(8, 3) > 0)
+    table = Table.of(frame, missing=True)
+    model = avb_tf.build("vae", table, latent_dim=1, width=4, depth=1, ema_decay=0.0)
+    assert not frame.fillna(model.reconstruct(frame)).isna().to_numpy().any()
+    assert list(model.reconstruct(frame[[2, 0, 1]]).columns) == [0, 1, 2]
+
+
 def test_a_file_keeps_the_table(tmp_path):
     model = avb_tf.build("vae", TABLE, latent_dim=1, width=4, depth=1, ema_decay=0.0)
     model.save(tmp_path / "model.keras")

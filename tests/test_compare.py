@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from avb_tf import command_line, results
 from avb_tf.commands import compare
+from avb_tf.figures import comparison as comparison_figures
 from avb_tf.figures import training as training_curves
 
 X = np.random.default_rng(0).random((40, 3)).astype(np.float32)
@@ -52,10 +53,94 @@ def test_seeds_are_grouped_and_methods_paired_by_example(tmp_path, capsys):
     assert rows["other", "vae"]["seeds"] == 1
     assert rows["other", "vae"]["log_likelihood"]["over"] == "examples"
     assert rows["other", "vae"]["log_likelihood"]["standard_error"] > 0.3
-    table = (tmp_path / "comparison.md").read_text()
-    assert table in capsys.readouterr().out
+    table, printed = (tmp_path / "comparison.md").read_text(), capsys.readouterr().out
+    assert table in printed
+    assert printed.splitlines()[-1] == str(tmp_path / "comparison.png")
     assert "| +0." in table
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def sentences(directory):
+    """The lines below the table."""
+    compared(directory)
+    lines = (directory / "comparison.md").read_text().splitlines()
+    return [line for line in lines if not line.startswith("|") and line][1:]
+
+
+def test_the_end_says_which_method_is_better_and_how_sure_that_is(tmp_path):
+    noise = np.random.default_rng(1).normal(0.0, 0.5, 40)
+    for method, shift in (("vae", 0.0), ("avb", 0.4), ("iaf", 0.03), ("aae", -2.0)):
+        make(tmp_path / method, method)
+        values = 10.0 * X[:, 0] + (0.0 if method == "vae" else shift + noise)
+        results.save_values(tmp_path / method, X, {"log_likelihood_ais": values})
+    error = np.std(noise, ddof=1) / np.sqrt(40)
+    avb, iaf, aae = (shift + noise.mean() for shift in (0.4, 0.03, -2.0))
+    assert abs(iaf) < 2 * error < abs(avb)
+    of = "(paired over 40 examples, one seed each, by ais)"
+    assert sentences(tmp_path)[:3] == [
+        f"digits (test): log p(x) of avb is {avb:.3f} +- {error:.3f} nats above vae: "
+        f"{avb / error:.1f} standard errors {of}",
+        f"digits (test): log p(x) of iaf is {abs(iaf):.3f} +- {error:.3f} nats "
+        f"{'above' if iaf > 0 else 'below'} vae: {abs(iaf) / error:.1f} standard errors, no clear "
+        f"difference {of}",
+        f"digits (test): log p(x) of aae is {-aae:.3f} +- {error:.3f} nats below vae: "
+        f"{-aae / error:.1f} standard errors {of}",
+    ]
+
+
+def test_warnings_stand_beside_the_number(tmp_path):
+    pareto = "log_likelihood_ais: Pareto k is above 0.7 for 40% of the examples"
+    make(tmp_path / "vae")
+    for seed in (1, 2):
+        make(tmp_path / f"avb-{seed}", "avb", seed, 0.5, warnings=[pareto])
+    make(tmp_path / "alone", data="faces", warnings=["a reason"])
+    said = sentences(tmp_path)
+    assert said[0].startswith("digits (test): log p(x) of avb is 0.5")
+    assert "(paired over 40 examples, 2 and 1 seeds, by ais)" in said[0]
+    assert said[1:3] == [f"  warning, avb-1: {pareto}", f"  warning, avb-2: {pareto}"]
+    assert said[3].startswith("faces (test): nothing to compare log p(x) of vae with")
+    assert said[4] == "  warning, alone: a reason"
+
+
+def test_of_several_vaes_the_best_is_the_baseline(tmp_path):
+    make(tmp_path / "narrow", family="narrow")
+    make(tmp_path / "wide", family="wide", shift=1.0)
+    make(tmp_path / "avb", "avb", shift=1.5)
+    rows = {row["label"]: row for row in compared(tmp_path)}
+    assert rows.keys() == {"vae (narrow)", "vae (wide)", "avb"}
+    assert rows["vae (wide)"]["above_vae"] is None
+    assert rows["avb"]["baseline"] == rows["vae (narrow)"]["baseline"] == ["wide"]
+    assert rows["avb"]["above_vae"]["mean"] == pytest.approx(0.5, abs=0.01)
+    assert rows["vae (narrow)"]["above_vae"]["mean"] == pytest.approx(-1.0, abs=0.01)
+
+
+def test_equal_values_are_no_difference(tmp_path):
+    make(tmp_path / "a")
+    make(tmp_path / "b", "avb")
+    assert (
+        "is 0.000 +- 0.000 nats below vae: 0.0 standard errors, no clear" in sentences(tmp_path)[0]
+    )
+
+
+def test_the_figure_draws_the_paired_differences(tmp_path):
+    make(tmp_path / "vae")
+    make(tmp_path / "avb", "avb", 1, shift=0.5)
+    make(tmp_path / "alone", "iaf", data="faces")
+    rows = compared(tmp_path)
+    figure = comparison_figures.log_likelihoods(rows)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0] == "digits (test): log p(x) minus that of vae"
+    differences = figure.axes[0].lines
+    row = next(row for row in rows if row["method"] == "avb")
+    means = [line.get_xdata()[0] for line in differences if line.get_marker() == "o"]
+    assert means == [row["above_vae"]["mean"]]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["avb (1)"]
+    assert "no other method" in figure.axes[1].texts[0].get_text()
+    widths = [
+        np.ptp(np.concatenate(bars.get_segments())[:, 0]) for bars in figure.axes[0].collections
+    ]
+    error = row["above_vae"]["standard_error"]
+    np.testing.assert_allclose(sorted(widths), [2 * error, 4 * error])
 
 
 def test_training_curves_are_drawn_for_each_data_set(tmp_path):

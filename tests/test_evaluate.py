@@ -106,6 +106,26 @@ def test_a_quantised_likelihood_is_reported_in_bits_per_dimension_too(tmp_path):
     assert 0.0 < estimates["bits_per_dim_elbo"]["mean"] < 8.5  # a uniform distribution has 8
 
 
+@pytest.mark.parametrize(
+    ("best", "same", "subset", "warned"),
+    [
+        ("quadrature", -2.0, -1.0, False),  # the subset is easier than the rest
+        ("quadrature", -1.0, -2.0, True),  # or harder
+        ("quadrature", -1.0, None, True),  # no subset was evaluated
+        ("ais", -1.0, -2.0, False),  # AIS is of the subset
+        ("ais", -2.0, -1.0, True),
+        ("iwae_5000", -2.0, -1.0, True),
+    ],
+)
+def test_the_bound_is_set_against_log_p_of_the_same_examples(best, same, subset, warned):
+    summaries = {"elbo_adversary": {"mean": same}, f"log_likelihood_{best}": {"mean": -1.5}}
+    if subset is not None:
+        summaries["elbo_of_the_same_examples"] = {"mean": subset}
+    said = evaluate._warnings(summaries)
+    expected = "the adversary's bound lies 0.50 nats above log p(x): the adversary is wrong, "
+    assert said == ([f"{expected}so trust only log p(x)"] if warned else [])
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", "nonsense", '{"estimates": {}}'])
 def test_other_files_next_to_a_run_are_ignored(tmp_path, content):
     run = {name: "same" for name in results.FIELDS}

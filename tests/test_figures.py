@@ -174,9 +174,11 @@ def test_a_latent_space_without_labels_has_one_colour_and_no_legend():
 def test_posteriors_has_a_row_for_each_model_and_a_column_for_each_x():
     model, x = model_for((6,)), data((6,), 3)
     figure = model_figures.posteriors({"one": model, "two": model}, x, cells=30)
-    assert len(figure.axes) == 6
+    assert len(figure.axes) == 9
+    for axes, one in zip(figure.axes[:3], x, strict=True):  # x itself
+        np.testing.assert_allclose([bar.get_height() for bar in axes.patches], one)
     draws = np.asarray(model.posterior(x, 600).z)
-    for i, axes in enumerate(figure.axes):
+    for i, axes in enumerate(figure.axes[3:]):
         points = axes.collections[-1].get_offsets()
         np.testing.assert_allclose(points, draws[:, i % 3], atol=1e-5)
 
@@ -193,3 +195,30 @@ def test_contour_levels_enclose_half_and_nine_tenths_of_a_gaussian(covariance):
     # the peak.
     np.testing.assert_allclose([1 - inner / 7.0, 1 - outer / 7.0], [0.5, 0.9], atol=0.01)
     assert top > 7.0 * density.max()
+
+
+@pytest.mark.parametrize(
+    "density",
+    [
+        np.pad([[1.0]], 9),  # one cell has all of the mass
+        np.pad([[0.96, 0.04]], 9),
+        np.ones([9, 9]),
+        np.pad(np.ones([3, 4]), 9),
+        np.exp(-0.5 * np.add.outer(*2 * [np.linspace(-30, 30, 13) ** 2])),
+    ],
+    ids=["a cell", "two cells", "uniform", "a rectangle", "narrow"],
+)
+def test_contours_of_narrow_and_flat_densities_are_drawn(density):
+    levels = model_figures._levels(density)
+    assert (np.diff(levels) > 0).all()
+    contours = Figure().subplots().contourf(density, levels)
+    inside = [path for path in contours.get_paths() if len(path.vertices)]
+    assert inside
+
+
+def test_posteriors_far_narrower_than_q_are_drawn():
+    model, x = model_for((6,)), data((6,), 2)
+    for weight in (model.averaged_decoder.head.kernel, model.averaged_decoder.head.bias):
+        weight.assign(1e4 * np.ones(weight.shape))  # log p(x|z) falls by thousands of nats
+    figure = model_figures.posteriors({"one": model}, x, cells=20)
+    assert pixels(figure).shape[-1] == 4

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import scipy.sparse
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
@@ -55,6 +56,9 @@ WRONG = {
     "two inputs": ([X, X], r"x has shape \(2, 12, 4\)"),
     "ragged": ([[0.0], [0.0, 1.0]], "x is not an array"),
     "named": ({"x": X}, "x has shape"),
+    "sparse": (scipy.sparse.csr_matrix(X), "x is a csr_matrix; expected a dense array; convert it"),
+    "a sparse tensor": (tf.sparse.from_dense(X), "x is a SparseTensor"),
+    "a ragged tensor": (tf.RaggedTensor.from_tensor(X), "x is a RaggedTensor"),
 }
 
 
@@ -188,12 +192,16 @@ def test_callbacks_that_watch_the_loss_work(tmp_path):
     assert (tmp_path / "best.keras").exists()
 
 
-def test_a_scheduler_moves_the_adversary_along():
-    model = make("avb_ac", adversary_draws=3, rates=(0.1, 0.3))
+@pytest.mark.parametrize("scope", [True, False], ids=["strategy", "none"])
+def test_a_scheduler_moves_the_adversary_along(scope):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"]) if scope else tf.distribute.get_strategy()
+    with strategy.scope():
+        model = make("avb_ac", adversary_draws=3, rates=(0.1, 0.3))
     halves = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
     model.fit(X, batch_size=12, epochs=2, verbose=0, callbacks=halves)
-    assert float(model.optimizer.learning_rate) == pytest.approx(0.025)
-    assert float(model.adversary_optimizer.learning_rate) == pytest.approx(0.075)
+    both = (model.optimizer, model.adversary_optimizer)
+    rates = [keras.ops.convert_to_numpy(optimizer.learning_rate) for optimizer in both]
+    assert rates == pytest.approx([0.025, 0.075])
 
 
 # Sample weights, and arguments that are refused.
@@ -271,6 +279,38 @@ def test_policies_without_float32_are_refused(policy):
         keras.config.set_dtype_policy(before)
 
 
+def test_regularizers_of_all_parts_count():
+    changes = []
+    for penalty in (0.0, 3.0):
+        model = make("avb")  # SGD at rates 1e-3 and 3e-3
+        parts = (model.encoder, model.decoder, model.adversary)
+        kernels = [part.trainable_variables[0] for part in parts]
+        for kernel in kernels:
+            kernel.regularizer = keras.regularizers.L2(penalty)
+        before = [kernel.numpy() for kernel in kernels]
+        model.train_step((X[:2], None))
+        changes.append([b - k.numpy() for b, k in zip(before, kernels, strict=True)])
+    for kernel, rate, without, with_it in zip(before, (1e-3, 1e-3, 3e-3), *changes, strict=True):
+        np.testing.assert_allclose(with_it - without, rate * 6.0 * kernel, atol=1e-6)
+
+
+def test_losses_that_a_layer_adds_count():
+    changes = []
+    for penalty in (0.0, 3.0):
+        keras.utils.set_random_seed(0)
+        dense = keras.layers.Dense(8)
+        trunk = keras.Sequential([dense, keras.layers.ActivityRegularization(l2=penalty)])
+        model = avb_tf.AVB((4,), GaussianEncoder(trunk, 2), DenseDecoder((4,), 1, 8, 1))
+        model.compile(keras.optimizers.SGD(1e-3))
+        before = dense.kernel.numpy()
+        model.train_step((X[:2], None))
+        changes.append(before - dense.kernel.numpy())
+        model.train_step((X[:2], None))
+        assert len(model.encoder.losses) == 1
+    gradient = X[:2].T @ (X[:2] @ before)  # of the sum of squares over the batch of 2
+    np.testing.assert_allclose(changes[1] - changes[0], 1e-3 * 3.0 * gradient, atol=1e-6)
+
+
 # Files.
 
 
@@ -337,7 +377,32 @@ def test_a_fresh_process_loads_a_model_with_keras_alone(order, tmp_path):
     assert subprocess.run(command, capture_output=True, text=True).stdout == "True\n"
 
 
+@pytest.mark.parametrize("name", ["model.h5", "model.hdf5"])
+def test_a_file_that_keras_could_not_load_is_not_written(vae, name, tmp_path):
+    with pytest.raises(UserError, match=r"expected a name that ends in \.keras"):
+        vae.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 # Calls of the graph.
+
+
+def test_a_model_around_it_trains_it_with_new_noise():
+    model = make("avb_ac", adversary_draws=3)
+    inputs = keras.Input((4,))
+    outer = keras.Model(inputs, keras.layers.Dense(1)(model(inputs)))
+    outer.compile("sgd", "mse")
+    parts = (model.encoder, model.decoder, model.averaged_encoder)
+    before = [part.get_weights() for part in parts]
+    with pytest.warns(UserWarning, match="Gradients do not exist .*adversary"):  # nor should they
+        outer.fit(X, X[:, :1], verbose=0)
+    changed = [
+        any((a != b).any() for a, b in zip(old, part.get_weights(), strict=True))
+        for old, part in zip(before, parts, strict=True)
+    ]
+    assert changed == [True, True, False]
+    assert np.abs(model(X, training=True) - model(X, training=True)).max() > 0
+    np.testing.assert_array_equal(model(X), model.reconstruct(X))
 
 
 def test_on_batch_methods_trace_once():

@@ -205,6 +205,7 @@ MODES = {
     "--mode=compare --workdir=run stray": "found stray",
     "--mode=compare --workdir=run --config.steps=5": "--config.steps=5",
     "--mode=compare --workdir=run --baseline=b.json": "found --mode=compare",
+    "--mode=sample --workdir=run --image=x.png": "--image is for --mode=explore",
     "--mode=compare --workdir=nothing": "nothing holds no finished runs",
     "--mode=compare --workdir=run": "run holds no finished runs",
     "--mode=figures --workdir=untrained": "no checkpoint",

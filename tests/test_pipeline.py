@@ -108,8 +108,11 @@ def test_replicas_share_each_batch_in_order(workers, replicas):
         shares = pipeline.training_batches(GREY, 12, 0, 3, 10, context=context)
         return np.stack([x.numpy() for x in shares])
 
+    context = tf.distribute.InputContext(workers, 0, replicas)
+    endless = pipeline.training_batches(GREY, 12, 0, 3, context=context)
     whole = batches()
     assert len(whole) == 7
+    np.testing.assert_array_equal(next(iter(endless)), whole[0, : 12 // replicas])
     shares = [batches(worker, workers, replicas) for worker in range(workers)]
     assert shares[0].shape[1] == 12 // replicas
     joined = np.concatenate([s.reshape(7, 12 // workers, *whole.shape[2:]) for s in shares], 1)

@@ -23,7 +23,7 @@ SIZES = st.integers(1, 60)
 
 def order(size, batch_size, seed, first_step, count, shuffle=True):
     """Returns the indices in `count` batches from `first_step` on, [count, batch_size]."""
-    indices = pipeline.training_indices(size, batch_size, seed, first_step, shuffle)
+    indices = pipeline.training_indices(size, batch_size, seed, first_step, shuffle=shuffle)
     return np.stack(list(indices.take(count).as_numpy_iterator()))
 
 

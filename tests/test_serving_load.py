@@ -7,6 +7,7 @@ import time
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import avb_tf
 from avb_tf.serving.saved_model import RunError, SavedModel
@@ -124,3 +125,15 @@ def test_no_error_no_wrong_answer_and_constant_memory(model):
     assert sum(counted.values()) == REQUESTS // THREADS * THREADS
     # A short run ends before the allocator's arenas have settled, so it may grow more.
     assert after < before * (1.05 if REQUESTS >= 20_000 else 1.25)
+
+
+def test_a_closed_model_says_so_and_may_be_closed_again(tmp_path):
+    double = tf.function(lambda z: {"twice": 2.0 * z}, [tf.TensorSpec([None], name="z")])
+    tf.saved_model.save(tf.Module(), tmp_path, {"double": double})
+    served, z = SavedModel(tmp_path), np.ones(1, np.float32)
+    assert served.run("double", {"z": z})["twice"] == 2.0
+    for _ in range(3):
+        served.close()
+    for inputs in ({"z": z}, {}):
+        with pytest.raises(RunError, match="closed; load it again"):
+            served.run("double", inputs)

@@ -219,6 +219,19 @@ def test_a_missing_file_and_a_wrong_list_of_columns_are_refused(tmp_path):
         load("")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [range(6), [1.5, "b", 2, "d", None, 7], pd.MultiIndex.from_product([["a", "b"], [0, 1, 2]])],
+    ids=["numbers", "mixed", "pairs"],
+)
+def test_a_parquet_file_may_have_other_names_than_text(names, tmp_path, monkeypatch):
+    frame = FRAME.drop(columns="id").set_axis(names, axis=1)
+    monkeypatch.setattr(pd, "read_parquet", lambda path: frame)  # needs no pyarrow
+    source = load(tmp_path / "x.parquet", "category")
+    assert source.table.columns[3].categories == ("Oslo", "Rome")
+    assert [column.name for column in source.table.columns] == list(map(str, frame.columns))
+
+
 def test_a_parquet_file_is_read_as_a_frame(tmp_path):
     pytest.importorskip("pyarrow", reason="pyarrow, of the extra [parquet], is not installed")
     FRAME.to_parquet(tmp_path / "x.parquet")

@@ -90,6 +90,11 @@ def test_train_and_validation_are_on_the_same_scalar_charts(server):
     assert {"importance_bound", "monitored_elbo"} <= set(tags[VALIDATION])
     points = get(server, "data/plugin/scalars/scalars", run=VALIDATION, tag="elbo")
     assert [step for _, step, _ in points] == [20, 40]
+    for name in ("elbo", "importance_bound"):  # the first group of the page
+        first = get(server, "data/plugin/scalars/scalars", run=VALIDATION, tag=f"Bound/{name}")
+        plain = get(server, "data/plugin/scalars/scalars", run=VALIDATION, tag=name)
+        assert [point[1:] for point in first] == [point[1:] for point in plain]
+    assert min(tags[VALIDATION]).startswith("Bound/")
 
 
 def test_images(server):
@@ -134,6 +139,7 @@ def test_hparams_contain_the_settings_and_the_final_metrics(server):
     experiment = post(server, "data/plugin/hparams/experiment", {"experimentName": ""})
     names = {h["name"] for h in experiment["hparamInfos"]}
     assert {"method", "model.width", "optimizer.learning_rate"} <= names
+    assert "optimizer.adversary_learning_rate" in names
     assert not {name for name in names if name.startswith(("data.", "eval.", "export."))}
     metrics = [m["name"] for m in experiment["metricInfos"]]
     tags = {m["tag"] for m in metrics}
@@ -190,6 +196,7 @@ def test_a_sprite_is_a_square_of_thumbnails(tmp_path):
 
 
 PANELS = {  # panel -> text that it shows once its data are loaded
+    "": "Bound",  # the page that opens
     "timeseries": "importance_bound",
     "images": "reconstructions",
     "custom_scalars": "Does the adversary keep up?",
@@ -215,7 +222,7 @@ def test_panels_render_without_errors(panel, server, tmp_path, artefacts):
             page.wait(f"{TEXT}.includes({json.dumps(PANELS[panel])})", 90)
             time.sleep(3)  # the plots appear after the text
         finally:
-            page.screenshot(artefacts / f"tensorboard-{panel}.png")
+            page.screenshot(artefacts / f"tensorboard-{panel or 'first'}.png")
         assert "NaN" not in page.evaluate(
             TEXT
         )  # text that the projector generates but does not show

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import socket
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -21,7 +22,7 @@ from avb_tf import configuration, replicas
 from avb_tf.benchmarks.step import seconds_of
 from avb_tf.commands import train
 from avb_tf.data import pipeline
-from avb_tf.data.source import array_split
+from avb_tf.data.source import Split, array_split
 
 EVENT = (28, 28, 1)
 NETWORKS = {
@@ -50,12 +51,19 @@ def measure(config: ml_collections.ConfigDict, strategy_name: str, environment) 
     split = array_split(images.astype(np.float32))
     with strategy.scope():
         model = train.create(config, EVENT)
-    batches = strategy.distribute_datasets_from_function(
-        lambda context: pipeline.training_batches(split, config.batch_size, 0, 0, 2**31, context)
-    )
-    step, iterator = model.make_train_function(), iter(batches)
+    step, iterator = model.make_train_function(), iter(shared_batches(strategy, split, config))
     (seconds,) = seconds_of(lambda: step(iterator))
     return seconds
+
+
+def shared_batches(
+    strategy: tf.distribute.Strategy, split: Split, config: ml_collections.ConfigDict
+) -> Any:
+    """Batches of `config.batch_size` examples, of which each replica has its share."""
+    size = config.batch_size
+    return strategy.distribute_datasets_from_function(
+        lambda context: pipeline.training_batches(split, size, 0, 0, context=context)
+    )
 
 
 def _in_processes(config, strategy_name, environments) -> float:

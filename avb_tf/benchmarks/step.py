@@ -286,7 +286,7 @@ def _repeated(step: Callable[[], object], count: int, model: AVB) -> Callable[[]
 def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> dict[str, float]:
     """Times the work between steps; its share of the wall time follows the config's periods."""
     model = train.create(config, source.event_shape)
-    batches = iter(pipeline.training_batches(source.train, config.batch_size, 0, 0, 2**31))
+    batches = iter(pipeline.training_batches(source.train, config.batch_size, 0, 0))
     with tempfile.TemporaryDirectory() as directory:
         workdir = Path(directory)
         run = train.Training(config, workdir, tf.distribute.get_strategy(), model, source)

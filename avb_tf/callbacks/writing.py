@@ -12,6 +12,9 @@ import tensorflow as tf
 from avb_tf import checkpoints, figures
 from avb_tf.figures import model as model_figures
 
+# Logged once more as "Bound/...": TensorBoard sorts capitals first, and so opens on the bounds.
+BOUNDS = ("elbo", "importance_bound")
+
 
 @contextlib.contextmanager
 def logged():
@@ -81,8 +84,11 @@ class Scalars(keras.callbacks.Callback):
         values["skipped_steps"] = int(self.model.skipped.numpy())
         for name, value in values.items():
             side = "validation" if name.startswith("val_") else "train"
+            tag = name.removeprefix("val_")
             with self.writers[side].as_default(step):
-                tf.summary.scalar(name.removeprefix("val_"), value)
+                tf.summary.scalar(tag, value)
+                if tag in BOUNDS:
+                    tf.summary.scalar(f"Bound/{tag}", value)
         for writer in self.writers.values():
             writer.flush()  # so that the logs survive if the process is killed
 

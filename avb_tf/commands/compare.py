@@ -1,4 +1,4 @@
-"""Compares the finished runs below a directory in one table and one figure."""
+"""Compares the finished runs below a directory: a table, a figure, and which method is better."""
 
 import collections
 import json
@@ -19,6 +19,7 @@ from avb_tf.posteriors import overview
 BASELINE = "vae"  # all other methods are compared with it, example by example
 EXAMPLES = 500  # examples in the figures of latent spaces
 POSTERIORS = 8  # examples in the figure of exact posteriors, for models with two latents
+CLEAR = 2.0  # smallest difference, in standard errors, that is called clear
 
 
 class EvaluatedRun(NamedTuple):
@@ -41,7 +42,10 @@ def compare(_: Any, workdir: Path) -> None:
     Fitted posteriors get a separate table, `posteriors.md` and `posteriors.json`.
     Runs of one method on the same data that differ only in their seed form one row. The row shows
     the mean over seeds with its standard error; with a single seed the standard error is over
-    examples. The row also shows the difference from `vae` on the same data, example by example.
+    examples. The row also shows the difference from `vae` on the same data, example by example; if
+    there are several configurations of `vae`, the one with the highest log p(x) counts. The last
+    lines state for each method how far it is above or below, in standard errors, and repeat the
+    warnings of the evaluations.
 
     Raises:
       UserError: there is no finished run below `workdir`.
@@ -60,14 +64,13 @@ def compare(_: Any, workdir: Path) -> None:
 
 def _write(workdir: Path, runs: list[EvaluatedRun]) -> None:
     rows = [row(group, runs) for group in grouped(runs)]
-    table = markdown(rows)
+    text = f"{markdown(rows)}\n\n{conclusion(rows)}"
     files.write_atomically(workdir / "comparison.json", json.dumps(rows, indent=2) + "\n")
-    files.write_atomically(workdir / "comparison.md", table + "\n")
-    print(table)
-    drawn = {"comparison": comparison_figures.log_likelihoods(rows)}
-    drawn |= _training(workdir, runs) | _latents(workdir, runs)
-    paths = figures.save(drawn, workdir)
+    files.write_atomically(workdir / "comparison.md", text + "\n")
+    paths = figures.save(_training(workdir, runs) | _latents(workdir, runs), workdir)
+    (figure,) = figures.save({"comparison": comparison_figures.log_likelihoods(rows)}, workdir)
     print(workdir / "comparison.md", workdir / "comparison.json", *paths, sep="\n")
+    print("", text, "", figure, sep="\n")  # the answer comes last
 
 
 def _training(workdir: Path, runs: list[EvaluatedRun]) -> dict[str, Figure]:
@@ -138,38 +141,95 @@ def row(group: list[EvaluatedRun], runs: list[EvaluatedRun]) -> dict[str, Any]:
       runs: all runs, including those of the baseline.
     """
     first = group[0].results
+    same = [r for r in runs if _data(r) == _data(group[0])]
+    of_method = [r for r in same if r.results["method"] == first["method"]]
+    several = len(of_method) > len(group)  # configurations of this method
     name = results.best_log_likelihood(first["estimates"]) or ""  # "" if no subset was evaluated
-    bound = "elbo" if "elbo" in first["estimates"] else "elbo_adversary"
-    # If log p(x) was estimated for a subset, it is compared with the bound on the same examples.
-    bound_beside = "elbo_of_the_same_examples"
-    if name == "log_likelihood_quadrature" or bound_beside not in first["estimates"]:
-        bound_beside = bound
-    baseline = [r for r in runs if _data(r) == _data(group[0]) and r.results["method"] == BASELINE]
-    baseline = [r for r in baseline if r not in group]
+    baseline = _baseline(group, same, name)
     return {
         "data": first["data"],
         "split": first["split"],
         "method": first["method"],
+        "label": f"{first['method']} ({group[0].name})" if several else first["method"],
         "runs": [run.name for run in group],
         "seeds": len(group),
         "estimate": name,
         "log_likelihood": _over_seeds(group, name),
         "above_vae": _paired(group, baseline, name) if baseline else None,
-        "bound": bound,
-        "elbo": _over_seeds(group, bound_beside),
+        "baseline": [run.name for run in baseline],
+        "bound": "elbo" if "elbo" in first["estimates"] else "elbo_adversary",
+        "elbo": _over_seeds(group, results.bound_of_same_examples(first["estimates"])),
         "gap_inference": _interval(group, "gap_inference"),
         "gap_shape": _over_seeds(group, "gap_shape"),
         "bdmc_gap": _over_seeds(group, "bdmc_gap"),
         "steps": first["step"],
         "warnings": sum(len(run.results.get("warnings", [])) for run in group),
+        "warned": [f"{r.name}: {text}" for r in group for text in r.results.get("warnings", [])],
     }
+
+
+def _baseline(group, same, name) -> list[EvaluatedRun]:
+    """The group of vaes among `same` with the highest log p(x); [] if that is `group`."""
+    vaes = grouped([run for run in same if run.results["method"] == BASELINE])
+    means = [_over_seeds(vae, name) for vae in vaes]
+    known = [(mean["mean"], i) for i, mean in enumerate(means) if mean is not None]
+    best = vaes[max(known)[1]] if known else []
+    return [] if [run.name for run in best] == [run.name for run in group] else best
+
+
+def conclusion(rows: list[dict[str, Any]]) -> str:
+    """For each data set which method has the higher log p(x), by how much, and how sure that is.
+
+    Every method is compared with the `vae`; the evaluations' warnings stand below the sentences.
+
+    Args:
+      rows: as `row` makes them.
+    """
+    lines = []
+    for key in dict.fromkeys((row["data"], row["split"]) for row in rows):
+        of_data = [row for row in rows if (row["data"], row["split"]) == key]
+        others = [row for row in of_data if row["above_vae"]]
+        others.sort(key=lambda row: -row["above_vae"]["mean"])
+        lines += [_sentence(row) for row in others]
+        if not others:
+            names = ", ".join(row["label"] for row in of_data)
+            lines.append(
+                f"{key[0]} ({key[1]}): nothing to compare log p(x) of {names} with; evaluate a "
+                f"{BASELINE} on the same examples too"
+            )
+        warned = [text for row in of_data for text in row["warned"]]
+        lines += [f"  warning, {text}" for text in warned]
+    note = (
+        "Positive differences favour the method. The error is over held-out examples and, where "
+        "there are several, over seeds; with one seed it does not say how far another training "
+        "run would differ."
+    )
+    return "\n".join([*lines, "", note] if any(row["above_vae"] for row in rows) else lines)
+
+
+def _sentence(row) -> str:
+    """How far one method is from the vae."""
+    difference = row["above_vae"]
+    mean, error = difference["mean"], difference["standard_error"]
+    errors = abs(mean) / error if error else np.inf if mean else 0.0
+    side = "above" if mean > 0.0 else "below"
+    verdict = f"{errors:.1f} standard errors" + ("" if errors >= CLEAR else ", no clear difference")
+    seeds = f"{row['seeds']} and {len(row['baseline'])} seeds"
+    if row["seeds"] == len(row["baseline"]) == 1:
+        seeds = "one seed each"
+    estimate = row["estimate"].removeprefix("log_likelihood_")
+    return (
+        f"{row['data']} ({row['split']}): log p(x) of {row['label']} is {abs(mean):.3f} +- "
+        f"{error:.3f} nats {side} {BASELINE}: {verdict} (paired over {difference['count']} "
+        f"examples, {seeds}, by {estimate})"
+    )
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Returns the rows as a Markdown table, in nats per example."""
     columns = {
         "data": [row["data"] for row in rows],
-        "method": [row["method"] for row in rows],
+        "method": [row["label"] for row in rows],
         "seeds": [str(row["seeds"]) for row in rows],
         "log p(x)": [_cell(row["log_likelihood"]) for row in rows],
         "by": [row["estimate"].removeprefix("log_likelihood_") for row in rows],

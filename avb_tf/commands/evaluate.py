@@ -151,8 +151,8 @@ def _warnings(summaries) -> list[str]:
     """Returns reasons not to trust some of the estimates."""
     warnings = []
     best = results.best_log_likelihood(summaries)
-    bound = summaries.get("elbo_of_the_same_examples", summaries.get("elbo_adversary"))
     if best and "elbo_adversary" in summaries:
+        bound = summaries[results.bound_of_same_examples(summaries)]
         excess = bound["mean"] - summaries[best]["mean"]
         if excess > 0.05 + 2.0 * summaries[best].get("standard_error_over_repeats", 0.0):
             warnings.append(

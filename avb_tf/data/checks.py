@@ -16,8 +16,13 @@ from avb_tf.errors import UserError
 
 
 def is_array(x: Any) -> bool:
-    """Returns whether x is an array, or a list or data frame that can become one."""
-    return hasattr(x, "__array__") or isinstance(x, (list, tuple, dict))
+    """Returns whether x is an array, or a list or data frame that can become one, or sparse."""
+    return hasattr(x, "__array__") or isinstance(x, (list, tuple, dict)) or _is_sparse(x)
+
+
+def _is_sparse(x) -> bool:
+    """Returns whether x is a sparse matrix of SciPy, or a sparse or ragged tensor."""
+    return hasattr(x, "toarray") or isinstance(x, (tf.SparseTensor, tf.RaggedTensor))
 
 
 def examples(
@@ -43,6 +48,11 @@ def examples(
     """
     if isinstance(x, tf.Tensor) and x.dtype.is_floating:
         x = tf.cast(x, tf.float32)  # NumPy has no bfloat16
+    if _is_sparse(x):
+        raise UserError(
+            f"{place} is a {type(x).__name__}; expected a dense array; convert it, as toarray() "
+            "and tf.sparse.to_dense do"
+        )
     if table is not None:
         return table.array(x, place)
     try:

@@ -3,8 +3,10 @@
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 from PIL import Image
@@ -45,15 +47,6 @@ def load(path: str, seed: int, image_size: int, channels: int) -> Source:
     files = _decodable(folder, channels)
     orientations = [_orientation(file) for file in files]
 
-    def square(file: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-        image = _upright(_decode(file, channels), orientation)
-        size = tf.shape(image)[:2]
-        side = tf.reduce_min(size)
-        top, left = tf.unstack((size - side) // 2)
-        image = image[top : top + side, left : left + side]
-        resized = tf.image.resize(image, [image_size, image_size], antialias=True)
-        return tf.clip_by_value(resized / 255.0, 0.0, 1.0)  # resampling may round above 1
-
     def split(part) -> Split:
         with tf.device("CPU:0"):
             names, turns = (tf.gather(tf.constant(v), part) for v in (files, orientations))
@@ -61,11 +54,49 @@ def load(path: str, seed: int, image_size: int, channels: int) -> Source:
         def read(indices: tf.Tensor) -> tf.Tensor:
             spec = tf.TensorSpec(event_shape, tf.float32)
             each = tf.gather(names, indices), tf.gather(turns, indices)
-            return tf.map_fn(lambda one: square(*one), each, fn_output_signature=spec)
+            return tf.map_fn(
+                lambda one: _centre(one[0], one[1], event_shape), each, fn_output_signature=spec
+            )
 
         return Split(len(part), read)
 
     return Source("images", event_shape, *map(split, cut(len(files), 2, seed, folder)))
+
+
+def read(file: str | os.PathLike, event_shape: Sequence[int]) -> np.ndarray:
+    """One image as those of a folder are read: float32 [height, width, channels] in [0, 1].
+
+    Args:
+      file: a PNG, JPEG or WebP file.
+      event_shape: height, width and channels; the largest part of this form in the middle is taken.
+    Raises:
+      UserError: the file is missing, too large or no image.
+    """
+    name = os.fsencode(file)
+    if not _is_small(name):
+        raise UserError(
+            f"{file} cannot be decoded, or has more than {_LARGEST:,} pixels; expected a PNG, JPEG "
+            "or WebP file; check it"
+        )
+    try:
+        return _centre(tf.constant(name), tf.constant(_orientation(name)), event_shape).numpy()
+    except tf.errors.InvalidArgumentError as error:
+        raise UserError(
+            f"{file} cannot be decoded; expected a PNG, JPEG or WebP file; check it"
+        ) from error
+
+
+def _centre(file: tf.Tensor, orientation: tf.Tensor, event_shape: Sequence[int]) -> tf.Tensor:
+    """The largest part of the event's form in the middle of an image, resized to the event."""
+    height, width, channels = event_shape
+    image = _upright(_decode(file, channels), orientation)
+    size = tf.shape(image)[:2]
+    part = tf.minimum(size, [size[1] * height // width, size[0] * width // height])
+    part = tf.maximum(part, 1)
+    top, left = tf.unstack((size - part) // 2)
+    image = image[top : top + part[0], left : left + part[1]]
+    resized = tf.image.resize(image, [height, width], antialias=True)
+    return tf.clip_by_value(resized / 255.0, 0.0, 1.0)  # resampling may round above 1
 
 
 def _decode(file: tf.Tensor, channels: int) -> tf.Tensor:

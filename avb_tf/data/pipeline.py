@@ -9,7 +9,6 @@ import tensorflow as tf
 from avb_tf.data.source import Split
 
 _AHEAD = 4  # batches to prefetch
-_END = 2**62  # the last step of an endless stream
 _BLOCK = 4096  # examples to order in one op, in whole epochs: one op per tiny epoch is slow
 
 
@@ -18,7 +17,8 @@ def training_batches(
     batch_size: int,
     seed: int,
     first_step: int,
-    last_step: int = _END,
+    last_step: int | None = None,
+    *,
     shuffle: bool = True,
     context: tf.distribute.InputContext | None = None,
 ) -> tf.data.Dataset:
@@ -37,10 +37,13 @@ def training_batches(
       context: the worker's context if several replicas share each batch. The dataset then holds
         this worker's part, as one element [batch_size / replicas, *event] for each of its replicas.
     """
-    indices = training_indices(split.size, batch_size, seed, first_step, shuffle, context)
-    context = context or tf.distribute.InputContext()
-    local = context.num_replicas_in_sync // context.num_input_pipelines
-    indices = indices.take(local * (last_step - first_step))
+    indices = training_indices(
+        split.size, batch_size, seed, first_step, shuffle=shuffle, context=context
+    )
+    if last_step is not None:
+        context = context or tf.distribute.InputContext()
+        local = context.num_replicas_in_sync // context.num_input_pipelines
+        indices = indices.take(local * (last_step - first_step))
     return untuned(indices.map(split.read, num_parallel_calls=tf.data.AUTOTUNE).prefetch(_AHEAD))
 
 
@@ -49,6 +52,7 @@ def training_indices(
     batch_size: int,
     seed: int,
     first_step: int,
+    *,
     shuffle: bool = True,
     context: tf.distribute.InputContext | None = None,
 ) -> tf.data.Dataset:

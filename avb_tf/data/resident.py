@@ -92,7 +92,7 @@ def put(
 
     def calls(context):
         indices = pipeline.training_indices(
-            split.size, batch_size, seed, first_step, shuffle, context
+            split.size, batch_size, seed, first_step, shuffle=shuffle, context=context
         )
         spec: Any = indices.element_spec
         local = context.num_replicas_in_sync // context.num_input_pipelines

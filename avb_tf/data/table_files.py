@@ -72,7 +72,7 @@ def read(path: Path) -> Any:
         raise UserError(f"{path} cannot be read ({reason:.150}); expected a table") from error
     if not len(frame):
         raise UserError(f"{path} has no rows; expected a table")
-    return frame
+    return frame.set_axis([str(name) for name in frame.columns], axis=1)  # Parquet has others too
 
 
 def _read_csv(path: Path):

@@ -21,5 +21,6 @@ def ranks(shares: Mapping[str, np.ndarray], band: float) -> Figure:
     axes.axhspan(-band, band, color="0.9", zorder=0, label="95% of uniform ranks")
     axes.set_xlabel("rank of the parameters among draws, as a share")
     axes.set_ylabel("distribution function minus the uniform one")
+    axes.set_title("Ranks of true parameters: calibrated inside the band", fontsize=10)
     axes.legend(fontsize=7, ncols=2)
     return figure

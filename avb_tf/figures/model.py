@@ -126,6 +126,8 @@ def latent_spaces(
             axes.scatter(*points.T, s=4, lw=0, alpha=0.6, color=_COLOURS[label % 10], label=label)
         axes.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal", title=name, xlabel="$z_1$")
     panels[0].set_ylabel("$z_2$")
+    by_label = "" if labels is None else ", coloured by label"
+    figure.suptitle(f"Draws of q(z|x) for {len(x)} held-out x{by_label}", fontsize=10)
     if labels is not None:
         figure.legend(
             *panels[0].get_legend_handles_labels(), markerscale=4, frameon=False,
@@ -137,28 +139,37 @@ def latent_spaces(
 def posteriors(models: Mapping[str, AVB], x: np.ndarray, cells: int = 120) -> Figure:
     """Plots the exact p(z|x), shaded, and draws of q(z|x): a row per model, a column per x.
 
+    The first row shows x itself.
+
     Args:
       models: name -> model with two latents.
       x: [count, *event].
       cells: points along each side of the grid on which p(z|x) is computed.
     """
-    figure = Figure((2.1 * len(x) + 0.6, 2.2 * len(models)), layout="constrained")
-    panels = figure.subplots(len(models), len(x), squeeze=False)
-    for row, (name, model) in zip(panels, models.items(), strict=True):
+    figure = Figure((2.1 * len(x) + 0.6, 2.2 * len(models) + 1.8), layout="constrained")
+    panels = figure.subplots(
+        1 + len(models), len(x), squeeze=False, height_ratios=[0.7, *[1.0] * len(models)]
+    )
+    for axes, one in zip(panels[0], x, strict=True):
+        _example(axes, one)
+    panels[0, 0].set_ylabel("x")
+    for row, (name, model) in zip(panels[1:], models.items(), strict=True):
         evidence = quadrature.log_likelihood(model, x)
         posterior = model.posterior(x, 600)
         for i, axes in enumerate(row):
             mean, scale = np.asarray(posterior.mean)[i], np.asarray(posterior.scale_tril)[i]
             square = np.eye(2) * np.sqrt(np.max(np.diag(scale @ scale.T)))
             z, log_p = quadrature.posterior_on_grid(model, x[i], mean, square, evidence[i], cells)
-            levels = _levels(np.exp(log_p))
+            density = np.exp(log_p - log_p.max())  # its peak is 1, however far off the grid is
             axes.contourf(
-                z[..., 0], z[..., 1], np.exp(log_p), levels, colors=["#9ecae1", "#3182bd"]
+                z[..., 0], z[..., 1], density, _levels(density), colors=["#9ecae1", "#3182bd"]
             )
             draws = np.asarray(posterior.z)[:, i]
             axes.scatter(*draws.T, s=2, lw=0, color="#d94801", alpha=0.6)
             axes.set(xticks=[], yticks=[], aspect="equal")
-        row[0].set_ylabel(name)
+        row[0].set_ylabel(f"{name}: $z_2$" if name else "$z_2$")
+    for axes in panels[-1]:
+        axes.set_xlabel("$z_1$")
     percent = " and ".join(f"{100 * c:.0f}%" for c in _CONTENT)
     figure.suptitle(
         f"p(z|x): {percent} regions, exact (blue); draws of q(z|x) (orange)", fontsize=10
@@ -167,11 +178,25 @@ def posteriors(models: Mapping[str, AVB], x: np.ndarray, cells: int = 120) -> Fi
 
 
 def _levels(density) -> list:
-    """Returns levels of `density`, on a uniform grid, that enclose `_CONTENT` of its mass."""
+    """Returns levels of `density`, on a uniform grid, that enclose `_CONTENT` of its mass.
+
+    The levels differ by at least 0.1%, even if a single cell holds most of the mass.
+    """
     values = np.sort(density.ravel())[::-1]
     mass = np.cumsum(values) / values.sum()
-    inside = [values[np.searchsorted(mass, c)] for c in _CONTENT[::-1]]
-    return [*inside, values[0] * 1.001]
+    outer, inner = (values[np.searchsorted(mass, c)] for c in _CONTENT[::-1])
+    return [min(outer, 0.999 * inner), inner, 1.001 * values[0]]
+
+
+def _example(axes, x):
+    """x itself: an image, or a bar for each of its numbers."""
+    if x.ndim == 3:
+        _show(axes, x)
+        axes.set_axis_on()  # its label stays
+        axes.set(xticks=[], yticks=[])
+    else:
+        axes.bar(np.arange(x.size), x.ravel(), color="grey")
+        axes.set(xticks=[], ylim=(min(0.0, x.min()), max(1.0, x.max())))
 
 
 def _show(axes, image):

@@ -49,6 +49,9 @@ def pairs(
                 axes.set_yticks([])
             axes.set_xlabel(coordinates[j] if i == shown[-1] else "", fontsize=8)
             axes.set_ylabel(coordinates[i] if column == 0 and row else "", fontsize=8)
+    figure.suptitle(
+        "Pairs of parameters; on the diagonal their densities", fontsize=9, x=0.02, ha="left"
+    )
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", fontsize=9, title=title)
     return figure

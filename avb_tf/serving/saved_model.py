@@ -15,7 +15,7 @@ import numpy as np
 from avb_tf import files
 from avb_tf.serving.protos import DTYPES, MetaGraphDef
 
-INVALID_ARGUMENT = 3  # a status code of TensorFlow and gRPC
+INVALID_ARGUMENT, FAILED_PRECONDITION = 3, 9  # status codes of TensorFlow and gRPC
 
 
 class RunError(RuntimeError):
@@ -111,8 +111,11 @@ class SavedModel:
           signature: name of the signature.
           inputs: name of the input -> array.
         Raises:
-          RunError: the signature or an input is unknown, or the graph rejects the values.
+          RunError: the signature or an input is unknown, the graph rejects the values, or the
+            model is closed.
         """
+        if self._session is None:
+            raise RunError(FAILED_PRECONDITION, "the model is closed; load it again")
         if signature not in self.signatures:
             known = ", ".join(self.signatures)
             raise RunError(INVALID_ARGUMENT, f"no signature '{signature}'; there are {known}")
@@ -143,9 +146,12 @@ class SavedModel:
                     _C.TF_DeleteTensor(tensor)
 
     def close(self):
-        """Frees the session; the model cannot run after this."""
+        """Frees the session; the model cannot run after this. A second call does nothing."""
+        session, self._session = self._session, None
+        if session is None:
+            return
         with _Status() as status:
-            _C.TF_DeleteSession(self._session, status)
+            _C.TF_DeleteSession(session, status)
         _C.TF_DeleteGraph(self._graph)
 
     def _place(self, tensor: Tensor) -> _Output:
