@@ -28,6 +28,9 @@ SLOW = (
 
 # Tests of ten seconds and more whose kind a quicker test covers; `make test-long` runs them.
 LONG = (
+    "amortised_rows.py::test_a_process_without_this_package",
+    "amortised_rows.py::test_rows_are_independent_given_the_parameters[True]",
+    "amortised_runs.py::test_a_run_killed_at_its_first_stage",
     "baselines.py::test_a_gaussian_of_full_rank_finds_the_gaussian",
     "baselines.py::test_nuts_draws_from_the_posterior[True",
     "benchmarks_scaling.py::test_every_size",

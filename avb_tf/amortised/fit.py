@@ -8,12 +8,16 @@ A model goes one way:
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tensorflow_probability import distributions as tfd
 
 from avb_tf.amortised import simulation, training
+from avb_tf.amortised.checkpoint import Workdir
 from avb_tf.amortised.result import AmortisedFit
+from avb_tf.amortised.rows import check_sizes
+from avb_tf.amortised.rows import of as of_rows
 from avb_tf.errors import UserError
 from avb_tf.posteriors.fit import seeded
 from avb_tf.posteriors.training import Clock
@@ -25,9 +29,11 @@ def fit_amortised(
     observed: Sequence[str] = ("y",),
     *,
     prior: Any = None,
+    rows: tuple[int, int] | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     seed: int = 0,
+    workdir: Path | str | None = None,
     verbose: bool = True,
     **settings: Any,
 ) -> AmortisedFit:
@@ -42,9 +48,14 @@ def fit_amortised(
         and a seed [2] that returns data [n, ...], as an array or a dict by name.
       observed: names of the parts that will be observed; all others are inferred.
       prior: of a simulator: a TFP distribution of its parameters.
+      rows: smallest and largest number of rows of a data set. The model is then of one row, all
+        rows of a data set are independent draws given its parameters, and y is [rows, ...].
       steps: of training, each with new pairs; 10,000 where `seconds` is not given either.
       seconds: that the call may take, all included; the fit is then no function of `seed` alone.
       seed: of initial weights and pairs. TensorFlow's global seed is set.
+      workdir: directory where the training keeps a checkpoint, and scalars for TensorBoard. The
+        same call resumes from it, and ends as if it had not been interrupted (with `steps`, and
+        but for AutoBatched joints, which draw with seeds of their own).
       verbose: shows a progress bar.
       **settings: changes to `settings.amortised.SETTINGS`.
     Returns:
@@ -61,24 +72,43 @@ def fit_amortised(
         steps = STEPS
     resolved_settings = resolved(**settings)
     with seeded(seed):
-        source = _simulation(model, prior, observed)
+        source = simulation_of(model, prior, observed, rows)
         clock = Clock(steps, seconds, began, verbose)
         clock.start_training(0.0)
         q = training.build(source, resolved_settings)
-        history = training.train(q, source, resolved_settings, clock, seed)
+        identity = {
+            "parameters": source.coordinates(),
+            "observed": source.shapes,
+            "rows": rows,
+            "steps": steps,
+            "seconds": seconds,
+            "seed": seed,
+            **resolved_settings,
+        }
+        kept = Workdir(None if workdir is None else Path(workdir), identity)
+        history = training.train(q, source, resolved_settings, clock, seed, kept)
     return AmortisedFit(source, q, resolved_settings, seed, clock.step, clock.elapsed(), history)
 
 
-def _simulation(model, prior, observed) -> simulation.Simulation:
+def simulation_of(model, prior, observed, rows) -> simulation.Simulation:
+    """The source of pairs of a user's model; the arguments are those of `fit_amortised`.
+
+    Raises:
+      UserError: a model that cannot be fitted, and what to do about it.
+    """
+    if rows is not None:
+        check_sizes(rows)
     if isinstance(model, tfd.JointDistribution):
         if prior is not None:
             raise UserError(
                 "a joint distribution came with a `prior`; expected one with a simulator alone"
             )
-        return simulation.of_joint(model, observed)
-    if not callable(model) or isinstance(model, tfd.Distribution):
+        source = simulation.of_joint(model, observed)
+    elif not callable(model) or isinstance(model, tfd.Distribution):
         raise UserError(
             f"the model is of type {type(model).__name__}; expected a TFP joint distribution, not "
             "pinned, or a simulator: a function of parameters and a seed"
         )
-    return simulation.of_simulator(model, prior, observed)
+    else:
+        source = simulation.of_simulator(model, prior, observed)
+    return source if rows is None else of_rows(source, *rows)

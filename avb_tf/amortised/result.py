@@ -13,6 +13,7 @@ from avb_tf.amortised import calibration, saving, training
 from avb_tf.amortised.calibration import Check, Surprise, Typical
 from avb_tf.amortised.judging import Compiled, Given, Judgement, judge
 from avb_tf.amortised.network import ConditionalMixture
+from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.errors import UserError
 from avb_tf.posteriors import hmc
@@ -24,6 +25,7 @@ from avb_tf.posteriors.verdict import Diagnostics
 
 META, WEIGHTS, MODEL = "amortised.json", "q.weights.h5", "model"  # what a saved fit consists of
 _BANK = 20_000  # simulated pairs, of which the nearest to y show where its posterior is
+_BANK_NUMBERS = 2**25  # most numbers of their data
 _FEWEST = 0.05  # effective draws, as a share, that importance resampling needs
 _OVERSAMPLED = 4  # effective draws for each one resampled
 _CHAINS = 1000  # of a refinement
@@ -68,8 +70,9 @@ class AmortisedFit:
         self.simulation, self.q, self.settings, self.seed = simulation, q, settings, seed
         self.steps, self.seconds, self.history = steps, seconds, history
         self.compiled = Compiled(q, simulation)
-        self._bank: tuple[np.ndarray, np.ndarray] | None = None
-        self._typical: Typical | None = None
+        # Of the latest size of data sets alone: of any number of rows there are many.
+        self._banks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._typical: dict[int, Typical] = {}
 
     def sample(self, y, n: int, seed: int = 0, escalate: bool = False):
         """`n` draws of the posterior given y.
@@ -94,22 +97,40 @@ class AmortisedFit:
         """log q(parameters|y) in nats, of parameters [n, ...] in the model's structure, [n]."""
         u = self.simulation.unconstrain(parameters)
         log_q = Given(self.compiled, self.simulation.flat(y)).log_density(u)
-        return log_q - np.asarray(self.simulation.log_volume(u), np.float64)
+        volume = np.asarray(self.simulation.log_volume(u), np.float64)
+        return np.where(np.isneginf(log_q), log_q, log_q - volume)  # outside the support
 
     def posterior(self, y, seed: int = 0) -> "AmortisedPosterior":
         """The posterior of one data set: `.sample`, `.verdict`, `.evidence`, `.refine`."""
         return AmortisedPosterior(self, self.simulation.flat(y), seed)
 
-    def check(self, pairs: int = 1000, draws: int = 99, seed: int = 0) -> Check:
-        """Simulation-based calibration: ranks, coverage and TARP over simulated data sets."""
-        return calibration.check(self.compiled, pairs, draws, _away(seed))
+    def check(
+        self, pairs: int = 1000, draws: int = 99, seed: int = 0, rows: int | None = None
+    ) -> Check:
+        """Simulation-based calibration: ranks, coverage and TARP over simulated data sets.
+
+        Args:
+          pairs: of parameters and data sets.
+          draws: of the posterior of each data set.
+          seed: of both.
+          rows: of each data set, where it may have any number; None: all that the fit is for.
+        Raises:
+          UserError: rows that the fit is not for.
+        """
+        simulation = self.simulation
+        if rows is not None:
+            if not isinstance(simulation, Rows):
+                raise UserError(f"rows is {rows}; expected None for data sets of a fixed shape")
+            simulation = simulation.of(rows)
+        return calibration.check(self.compiled, simulation, pairs, draws, _away(seed))
 
     def surprise(self, y) -> Surprise:
         """Whether y looks like data of the model, at a false alarm rate of 5%."""
-        if self._typical is None:
-            self._typical = calibration.typical(self.compiled, _away(self.seed))
-        row = self.simulation.flat(y)
-        return calibration.surprise(self.compiled, row, self._typical, _away(self.seed))
+        row, seed = self.simulation.flat(y), _away(self.seed)
+        if (size := row.shape[1]) not in self._typical:
+            like = self.simulation.like(row)
+            self._typical = {size: calibration.typical(self.compiled, like, seed)}
+        return calibration.surprise(self.compiled, row, self._typical[size], seed)
 
     def to_arviz(self, y, draws: int = 2000, seed: int = 0):
         """`arviz.InferenceData` of independent draws, as one chain, with log q and the data."""
@@ -145,6 +166,16 @@ class AmortisedFit:
             self.q.save_weights(path / WEIGHTS)
             saving.save(self.simulation, path / MODEL)
 
+    def export(self, directory, **settings) -> Path:
+        """Writes `<directory>/<version>/` for TensorFlow Serving, with the data as input.
+
+        The signatures are `sample`, `sample_seeded` and `log_prob`. The settings are those of
+        `serving.writing.export_amortised`. Needs the extra [serving].
+        """
+        from avb_tf.serving import writing
+
+        return writing.export_amortised(self, directory, **settings)
+
     @classmethod
     def load(cls, path) -> "AmortisedFit":
         """A fit as `save` wrote it, without the model's own code.
@@ -158,16 +189,18 @@ class AmortisedFit:
         path = Path(path)
         with files.loading(path, "AmortisedFit.save"):
             meta = json.loads((path / META).read_text())
-            model = saving.Loaded(path / MODEL)
+            model = saving.load(path / MODEL)
             q = training.build(model, meta["settings"])
             q.load_weights(path / WEIGHTS)
             return cls(model, q, **meta)
 
-    def bank(self) -> tuple[np.ndarray, np.ndarray]:
-        """Simulated pairs, u [n, dim] and y [n, features], the same at every call."""
-        if self._bank is None:
-            self._bank = calibration.simulated(self.compiled, _BANK, _away(self.seed))
-        return self._bank
+    def bank(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Simulated u [n, dim], and the summaries [n, statistics] of data sets of the size of y."""
+        if (size := y.shape[1]) not in self._banks:
+            pairs = min(_BANK, _BANK_NUMBERS // size)
+            u, others = calibration.simulated(self.simulation.like(y), pairs, _away(self.seed))
+            self._banks = {size: (u, self.simulation.summary(others))}
+        return self._banks[size]
 
 
 class AmortisedPosterior:
@@ -274,10 +307,10 @@ class AmortisedPosterior:
                     "a verdict, evidence or refinement of one data set: use `fit.check()` and "
                     "`fit.surprise(y)`"
                 )
-            u, y = self.fit.bank()
-            _, _, mean, scale = (weight.numpy() for weight in self.fit.q.locations)
-            away = np.arcsinh((y - mean) / scale) - np.arcsinh((self.given.y - mean) / scale)
-            nearest = np.argsort((away**2).sum(1), kind="stable")
+            u, others = self.fit.bank(self.given.y)
+            own = self.fit.simulation.summary(self.given.y)
+            z = calibration.standardised(np.concatenate([own, others]))
+            nearest = np.argsort(((z[1:] - z[0]) ** 2).sum(1), kind="stable")
             self._judged = judge(self.given, u[nearest], u, self._seed)
         return self._judged
 

@@ -43,7 +43,9 @@ class Simulation:
         target: Target,
         parts: Mapping[str, tuple[tf.TensorShape, tf.DType]],
         draw: Callable[[Any, Any], tuple[Any, list]],
+        redraw: Callable[[Any, Any], list],
         pin: Callable[[dict], Any] | None,
+        terms: Callable[[Any, dict], tuple[Any, Any]] | None = None,
         portable: bool = True,
     ):
         """From functions of a model.
@@ -52,12 +54,16 @@ class Simulation:
           target: the posterior of one y, or the prior where there is no density.
           parts: name -> (shape, dtype) of what is observed.
           draw: (n, seed) -> parameters in their structure, and the observed parts [n, ...].
+          redraw: (parameters [n, ...], seed) -> new observed parts [n, ...].
           pin: observed values by name -> log density of the parameters, or None.
+          terms: (parameters, observed values by name), each [n, ...] -> log prior and log
+            likelihood of each pair, [n]; or None.
           portable: whether `draw` is of TensorFlow's operations alone, so that it can be saved.
         Raises:
           UserError: a model that gives no pairs, or whose batches are not what its draws are.
         """
-        self._target, self._draw, self._pin = target, draw, pin
+        self._target, self._draw, self._redraw = target, draw, redraw
+        self._pin, self._terms = pin, terms
         self.portable = portable
         self.dim, self.dtype, self.names = target.dim, target.dtype, target.names
         self.observed = dict(parts)
@@ -83,19 +89,19 @@ class Simulation:
 
     def _simulate(self, n, seed):
         parameters, data = self._draw(n, seed)
-        u = self._target.free(parameters)
+        return usable_pairs(self._target.free(parameters), self.side_by_side(data))
+
+    def data(self, u, seed):
+        """New data of given parameters, u [n, dim] -> y [n, features]."""
+        return self.side_by_side(self._redraw(self.constrain(u), seed))
+
+    def side_by_side(self, data):
+        """Observed parts [n, ...] in their order as y [n, features]."""
         flat = [
-            tf.cast(tf.reshape(part, [n, size]), tf.float64)
+            tf.cast(tf.reshape(part, [-1, size]), tf.float64)
             for part, size in zip(data, self.sizes, strict=True)
         ]
-        y = tf.concat(flat, -1)
-        usable = tf.reduce_all(tf.math.is_finite(u), -1) & tf.reduce_all(tf.math.is_finite(y), -1)
-        zero = tf.zeros([], tf.float64)
-        return (
-            tf.where(usable[:, tf.newaxis], u, tf.cast(zero, u.dtype)),
-            tf.where(usable[:, tf.newaxis], y, zero),
-            usable,
-        )
+        return tf.concat(flat, -1)
 
     def log_density(self, u, y):
         """log p(y, parameters) + log |d parameters / du| in nats.
@@ -116,6 +122,15 @@ class Simulation:
             lambda pair: self.log_density(*pair), (u, y), fn_output_signature=self.dtype
         )
 
+    def terms(self, u, y):
+        """Log prior of u and log likelihood of pairs in nats, [n, dim], [n, features] -> [n] each.
+
+        Their sum is `log_density`.
+        """
+        assert self._terms is not None
+        prior, likelihood = self._terms(self.constrain(u), self.parts(y))
+        return tf.cast(prior, self.dtype) + self.log_volume(u), tf.cast(likelihood, self.dtype)
+
     def constrain(self, u):
         """The model's parameters, [n, dim] -> [n, ...] in the model's structure and dtypes."""
         return self._target.constrain(u)
@@ -133,12 +148,43 @@ class Simulation:
         return self._target.coordinates()
 
     def parts(self, y) -> dict[str, Any]:
-        """y [features] as the observed parts by name, in the model's shapes and dtypes."""
-        pieces = tf.split(y, self.sizes)
+        """y [..., features] as the observed parts by name, in the model's shapes and dtypes."""
+        leading = tf.unstack(tf.shape(y))[:-1]
+        pieces = tf.split(y, self.sizes, -1)
         return {
-            name: tf.cast(tf.reshape(piece, shape), dtype)
+            name: tf.cast(tf.reshape(piece, [*leading, *shape]), dtype)
             for piece, (name, (shape, dtype)) in zip(pieces, self.observed.items(), strict=True)
         }
+
+    @property
+    def shapes(self) -> dict[str, list]:
+        """Name -> shape of each observed part of a data set, of the largest if they differ."""
+        return {name: list(shape) for name, (shape, _) in self.observed.items()}
+
+    def check_in_graph(self, y) -> None:
+        """Raises an error in the graph for y [n, features] that no data sets could be."""
+        tf.debugging.Assert(tf.reduce_all(tf.math.is_finite(y)), ["data that are not finite"])
+
+    def outcome(self, u, seed):
+        """New data that parameters predict, u [n, dim] -> [n, features]: a data set, or a row."""
+        return self.data(u, seed)
+
+    def features_by_name(self) -> list[str]:
+        """A name for each of `features`, such as "y[3]"."""
+        return [
+            f"{name}{list(i)}" if i else name
+            for name, (shape, _) in self.observed.items()
+            for i in np.ndindex(*map(int, shape))
+        ]
+
+    def like(self, y) -> "Simulation":
+        """The model as a source of data sets of the size of y [n, features]: itself."""
+        del y
+        return self
+
+    def summary(self, y) -> np.ndarray:
+        """Numbers by which data sets y [n, features] are compared with each other: y itself."""
+        return y
 
     def flat(self, y) -> np.ndarray:
         """What a user observed as a row, [1, features].
@@ -148,33 +194,14 @@ class Simulation:
         Raises:
           UserError: other names or shapes than the model's, or values that are not finite.
         """
-        if not isinstance(y, Mapping) and len(self.observed) == 1:
-            y = {next(iter(self.observed)): y}
-        if not isinstance(y, Mapping) or set(y) != set(self.observed):
-            names = sorted(y) if isinstance(y, Mapping) else f"a {type(y).__name__}"
-            raise UserError(f"y is {names}; expected a dict with {', '.join(self.observed)}")
-        row = []
-        for name, (shape, dtype) in self.observed.items():
-            try:
-                value = np.asarray(y[name], np.float64)
-            except (TypeError, ValueError) as error:
+        values = named(y, self.observed)
+        for name, (shape, _) in self.observed.items():
+            if values[name].shape != tuple(shape):
                 raise UserError(
-                    f"observed '{name}' is not numeric ({first_line(error)}); expected an array of "
-                    f"{dtype.name}"
-                ) from error
-            if value.shape != tuple(shape):
-                raise UserError(
-                    f"observed '{name}' has shape {value.shape}; expected {tuple(shape)}, a single "
-                    "data set: call once for each"
+                    f"observed '{name}' has shape {values[name].shape}; expected {tuple(shape)}, a "
+                    "single data set: call once for each"
                 )
-            if not np.isfinite(value).all():
-                place = list(map(int, np.argwhere(~np.isfinite(value))[0]))
-                raise UserError(
-                    f"observed '{name}' is {value[tuple(place)]} at {place}; expected finite "
-                    "numbers: leave missing values out of data and model"
-                )
-            row.append(value.ravel())
-        return np.concatenate(row)[np.newaxis]
+        return np.concatenate([value.ravel() for value in values.values()])[np.newaxis]
 
     def _check(self):
         """Simulates a few pairs, and compares their densities with each by itself.
@@ -233,11 +260,29 @@ def of_joint(joint, observed: Sequence[str]) -> Simulation:
         values = _by_name(joint, joint.sample(n, seed=_seed(joint, seed)))
         return models.structured(pinned, values), [values[name] for name in observed]
 
+    def redraw(parameters, seed):
+        known = dict(zip(target.names, tf.nest.flatten(parameters), strict=True))
+        seeds = tf.random.split(tf.cast(seed, tf.int32), 2)
+        values = _by_name(joint, joint.sample(seed=_seed(joint, seeds[0]), **known))
+        # A part that depends on no parameter comes without a batch: there each pair needs its own.
+        single = [name for name in observed if values[name].shape.rank == drawn[name].shape.rank]
+        if single:
+            count = tf.shape(next(iter(known.values())))[0]
+            others = _by_name(joint, joint.sample(count, seed=_seed(joint, seeds[1])))
+            known |= {name: others[name] for name in single}
+            values = _by_name(joint, joint.sample(seed=_seed(joint, seeds[0]), **known))
+        return [values[name] for name in observed]
+
     def pin(values):
         return joint.experimental_pin(**values).unnormalized_log_prob
 
+    def terms(parameters, values):
+        known = dict(zip(target.names, tf.nest.flatten(parameters), strict=True))
+        densities = _by_name(joint, joint.log_prob_parts(**known, **values))
+        return [tf.add_n([densities[name] for name in part]) for part in (known, observed)]
+
     parts = {name: (drawn[name].shape, drawn[name].dtype) for name in observed}
-    return Simulation(target, parts, draw, pin)
+    return Simulation(target, parts, draw, redraw, pin, terms)
 
 
 def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
@@ -318,7 +363,10 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
         parameters = prior.sample(n, seed=_seed(prior, seeds[0]))
         return parameters, compute(parameters, seeds[1])
 
-    return Simulation(target, parts, draw, None, portable)
+    def redraw(parameters, seed):
+        return compute(parameters, tf.bitwise.bitwise_and(tf.cast(seed, tf.int32), 2**31 - 1))
+
+    return Simulation(target, parts, draw, redraw, None, portable=portable)
 
 
 def _traces(data_of, trial) -> bool:
@@ -343,6 +391,45 @@ def _by_numpy(data_of, structure, dtypes):
         return tf.nest.flatten(values)  # of a single one it is no list
 
     return compute
+
+
+def usable_pairs(u, y):
+    """u and y with zeros where either is not finite, and where both are, boolean [n]."""
+    usable = tf.reduce_all(tf.math.is_finite(u), -1) & tf.reduce_all(tf.math.is_finite(y), -1)
+    each = usable[:, tf.newaxis]
+    return tf.where(each, u, tf.zeros([], u.dtype)), tf.where(each, y, 0.0), usable
+
+
+def named(y, observed: Mapping) -> dict[str, np.ndarray]:
+    """What a user observed as arrays by name.
+
+    Args:
+      y: a dict of arrays by name, or the array alone where one part is observed.
+      observed: name -> (shape, dtype).
+    Raises:
+      UserError: other names than the model's, or values that are not finite numbers.
+    """
+    if not isinstance(y, Mapping) and len(observed) == 1:
+        y = {next(iter(observed)): y}
+    if not isinstance(y, Mapping) or set(y) != set(observed):
+        names = sorted(y) if isinstance(y, Mapping) else f"a {type(y).__name__}"
+        raise UserError(f"y is {names}; expected a dict with {', '.join(observed)}")
+    values = {}
+    for name, (_, dtype) in observed.items():
+        try:
+            value = values[name] = np.asarray(y[name], np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"observed '{name}' is not numeric ({first_line(error)}); expected an array of "
+                f"{dtype.name}"
+            ) from error
+        if not np.isfinite(value).all():
+            place = list(map(int, np.argwhere(~np.isfinite(value))[0]))
+            raise UserError(
+                f"observed '{name}' is {value[tuple(place)]} at {place}; expected finite numbers: "
+                "leave missing values out of data and model"
+            )
+    return values
 
 
 def _names(observed) -> tuple[str, ...]:

@@ -6,13 +6,16 @@ so nothing is overfitted.
 """
 
 import math
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from avb_tf import optimizers
+from avb_tf.amortised.checkpoint import State, Workdir, assign
 from avb_tf.amortised.network import ConditionalMixture, scaling
+from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.errors import UserError
 from avb_tf.posteriors.training import CHUNK, Clock
@@ -30,15 +33,21 @@ def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixtur
         settings["width"],
         settings["depth"],
         settings["trunk_width"],
+        isinstance(simulation, Rows),
     )
     q((tf.zeros([1, simulation.dim]), tf.zeros([1, simulation.features])))
     return q
 
 
 def train(
-    q: ConditionalMixture, simulation: Simulation, settings: dict[str, Any], clock: Clock, seed: int
+    q: ConditionalMixture,
+    simulation: Simulation,
+    settings: dict[str, Any],
+    clock: Clock,
+    seed: int,
+    workdir: Workdir,
 ) -> dict[str, list[float]]:
-    """Trains q from its initial weights.
+    """Trains q from its initial weights, or from the workdir's checkpoint.
 
     Args:
       q: as `build` made it.
@@ -46,33 +55,93 @@ def train(
       settings: of the fit.
       clock: of the fit; it says when the training ends.
       seed: of the pairs, with the step.
+      workdir: of checkpoints and logs.
     Returns:
       "log_q", the mean log q(u|y) in nats of each `CHUNK` steps, after the whitening's stage.
     Raises:
-      UserError: a loss that is not finite.
+      UserError: a loss that is not finite, or a checkpoint that does not fit.
     """
-    u, y, usable = simulation.simulate(_SCALING_PAIRS, tf.constant([seed, -1]))
-    q.standardise(scaling(np.asarray(u)[usable], np.asarray(y)[usable]))
-    share = settings["whitening_share"]
+    state = workdir.state()
+    if state is None:
+        u, y, usable = simulation.simulate(_SCALING_PAIRS, tf.constant([seed, -1]))
+        rows = np.asarray(y)[usable].reshape(-1, simulation.features)
+        q.standardise(scaling(np.asarray(u)[usable], rows[np.isfinite(rows).all(1)]))
+    else:
+        assign(q.variables, state.weights)
+        clock.step, clock.began = state.step, clock.began - state.elapsed
     whitening = q.whitening.trainable_variables
     others = [v for v in q.trainable_variables if not any(v is w for w in whitening)]
-    _stage(q.log_student, whitening, simulation, settings, clock, seed, share)
-    return {"log_q": _stage(q.log_prob, others, simulation, settings, clock, seed, 1.0)}
+    stages = [
+        _Stage(0, "log_student", q.log_student, whitening, settings["whitening_share"]),
+        _Stage(1, "log_q", q.log_prob, others, 1.0),
+    ]
+    history = {}
+    for stage in stages[state.stage if state else 0 :]:
+        history = {stage.name: _run(stage, q, simulation, settings, clock, seed, workdir, state)}
+        state = None
+    return history
 
 
-def _stage(log_density, variables, simulation, settings, clock, seed, until) -> list[float]:
-    """Maximises the mean of `log_density` of pairs until a share of the training is over."""
+class _Stage(NamedTuple):
+    """What is maximised, by which weights, and the progress at which it ends."""
+
+    number: int
+    name: str
+    log_density: Any  # (u, y) -> [n]
+    variables: list
+    until: float
+
+
+def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[float]:
+    """Maximises the mean log density of pairs until the stage is over."""
     optimizer = optimizers.Adam(0.0, global_clipnorm=settings["clip_norm"])
-    optimizer.build(variables)
-    count = settings["batch_size"]
+    optimizer.build(stage.variables)
+    since, history, lost = clock.progress(), [], 0
+    if state is not None:
+        assign(optimizer.variables, state.moments)
+        since, history = state.since, state.history
+    steps = _steps(stage, optimizer, simulation, settings["batch_size"], seed)
 
-    @tf.function(autograph=False)
+    def save():
+        weights, moments = ([np.asarray(v) for v in x.variables] for x in (q, optimizer))
+        elapsed = clock.elapsed()
+        workdir.save(State(stage.number, clock.step, elapsed, since, history, weights, moments))
+
+    while (progress := clock.progress()) < stage.until:
+        share = (progress - since) / max(1e-9, stage.until - since)
+        warm = min(1.0, (share + 1e-3) / _WARMUP)
+        rate = 0.5 * settings["learning_rate"] * warm * (1.0 + math.cos(math.pi * share))
+        optimizer.learning_rate = rate
+        began = time.monotonic()
+        loss = float(steps(tf.constant(clock.step)))
+        lost = 0 if math.isfinite(loss) else lost + 1
+        if lost == 4:
+            raise UserError(
+                f"the loss is not finite since step {clock.step - 3 * CHUNK}; expected finite "
+                "data: check the model by `sample`, or lower learning_rate"
+            )
+        clock.step += CHUNK
+        history.append(-loss)
+        clock.bar.update(int(100 * clock.progress()), [("log_q", -loss)])
+        speed = CHUNK / (time.monotonic() - began)
+        logged = {stage.name: -loss, "learning_rate": rate, "steps_per_second": speed}
+        workdir.log(clock.step, logged)
+        if workdir.due:
+            save()
+    save()
+    return history
+
+
+def _steps(stage, optimizer, simulation, count, seed):
+    """A graph of `CHUNK` steps from a number on, with their mean loss."""
+
     def step(number):
         u, y, usable = simulation.simulate(count, tf.stack([seed, number]))
         with tf.GradientTape() as tape:
-            densities = tf.where(usable, log_density(u, y), 0.0)
+            densities = tf.where(usable, stage.log_density(u, y), 0.0)
             loss = -tf.reduce_sum(densities) / tf.reduce_sum(tf.cast(usable, tf.float32))
-        gradients = optimizers.gathered(tape.gradient(loss, [v.value for v in variables]))
+        gradients = tape.gradient(loss, [v.value for v in stage.variables])
+        gradients = optimizers.gathered(gradients)
         finite = tf.math.is_finite(loss) & tf.math.is_finite(tf.linalg.global_norm(gradients))
         optimizer.apply_where(finite, gradients)
         return loss
@@ -84,20 +153,4 @@ def _stage(log_density, variables, simulation, settings, clock, seed, until) -> 
 
         return tf.while_loop(lambda i, _: i < CHUNK, body, (0, 0.0))[1] / CHUNK
 
-    since, history, lost = clock.progress(), [], 0
-    while (progress := clock.progress()) < until:
-        share = (progress - since) / max(1e-9, until - since)
-        warm = min(1.0, (share + 1e-3) / _WARMUP)
-        rate = 0.5 * warm * (1.0 + math.cos(math.pi * share))
-        optimizer.learning_rate = settings["learning_rate"] * rate
-        loss = float(steps(tf.constant(clock.step)))
-        lost = 0 if math.isfinite(loss) else lost + 1
-        if lost == 4:
-            raise UserError(
-                f"the loss is not finite since step {clock.step - 3 * CHUNK}; expected finite "
-                "data: check the model by `sample`, or lower learning_rate"
-            )
-        clock.step += CHUNK
-        history.append(-loss)
-        clock.bar.update(int(100 * clock.progress()), [("log_q", -loss)])
-    return history
+    return steps

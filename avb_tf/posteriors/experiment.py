@@ -7,6 +7,7 @@ import os
 import runpy
 import time
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -151,10 +152,22 @@ def _fit(workdir: Path) -> PosteriorFit:
 
 
 def load_problem(name: str) -> models.Problem:
+    """What the function "path.py:function" returns, as a `Problem`.
+
+    Raises:
+      UserError: no such file or function, or one that raises.
+    """
+    problem = returned(name)
+    if isinstance(problem, tuple):
+        return models.Problem(*problem)
+    return problem if isinstance(problem, models.Problem) else models.Problem(problem)
+
+
+def returned(name: str) -> Any:
     """What the function "path.py:function" returns.
 
     Raises:
-      UserError: no such file or function, or one that raises or returns something else.
+      UserError: no such file or function, or one that raises.
     """
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
@@ -166,12 +179,9 @@ def load_problem(name: str) -> models.Problem:
     if not callable(namespace.get(function)):
         raise UserError(f"{path} has no function '{function}'; expected one that returns a model")
     try:
-        problem = namespace[function]()
+        return namespace[function]()
     except Exception as error:  # whatever a user's code raises
         raise UserError(f"{name} raised {type(error).__name__}: {error}") from error
-    if isinstance(problem, tuple):
-        return models.Problem(*problem)
-    return problem if isinstance(problem, models.Problem) else models.Problem(problem)
 
 
 def _others(problem, target, begun: start.Start, config, stem: Path):
