@@ -1,6 +1,5 @@
-# Everything sets up what it needs: a machine with Python 3.11, 3.12 or 3.13 and make is enough.
-# The newest of them that runs here is taken. PYTHON=python3.12 names another, which gets an
-# environment of its own.
+# Each target sets up what it needs: a machine with make and Python 3.11, 3.12 or 3.13 is enough.
+# The newest of these Pythons is used. PYTHON=python3.12 selects another, with a separate environment.
 VENV := .venv$(addprefix -,$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 RUN := $(BIN)/python main.py
@@ -17,8 +16,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
-# The paper's four points and handwritten digits: AVB beside a Gaussian VAE, with exact numbers.
-# Two runs at a time, a core each.
+# Compares AVB with a Gaussian VAE on the paper's four points and on handwritten digits, with exact
+# log-likelihoods. Two runs train at a time, each on one core.
 demo seeds mnist posteriors verdicts amortised: export TF_NUM_INTEROP_THREADS = 1
 demo seeds mnist posteriors verdicts amortised: export OPENBLAS_NUM_THREADS = 1
 demo: setup
@@ -26,7 +25,7 @@ demo: setup
 	$(RUN) --mode=compare --workdir=runs/demo
 	@echo; echo "Results, and figures of both methods side by side, are in runs/demo/"
 
-# A run by its path, such as runs/seeds/digits/avb_ac-2: config, variant and, where there is one, seed.
+# The path of a run, such as runs/seeds/digits/avb_ac-2, names its config, variant and optional seed.
 runs/%/results.json: parts = $(subst /, ,$(subst -,/,$*))
 runs/%/results.json: config = $(word 2,$(parts))
 runs/%/results.json:
@@ -42,33 +41,34 @@ runs/%/results.json:
 test: setup
 	$(BIN)/python -m pytest
 
-# The tests that CI leaves out for their time.
+# Runs the tests that CI leaves out because they take long.
 test-long: setup
 	$(BIN)/python -m pytest -m "long and not browser and not gpu"
 
-# Without the tests that train, export or start processes (SLOW in tests/conftest.py).
+# Leaves out the tests that train, export or start processes (SLOW in tests/conftest.py).
 test-fast: setup
 	$(BIN)/python -m pytest -m "not slow and not long and not browser and not gpu"
 
-# Reported, not enforced; the lines are in runs/coverage/index.html. FAST=1 runs the fast tests only.
+# Reports coverage without a minimum; runs/coverage/index.html shows the lines. FAST=1 runs only
+# the fast tests.
 coverage: setup
 	$(BIN)/python -m pytest --cov=avb_tf --cov-report=term:skip-covered \
 	  --cov-report=html:runs/coverage $(if $(FAST),-m "not slow and not long and not browser and not gpu")
 
-# In headless Chromium, Debian's package; screenshots are kept in runs/artefacts/.
+# Runs the browser tests in headless Chromium (Debian's package); keeps screenshots in runs/artefacts/.
 test-browser: setup
 	command -v chromium >/dev/null || { apt-get update && apt-get install -y chromium; }
 	$(BIN)/python -m pytest -n 0 -m browser
 
-# On a machine with a GPU; where there is none, each test is skipped and says so.
+# Runs the tests that need a GPU. Without a GPU each test is skipped, and the report says so.
 test-gpu: setup
 	$(BIN)/python -m pytest -n 0 -m gpu -rs
 
-# 20,000 requests by eight threads on one loaded export.
+# Sends 20,000 requests by eight threads to one loaded export.
 load: setup
 	AVB_TF_LOAD_REQUESTS=20000 $(BIN)/python -m pytest -n 0 -s tests/test_serving_load.py
 
-# TensorBoard of all runs.
+# Starts TensorBoard on all runs.
 board: setup
 	$(BIN)/tensorboard --logdir runs
 
@@ -77,21 +77,22 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The first table of docs/evidence/results.md, three seeds each.
+# Trains the runs in the first table of docs/evidence/results.md, with three seeds each.
 seeds: setup
 	@$(MAKE) --no-print-directory -j2 \
 	  $(foreach seed,0 1 2,$(COMPARED:%=runs/seeds/%-$(seed)/results.json))
 
-# The paper's comparison on MNIST with eight latents, and a Gaussian beside AVB on its images in 4 x 4
-# pixels: two hours. What is finished is not done again, and what was interrupted goes on.
-# MNIST=mnist.npz names the data, which are downloaded otherwise.
+# Repeats the paper's comparison on MNIST with eight latents, and compares AVB with a Gaussian VAE on
+# the images in 4 x 4 pixels: two hours. Finished runs are kept, and interrupted runs resume.
+# MNIST=mnist.npz names the data; otherwise they are downloaded.
 MNIST_RUNS := $(addprefix mnist/,avb_flow-0 vae-0 avb_flow-1 vae-1 iaf-0 avb-0 avb_flow-2 vae-2 \
   auxvae-0 aae-0 avb_ac-0 iaf-1 iaf-2) $(foreach seed,0 1 2,mnist_4x4/avb_ac-$(seed) mnist_4x4/vae-$(seed))
 mnist: setup
 	@$(MAKE) --no-print-directory -j2 $(MNIST_RUNS:%=runs/paper/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/paper
 
-# Every model of configs/posteriors.py, three seeds each, the baselines by the first: 45 minutes.
+# Fits every model of configs/posteriors.py with three seeds: 45 minutes. The first seed computes the
+# baselines and reference draws for all three.
 POSTERIORS := eight_schools eight_schools_centred eight_schools_two_modes gauss_unknown_scale \
   rosenbrock torus banana funnel mixture logistic_regression gaussian_process autoregression \
   correlated_regression
@@ -100,16 +101,19 @@ posteriors: setup
 	  $(foreach seed,0 1 2,$(POSTERIORS:%=runs/fits/posteriors/%-$(seed)/results.json))
 	$(RUN) --mode=compare --workdir=runs/fits
 
-# The error rate of the verdict: targets with exact draws, 60 and 6 seconds each, resumable; five hours.
+# Measures the error rate of the verdict on targets with exact draws, with fits of 60 and of 6
+# seconds: five hours, resumable.
 verdicts: setup
 	$(BIN)/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6
 
-# Amortised posteriors of five benchmark tasks beside reference draws: half an hour of training each, three
-# seeds, ten observations; resumable. The references are in $AVB_TF_DATA_DIR/sbibm or ../shared/data/sbibm.
+# Compares amortised posteriors of five benchmark tasks with reference draws: three seeds with half an
+# hour of training each, and ten observations; resumable. The references are in
+# $AVB_TF_DATA_DIR/sbibm or ../shared/data/sbibm.
 amortised: setup
 	$(BIN)/python -m tests.campaigns.amortised runs/amortised --seeds 0 1 2 --seconds 1800
 
-# Speed on this machine, quiet: a step of each kind beside the machine's peak, and how costs grow.
+# Measures speed; the machine should be idle. Compares each kind of step with the machine's peak, and
+# measures how the costs grow.
 bench: setup
 	@for networks in mlp conv; do for precision in float32 mixed_bfloat16; do \
 	  dir=runs/benchmark/$$networks-$$precision; first=runs/benchmark/$$networks-float32; \
@@ -120,32 +124,34 @@ bench: setup
 	$(RUN) --config=configs/benchmark.py:mlp $(if $(MNIST),--config.data.path=$(MNIST)) \
 	  --mode=scaling --workdir=runs/benchmark/scaling
 
-# AIS in one graph beside a loop that calls a graph at each leapfrog step.
+# Compares AIS in one graph with a loop that calls a graph for each leapfrog step.
 bench-ais: setup
 	$(BIN)/python -m avb_tf.benchmarks.ais
 
-# The same batch on one device of this machine, on two logical ones and by two workers.
+# Times the same batch on one device of this machine, on two logical devices and by two workers.
 bench-replicas: setup
 	$(BIN)/python -m avb_tf.benchmarks.replicas
 
-# Held-out log p(x) and imputation of tables, beside factor analysis and a Poisson.
+# Compares held-out log p(x) and imputation of tables with factor analysis and a Poisson model.
 tables: setup
 	$(BIN)/python -m tests.campaigns.tables --seeds 0 1 2
 
-# What a plain Keras model can do, tried with ours.
+# Compares how our model and a plain Keras model handle the uses of a Keras model.
 keras-ways: setup
 	$(BIN)/python -m tests.campaigns.keras_ways
 
-# Kills, damaged checkpoints, lost workers and full disks: a table of trials and losses, for half an hour.
+# Tries kills, damaged checkpoints, lost workers and full disks, and prints a table of trials and
+# losses: half an hour.
 faults: setup
 	$(BIN)/python -m tests.campaigns.faults
 
-# Crash states, kills, corruption and more: a table of trials and losses, resumable; hours.
+# Tries crash states, kills, corruption and more, and prints a table of trials and losses: hours,
+# resumable.
 durability: setup
 	command -v strace >/dev/null || { apt-get update && apt-get install -y strace; }
 	$(BIN)/python -m tests.campaigns.durability runs/durability
 
-# The site, in docs/_build/html. Needs no network once it is set up; the tutorials are executed.
+# Builds the site in docs/_build/html and executes the tutorials. After the setup it needs no network.
 docs: $(VENV)/docs-installed
 	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 
@@ -153,7 +159,7 @@ $(VENV)/docs-installed: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
 	touch $@
 
-# Wheel and sdist in fresh environments of Python 3.11, 3.12 and 3.13, away from the source.
+# Checks the wheel and the sdist in fresh environments of Python 3.11, 3.12 and 3.13.
 release-check: setup
 	.ci/release-check $(BIN)/python
 

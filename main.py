@@ -1,4 +1,4 @@
-"""Trains, evaluates and uses models: see `python main.py --help`."""
+"""Trains, evaluates and uses models; `python main.py --help` explains how."""
 
 from avb_tf.command_line import main
 

@@ -1,7 +1,7 @@
 """Adversarial Variational Bayes (Mescheder, Nowozin and Geiger, 2017) in TensorFlow and Keras.
 
-`build` makes a model by name; `AVB` takes your own parts. The names are imported on first use, so
-that the command line starts without TensorFlow.
+`build` makes a model from the name of its method; `AVB` takes your own parts. The public names are
+imported on first use, so that the command line starts without TensorFlow.
 """
 
 import importlib.abc
@@ -29,13 +29,21 @@ __all__ = [
 
 
 class _WithKeras(importlib.abc.MetaPathFinder):
-    """Registers our classes as Keras is imported, so that its `load_model` knows them.
+    """Registers our classes when Keras is imported, so that Keras's `load_model` knows them.
 
-    Importing them with this package would import TensorFlow.
+    Importing the classes together with this package would import TensorFlow.
     """
 
     def find_spec(self, fullname, path=None, target=None):
-        """The spec of Keras, which registers our classes once Keras is there."""
+        """Returns the spec of Keras, changed to register our classes after Keras has loaded.
+
+        Args:
+          fullname: name of the module that is being imported.
+          path: ignored.
+          target: ignored.
+        Returns:
+          The spec, or None for every other module, so that the next finder is asked.
+        """
         if fullname != "keras":
             return None
         sys.meta_path.remove(self)
@@ -52,7 +60,7 @@ class _WithKeras(importlib.abc.MetaPathFinder):
 
 
 def _importing() -> bool:
-    """Whether it is a module of ours that imports Keras; importing the model would be circular."""
+    """Returns whether one of our modules imports Keras; importing the model would be circular."""
     ours = [module for name, module in sys.modules.items() if name.startswith("avb_tf.")]
     return any(getattr(module.__spec__, "_initializing", False) for module in ours)
 

@@ -1,4 +1,4 @@
-"""`python -m avb_tf` is the command line."""
+"""Runs the command line as `python -m avb_tf`."""
 
 from avb_tf.command_line import main
 

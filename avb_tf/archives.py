@@ -1,4 +1,4 @@
-"""Zip archives from strangers, checked before their content takes memory or disk."""
+"""Zip archives from untrusted sources, checked before their content takes memory or disk."""
 
 import io
 import math
@@ -9,13 +9,15 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-# Weights and images compress to a tenth at best, blank ones to a thousandth.
-LARGEST_RATIO = 100  # of the content and the archive, beyond `FREE`
-FREE = 2**30  # bytes of content that any archive may have
+# Weights and images compress to a tenth of their size at best, blank ones to a thousandth.
+LARGEST_RATIO = 100  # of content to archive size, for the content beyond `FREE`
+FREE = 2**30  # bytes of content that are allowed for every archive
 
 
 def check(archive: zipfile.ZipFile) -> None:
-    """Checks names and sizes; `zipfile` never reads more of a member than its declared size.
+    """Checks the members' names and declared sizes.
+
+    The declared sizes suffice, because `zipfile` never reads more of a member than its size.
 
     Raises:
       ValueError: a member is a link, lies outside the archive or is named twice, or the content is
@@ -38,12 +40,13 @@ def check(archive: zipfile.ZipFile) -> None:
 
 
 def read_arrays(source: Path | bytes) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file, without unpickling anything.
+    """Returns the arrays of an `.npz` file by name, without unpickling anything.
 
     Args:
       source: the file, or its content.
     Raises:
-      Exception: of `zipfile`, `zlib` or numpy, if the archive is damaged or not one of arrays.
+      Exception: any error of `zipfile`, `zlib` or numpy, if the archive is damaged or holds
+        anything but arrays.
     """
     with (
         io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file,
@@ -59,7 +62,7 @@ def read_arrays(source: Path | bytes) -> dict[str, np.ndarray]:
 def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     """Reads an array if the member holds as many bytes as its header claims.
 
-    numpy would allocate what the header claims before it reads.
+    The check comes first, because numpy allocates the claimed size before it reads.
     """
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,

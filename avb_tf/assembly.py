@@ -23,23 +23,22 @@ _SAMPLE_MOMENTS = ("black_box", "injected", "auxiliary")
 
 
 def build(method: str, event_shape: Sequence[int] | Table, **changes: Any) -> AVB:
-    """Makes a model by the name of its method, ready for `compile` and `fit`.
+    """Builds a model from the name of its method, ready for `compile` and `fit`.
 
-            model = avb_tf.build("avb_ac", (28, 28, 1), latent_dim=8, network="conv")
-            model.compile()
-            model.fit(x)  # x [examples, 28, 28, 1] in [0, 1]
+        model = avb_tf.build("avb_ac", (28, 28, 1), latent_dim=8, network="conv")
+        model.compile()
+        model.fit(x)  # x [examples, 28, 28, 1] in [0, 1]
 
-        Args:
-          method: vae, avb, avb_ac, avb_flow, avb_ac_paper, iaf, auxvae or aae.
-          event_shape: shape of one example, (features,) or (height, width, channels); or the
-            `Table` whose rows the examples are, with a likelihood for each column.
-          **changes: settings that differ from the method's. All settings, with their defaults:
-
-    {settings}
-        Returns:
-          An `AVB`.
-        Raises:
-          UserError: a name is unknown, or the parts do not fit each other.
+    Args:
+      method: vae, avb, avb_ac, avb_flow, avb_ac_paper, iaf, auxvae or aae.
+      event_shape: shape of one example, (features,) or (height, width, channels). If the examples
+        are rows of a table, the `Table`, which has a likelihood for each column.
+      **changes: settings that differ from the method's. `avb_tf.settings.methods.SETTINGS` lists
+        all settings with their defaults.
+    Returns:
+      An `AVB`.
+    Raises:
+      UserError: a name is unknown, or the parts do not fit each other.
     """
     table = event_shape if isinstance(event_shape, Table) else None
     if table is not None:
@@ -70,7 +69,7 @@ def build(method: str, event_shape: Sequence[int] | Table, **changes: Any) -> AV
 
 
 def checked(method: str, **changes: Any) -> SimpleNamespace:
-    """All settings of `method`, with `changes`, after the checks that need no data.
+    """Returns all settings of `method` with `changes`, after the checks that need no data.
 
     Args:
       method: a name in `settings.methods.METHODS`.
@@ -101,7 +100,7 @@ def checked(method: str, **changes: Any) -> SimpleNamespace:
 
 
 def _signature() -> inspect.Signature:
-    """`build`'s signature with every setting as a keyword, for `help` and editors."""
+    """Returns `build`'s signature with every setting as a keyword, for `help` and editors."""
     positional = list(inspect.signature(build).parameters.values())[:2]
     keywords = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
@@ -114,7 +113,7 @@ setattr(build, "__signature__", _signature())  # noqa: B010 (pyright rejects the
 
 
 def _as_published(s) -> bool:
-    """Whether encoder and decoder are those of the authors' code."""
+    """Returns whether the encoder and the decoder are those of the authors' code."""
     return s.encoder == "noise_basis"
 
 
@@ -156,7 +155,7 @@ def _decoder(s, event_shape) -> keras.Model:
 def _encoder(s) -> encoders.Encoder:
     trunk = _encoder_trunk(s)
     if s.flow_steps:
-        base = _base(s, keras.layers.Identity())  # it reads the trunk's features
+        base = _base(s, keras.layers.Identity())  # the base reads the trunk's features
         return flows.FlowEncoder(trunk, base, s.flow_steps, s.flow_width)
     return _base(s, trunk)
 

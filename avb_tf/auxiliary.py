@@ -1,4 +1,4 @@
-"""Auxiliary deep generative models (Maaløe et al., 2016): a latent a makes q(z|x) a mixture."""
+"""Auxiliary deep generative models (Maaløe et al., 2016): another latent makes q(z|x) a mixture."""
 
 from typing import Any
 
@@ -13,7 +13,13 @@ _register = keras.saving.register_keras_serializable("avb_tf")
 
 
 class ConditionalGaussian(keras.layers.Layer):
-    """A diagonal Gaussian given x and another latent, from dense layers on both."""
+    """Diagonal Gaussian of one latent given x and another latent, by dense layers on both.
+
+    Args:
+      dim: dimensions of the Gaussian.
+      width: units of each hidden layer.
+      depth: number of hidden layers.
+    """
 
     def __init__(self, dim: int, width: int, depth: int):
         super().__init__(dtype="float32")
@@ -22,14 +28,19 @@ class ConditionalGaussian(keras.layers.Layer):
         self.mean, self.log_scale = float32_dense(dim), float32_dense(dim)
 
     def call(self, context: tf.Tensor, latent: tf.Tensor):
-        """Context [batch, width] of x, latent [samples, batch, n] -> a Gaussian."""
+        """Returns the Gaussian, batch [samples, batch], event [dim].
+
+        Args:
+          context: [batch, width], computed from x.
+          latent: [samples, batch, n], the other latent.
+        """
         hidden = self.stack(tf.nn.relu(context + self.from_latent(latent)))
         return _gaussian(self.mean(hidden), self.log_scale(hidden))
 
 
 @_register
 class AuxiliaryEncoder(Encoder):
-    """q(a|x) q(z|a, x), both Gaussian: q(z|x) is a mixture of Gaussians over a.
+    """Posterior q(a|x) q(z|a, x) of two Gaussians, so that q(z|x) is a mixture of Gaussians over a.
 
         encoder = AuxiliaryEncoder(trunk, latent_dim=8, auxiliary_dim=8, width=256, depth=2)
         encoder(x, noise).log_prob  # [samples, batch], for noise [samples, batch, 16]
@@ -38,9 +49,9 @@ class AuxiliaryEncoder(Encoder):
 
         log_prob = log q(a|x) + log q(z|a, x) - log r(a|x, z)
 
-    which exceeds log q(z|x) by KL(q(a|x, z) || r(a|x, z)) in the mean over a. The bound is then
-    the one of the model p(z) p(x|z) r(a|x, z), which has the same p(x). As r takes no part in
-    generating x, it belongs to the encoder and is trained by the same bound.
+    which exceeds log q(z|x) by KL(q(a|x, z) || r(a|x, z)) on average over a. The bound is then the
+    bound of the extended model p(z) p(x|z) r(a|x, z), which has the same p(x). r does not take part
+    in generating x, so it belongs to the encoder and is trained by the same bound.
 
     Args:
       trunk: layer from x [batch, *event] to features.
@@ -72,11 +83,20 @@ class AuxiliaryEncoder(Encoder):
         self.auxiliary = ConditionalGaussian(auxiliary_dim, width, depth)
 
     def parameters(self, x: tf.Tensor, training: bool = False):
-        """Mean and log scale of q(a|x) [batch, auxiliary], and two contexts [batch, width]."""
+        """Returns mean and log scale of q(a|x) [batch, auxiliary], and two contexts [batch, width].
+
+        The contexts are those of q(z|a, x) and r(a|x, z).
+        """
         return tf.split(self.from_features(self.trunk(x, training=training)), self.sizes, -1)
 
     def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
-        """Draws of a, then of z given a, with `log_prob` as above and the moments of the draws."""
+        """Draws a, then z given a, and estimates the moments from the draws.
+
+        Args:
+          parameters: the four tensors that `parameters` returns.
+          noise: [samples, batch, auxiliary + latent], standard normal.
+          training: ignored.
+        """
         mean, log_scale, for_latent, for_auxiliary = parameters
         noise_a, noise_z = tf.split(noise, [self.auxiliary_dim, self.latent_dim], -1)
         q_a = _gaussian(mean, log_scale)
@@ -89,5 +109,5 @@ class AuxiliaryEncoder(Encoder):
 
 
 def _gaussian(mean, log_scale):
-    """Batch [...], event [dim]."""
+    """Returns a diagonal Gaussian, batch [...], event [dim]."""
     return tfd.MultivariateNormalDiag(mean, tf.exp(log_scale) + VARIANCE_FLOOR**0.5)

@@ -1,4 +1,4 @@
-"""Checkpoints: `.keras` files with the weights, their averages and both optimizers' state."""
+"""Checkpoints: `.keras` files of the weights, their averages and the state of both optimizers."""
 
 import contextlib
 import os
@@ -27,7 +27,8 @@ x_new = model.sample(64)"""
 def save(model: AVB, workdir: Path, keep: int) -> Path:
     """Writes a checkpoint atomically, with a model card, and deletes all but the newest `keep`.
 
-    At least two are kept: only the steps after a checkpoint show whether training goes on from it.
+    At least two are kept, because the newest may hold weights from which training diverges. Only
+    the steps after a checkpoint show whether it is good.
 
     Args:
       model: a compiled model.
@@ -45,13 +46,13 @@ def save(model: AVB, workdir: Path, keep: int) -> Path:
             step = int(model.step.numpy())
             raise DivergenceError(f"{variable.path} is not finite at step {step}")
     path = path_of(workdir, int(model.step.numpy()))
-    # A fixed name, so that the leftover of a killed process is removed.
+    # The name is fixed, so that the next checkpoint removes what a killed process left behind.
     temporary = path.with_name("partial.keras")
     try:
         if not workdir.is_dir():
             raise FileNotFoundError(f"{workdir} is gone")
         files.make_directory(path.parent)
-        temporary.unlink(missing_ok=True)  # a link would be followed
+        temporary.unlink(missing_ok=True)  # `save` would follow a link
         model.save(temporary)
         files.replace(temporary, path)
         write_card(model, workdir)
@@ -71,14 +72,16 @@ def write_card(model: AVB, workdir: Path) -> None:
 
 
 def card(model: AVB, workdir: Path, name: str) -> str:
-    """A model card with the config and results of `workdir`, as far as they exist.
+    """Returns a model card with the config and results of `workdir`, as far as they exist.
 
     Args:
       model: the model that the card describes.
       workdir: the run's directory.
-      name: file or address that the card tells readers to load.
+      name: file or address to load, for the card's example of use.
     """
-    config = configuration.read(workdir) if (workdir / configuration.FILE).exists() else None
+    # A folder that Keras wrote has a `config.json` of its own.
+    is_run = (workdir / DIRECTORY).is_dir() and (workdir / configuration.FILE).exists()
+    config = configuration.read(workdir) if is_run else None
     return model_card.text(
         workdir.absolute().name,
         model_card.facts(model, config),
@@ -89,14 +92,14 @@ def card(model: AVB, workdir: Path, name: str) -> str:
 
 
 def newest_step(workdir: Path) -> int:
-    """The step in the newest checkpoint's name, even if it is damaged; -1 if there is none."""
+    """Returns the step in the newest checkpoint's name, even if it is damaged; -1 without any."""
     return max(map(step_of, _paths(workdir)), default=-1)
 
 
 def latest(workdir: Path) -> Path | None:
-    """The newest intact checkpoint, or None if there are no checkpoints.
+    """Returns the newest intact checkpoint, or None if there are no checkpoints.
 
-    Newer damaged checkpoints are renamed, with a warning.
+    Damaged checkpoints that are newer are renamed, with a warning.
 
     Raises:
       UserError: all checkpoints are damaged; they are not renamed.
@@ -120,11 +123,11 @@ def latest(workdir: Path) -> Path | None:
 def set_diverged_aside(workdir: Path, since: int) -> None:
     """Renames the newest checkpoint if it is of step `since` or later and not the only one.
 
-    A checkpoint may hold weights that have exploded and are still finite.
+    A checkpoint may hold weights that have exploded but are still finite.
 
     Args:
       workdir: the run's directory.
-      since: the first step that has not been shown to be good.
+      since: checkpoints of this step and later have not yet been shown to be good.
     """
     paths = _paths(workdir)
     if len(paths) > 1 and step_of(paths[0]) >= since:
@@ -141,17 +144,17 @@ def restore(model: AVB, path: Path) -> None:
     """Loads the state in `path` into `model`.
 
     Args:
-      model: a compiled model of the same parts.
-      path: of the checkpoint.
+      model: a compiled model with the same parts.
+      path: the checkpoint's path.
     Raises:
-      UserError: the file is missing, damaged or of another model.
+      UserError: the file is missing, is damaged or holds another model.
     """
     with _explained(path):
         model.load_weights(path)
 
 
 def load(workdir: Path) -> AVB:
-    """The model of the workdir's newest checkpoint.
+    """Loads the model of the workdir's newest checkpoint.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be loaded.
@@ -161,7 +164,7 @@ def load(workdir: Path) -> AVB:
             return _loaded(path)
         except UserError:
             if path.exists():
-                raise  # otherwise a process that trains has just replaced it by a newer one
+                raise  # if the path is gone, a training process has replaced it with a newer one
     raise UserError(f"{workdir} has no checkpoint; train the model first")
 
 
@@ -199,7 +202,7 @@ def _loaded(path: Path) -> AVB:
 def _explained(path: Path):
     try:
         yield
-    except Exception as error:  # Keras raises many kinds
+    except Exception as error:  # Keras raises many types of exceptions
         raise UserError(
             f"{path} cannot be loaded ({error!s:.200}); expected a checkpoint of this program; "
             "remove it to use the one before"
@@ -207,24 +210,24 @@ def _explained(path: Path):
 
 
 def path_of(workdir: Path, step: int) -> Path:
-    """The path of the checkpoint of a step."""
+    """Returns the path of the checkpoint of a step."""
     return workdir / DIRECTORY / f"step_{step:09d}.keras"
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Returns the step in a checkpoint's name."""
     return int(path.stem.removeprefix("step_"))
 
 
 def _paths(workdir: Path) -> list[Path]:
-    """All checkpoints, the newest first."""
+    """Returns the paths of all checkpoints, the newest first."""
     paths = (workdir / DIRECTORY).glob("step_*.keras")
     named = (p for p in paths if re.fullmatch(r"step_\d+\.keras", p.name))
     return sorted(named, key=step_of, reverse=True)
 
 
 def _defect(path: Path) -> str | None:
-    """What is wrong with a checkpoint's archive, or None."""
+    """Describes what is wrong with a checkpoint's archive; None if it is intact."""
     try:
         with zipfile.ZipFile(path) as archive:
             archives.check(archive)
@@ -233,5 +236,5 @@ def _defect(path: Path) -> str | None:
                 return f"the checksum of {member} differs"
             missing = _MEMBERS.difference(archive.namelist())
             return f"{', '.join(sorted(missing))} is missing" if missing else None
-    except Exception as error:  # zipfile and zlib raise many kinds on a damaged header
+    except Exception as error:  # zipfile and zlib raise many types on a damaged header
         return f"{error!s:.200}" or type(error).__name__

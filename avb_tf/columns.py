@@ -1,9 +1,9 @@
-"""A table's likelihood, one of groups of its columns, and the layer that reads its rows.
+"""The likelihood of a table's rows, group by group of columns, and the layer that reads the rows.
 
 Rows x [batch, columns] are in the user's units, with NaN for a missing value (`data.table`). The
-log density is that of these numbers: for a real column with standard deviation s it is the density
-of the standardised value less log s. Missing values have no part in it, and the encoder reads 0 in
-their place, with a flag.
+log density refers to the same units: for a real column with standard deviation s it is the log
+density of the standardised value minus log s. Missing values do not contribute to the log density.
+The encoder reads each missing value as 0 together with a flag.
 """
 
 import functools
@@ -19,18 +19,19 @@ from avb_tf.data.table import COUNTS, REAL, Table
 from avb_tf.likelihoods import LIKELIHOODS, Likelihood
 from avb_tf.networks import DenseStack, Restorable
 
-_LEAST_EXPOSURE = 1e-6  # only requests to a server have smaller ones; their density stays finite
+# Keeps the density finite. Only requests to a server can have smaller exposures.
+_LEAST_EXPOSURE = 1e-6
 
 
 class Group(NamedTuple):
-    """Columns of one kind, or a single category.
+    """Columns of one kind, or a single categorical column.
 
     Attributes:
       kind: one of `data.table.KINDS`.
-      indices: of the columns in x.
+      indices: positions of the n columns in x.
       shift: [n], as in `data.table.Column`.
-      scale: [n].
-      parameters: the decoder's numbers for each column.
+      scale: [n], as in `data.table.Column`.
+      parameters: numbers in the decoder's output for each column.
     """
 
     kind: str
@@ -41,11 +42,11 @@ class Group(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The decoder's numbers for the group."""
+        """Numbers in the decoder's output for the whole group."""
         return len(self.indices) * self.parameters
 
     def of(self, x: tf.Tensor):
-        """The group's columns of x, [..., n]."""
+        """Returns the group's columns of x, [..., n]."""
         return tf.gather(x, self.indices, axis=-1)
 
 
@@ -68,9 +69,12 @@ def _groups(table: Table) -> list[Group]:
 
 @dataclass(frozen=True)
 class TableLikelihood:
-    """p(x|z) of a table's rows, given the decoder's output [..., outputs].
+    """Likelihood p(x|z) of a table's rows, given the decoder's output [..., outputs].
 
-    Has what a `likelihoods.Likelihood` has; x and means are in the user's units.
+    It has the interface of a `likelihoods.Likelihood`. x and the means are in the user's units.
+
+    Args:
+      table: the columns.
     """
 
     table: Table
@@ -84,7 +88,7 @@ class TableLikelihood:
 
     @property
     def parameters(self) -> int:
-        """0: the decoder's output is not of x's shape."""
+        """0, because the decoder's output does not have x's shape."""
         return 0
 
     @property
@@ -93,25 +97,29 @@ class TableLikelihood:
         return sum(group.size for group in self.groups)
 
     def distribution(self, outputs: tf.Tensor):
-        """The distribution of rows, with `log_prob` [..., modelled columns] and `sample`."""
+        """Returns the distribution of rows, with `log_prob` and `sample`."""
         return _Rows(self, outputs)
 
     def mean(self, outputs: tf.Tensor):
-        """E[x|z], [..., columns]; the likeliest code of a category, and exposures of 1."""
+        """Returns E[x|z], [..., columns]: for a category its likeliest code, for an exposure 1."""
         return self._joined(self._means(outputs))
 
     def predictive_mean(self, outputs: tf.Tensor, x: tf.Tensor):
-        """E[x'|x], [batch, columns], from the decoder's output [samples, batch, outputs].
+        """Returns E[x'|x], [batch, columns], the mean over draws of q(z|x).
 
-        The exposures are those of x. A category is the likeliest by its mean probability.
+        The exposures are those of x. For a category it is the code of the largest mean probability.
+
+        Args:
+          outputs: [samples, batch, outputs], the decoder's output for the draws.
+          x: [batch, columns].
         """
         return self._joined(self._means(outputs, x, draws=True), x)
 
     def split(self, outputs: tf.Tensor, x: tf.Tensor | None = None):
-        """Pairs (group, its part of the decoder's output [..., n, parameters]).
+        """Yields pairs (group, its part of the decoder's output [..., n, parameters]).
 
-        The first parameter of a count is the log of its mean: there the mean of the table and
-        the exposure of x are added.
+        The first parameter of a count is the log of its mean. The logs of the table's mean and of
+        x's exposure are added to it, so that the decoder learns rates relative to these.
         """
         parts = tf.split(outputs, [group.size for group in self.groups], axis=-1)
         for group, part in zip(self.groups, parts, strict=True):
@@ -123,14 +131,14 @@ class TableLikelihood:
             yield group, part
 
     def _log_exposure(self, x):
-        """[..., 1], 0 without exposures."""
+        """Returns the log of x's exposure, [..., 1], or 0 if the table has no exposure."""
         for group in self.groups:
             if group.kind == "exposure":
                 return tf.math.log(tf.maximum(group.of(x), _LEAST_EXPOSURE))
         return tf.zeros([1])
 
     def _means(self, outputs, x=None, draws=False):
-        """The mean of each group, [..., n], over the draws, too, if they are the first axis."""
+        """Yields the mean of each group, [..., n]; `draws` also averages over the first axis."""
         over = functools.partial(tf.reduce_mean, axis=0) if draws else tf.identity
         for group, part in self.split(outputs, x):
             if group.kind == "exposure":
@@ -144,12 +152,12 @@ class TableLikelihood:
                 yield group.shift + group.scale * mean if group.kind in REAL else mean
 
     def _joined(self, parts, x=None):
-        """The groups' columns in the order of the table."""
+        """Joins the groups' columns in the order of the table."""
         order = np.argsort(np.concatenate([group.indices for group in self.groups]))
         return tf.gather(tf.concat(list(parts), -1), order, axis=-1)
 
     def valid(self, x: tf.Tensor):
-        """Whether x [batch, columns] holds only values that the columns can have."""
+        """Returns whether x [batch, columns] holds only values that the columns can have."""
         valid = []
         for group in self.groups:
             part = group.of(x)
@@ -159,7 +167,7 @@ class TableLikelihood:
             if group.kind in ("bernoulli", "category"):
                 fits &= part < (2.0 if group.kind == "bernoulli" else group.parameters)
             if group.kind == "exposure":
-                fits &= part >= 0.0
+                fits &= part > 0.0
             elif self.table.missing:
                 fits |= tf.math.is_nan(part)
             valid.append(tf.reduce_all(fits))
@@ -167,20 +175,20 @@ class TableLikelihood:
 
 
 class _Rows:
-    """The distribution of a table's rows given the decoder's output."""
+    """Distribution of a table's rows given the decoder's output."""
 
     def __init__(self, likelihood: TableLikelihood, outputs: tf.Tensor):
         self.likelihood, self.outputs = likelihood, outputs
 
     def log_prob(self, x):
-        """[..., modelled columns] in nats, 0 where a value is missing."""
+        """Returns log p(x|z) in nats, [..., modelled columns], 0 where a value is missing."""
         parts = []
         for group, outputs in self.likelihood.split(self.outputs, x):
             if group.kind == "exposure":
                 continue
             column = group.of(x)
             known = ~tf.math.is_nan(column)
-            # A NaN would reach the gradient even through a branch that is not taken.
+            # `where` passes a NaN on to the gradient even from the branch that it does not select.
             column = tf.where(known, column, group.shift if group.kind in REAL else 0.0)
             volume = 0.0
             if group.kind in REAL:
@@ -190,7 +198,7 @@ class _Rows:
         return tf.concat(parts, -1)
 
     def sample(self, seed):
-        """Rows [..., columns] without missing values, for exposures of 1."""
+        """Draws rows [..., columns] without missing values, for exposures of 1."""
         parts = []
         for i, (group, outputs) in enumerate(self.likelihood.split(self.outputs)):
             if group.kind == "exposure":
@@ -203,7 +211,7 @@ class _Rows:
 
 
 def _distribution(group: Group, outputs) -> Any:
-    """Of the group's columns; real ones standardised."""
+    """Returns the distribution of the group's columns; real columns are standardised."""
     if group.kind == "category":
         return tfd.Categorical(outputs)
     return LIKELIHOODS[group.kind].distribution(outputs)
@@ -215,14 +223,15 @@ class TableTrunk(Restorable, keras.layers.Layer):
 
         trunk = TableTrunk(table, width=256, depth=2)
 
-    It reads real columns standardised (of student_t arsinh of them, for their outliers), the log of
-    1 + a count and of an exposure, categories one-hot, and 0 for a missing value. Where the table
-    may have missing values, a column of flags for each column says which they are.
+    The layers read real columns standardised, student_t columns as arsinh of the standardised value
+    (because of their outliers), counts as log(1 + count), exposures as logs and categories one-hot.
+    Counts and exposures are standardised too. A missing value is read as 0. If the table may have
+    missing values, the layers also read a flag for each column, 1 where its value is missing.
 
     Args:
       table: the columns.
       width: units of each layer.
-      depth: number of layers; 0 returns what is read.
+      depth: number of layers; 0 returns the layers' inputs.
       activation: of every layer, a Keras name.
     """
 
@@ -232,7 +241,7 @@ class TableTrunk(Restorable, keras.layers.Layer):
         self.stack = DenseStack(width, depth, activation)
 
     def call(self, x: tf.Tensor):
-        """[batch, columns] -> [batch, width]."""
+        """Maps x [batch, columns] to features [batch, width]."""
         parts = []
         for group in self.groups:
             column = group.of(x)
@@ -245,7 +254,7 @@ class TableTrunk(Restorable, keras.layers.Layer):
 
 
 def _read(group: Group, column):
-    """What the encoder reads of known values."""
+    """Transforms a group's columns into the values that the encoder reads."""
     if group.kind == "category":
         return tf.one_hot(tf.cast(column[..., 0], tf.int32), group.parameters)
     if group.kind == "bernoulli":
@@ -260,7 +269,7 @@ def _read(group: Group, column):
 
 
 def likelihood_of(likelihood: str | Likelihood | Table) -> Likelihood | TableLikelihood:
-    """The likelihood that is named, or made of a table's columns."""
+    """Returns the likelihood of a name or of a table; returns a `Likelihood` unchanged."""
     if isinstance(likelihood, Table):
         return TableLikelihood(likelihood)
     return LIKELIHOODS[likelihood] if isinstance(likelihood, str) else likelihood

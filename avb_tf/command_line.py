@@ -65,7 +65,7 @@ _DRIVER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a folder here 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; a user's mistake gives one line on stderr and exit status 2.
+    """Runs the command line; a user's mistake prints one line on stderr and exits with status 2.
 
     Args:
       argv: program name and arguments; sys.argv by default.
@@ -117,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _cache_programs() -> None:
     """Makes XLA cache the programs that it compiles for a GPU, so that later commands start faster.
 
-    A cached program fits one version of TensorFlow and one GPU model. The driver names the model
-    without importing TensorFlow.
+    A cached program is valid for one version of TensorFlow and one GPU model, so each pair has its
+    own cache. The model is read from the driver, because TensorFlow must not be imported yet.
     """
     gpus = [file.read_text() for file in sorted(_DRIVER.glob("*/information"))]
     if not gpus or "TF_XLA_FLAGS" in os.environ:
@@ -133,10 +133,10 @@ def _cache_programs() -> None:
 
 
 def _imported(module: str) -> ModuleType:
-    """Imports a module; silences TensorFlow's log, unless TF_CPP_MIN_LOG_LEVEL asks for it."""
+    """Imports a module and silences TensorFlow's log, unless TF_CPP_MIN_LOG_LEVEL asks for it."""
     if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") != "3":
         return importlib.import_module(module)
-    # TensorFlow 2.21 ignores that setting while it is imported (tensorflow#100442).
+    # TensorFlow 2.21 ignores the variable while it is imported (tensorflow#100442).
     stderr = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -149,7 +149,7 @@ def _imported(module: str) -> ModuleType:
 
 def _define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    values.set_gnu_getopt(True)  # so that the 5 of --config.steps 5 does not end the flags
+    values.set_gnu_getopt(True)  # flags may follow the 5 of `--config.steps 5`
     flags.DEFINE_string(
         "config",
         None,
@@ -176,7 +176,7 @@ def _define_flags() -> flags.FlagValues:
 def _parse(
     values: flags.FlagValues, argv: list[str]
 ) -> tuple[ml_collections.ConfigDict | None, Path]:
-    """The config, or None for --mode=compare, and the workdir.
+    """Returns the config, or None for --mode=compare, and the workdir.
 
     Raises:
       UserError: a flag or a config is unknown or invalid.
@@ -186,7 +186,7 @@ def _parse(
     if early := [name for name in early if name.startswith("config.")]:
         raise UserError(f"--{early[0]} stands before --config; put --config=FILE first")
     try:
-        rest = values(argv, known_only=True)  # the config defines --config.FIELD
+        rest = values(argv, known_only=True)  # the flags --config.FIELD are not yet defined
         if values.baseline and values.mode != "benchmark":
             raise UserError(f"--baseline is for --mode=benchmark, found --mode={values.mode}")
         if values.mode == "compare":
@@ -199,11 +199,11 @@ def _parse(
         stray = values(rest)[1:]
     except (UserError, OSError):
         raise
-    except Exception as error:  # the flag libraries raise many kinds
+    except Exception as error:  # the flag libraries raise many types of exceptions
         raise UserError(_explain(error)) from error
     if stray:
         raise UserError(f"stray argument '{stray[0]}'; settings look like --config.steps=2000")
-    if config.get("method") != method:  # the settings would remain the old method's
+    if config.get("method") != method:  # the other settings would still be the old method's
         raise UserError(
             f"--config.method is '{config.method}', but the config is for '{method}'; "
             "expected the method after a colon, --config=FILE:METHOD"
@@ -219,7 +219,7 @@ def _parse(
 
 
 def _compared(values: flags.FlagValues, rest: list[str]) -> Path:
-    """The directory of the runs to compare; each run has its own config."""
+    """Returns the directory of the runs to compare; each run has its own config."""
     if rest or values.config or not values.workdir:
         other = rest[0] if rest else f"--config={values.config}" if values.config else "neither"
         raise UserError(
@@ -229,7 +229,7 @@ def _compared(values: flags.FlagValues, rest: list[str]) -> Path:
 
 
 def _config(argument: str | None, workdir: str | None) -> ml_collections.ConfigDict:
-    """The config of `argument`, FILE or FILE:METHOD; without it, the workdir's config."""
+    """Returns the config that `argument` names, FILE or FILE:METHOD, or else the workdir's."""
     if argument is None and workdir is not None:
         return configuration.load(Path(workdir))
     if argument is None:
@@ -263,7 +263,7 @@ def _config(argument: str | None, workdir: str | None) -> ml_collections.ConfigD
 
 
 def _explain(error: BaseException) -> str:
-    """One line about an error of the flag libraries."""
+    """Returns one line about an error of the flag libraries."""
     while error.args and isinstance(error.args[0], Exception):  # a KeyError in an AttributeError
         error = error.args[0]
     # `str` of a KeyError would quote the message.

@@ -1,4 +1,4 @@
-"""Configs of models and of posteriors: checks, hashes, and the file in the workdir."""
+"""Configs of models and of posteriors: their checks, their hashes and the file in the workdir."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from avb_tf.errors import UserError
 from avb_tf.settings import amortised, posterior, run
 
 FILE = "config.json"
-# Fields that may change between training and a later command, which may run on another machine.
+# Fields that may differ between training and a later command, which may run on another machine.
 LATER = (
     "eval", "export", "profile_steps", "data.path", "strategy", "threads_per_op", "tf32",
     "resident_megabytes", "worker_timeout",
 )  # fmt: skip
-_CHECKSUM = "sha256"  # field of the file, of all other fields
+_CHECKSUM = "sha256"  # field of the file that holds the hash of all other fields
 default = run.default  # the starting point of a config file
 
 
 def kind(config: Mapping | ml_collections.ConfigDict | None) -> ModuleType:
-    """The module of `settings` with the config's fields and checks, that of a run by default."""
+    """Returns the module of `settings` with the config's fields and checks; `run` by default."""
     has_method = isinstance(config, Mapping | ml_collections.ConfigDict)
     modules = {module.METHOD: module for module in (posterior, amortised)}
     return modules.get(config.get("method"), run) if has_method else run
@@ -34,9 +34,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Checks a config as far as possible without data.
 
     Args:
-      config: of a model or of a posterior.
+      config: the config of a model or of a posterior.
     Raises:
-      UserError: a field is missing, unknown, of another type or out of range.
+      UserError: a field is missing, unknown, of the wrong type or out of range.
     """
     _check_fields(config.to_dict(), kind(config).template().to_dict())
     kind(config).validate(config)
@@ -61,18 +61,19 @@ def _check_fields(fields: Any, expected: dict, name: str = "config") -> None:
 
 
 def resolve(config: ml_collections.ConfigDict) -> dict:
-    """The config as plain JSON values."""
+    """Returns the config as plain JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
 def digest(config: dict, without: tuple[str, ...] = ()) -> str:
-    """A hash of all fields that affect training, except those in `without`.
+    """Returns a hash of all fields that affect training, except those in `without`.
 
     Args:
       config: plain values, as `resolve` returns them.
       without: names of fields to leave out, such as "model.seed".
     """
-    # A field that earlier versions lack has no part in it at its value of the time.
+    # A new field at its value in `SINCE` is left out, so that configs of earlier versions, which
+    # lack the field, keep their hash.
     earlier = flat(kind(config).SINCE)
     kept = sorted(
         (name, value)
@@ -99,7 +100,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Compares `config` with the workdir's config, if there is one.
 
     Args:
-      config: of the run to start or to resume.
+      config: the config of the run to start or to resume.
       workdir: the run's directory.
     Raises:
       UserError: the workdir holds another run.
@@ -136,7 +137,7 @@ def save(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def read(workdir: Path) -> dict:
-    """The plain values of the workdir's config.
+    """Returns the plain values of the workdir's config.
 
     Raises:
       UserError: the file is missing or damaged.
@@ -147,7 +148,7 @@ def read(workdir: Path) -> dict:
         expected = saved.pop(_CHECKSUM, None) if isinstance(saved, dict) else None
         config = _completed(saved, kind(saved).SINCE) if isinstance(saved, dict) else saved
         _check_fields(config, kind(config).template().to_dict())
-        if expected not in (None, _checksum(saved)):  # None: of an earlier version
+        if expected not in (None, _checksum(saved)):  # None: written by an earlier version
             raise ValueError(
                 f"a field was changed or damaged since it was written; if you changed it, remove "
                 f"the line {_CHECKSUM}"
@@ -166,7 +167,7 @@ def read(workdir: Path) -> dict:
 
 
 def text(config: dict) -> str:
-    """The content of `config.json` for plain values, with a checksum of them."""
+    """Returns the content of `config.json` for plain values, with their checksum."""
     return json.dumps(config | {_CHECKSUM: _checksum(config)}, indent=2) + "\n"
 
 
@@ -175,7 +176,7 @@ def _checksum(config: dict) -> str:
 
 
 def _completed(config: dict, defaults: dict) -> dict:
-    """The config with what it lacks of `defaults`, in nested dicts, too."""
+    """Returns the config with its missing fields taken from `defaults`, also in nested dicts."""
     known = {k: v for k, v in defaults.items() if k not in config}
     nested = {
         k: _completed(config[k], v)
@@ -186,7 +187,7 @@ def _completed(config: dict, defaults: dict) -> dict:
 
 
 def load(workdir: Path) -> ml_collections.ConfigDict:
-    """The workdir's config as a ConfigDict.
+    """Returns the workdir's config as a ConfigDict.
 
     Raises:
       UserError: the file is missing or damaged.

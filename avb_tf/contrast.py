@@ -16,24 +16,24 @@ from avb_tf.encoders import Posterior
 
 
 def prior(latent_dim: int) -> Any:
-    """p(z): the standard normal, batch [], event [latent]."""
+    """Returns p(z), the standard normal, batch [], event [latent]."""
     return tfd.MultivariateNormalDiag(tf.zeros(latent_dim), tf.ones(latent_dim))
 
 
 def prior_contrast(posterior: Posterior) -> Any:
-    """r(z|x) = p(z): plain AVB (paper, Section 3.1)."""
+    """Returns r(z|x) = p(z), the contrast of plain AVB (paper, Section 3.1)."""
     zeros = tf.zeros_like(posterior.mean)
     return tfd.MultivariateNormalDiag(zeros, tf.ones_like(zeros))
 
 
 def diagonal_contrast(posterior: Posterior) -> Any:
-    """A Gaussian with q's mean and variances: adaptive contrast (paper, Section 4)."""
+    """Returns a Gaussian with q's mean and variances: adaptive contrast (paper, Section 4)."""
     variance = tf.reduce_sum(posterior.scale_tril**2, -1)
     return tfd.MultivariateNormalDiag(posterior.mean, tf.sqrt(variance))
 
 
 def full_contrast(posterior: Posterior) -> Any:
-    """A Gaussian with q's mean and covariance, so that T only has to learn q's shape."""
+    """Returns a Gaussian with q's mean and covariance, so that T only has to learn q's shape."""
     return tfd.MultivariateNormalTriL(posterior.mean, posterior.scale_tril)
 
 
@@ -45,22 +45,23 @@ CONTRASTS: dict[str, Callable[[Posterior], Any]] = {
 
 
 def whiten(z: tf.Tensor, r: Any) -> tf.Tensor:
-    """z in the coordinates where r is standard normal, [samples, batch, latent].
+    """Returns z in the coordinates where r is standard normal, [samples, batch, latent].
 
     Args:
       z: [samples, batch, latent].
       r: a Gaussian with batch [batch] and event [latent].
     """
-    columns = tf.transpose(z - r.loc, [1, 2, 0])  # the samples are right-hand sides of `solve`
+    # `solve` takes all samples of an example as right-hand sides of one system.
+    columns = tf.transpose(z - r.loc, [1, 2, 0])
     return tf.transpose(r.scale.solve(columns), [2, 0, 1])
 
 
 def compare(posterior: Posterior, contrast: Callable[[Posterior], Any]) -> tuple[Posterior, Any]:
-    """q and r in the coordinates where T compares them.
+    """Returns q and r in the coordinates where T compares them.
 
     If q has a flow, an adaptive r passes through the same flow. The flow does not change
-    log q - log r, so T compares the two before it, where r is a Gaussian. The prior is compared
-    after the flow.
+    log q - log r, so T compares the two before it, where r is a Gaussian. If r is the prior, T
+    compares the two after the flow.
 
     Args:
       posterior: draws and moments of q(z|x).
@@ -73,18 +74,18 @@ def compare(posterior: Posterior, contrast: Callable[[Posterior], Any]) -> tuple
 
 
 def divergence(r: Any, p: Any, after_flow: Posterior | None = None) -> tf.Tensor:
-    """E_q[log r(z|x) - log p(z)] in nats, [batch].
+    """Returns E_q[log r(z|x) - log p(z)] in nats, [batch].
 
-    Without a flow it is exact. Both logs are quadratic in z, and r shares the moments of q that
-    its quadratic form depends on, so the expectation under q equals the one under r: KL(r || p).
+    Without a flow the value is exact. Both logs are quadratic in z, and r shares the moments of q
+    that they depend on. The expectation under q therefore equals the one under r: KL(r || p).
 
-    With a flow, r is a Gaussian before it. The entropy of r stays in closed form; the flow's
-    volume and log p(z) are means over the draws of q after the flow.
+    With a flow, r is the Gaussian before the flow. The entropy of r is still in closed form; the
+    flow's log volume and log p(z) are averaged over the draws of q after the flow.
 
     Args:
       r: a Gaussian with batch [batch] and event [latent].
       p: the prior; None leaves log p(z) out.
-      after_flow: q after its flow, or None if q has none.
+      after_flow: q after its flow, or None if q has no flow.
     """
     if after_flow is not None:
         log_p = 0.0 if p is None else p.log_prob(after_flow.z)

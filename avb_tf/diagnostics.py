@@ -10,18 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 PARETO_K_LIMIT = 0.7  # above it importance sampling is unreliable (Vehtari et al., 2024)
-PARETO_K_SHARE = 0.1  # of examples whose Pareto k may be above the limit without a warning
+PARETO_K_SHARE = 0.1  # largest share of examples above the limit without a warning
 _FEWEST_DRAWS = 25  # leaves five draws in the tail
 
 
 def pareto_k(log_weights: npt.ArrayLike) -> np.ndarray:
-    """Shape of a generalised Pareto distribution fitted to the weights' right tail, [...].
+    """Returns the shape k of a generalised Pareto distribution fitted to the weights' right tail.
 
     Above `PARETO_K_LIMIT` neither the mean of the weights nor its standard error can be trusted,
-    because draws that are still missing would dominate the mean.
+    because rare draws that have not occurred yet would dominate the mean.
 
     Args:
-      log_weights: [draws, ...], independent draws.
+      log_weights: [draws, ...], log importance weights of independent draws.
     Returns:
       [...]: 0 if all weights are equal, infinity if a weight is not finite, and NaN everywhere if
       there are fewer than 25 draws.
@@ -41,10 +41,12 @@ def pareto_k(log_weights: npt.ArrayLike) -> np.ndarray:
 
 
 def effective_sample_size(log_weights: npt.ArrayLike) -> np.ndarray:
-    """(sum w)^2 / sum w^2 over the draws, [...], from 1 to the number of draws.
+    """Returns the effective sample size (sum w)^2 / sum w^2 over the draws, [...].
+
+    It lies between 1 and the number of draws.
 
     Args:
-      log_weights: [draws, ...].
+      log_weights: [draws, ...], log importance weights.
     Source: Kish (1965).
     """
     log_weights = np.asarray(log_weights, np.float64)
@@ -54,7 +56,7 @@ def effective_sample_size(log_weights: npt.ArrayLike) -> np.ndarray:
 
 @functools.cache
 def _arviz() -> ModuleType:
-    """arviz, imported on first use because the import takes seconds."""
+    """Imports arviz on first use, because the import takes seconds."""
     with warnings.catch_warnings():
         # Version 0.23 warns about version 1.0, which needs Python 3.12.
         warnings.filterwarnings("ignore", "(?s).*ArviZ is undergoing", FutureWarning)
@@ -63,10 +65,10 @@ def _arviz() -> ModuleType:
 
 
 def convergence(states: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Rank-normalised split R-hat and bulk effective sample size, each [dim].
+    """Returns rank-normalised split R-hat and bulk effective sample size, each [dim].
 
     Args:
-      states: [chains, draws, dim].
+      states: [chains, draws, dim], states of Markov chains.
     Source: Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021).
     """
     states = np.asarray(states, np.float64)
@@ -80,12 +82,12 @@ def inference_data(
     sample_stats: Mapping[str, npt.ArrayLike],
     observed: Mapping[str, npt.ArrayLike],
 ) -> Any:
-    """`arviz.InferenceData` of independent draws, as one chain.
+    """Returns an `arviz.InferenceData` of independent draws, as one chain.
 
     Args:
-      posterior: name -> [draws, ...].
-      sample_stats: name -> [draws].
-      observed: name -> [...].
+      posterior: parameter -> its draws [draws, ...].
+      sample_stats: statistic -> its values [draws].
+      observed: variable -> the observed data [...].
     """
     one_chain = [
         {k: np.asarray(v)[np.newaxis] for k, v in d.items()} for d in (posterior, sample_stats)

@@ -1,7 +1,7 @@
 """Encoders: q(z|x) as a network of x and noise, with its first two moments.
 
-The noise is an argument, so that the caller controls its seed. `noise_dim` is the number of
-standard normal numbers that one draw of z needs.
+The noise is an argument, so that the caller controls its seed. One draw of z needs `noise_dim`
+standard normal numbers.
 """
 
 import abc
@@ -24,7 +24,7 @@ _register = keras.saving.register_keras_serializable("avb_tf")
 # Keeps the covariance factorisable where q is nearly a point or has fewer draws than latents. The
 # contrast's density, its samples and the whitening use the same floored scale.
 VARIANCE_FLOOR = 1e-6
-MOMENT_POINTS = 4096  # Sobol points for the noise bases' moments outside training
+MOMENT_POINTS = 4096  # Sobol points for the moments of the noise bases outside training
 
 
 class Posterior(NamedTuple):
@@ -36,10 +36,10 @@ class Posterior(NamedTuple):
       scale_tril: [batch, latent, latent], Cholesky factor of q's covariance.
       columns: [batch, latent, bases] if z = mean + columns @ features(noise), else None; an
         adversary with condition "posterior" reads them.
-      log_prob: [samples, batch], log q(z|x) at z in nats, or None if it is not known. `auxiliary`
-        has an upper bound in its place.
+      log_prob: [samples, batch], log q(z|x) at z in nats, or None if it is not known.
+        `auxiliary.AuxiliaryEncoder` gives an upper bound on it, which holds on average.
       base: the posterior before a flow's steps, or None without a flow.
-      log_volume: [samples, batch], log |dz / dz_base| of the flow's steps, or None.
+      log_volume: [samples, batch], log |dz / dz_base| of the flow's steps, or None without a flow.
     """
 
     z: tf.Tensor
@@ -52,11 +52,12 @@ class Posterior(NamedTuple):
 
 
 class Encoder(Restorable, keras.Model):
-    """Base class of q(z|x): a function of x and standard normal noise.
+    """Base class of encoders: q(z|x) as a function of x and standard normal noise.
 
-    Subclass it for an encoder of your own: set `latent_dim` and `noise_dim`, and implement
-    `parameters` and `draw`. Each z must depend only on its own x and noise. So must the moments
-    outside training, unless `moments_from_draws` is True.
+    To write your own encoder, subclass it, set `latent_dim` and `noise_dim`, and implement
+    `parameters` and `draw`. Each z must depend only on its own x and noise. Outside training the
+    moments of an x must not depend on the rest of the batch either. They may depend on the draws in
+    `z` only if `moments_from_draws` is True.
 
         @keras.saving.register_keras_serializable("example")  # so that a saved model can be loaded
         class LaplaceEncoder(avb_tf.encoders.Encoder):
@@ -90,7 +91,7 @@ class Encoder(Restorable, keras.Model):
 
     Attributes:
       latent_dim: dimensions of z.
-      noise_dim: noise that one draw of z needs.
+      noise_dim: standard normal numbers that one draw of z needs.
       moments_from_draws: whether `mean` and `scale_tril` are estimated from the draws in `z`, so
         that an adaptive contrast needs several draws for each x.
     """
@@ -104,19 +105,41 @@ class Encoder(Restorable, keras.Model):
 
     @abc.abstractmethod
     def parameters(self, x: tf.Tensor, training: bool = False) -> Any:
-        """Everything in q(z|x) that depends on x [batch, *event], shared by all draws."""
+        """Computes the part of q(z|x) that depends on x alone and is shared by all draws.
+
+        Args:
+          x: [batch, *event].
+          training: whether this is a training step.
+        Returns:
+          Whatever `draw` needs.
+        """
 
     @abc.abstractmethod
     def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
-        """Draws of z for `parameters` and noise [samples, batch, noise_dim]."""
+        """Transforms noise into draws of z.
+
+        Args:
+          parameters: the result of `parameters`.
+          noise: [samples, batch, noise_dim], standard normal.
+          training: whether this is a training step.
+        """
 
     def call(self, x: tf.Tensor, noise: tf.Tensor, training: bool = False):
-        """x [batch, *event], noise [samples, batch, noise_dim] -> Posterior."""
+        """Returns the `Posterior` of x with a draw of z for each noise.
+
+        Args:
+          x: [batch, *event].
+          noise: [samples, batch, noise_dim], standard normal.
+          training: whether this is a training step.
+        """
         return self.draw(self.parameters(x, training), noise, training)
 
     @contextlib.contextmanager
     def freezing(self):
-        """Graphs traced inside the block hold functions of the weights alone as constants."""
+        """Makes graphs traced inside the block hold as constants what depends only on the weights.
+
+        Such a graph is valid until the weights change.
+        """
         yield
 
 
@@ -130,7 +153,7 @@ class GaussianEncoder(Encoder):
     Args:
       trunk: layer from x [batch, *event] to features [batch, width].
       latent_dim: dimensions of z.
-      full_covariance: whether the scale is a full lower triangle.
+      full_covariance: whether the scale is a full lower triangle or diagonal.
     Source: Kingma and Welling (2014), Section 3.
     """
 
@@ -151,7 +174,7 @@ class GaussianEncoder(Encoder):
             self.off_diagonal = float32_dense(latent_dim**2, kernel_initializer="zeros")
 
     def parameters(self, x: tf.Tensor, training: bool = False):
-        """Mean [batch, latent] and Cholesky factor [batch, latent, latent]."""
+        """Returns mean [batch, latent] and Cholesky factor [batch, latent, latent]."""
         features = self.trunk(x, training=training)
         scale_tril = tf.linalg.diag(tf.exp(self.log_scale(features)) + VARIANCE_FLOOR**0.5)
         if self.full_covariance:
@@ -160,7 +183,7 @@ class GaussianEncoder(Encoder):
         return self.mean(features), scale_tril
 
     def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
-        """Draws of the Gaussian, with their log density."""
+        """Draws from the Gaussian, with the log density (see `Encoder.draw`)."""
         mean, scale_tril = parameters
         z = mean + tf.einsum("bij,sbj->sbi", scale_tril, noise)
         log_prob = tfd.MultivariateNormalTriL(mean, scale_tril).log_prob(z)
@@ -169,10 +192,10 @@ class GaussianEncoder(Encoder):
 
 @_register
 class BlackBoxEncoder(Encoder):
-    """z as a dense network of x's features and noise (paper, Figure 2).
+    """Implicit posterior: z is a dense network of x's features and noise (paper, Figure 2).
 
-    The moments are those of the draws. Adaptive contrast therefore needs several draws per x, and
-    more than `latent_dim` of them for a full covariance.
+    The moments are estimated from the draws. Adaptive contrast therefore needs several draws per x,
+    and more than `latent_dim` of them for a full covariance.
 
     Args:
       trunk: layer from x [batch, *event] to features [batch, width].
@@ -180,7 +203,7 @@ class BlackBoxEncoder(Encoder):
       noise_dim: dimensions of the noise.
       width: units of each hidden layer.
       depth: number of hidden layers.
-      inject_every_layer: whether the noise enters every hidden layer, or the first alone.
+      inject_every_layer: whether the noise enters every hidden layer or only the first.
     """
 
     moments_from_draws = True
@@ -198,8 +221,8 @@ class BlackBoxEncoder(Encoder):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim = latent_dim, noise_dim
         self.trunk = trunk
-        # A dense layer on [features, noise] is the sum of one on each. The part of the features is
-        # the same for all draws.
+        # A dense layer on [features, noise] is the sum of a layer on each. The sum's first part is
+        # the same for all draws, so it is computed once per x.
         self.from_features = keras.layers.Dense(width)
         self.from_noise = [
             keras.layers.Dense(width, use_bias=False)
@@ -209,11 +232,11 @@ class BlackBoxEncoder(Encoder):
         self.head = float32_dense(latent_dim)
 
     def parameters(self, x: tf.Tensor, training: bool = False):
-        """The part of the first layer that depends on x, [batch, width]."""
+        """Returns the part of the first layer that depends on x, [batch, width]."""
         return self.from_features(self.trunk(x, training=training))
 
     def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
-        """Outputs of the network, with their own moments."""
+        """Draws outputs of the network and estimates their moments (see `Encoder.draw`)."""
         hidden = tf.nn.relu(parameters + self.from_noise[0](noise))
         for i, layer in enumerate(self.hidden, start=1):
             injected = self.from_noise[i](noise) if i < len(self.from_noise) else 0.0
@@ -223,24 +246,27 @@ class BlackBoxEncoder(Encoder):
 
 
 class BasisEncoder(Encoder):
-    """z linear in functions v of the noise alone, whose moments are the same for every x."""
+    """Base class of encoders with z linear in functions v of the noise.
+
+    v does not depend on x, so its moments are the same for every x.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.frozen = None  # the moments of v while `freezing`
+        self.frozen = None  # the moments of v inside `freezing`
 
     @abc.abstractmethod
     def _bases(self, noise):
-        """v of noise [samples, batch, noise_dim]."""
+        """Computes v of noise [samples, batch, noise_dim]."""
 
     @abc.abstractmethod
     def _samples(self, v):
-        """v as [..., samples, functions]."""
+        """Reshapes v to [..., samples, functions]."""
 
     def _moments(self, v, training):
-        """Mean [..., functions] and covariance [..., functions, functions] of v.
+        """Returns mean [..., functions] and covariance [..., functions, functions] of v.
 
-        Training takes them over the whole batch on all replicas, other uses over fixed noise.
+        Training estimates them from the whole batch on all replicas, other uses from fixed noise.
         """
         if training:
             return replicas.pooled_moments(*_moments(self._samples(v)))
@@ -251,7 +277,7 @@ class BasisEncoder(Encoder):
 
     @contextlib.contextmanager
     def freezing(self):
-        """Graphs traced inside the block hold the moments of v as constants."""
+        """Makes graphs that are traced inside the block hold the moments of v as constants."""
         self.frozen = self._fixed_moments()
         try:
             yield
@@ -261,13 +287,13 @@ class BasisEncoder(Encoder):
 
 @_register
 class NoiseBasisEncoder(BasisEncoder):
-    """The paper's encoder for adaptive contrast: z = z0(x) + sum_i a_i(x) * v_i(noise_i).
+    """Encoder of the paper for adaptive contrast: z = z0(x) + sum_i a_i(x) * v_i(noise_i).
 
         encoder = NoiseBasisEncoder(trunk, 8, 32, 16, 128, "elu", "positive")  # as published
 
     The products are elementwise. Each v_i is a network of its own noise with three hidden layers,
     so the moments of q(z|x) follow from a(x) and the moments of v_i (paper, Section 4). Training
-    takes the moments of v_i over the batch, other uses over fixed noise.
+    estimates the moments of v_i from the batch, other uses from fixed noise.
 
     Args:
       trunk: layer from x [batch, *event] to features [batch, width].
@@ -277,8 +303,8 @@ class NoiseBasisEncoder(BasisEncoder):
       width: units of their hidden layers.
       activation: of their hidden layers, a Keras name.
       coefficients: "positive" for the authors' a = elu(c(x) - 5) + 1 with c linear in the
-        features, "linear" for a = c. Linear ones with relu are in `.keras` files of earlier
-        versions.
+        features, "linear" for a = c. Files of earlier versions hold encoders with linear
+        coefficients and relu.
     """
 
     def __init__(
@@ -313,13 +339,19 @@ class NoiseBasisEncoder(BasisEncoder):
         ]
 
     def parameters(self, x: tf.Tensor, training: bool = False):
-        """z0 [batch, latent] and the coefficients a [batch, bases, latent]."""
+        """Returns z0 [batch, latent] and the coefficients a [batch, bases, latent]."""
         features = self.trunk(x, training=training)
         a = tf.reshape(self.coefficients(features), [-1, self.bases, self.latent_dim])
         return self.mean(features), tf.nn.elu(a - 5.0) + 1.0 if self.positive else a
 
     def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
-        """Sums of the bases of noise [samples, batch, bases * noise_dim], with their moments."""
+        """Draws sums of the bases; the moments follow in closed form from the moments of v.
+
+        Args:
+          parameters: z0 and the coefficients a.
+          noise: [samples, batch, bases * noise_dim], standard normal.
+          training: whether the moments of v are estimated from this noise.
+        """
         z0, a = parameters
         v = self._bases(noise)
         v_mean, v_covariance = self._moments(v, training)
@@ -329,7 +361,7 @@ class NoiseBasisEncoder(BasisEncoder):
         return Posterior(z, mean, _cholesky(covariance))
 
     def _bases(self, noise):
-        """v_i(noise_i), [samples, batch, noise] -> [bases, samples, batch, latent]."""
+        """Maps noise [samples, batch, noise] to v_i(noise_i) [bases, samples, batch, latent]."""
         shape = tf.shape(noise)
         v = tf.reshape(noise, [shape[0] * shape[1], self.bases, -1])
         v = tf.transpose(v, [1, 0, 2])  # [bases, samples * batch, noise_dim]
@@ -343,24 +375,24 @@ class NoiseBasisEncoder(BasisEncoder):
 
 @_register
 class JointBasisEncoder(BasisEncoder):
-    """z = z0(x) + s(x) * (I + A(x)) v(noise), with all functions v of the same noise.
+    """Encoder z = z0(x) + s(x) * (I + A(x)) v(noise), with all functions v of the same noise.
 
         encoder = JointBasisEncoder(trunk, latent_dim=8, noise_dim=8, bases=32, width=128)
         encoder(x, noise).columns  # [batch, 8, 40]
 
     The paper's bases are independent, so their sum tends to a Gaussian as their number grows.
-    Functions of a common noise can bend and split q, and the moments stay in closed form:
-    W(x) Cov[v] W(x)^T with W = s * (I + A). The noise itself comes first among the v, and A starts
-    at zero, so training starts from a diagonal Gaussian. The scales s multiply all of W: random
-    errors in A, which act as noise in z, then shrink with q.
+    Functions of a common noise can bend and split q, and the moments stay in closed form: the
+    covariance is W(x) Cov[v] W(x)^T with W = s * (I + A). The noise itself comes first among the v,
+    and A starts at zero, so training starts from a diagonal Gaussian. The scales s multiply all of
+    W, so that random errors in A, which act as noise in z, shrink as q narrows.
 
     Args:
       trunk: layer from x [batch, *event] to features [batch, width].
       latent_dim: dimensions of z.
       noise_dim: dimensions of the noise.
-      bases: number of the functions v beside the noise.
+      bases: number of the functions v in addition to the noise itself.
       width: units of their two hidden layers.
-      activation: of these; tanh gives q Gaussian tails, relu sharper edges.
+      activation: of these layers, a Keras name; tanh gives q Gaussian tails, relu sharper edges.
     """
 
     def __init__(
@@ -383,17 +415,23 @@ class JointBasisEncoder(BasisEncoder):
         self.basis = float32_dense(bases)
 
     def parameters(self, x: tf.Tensor, training: bool = False):
-        """z0 [batch, latent] and W [batch, latent, noise_dim + bases]."""
+        """Returns z0 [batch, latent] and W [batch, latent, noise_dim + bases]."""
         features = self.trunk(x, training=training)
         scale = tf.exp(self.log_scale(features))[..., tf.newaxis]
         functions = self.noise_dim + self.bases
         a = tf.reshape(self.relative(features), [-1, self.latent_dim, functions])
         identity = tf.pad(tf.eye(self.latent_dim, self.noise_dim), [[0, 0], [0, self.bases]])
-        # Without the root a step would move z further the more functions there are.
+        # Without the root, a training step would move z further the more functions there are.
         return self.mean(features), scale * (identity + functions**-0.5 * a)
 
     def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
-        """Sums of functions of the noise, with their moments."""
+        """Draws sums of functions of the noise; the moments follow from the moments of v.
+
+        Args:
+          parameters: z0 and W.
+          noise: [samples, batch, noise_dim], standard normal.
+          training: whether the moments of v are estimated from this noise.
+        """
         z0, columns = parameters
         v = self._bases(noise)
         v_mean, v_covariance = self._moments(v, training)
@@ -403,7 +441,7 @@ class JointBasisEncoder(BasisEncoder):
         return Posterior(z, mean, _cholesky(covariance), columns)
 
     def _bases(self, noise):
-        """v(noise), [samples, batch, noise_dim] -> [samples, batch, noise_dim + bases]."""
+        """Maps noise [samples, batch, noise_dim] to v [samples, batch, noise_dim + bases]."""
         return tf.concat([noise, self.basis(self.stack(noise))], -1)
 
     def _samples(self, v):
@@ -434,22 +472,23 @@ class _SideBySide(keras.initializers.Initializer):
 
 @functools.cache
 def sobol_normal(count: int, dim: int) -> np.ndarray:
-    """Standard normal points, the same at every call, [count, dim].
+    """Returns standard normal points of a Sobol sequence, the same at every call, [count, dim].
 
-    They serve moments outside training, where moments over the batch would depend on the other x in
-    it. A Sobol sequence gives moments more precisely than as many random draws.
+    Moments outside training are estimated from these points, because moments over the batch would
+    depend on the other x in it. A Sobol sequence gives more precise moments than as many random
+    draws.
     """
     points = scipy.stats.qmc.MultivariateNormalQMC(np.zeros(dim), rng=0)
     return points.random(count).astype(np.float32)
 
 
 def fixed_noise(noise_dim: int) -> np.ndarray:
-    """[MOMENT_POINTS, 1, noise_dim]."""
+    """Returns the fixed noise for moments outside training, [MOMENT_POINTS, 1, noise_dim]."""
     return sobol_normal(MOMENT_POINTS, noise_dim)[:, np.newaxis]
 
 
 def _moments(draws):
-    """[..., samples, n] -> mean [..., n] and covariance [..., n, n] over the samples."""
+    """Returns mean [..., n] and covariance [..., n, n] over the samples [..., samples, n]."""
     mean = tf.reduce_mean(draws, -2)
     centred = draws - mean[..., tf.newaxis, :]
     count = tf.cast(tf.shape(draws)[-2], draws.dtype)
@@ -457,13 +496,19 @@ def _moments(draws):
 
 
 def moments_of_draws(z: tf.Tensor):
-    """Mean and Cholesky factor of the covariance of z [samples, batch, latent], per example."""
+    """Returns each example's mean and Cholesky factor of the covariance over its draws.
+
+    Args:
+      z: [samples, batch, latent].
+    Returns:
+      (mean [batch, latent], Cholesky factor [batch, latent, latent]).
+    """
     mean, covariance = _moments(tf.transpose(z, [1, 0, 2]))
     return mean, _cholesky(covariance)
 
 
 def _cholesky(covariance):
-    """The factor of `covariance` with the floor added, [..., n, n] -> [..., n, n]."""
-    # The floor is relative to the variances, as float32 would round an absolute one away.
+    """Returns the Cholesky factor of `covariance` [..., n, n] with the floor added."""
+    # The floor grows with the variances, because float32 would round a fixed one away.
     floor = VARIANCE_FLOOR * (1.0 + tf.linalg.trace(covariance))[..., tf.newaxis, tf.newaxis]
     return tf.linalg.cholesky(covariance + floor * tf.eye(covariance.shape[-1]))

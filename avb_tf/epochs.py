@@ -5,31 +5,32 @@ from absl import logging
 
 
 class Rates(keras.callbacks.Callback):
-    """Keeps the ratio of the two learning rates where a callback sets one.
+    """Keeps the ratio of the two learning rates constant when another callback changes one.
 
-    Keras's ReduceLROnPlateau and LearningRateScheduler know one optimizer, of encoder and decoder.
-    The adversary's has to move along, or it would fall behind or run ahead. The last of the
-    callbacks, so that it sees what the others have set.
+    Keras's ReduceLROnPlateau and LearningRateScheduler know only the optimizer of encoder and
+    decoder. The adversary's learning rate has to change by the same factor; otherwise the adversary
+    falls behind or runs ahead. This callback is the last, so that it sees the rate that the others
+    have set.
     """
 
     def on_train_begin(self, logs=None):
-        """Notes both rates."""
+        """Records both learning rates at the start."""
         pair = (self.model.optimizer, self.model.adversary_optimizer)
         self.start = [rate_of(optimizer) for optimizer in pair]
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Follows what was set at this epoch's begin."""
+        """Scales the adversary's learning rate by the change of the other rate."""
         primal, dual = self.start
         rate = rate_of(self.model.optimizer)
-        if primal and dual and rate is not None:  # no schedule, not 0, and there is an adversary
+        if primal and dual and rate is not None:  # there is an adversary and no schedule
             self.model.adversary_optimizer.learning_rate = dual / primal * rate
 
     on_epoch_end = on_epoch_begin
 
 
 def rate_of(optimizer) -> float | None:
-    """The learning rate, or None where there is no optimizer or it follows a schedule."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+    """Returns the learning rate, or None if there is no optimizer or it follows a schedule."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # unwraps a LossScaleOptimizer
     if optimizer is None:
         return None
     schedule = keras.optimizers.schedules.LearningRateSchedule
@@ -39,14 +40,14 @@ def rate_of(optimizer) -> float | None:
 
 
 class Skipped(keras.callbacks.Callback):
-    """Warns of skipped steps, once in a `fit`."""
+    """Warns about skipped steps, at most once per `fit`."""
 
     def on_train_begin(self, logs=None):
-        """Counts from here on."""
+        """Records how many steps were skipped before."""
         self.before, self.warned = int(self.model.skipped.numpy()), False
 
     def on_epoch_end(self, epoch, logs=None):
-        """Says how many were skipped in the first epoch that has some."""
+        """Warns after the first epoch with skipped steps, with their number."""
         skipped = int(self.model.skipped.numpy())
         if skipped > self.before and not self.warned:
             self.warned = True

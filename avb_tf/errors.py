@@ -5,7 +5,7 @@ class UserError(ValueError):
     """A mistake that the user can correct.
 
     Args:
-      message: what was found, what was expected and what to do; line breaks are removed.
+      message: what was found, what was expected and what to do; line breaks become spaces.
     """
 
     def __init__(self, message: str):

@@ -16,16 +16,16 @@ from absl import logging
 from avb_tf.errors import UserError
 
 CHECKSUMS = "checksums.json"  # SHA-256 of the other files of a directory, by relative path
-# What a file system without locks, or without fsync on directories, answers.
+# Errors of a file system that has no locks, or no fsync on directories.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replaces `file` by `content`, atomically and durably.
+    """Replaces the content of `file`, atomically and durably.
 
     Args:
-      file: its folder must exist.
-      content: text is encoded as UTF-8.
+      file: the file; its folder must exist.
+      content: the new content; text is encoded as UTF-8.
     Raises:
       OSError: the file cannot be written; the old content stays.
     """
@@ -35,20 +35,20 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         with open(temporary, "xb") as new:  # "x" never follows a link
             new.write(content.encode() if isinstance(content, str) else content)
         replace(temporary, file)
-    except OSError as error:  # the message of a full disk does not name the file
+    except OSError as error:  # the system's message about a full disk does not name the file
         raise OSError(f"cannot write {file} ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def replace(temporary: Path, final: Path) -> None:
-    """Renames `temporary` to `final`, so that a power loss leaves the old or all of the new.
+    """Renames `temporary` to `final`, so that a power loss leaves the old or the complete new one.
 
     The content reaches the disk before the rename, and the rename before this function returns.
 
     Args:
-      temporary: a file, or a directory with all that is in it, beside `final`.
-      final: a file is replaced; a directory must be missing.
+      temporary: a file or a directory, in the same folder as `final`.
+      final: the new path. An existing file is replaced; a directory must not exist yet.
     Raises:
       OSError: the disk is full or not writable, or `final` is a directory that exists.
     """
@@ -58,7 +58,7 @@ def replace(temporary: Path, final: Path) -> None:
 
 
 def sync_all(path: Path) -> None:
-    """`sync` of a file, or of a directory and all that is below it."""
+    """Calls `sync` for a file, or for a directory and everything below it."""
     for folder, _, names in os.walk(path, topdown=False):
         for name in names:
             sync(Path(folder, name))
@@ -80,7 +80,7 @@ def sync(path: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """Creates a directory and its missing parents durably; it may exist."""
+    """Creates a directory and its missing parents durably, unless it exists."""
     missing = list(
         itertools.takewhile(lambda path: not path.exists(), (directory, *directory.parents))
     )
@@ -90,7 +90,7 @@ def make_directory(directory: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes `.<name>.<process>` of processes that were killed while they wrote `path`."""
+    """Removes the files `.<name>.<process>` that killed processes left while they wrote `path`."""
     for left in path.parent.glob(f".{path.name}.*"):
         process = left.name.removeprefix(f".{path.name}.")
         if process == str(os.getpid()) or not _runs(process):
@@ -101,7 +101,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _runs(process: str) -> bool:
-    """Whether a process of this id is running on this machine."""
+    """Returns whether a process with this id is running on this machine."""
     try:
         os.kill(int(process), 0)
     except PermissionError:
@@ -115,10 +115,10 @@ def _runs(process: str) -> bool:
 def locked(file: Path):
     """Holds an exclusive lock on `file` inside the block.
 
-    The lock is the process's own and ends with it, even by SIGKILL; the file stays.
+    The lock ends with the process, even after SIGKILL. The file stays.
 
     Args:
-      file: created if missing; its folder must exist.
+      file: the lock file, created if missing; its folder must exist.
     Raises:
       UserError: another process holds the lock.
       OSError: the file cannot be written.
@@ -148,16 +148,19 @@ def locked(file: Path):
 
 @contextlib.contextmanager
 def saving(directory: Path, record: str, content: str, *names: str):
-    """The block writes `names` into `directory`; `record`, written last, says that all is there.
+    """Completes a directory into which the block writes `names`.
 
         with files.saving(path, "fit.json", json.dumps(meta), "fit.weights.h5"):
             model.save_weights(path / "fit.weights.h5")
 
+    `record` is removed before the block and written after it, so a directory that has the record is
+    complete. The checksums are written last.
+
     Args:
-      directory: created if missing; what it has of an earlier call is replaced.
-      record: name of the file that is written last, before the checksums.
-      content: of that file.
-      *names: of the files and folders that the block writes.
+      directory: created if missing; files of an earlier call are replaced.
+      record: name of the file that marks the directory as complete.
+      content: content of the record.
+      *names: names of the files and folders that the block writes.
     Raises:
       UserError: the directory cannot be written.
     """
@@ -177,18 +180,18 @@ def saving(directory: Path, record: str, content: str, *names: str):
 
 @contextlib.contextmanager
 def loading(directory: Path, writer: str):
-    """The block loads what `saving` wrote, after its checksums have been verified.
+    """Verifies the checksums of a directory that `saving` wrote, then runs the block that loads it.
 
     Args:
-      directory: of the files.
-      writer: what writes such directories, for the message.
+      directory: the directory.
+      writer: name of the function that writes such directories, for the message.
     Raises:
       UserError: a file is missing or damaged, or the block cannot use it.
     """
     try:
         verify(directory)
         yield
-    except Exception as error:  # whatever JSON, Keras and TensorFlow raise on a damaged file
+    except Exception as error:  # JSON, Keras and TensorFlow raise many types on a damaged file
         raise UserError(
             f"{directory} cannot be loaded ({error!s:.200}); expected a directory that {writer} "
             "wrote"
@@ -199,8 +202,8 @@ def write_checksums(directory: Path, *names: str) -> None:
     """Writes `CHECKSUMS`, for `verify`.
 
     Args:
-      directory: where the file is written.
-      *names: of files and folders in it; the SHA-256 of each file is kept.
+      directory: the directory of the files, where `CHECKSUMS` is written.
+      *names: files and folders in it; the SHA-256 of each file, also in the folders, is recorded.
     """
     sums = {}
     for name in names:
@@ -212,7 +215,9 @@ def write_checksums(directory: Path, *names: str) -> None:
 
 
 def verify(directory: Path) -> None:
-    """Compares files with the checksums in `directory`, if it has any; earlier versions wrote none.
+    """Compares the files in `directory` with its checksums.
+
+    A directory without checksums is accepted, because earlier versions wrote none.
 
     Raises:
       UserError: a file is missing or was changed since `write_checksums`.

@@ -1,4 +1,4 @@
-"""Inverse autoregressive flow (Kingma et al., 2016), after any encoder."""
+"""Inverse autoregressive flow (Kingma et al., 2016) on the draws of any encoder."""
 
 import itertools
 from typing import Any
@@ -17,7 +17,7 @@ OPEN = 2.0  # initial logit of the gates: each step keeps most of z
 
 
 class MaskedDense(keras.layers.Layer):
-    """A dense layer without the connections where `mask` [inputs, outputs] is zero."""
+    """Dense layer without the connections where `mask` [inputs, outputs] is zero."""
 
     def __init__(self, mask: np.ndarray, initializer: str = "glorot_uniform"):
         super().__init__(dtype="float32")
@@ -25,22 +25,22 @@ class MaskedDense(keras.layers.Layer):
         self.initializer = initializer
 
     def build(self, input_shape: Any):
-        """Creates kernel and bias."""
+        """Creates the kernel and the bias."""
         shape = self.mask.shape
         self.kernel = self.add_weight(shape=shape, initializer=self.initializer, name="kernel")
         self.bias = self.add_weight(shape=shape[1:], initializer="zeros", name="bias")
 
     def call(self, inputs: tf.Tensor):
-        """[..., inputs] -> [..., outputs]."""
+        """Maps inputs [..., inputs] to outputs [..., outputs]."""
         return tf.matmul(inputs, self.kernel * self.mask) + self.bias
 
 
 class MADE(keras.layers.Layer):
-    """An autoregressive network: output i reads only the inputs before i.
+    """Autoregressive network: output i depends only on the context and the inputs before i.
 
-    Input z_i has degree i = 1..latent. A hidden unit reads units of at most its own degree, and
-    units of degree 0 read the context alone, so the context reaches every output. The outputs start
-    at zero.
+    Input z_i has degree i = 1..latent. A hidden unit reads units of at most its own degree. Hidden
+    units of degree 0 read only the context, so the context reaches every output. The outputs are
+    zero at the start of training.
 
     Args:
       latent_dim: dimensions of z.
@@ -60,7 +60,12 @@ class MADE(keras.layers.Layer):
         self.head = MaskedDense(np.tile(reads, outputs), initializer="zeros")
 
     def call(self, z: tf.Tensor, context: tf.Tensor):
-        """z [samples, batch, latent], context [batch, width] -> `outputs` tensors like z."""
+        """Returns `outputs` tensors of z's shape.
+
+        Args:
+          z: [samples, batch, latent].
+          context: [batch, width].
+        """
         hidden = tf.nn.relu(self.hidden[0](z) + context)
         for layer in self.hidden[1:]:
             hidden = tf.nn.relu(layer(hidden))
@@ -69,24 +74,24 @@ class MADE(keras.layers.Layer):
 
 @_register
 class FlowEncoder(Encoder):
-    """Draws of another encoder, then gated autoregressive steps in alternating order.
+    """Encoder that transforms another encoder's draws by gated autoregressive steps.
 
         base = encoders.GaussianEncoder(keras.layers.Identity(), latent_dim=8)
         encoder = FlowEncoder(networks.DenseTrunk(256, 2), base, steps=4, width=128)
         encoder(x, noise).log_prob  # [samples, batch]
 
     A step maps z to g * z + (1 - g) * m. An autoregressive network computes the gates g and the
-    means m from z and x, so the Jacobian is triangular with g on its diagonal. The moments are
-    those of the draws.
+    means m from z and x, so the Jacobian is triangular with g on its diagonal. Each step reads the
+    latents in the reverse order of the step before. The moments are estimated from the draws.
 
-    After a Gaussian the density is known: inverse autoregressive flow. After an implicit encoder it
-    is not. But log q - log r is the same before and after the steps if r passes through them too,
-    so an adaptive contrast can stay a Gaussian before the steps.
+    On a Gaussian base the density of q is known: inverse autoregressive flow. On an implicit base
+    it is unknown. If the contrast r passes through the steps too, log q - log r is the same before
+    and after them, so an adaptive contrast can remain a Gaussian before the steps.
 
     Args:
       trunk: layer from x to the features that `base` and the steps read.
-      base: encoder of these features, whose draws the steps transform.
-      steps: their number.
+      base: encoder that reads these features and makes the draws that the steps transform.
+      steps: number of steps.
       width: units of each hidden layer of a step's network.
       depth: number of these layers.
     Source: Kingma et al. (2016), Section 4.
@@ -107,18 +112,18 @@ class FlowEncoder(Encoder):
         parts.check_flow(width, base.latent_dim)
         self.latent_dim, self.noise_dim = base.latent_dim, base.noise_dim
         self.trunk, self.base = trunk, base
-        base.built = True  # Keras expects a call of the whole base, which never comes
+        base.built = True  # otherwise Keras would wait for a call of the base, which never comes
         self.from_features = float32_dense(steps * width)
         self.steps = [MADE(base.latent_dim, 2, width, depth) for _ in range(steps)]
 
     def parameters(self, x: tf.Tensor, training: bool = False):
-        """The parameters of the base, and a context [batch, width] for each step."""
+        """Returns the parameters of the base, and a context [batch, width] for each step."""
         features = self.trunk(x, training=training)
         contexts = tf.split(self.from_features(features), len(self.steps), -1)
         return self.base.parameters(features, training), contexts
 
     def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
-        """Draws of the base after all steps, with their own moments."""
+        """Draws from the base, applies all steps and estimates the moments (see `Encoder.draw`)."""
         base_parameters, contexts = parameters
         base = self.base.draw(base_parameters, noise, training)
         z, log_volume = base.z, tf.zeros(tf.shape(base.z)[:-1])
@@ -127,12 +132,12 @@ class FlowEncoder(Encoder):
             gate = tf.sigmoid(logit + OPEN)
             z = gate * z + (1.0 - gate) * m
             log_volume += tf.reduce_sum(tf.math.log_sigmoid(logit + OPEN), -1)
-            z = tf.reverse(z, [-1])  # the next step reads the latents in the other order
+            z = tf.reverse(z, [-1])  # the next step reads the latents in reverse order
         log_prob = None if base.log_prob is None else base.log_prob - log_volume
         return Posterior(
             z, *moments_of_draws(z), log_prob=log_prob, base=base, log_volume=log_volume
         )
 
     def freezing(self):
-        """Graphs traced inside the block hold the same constants as those of the base."""
+        """Makes graphs traced inside the block hold the same constants as graphs of the base."""
         return self.base.freezing()

@@ -1,4 +1,4 @@
-"""Trained models on the Hugging Face Hub, through huggingface_hub."""
+"""Uploads and downloads trained models on the Hugging Face Hub, by huggingface_hub."""
 
 import importlib
 import tempfile
@@ -15,17 +15,19 @@ def push_to_hub(path: str | Path, repository: str, private: bool = False) -> str
 
         avb_tf.push_to_hub("runs/digits-avb_ac", "me/digits-avb_ac")
 
-    `keras.saving.load_model("hf://me/digits-avb_ac")` loads it too, where `avb_tf` is imported.
-    Needs the extra [hub], and the login of `hf auth login` or the variable HF_TOKEN.
+    After `import avb_tf`, `keras.saving.load_model("hf://me/digits-avb_ac")` also loads the upload.
+    The function needs the extra [hub], and a login by `hf auth login` or the environment variable
+    HF_TOKEN.
 
     Args:
-      path: as of `load_model`; the card of a workdir has its config and its results.
-      repository: "owner/name"; it is created where there is none.
-      private: whether a repository created here is private.
+      path: a path that `load_model` accepts. The card of a workdir includes its config and results.
+      repository: "owner/name"; created if missing.
+      private: whether a repository that this call creates is private.
     Returns:
       The address of the upload.
     Raises:
-      UserError: there is no model, or the Hub refuses.
+      UserError: there is no model at `path`, huggingface_hub is not installed, or the Hub refuses
+        the upload.
     """
     hub = _huggingface_hub()
     model = checkpoints.load_model(path)
@@ -37,7 +39,7 @@ def push_to_hub(path: str | Path, repository: str, private: bool = False) -> str
             api = hub.HfApi(library_name="avb_tf")
             created = api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=created.repo_id, folder_path=folder))
-        except Exception as error:  # of the network, the account or the name
+        except Exception as error:  # the network, the account or the name can be at fault
             raise _refused(repository, error) from error
 
 
@@ -48,14 +50,17 @@ def from_hub(repository: str, revision: str | None = None) -> AVB:
 
     Args:
       repository: "owner/name".
-      revision: branch, tag or commit; the newest by default.
+      revision: branch, tag or commit; the newest commit of the default branch by default.
+    Returns:
+      The model, as `load_model` returns it.
     Raises:
-      UserError: the Hub refuses, or the repository holds no model of this program.
+      UserError: huggingface_hub is not installed, the Hub refuses the download, or the repository
+        holds no model of this program.
     """
     hub = _huggingface_hub()
     try:
         folder = hub.snapshot_download(repository, revision=revision)
-    except Exception as error:  # of the network, the account or the name
+    except Exception as error:  # the network, the account or the name can be at fault
         raise _refused(repository, error) from error
     return checkpoints.load_model(folder)
 

@@ -1,4 +1,4 @@
-"""Likelihoods p(x|z), TFP distributions of x given the decoder's output."""
+"""Likelihoods p(x|z): TFP distributions of x given the decoder's output."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,10 +20,10 @@ _register = keras.saving.register_keras_serializable("avb_tf")
 @_register
 @dataclass(frozen=True)
 class Likelihood:
-    """p(x|z), given the decoder's output [..., *event, parameters].
+    """Likelihood p(x|z), given the decoder's output [..., *event, parameters].
 
-    Make one for a likelihood of your own. A saved model needs its name in `LIKELIHOODS`, or both
-    functions registered with Keras:
+    To use your own likelihood, create a `Likelihood`. A model with it can be saved if `LIKELIHOODS`
+    has a name for it, or if both of its functions are registered with Keras:
 
         avb_tf.likelihoods.LIKELIHOODS["laplace"] = avb_tf.likelihoods.Likelihood(
             parameters=1,
@@ -39,13 +39,15 @@ class Likelihood:
         model = avb_tf.AVB((6,), encoder, decoder, likelihood="laplace")
 
     Attributes:
-      parameters: numbers for each dimension of x; 0 if the decoder's output has another shape.
-      distribution: decoder's output -> TFP distribution with batch [..., *event] and event [].
-      mean: decoder's output -> E[x|z], [..., *event].
-      binary: whether the data are binarised.
-      bits_per_dim: whether to report bits per dimension, too, as is usual for 256 levels.
-      support: what x is: "unit", numbers in [0, 1] or bytes, which are divided by 255; "real"; or
-        "count", 0, 1, 2, ...
+      parameters: numbers in the decoder's output for each dimension of x; 0 if the output has
+        another shape.
+      distribution: function of the decoder's output that returns a TFP distribution with batch
+        [..., *event] and event [].
+      mean: function of the decoder's output that returns E[x|z], [..., *event].
+      binary: whether training binarises the data.
+      bits_per_dim: whether to report bits per dimension as well, as is usual for 256 levels.
+      support: the values of x: "unit" for numbers in [0, 1] or bytes, which are divided by 255;
+        "real" for real numbers; "count" for 0, 1, 2, ...
     """
 
     parameters: int
@@ -56,20 +58,20 @@ class Likelihood:
     support: str = "unit"
 
     def predictive_mean(self, outputs: tf.Tensor, x: tf.Tensor):
-        """E[x'|x], [batch, *event], from the decoder's output for draws of q(z|x).
+        """Returns E[x'|x], [batch, *event], the mean over draws of q(z|x).
 
         Args:
-          outputs: [samples, batch, *event, parameters].
-          x: [batch, *event].
+          outputs: [samples, batch, *event, parameters], the decoder's output for the draws.
+          x: [batch, *event]; ignored.
         """
-        del x  # only a table's exposures matter
+        del x  # only `columns.TableLikelihood` needs x, for its exposures
         return tf.reduce_mean(self.mean(outputs), 0)
 
     def get_config(self):
-        """The fields, for `.keras` files.
+        """Returns the serialised fields, for `.keras` files.
 
         Raises:
-          UserError: a function is not registered with Keras, so that no file can name it.
+          UserError: a function is not registered with Keras, so that a file cannot refer to it.
         """
         for function in (self.distribution, self.mean):
             name = keras.saving.get_registered_name(function)
@@ -83,9 +85,9 @@ class Likelihood:
 
     @classmethod
     def from_config(cls, config):
-        """The likelihood that `get_config` described."""
+        """Returns the likelihood of a config that `get_config` returned."""
         values = {k: keras.saving.deserialize_keras_object(v) for k, v in config.items()}
-        if "unit" in values:  # of a file from before `support`
+        if "unit" in values:  # files of earlier versions have `unit` instead of `support`
             values["support"] = "unit" if values.pop("unit") else "real"
         return cls(**values)
 
@@ -105,13 +107,13 @@ def _normal(outputs):
 def _logistic(outputs):
     scale = (SCALE_FLOOR + tf.nn.softplus(outputs[..., 1])) * (LEVELS - 1.0)
     logistic = tfd.Logistic(tf.sigmoid(outputs[..., 0]) * (LEVELS - 1.0), scale)
-    # QuantizedDistribution rounds up; a shift by half a level makes it round to the nearest.
+    # QuantizedDistribution rounds up; a shift by half a level makes it round to the nearest level.
     centred = tfd.TransformedDistribution(logistic, tfb.Shift(-0.5))
     return _Levels(tfd.QuantizedDistribution(centred, low=0.0, high=LEVELS - 1.0))
 
 
 class _Levels:
-    """A distribution over the levels 0..255, for x in [0, 1]."""
+    """Distribution over the levels 0..255, scaled to x in [0, 1]."""
 
     def __init__(self, levels):
         self.levels = levels
@@ -131,7 +133,7 @@ def _gaussian(outputs):
 @_register
 def _student_t(outputs):
     scale = SCALE_FLOOR + tf.nn.softplus(outputs[..., 1])
-    degrees = 2.0 + tf.nn.softplus(outputs[..., 2])  # above 2 there is a variance
+    degrees = 2.0 + tf.nn.softplus(outputs[..., 2])  # above 2 the variance is finite
     return tfd.StudentT(degrees, outputs[..., 0], scale)
 
 
@@ -142,7 +144,7 @@ def _poisson(outputs):
 
 @_register
 def _negative_binomial(outputs):
-    """Of mean exp(outputs[..., 0]) =: m and variance m + m^2 exp(outputs[..., 1])."""
+    """Has mean m = exp(outputs[..., 0]) and variance m + m^2 exp(outputs[..., 1])."""
     log_failures = -outputs[..., 1]
     return tfd.NegativeBinomial(tf.exp(log_failures), logits=outputs[..., 0] - log_failures)
 
@@ -174,10 +176,10 @@ LIKELIHOODS = {
 
 
 def log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
-    """log p(x|z) in nats, summed over x's dimensions.
+    """Returns log p(x|z) in nats, summed over x's dimensions.
 
     Args:
-      likelihood: one of `LIKELIHOODS`.
+      likelihood: a `Likelihood` or a `columns.TableLikelihood`.
       outputs: [..., batch, *event, parameters], the decoder's output.
       x: [batch, *event].
     Returns:
@@ -192,11 +194,11 @@ def log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
 
 
 def pairwise_log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
-    """log p(x_i|z_j) in nats for every pair, [batch, points].
+    """Returns log p(x_i|z_j) in nats for every pair, [batch, points].
 
     Args:
-      likelihood: one of `LIKELIHOODS`.
-      outputs: [points, *event, parameters], the decoder's output.
+      likelihood: a `Likelihood` or a `columns.TableLikelihood`.
+      outputs: [points, *event, parameters], the decoder's output for each z_j.
       x: [batch, *event].
     """
     if likelihood.binary:  # linear in x: one matrix product instead of batch * points * event terms

@@ -1,7 +1,7 @@
 """The graphs that `fit` and `evaluate` call: several steps each, under any strategy and compiler.
 
-Keras's own reduce the logs over replicas, which fails for scalars with several workers, and loop in
-a way that fails for several replicas.
+They replace Keras's graphs for two reasons. Keras reduces the logs over replicas, which fails for
+scalars with several workers. And the loop in Keras's graphs fails with several replicas.
 """
 
 import inspect
@@ -13,12 +13,19 @@ import tensorflow as tf
 
 from avb_tf.optimizers import pieces, value
 
-Step = Callable[[Any], object]  # takes a batch, in a replica
+Step = Callable[[Any], object]  # takes a batch and is called in each replica
 Logs = dict[str, tf.Tensor]
 
 
 def of_stream(model, step: Step) -> Callable[[Any], Logs]:
-    """Function of an iterator over batches, `model.steps_per_execution` of them at a time."""
+    """Returns a function that takes an iterator over batches and runs several steps.
+
+    Each call runs `model.steps_per_execution` steps, or as many as the epoch has left.
+
+    Args:
+      model: a `training.Trained`.
+      step: the training step.
+    """
     on_replica = _on_replica(model, step)
 
     def run(iterator, count):
@@ -30,7 +37,14 @@ def of_stream(model, step: Step) -> Callable[[Any], Logs]:
 
 
 def of_resident(model, step: Step) -> Callable[[Any], Logs]:
-    """Function of an iterator over `model.resident.calls`, whose batches are on the device."""
+    """Returns a function that runs several steps on examples that stay on the device.
+
+    The function takes an iterator over `model.resident.calls`.
+
+    Args:
+      model: a `training.Trained` with `resident` examples.
+      step: the training step.
+    """
     strategy, read = model.distribute_strategy, model.resident.read
 
     def indexed(i, rows, indices):
@@ -59,14 +73,21 @@ def of_resident(model, step: Step) -> Callable[[Any], Logs]:
 
 
 def of_finite(model, step: Step) -> Callable[[Any], Logs]:
-    """As `of_stream`, for steps that change no weight; the data may end within a call."""
+    """Returns a function like that of `of_stream`, for steps that do not change weights.
+
+    The data may end within a call.
+
+    Args:
+      model: a `training.Trained`.
+      step: the test step.
+    """
     traced = step if model.run_eagerly else tf.function(step, autograph=False)
 
     def on_replica(batch):
         model.distribute_strategy.run(traced, (batch,))
 
     def run(iterator, count):
-        on_replica(next(iterator))  # where there is none left, Keras catches the error
+        on_replica(next(iterator))  # Keras catches the error at the end of the data
         for _ in tf.range(count - 1):
             batch = iterator.get_next_as_optional()
             if not batch.has_value():
@@ -78,17 +99,17 @@ def of_finite(model, step: Step) -> Callable[[Any], Logs]:
 
 
 class Calls:
-    """How many steps each call of a graph takes, so that an epoch has no more than it should."""
+    """Counter of the steps of each call of a graph, so that an epoch does not exceed its steps."""
 
     def __init__(self):
         self.begin(None)
 
     def begin(self, steps_per_epoch: int | None) -> None:
-        """From here on an epoch has so many steps; None where the data tell."""
+        """Sets the steps of each following epoch; None if the end of the data ends the epoch."""
         self.steps_per_epoch = self.left = steps_per_epoch
 
     def next(self, most: int) -> int:
-        """Steps of the next call, `most` unless the epoch ends before."""
+        """Returns the steps of the next call: `most`, or fewer if the epoch ends before."""
         if self.left is None:
             return most
         count = min(most, self.left)
@@ -101,19 +122,19 @@ def _called_with_count(model, run, calls: Calls):
         run = tf.function(run, reduce_retracing=True)
 
     def call(iterator):
-        if inspect.isgenerator(iterator):  # of `train_on_batch`
+        if inspect.isgenerator(iterator):  # `train_on_batch` passes a generator of one batch
             batch: Any = next(iterator)
             x, _, weights = batch
             iterator, count = _single(model, x, weights), 1
         else:
             count = calls.next(model.steps_per_execution)
-        return run(iterator, tf.constant(count))  # a tensor: another count is no other graph
+        return run(iterator, tf.constant(count))  # as a tensor, so that one graph serves all counts
 
     return call
 
 
 def _single(model, x, weights) -> Any:
-    """Iterator over the one batch, in shares of the replicas."""
+    """Returns an iterator over one batch, split into the replicas' shares."""
     tensors = (x,) if weights is None else (x, weights)
     batch = tf.data.Dataset.from_tensor_slices(tensors).batch(len(x))
     batch = batch.map(lambda x, *weights: (x, None, *weights))
@@ -130,15 +151,18 @@ def _on_replica(model, step):
 
 
 def _program(model, step, stride=1):
-    """`step(i, *data)` for i < count as one program of XLA, the model's state in few buffers.
+    """Compiles `step(i, *data)` for all i < count into one program of XLA.
 
-    A step of a small network on a GPU lasts as long as the starts of its kernels, most of which
-    would update a weight or take the norm of its gradient. So the state goes through the loop in
-    groups: all small weights of an optimizer as one vector, likewise their moments and averages.
-    The weights in a step are slices of these (`optimizers.Adam.apply_where`).
+    A step of a small network on a GPU takes as long as the launches of its kernels, and most
+    kernels would update one weight or take the norm of one gradient. The loop therefore carries the
+    model's state in few buffers: all small weights of an optimizer as one vector, and likewise
+    their moments and their averages. The weights in a step are slices of these vectors
+    (`optimizers.Adam.apply_where`).
 
     Args:
-      stride: divides `count`, which the program reads on the host once in so many steps.
+      model: a `training.Trained`.
+      step: takes the index of the step and the data.
+      stride: number of steps after which the host reads `count` again; it must divide `count`.
     """
     groups = model.state_groups()
 
@@ -150,7 +174,7 @@ def _program(model, step, stride=1):
     @tf.function(autograph=False, jit_compile=True)
     def program(count, *data):
         def several(i, state):
-            _, state = tf.while_loop(  # of known length, so that the host need not wait for it
+            _, state = tf.while_loop(  # its length is known, so the host need not wait for it
                 lambda j, _: j < stride,
                 lambda j, state: [j + 1, one(i + j, state, data)],
                 [tf.constant(0), state],
@@ -166,7 +190,7 @@ def _program(model, step, stride=1):
 
 
 def _values(groups, state) -> list[tuple[keras.Variable, tf.Tensor]]:
-    """The variables of all groups, with their values in `state`."""
+    """Returns pairs (variable, its value in `state`) for the variables of all groups."""
     return [
         pair
         for group, tensor in zip(groups, state, strict=True)

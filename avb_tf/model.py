@@ -1,7 +1,8 @@
 """The Keras model: one training step for every method.
 
-A method is an encoder, a contrast and an adversary (none where q's density is known). Primal means
-encoder and decoder, dual means the adversary, as in the paper's Algorithm 1.
+A method is an encoder, a contrast and an adversary; an encoder with a known density needs no
+adversary. As in the paper's Algorithm 1, "primal" refers to encoder and decoder, and "dual" to the
+adversary.
 """
 
 from collections.abc import Sequence
@@ -27,42 +28,48 @@ from avb_tf.training import Trained
 # Imported so that Keras has registered every class that a saved model may hold.
 __all__ = ["AVB", "auxiliary", "flows", "schedules"]
 
-# Streams of randomness within a step. Noises come in pairs; further dual steps go on from _TRAIN.
+# Streams of randomness within a step. `AVB.noises` takes two consecutive streams; further dual
+# steps take the pairs of streams after the pair of _TRAIN.
 _BINARISE, _TEST, _, _TRAIN = range(4)
+_MOMENT_DRAWS = 64  # fewest draws whose moments define a contrast
 _NOT_TAKEN = {"loss", "metrics", "weighted_metrics", "loss_weights"}  # arguments of `compile`
 
 
 @keras.saving.register_keras_serializable("avb_tf")
 class AVB(Restorable, Trained):
-    """A latent-variable model trained by Adversarial Variational Bayes, or as a VAE.
+    """Latent-variable model that is trained by Adversarial Variational Bayes or as a VAE.
 
-    Trains on x [batch, *event] in [0, 1], unless the likelihood is of other numbers; labels that
-    come with x are ignored. A binary likelihood binarises x anew at each step; x that is binary
-    already stays as it is.
+    The model trains on x [batch, *event] in [0, 1], or on the values of the likelihood's support.
+    Labels that come with x are ignored. With a binary likelihood, each step binarises x at random
+    again; x that is already binary does not change.
 
     Args:
       event_shape: shape of one example.
-      encoder: (x, noise) -> `Posterior`.
-      decoder: z [..., latent] -> likelihood parameters [..., *event, parameters].
-      adversary: (condition, z) -> T, or None where the encoder knows its density.
+      encoder: function of (x, noise) that returns a `Posterior`.
+      decoder: function of z [..., latent] that returns the likelihood's parameters
+        [..., *event, parameters].
+      adversary: function of (condition, z) that returns T, or None if the encoder gives the density
+        of q.
       likelihood: a name in `likelihoods.LIKELIHOODS`, a `Likelihood`, or the `Table` of the
-        rows x.
-      contrast: a name in `contrast.CONTRASTS`; an adaptive one goes through the encoder's flow.
-      condition: what the adversary reads beside z: "x", "posterior" for the encoder's own
+        columns if x are the rows of a table.
+      contrast: a name in `contrast.CONTRASTS`. "diagonal" and "full", the adaptive contrasts, pass
+        through the encoder's flow if it has one.
+      condition: the adversary's input besides z: "x", "posterior" for the encoder's own
         description of q(z|x) (`objectives.description`), or "none".
-      draws: z per x that are decoded in a primal step.
-      adversary_draws: z per x that the adversary sees, and in moments taken over draws; at least
-        those that are decoded.
-      adversary_steps: dual steps for each primal step, the last of them simultaneous with it.
-      kl_annealing_steps: steps over which the weight of the KL rises from 0 to 1.
-      ema_decay: averages the weights of encoder and decoder over about 1 / (1 - decay) steps, for
-        everything but training; 0 does without.
+      draws: z for each x that are decoded in a primal step.
+      adversary_draws: z for each x that the adversary reads and that moments are estimated from. If
+        it is below `draws`, `draws` are used.
+      adversary_steps: dual steps for each primal step; the last one is simultaneous with it.
+      kl_annealing_steps: steps in which the weight of the KL term rises from 0 to 1.
+      ema_decay: the weights of encoder and decoder are averaged over about 1 / (1 - decay) steps.
+        Everything but training uses the averages. 0 turns averaging off.
       skip_non_finite: whether to skip a step with a non-finite loss or gradient. `skipped`
-        counts these.
-      seed: of all noise drawn in training.
-      prior: p(z) is the standard normal; without one the likelihood is log p(x, z).
+        counts these steps.
+      seed: seed of all noise drawn in training.
+      prior: whether the model has the prior p(z), the standard normal. If not, the likelihood is
+        log p(x, z).
     Raises:
-      UserError: parts that do not fit each other.
+      UserError: the parts do not fit each other.
     """
 
     def __init__(
@@ -90,10 +97,10 @@ class AVB(Restorable, Trained):
                 f"Keras's dtype policy is '{policy}'; moments and densities are float32; expected "
                 "'float32', 'mixed_float16' or 'mixed_bfloat16' in keras.config.set_dtype_policy"
             )
-        super().__init__(autocast=False, **kwargs)  # the parts cast what they compute
+        super().__init__(autocast=False, **kwargs)  # the parts cast their own inputs
         self.event_shape = tuple(event_shape)
         parts.check_names(likelihood, contrast, condition)
-        # With a flow, an adaptive contrast has the moments of the base.
+        # An adaptive contrast has the moments of q before the flow, which the base encoder gives.
         contrasted = encoder.base if isinstance(encoder, flows.FlowEncoder) else encoder
         if contrasted.moments_from_draws:
             name, latent_dim = type(encoder).__name__, encoder.latent_dim
@@ -108,25 +115,26 @@ class AVB(Restorable, Trained):
         self.kl_annealing_steps = kl_annealing_steps
         self.ema_decay = ema_decay
         self.skip_non_finite = skip_non_finite
-        self.patience = 2**31 - 1  # skipped steps in a row that end training (`callbacks.guard`)
+        self.patience = 2**31 - 1  # skipped steps in a row before `callbacks.guard` intervenes
         self.seed = seed
         self.prior = contrasts.prior(encoder.latent_dim) if prior else None
         self.encoder, self.decoder, self.adversary = encoder, decoder, adversary
         self.averaged_encoder = _copy(encoder) if ema_decay else encoder
         self.averaged_decoder = _copy(decoder) if ema_decay else decoder
-        # Counts steps, not an optimizer's iterations: noise must go on where it stopped.
+        # Noise depends on this counter, so that a resumed run continues with the next step's noise.
+        # An optimizer's iterations leave out skipped steps and restart with a new optimizer.
         self.step = self._counter("step")
-        self.skipped = self._counter("skipped")  # steps whose loss or gradient was no number
-        self.skipped_in_a_row = self._counter("skipped_in_a_row")  # up to now
-        self.rollbacks = self._counter("rollbacks")  # to a checkpoint, with lower learning rates
+        self.skipped = self._counter("skipped")  # steps whose loss or gradient was not finite
+        self.skipped_in_a_row = self._counter("skipped_in_a_row")  # the latest consecutive ones
+        self.rollbacks = self._counter("rollbacks")  # returns to a checkpoint with lower rates
         names = ["elbo", "log_likelihood", "kl"]
         names += ["adversary_loss", "adversary_accuracy"] if adversary else []
         self.means = {name: keras.metrics.Mean(name=name) for name in names}
         self._create_weights()
 
     def _counter(self, name):
-        # TensorFlow keeps int32 variables in the host's memory, where a step that XLA compiles for
-        # a GPU cannot read them.
+        # The counters are int64, because TensorFlow keeps int32 variables in the host's memory, and
+        # a step that XLA compiles for a GPU cannot read them there.
         return self.add_weight(
             shape=(), dtype="int64", initializer="zeros", trainable=False, name=name,
             aggregation="only_first_replica",
@@ -134,7 +142,7 @@ class AVB(Restorable, Trained):
 
     def _create_weights(self):
         """Runs every part once to create all weights, and checks the shapes of the outputs."""
-        # A fitted posterior, without a prior, is that of a single x.
+        # A model without a prior is a fitted posterior, which has a single x.
         samples, batch = self.encoder.latent_dim + 1, 2 if self.prior is not None else 1
         x = tf.zeros([batch, *self.event_shape])
         noise = tf.zeros([samples, batch, self.encoder.noise_dim])
@@ -169,7 +177,7 @@ class AVB(Restorable, Trained):
         self.built = True
 
     def _averages(self):
-        """Pairs (weight, its running average)."""
+        """Returns pairs (weight, its running average)."""
         if not self.ema_decay:
             return []
         trained = self.encoder.weights + self.decoder.weights
@@ -183,14 +191,14 @@ class AVB(Restorable, Trained):
         return self.encoder.trainable_variables + self.decoder.trainable_variables
 
     def get_config(self):
-        """The constructor's arguments, and which layers are not to be trained."""
+        """Returns the constructor's arguments and the indices of the layers that are frozen."""
         layers = self._flatten_layers()
         frozen = [i for i, layer in enumerate(layers) if not layer.trainable]
         return {**super().get_config(), "frozen": frozen}
 
     @classmethod
     def from_config(cls, config):
-        """The model that `get_config` described."""
+        """Returns the model of a config that `get_config` returned."""
         frozen = set(config.get("frozen", ()))
         model = super().from_config({k: v for k, v in config.items() if k != "frozen"})
         for i, layer in enumerate(model._flatten_layers()):
@@ -202,11 +210,12 @@ class AVB(Restorable, Trained):
         """Configures training.
 
         Args:
-          optimizer: of encoder and decoder; Adam at 5e-4 unless given.
-          adversary_optimizer: of the adversary, which must keep ahead; Adam at 1.5e-3 unless given.
-          **kwargs: of `keras.Model.compile`, such as steps_per_execution.
+          optimizer: optimizer of encoder and decoder; by default Adam with learning rate 5e-4.
+          adversary_optimizer: optimizer of the adversary; by default Adam with learning rate
+            1.5e-3, which is higher because the adversary must keep ahead of the encoder.
+          **kwargs: arguments of `keras.Model.compile`, such as steps_per_execution.
         Raises:
-          UserError: a loss or metrics, which a model that is its own loss has no use for.
+          UserError: a loss or metrics are given; the model defines its own.
         """
         for name in _NOT_TAKEN & kwargs.keys():
             if kwargs[name] is not None:
@@ -215,26 +224,26 @@ class AVB(Restorable, Trained):
                     f"its terms; leave {name} out"
                 )
         super().compile(optimizer=optimizer or optimizers.Adam(5e-4), **kwargs)
-        # Built here, each over its own weights: Keras would build one over all of them.
+        # Each optimizer is built here for its own weights; Keras would build one for all of them.
         self.optimizer.build(self.primal_variables)
         self.adversary_optimizer = None
         if self.adversary is not None:
             optimizer = keras.optimizers.get(adversary_optimizer or optimizers.Adam(1.5e-3))
             scaled = keras.optimizers.LossScaleOptimizer
             if isinstance(self.optimizer, scaled) and not isinstance(optimizer, scaled):
-                optimizer = scaled(optimizer)  # as Keras scales the primal one in mixed_float16
+                optimizer = scaled(optimizer)  # Keras scales only the primal one in mixed_float16
             self.adversary_optimizer = optimizer
             self.adversary_optimizer.build(self.adversary.trainable_variables)
 
     def get_compile_config(self):
-        """Both optimizers, for `.keras` files; None of a model that is not compiled."""
+        """Returns both optimizers for `.keras` files, or None if the model is not compiled."""
         if not self.compiled:
             return None
         both = {"optimizer": self.optimizer, "adversary_optimizer": self.adversary_optimizer}
         return {k: keras.saving.serialize_keras_object(v) for k, v in both.items()}
 
     def compile_from_config(self, config: dict[str, Any]):
-        """Compiles as saved; the optimizers' state is loaded next."""
+        """Compiles the model with the saved optimizers; Keras loads their state afterwards."""
         self.compile(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
     # The bound.
@@ -242,21 +251,22 @@ class AVB(Restorable, Trained):
     def terms(
         self, x: np.ndarray | tf.Tensor, noise: np.ndarray | tf.Tensor, training: bool = False
     ) -> objectives.Terms:
-        """The terms of the bound, with the averaged networks unless in training.
+        """Returns the terms of the bound.
 
         Args:
           x: [batch, *event].
           noise: [samples, batch, noise_dim], standard normal.
-          training: whether to use the trained networks, as a training step does.
+          training: whether to use the trained networks, as a training step does, or the averaged
+            ones.
         """
         encoder, decoder = self._networks(training)
         posterior = encoder(x, noise, training=training)
         return self._terms(x, posterior, decoder, noise.shape[0])[0]
 
     def _terms(self, x, posterior: Posterior, decoder, draws, contrast_noise=None):
-        """Terms with `draws` of the posterior's z decoded, and T at z ~ r(z|x), [samples, batch].
+        """Returns the terms and T at z ~ r(z|x), [samples, batch]; the first `draws` z are decoded.
 
-        Both sides pass through the adversary in one product, its condition's branch once.
+        The z of q and of r pass through the adversary in one call, and the condition passes once.
         """
         q, r = contrasts.compare(posterior, self.contrast)
         t, t_contrast = self._t(x, q, r, contrast_noise)
@@ -267,7 +277,7 @@ class AVB(Restorable, Trained):
         return objectives.Terms(reconstruction, contrast_kl, t), t_contrast
 
     def _t(self, x, q: Posterior, r, contrast_noise=None) -> Any:
-        """T at the z of q and, where r is N(0, I), at `contrast_noise`."""
+        """Returns T at the z of q and, in coordinates where r is N(0, I), at `contrast_noise`."""
         if self.adversary is None:
             return objectives.exact_t(q, r), None
         features = self.adversary.features(self.condition_of(x, q, r))
@@ -282,19 +292,32 @@ class AVB(Restorable, Trained):
         return self.averaged_encoder, self.averaged_decoder
 
     def condition_of(self, x: np.ndarray | tf.Tensor, posterior: Posterior, r: Any):
-        """What the adversary reads beside z."""
+        """Returns the adversary's input besides z, [batch, ...].
+
+        Args:
+          x: [batch, *event].
+          posterior: q(z|x) in the coordinates where T compares it (`contrast.compare`).
+          r: the contrast, a Gaussian with batch [batch] and event [latent].
+        """
         if self.condition == "none":
-            return tf.zeros([tf.shape(x)[0], 1])  # the same for all
+            return tf.zeros([tf.shape(x)[0], 1])  # a constant
         return objectives.description(posterior, r) if self.condition == "posterior" else x
 
     def _noise(self, x, stream, dim):
-        """Standard normal, [samples, batch, dim]."""
+        """Draws standard normal noise, [samples, batch, dim], for this step and `stream`."""
         shape = [self.samples, tf.shape(x)[0], dim]
         seed = replicas.stream_seed(self.seed, self.step.value, stream)
         return replicas.rows(tf.random.stateless_normal, shape, seed, axis=1)
 
     def noises(self, x: np.ndarray | tf.Tensor, stream: int):
-        """The encoder's noise, and the whitened draws of the contrast."""
+        """Draws the encoder's noise and whitened draws of the contrast for this step.
+
+        Args:
+          x: [batch, *event].
+          stream: number of the first of two streams of randomness.
+        Returns:
+          (noise [samples, batch, noise_dim], draws [samples, batch, latent]).
+        """
         return (
             self._noise(x, stream, self.encoder.noise_dim),
             self._noise(x, stream + 1, self.encoder.latent_dim),
@@ -307,11 +330,14 @@ class AVB(Restorable, Trained):
             uniform = replicas.rows(
                 tf.random.stateless_uniform, tf.unstack(tf.shape(x)), seed, axis=0
             )
-            x = tf.where(uniform < x, 1.0, 0.0 * x)  # a nan stays one, or nobody would know of it
+            x = tf.where(uniform < x, 1.0, 0.0 * x)  # 0 * NaN stays NaN, so the step is skipped
         return x
 
     def _examples(self, x):
-        """x as float32 [batch, *event], bytes scaled to [0, 1]; checked where it has a value."""
+        """Returns x as float32 [batch, *event], with bytes scaled to [0, 1].
+
+        x is checked unless it is a symbolic tensor, which has no values.
+        """
         if not tf.is_symbolic_tensor(x):
             x = self.checked(x)
         return self._as_examples(x)
@@ -322,10 +348,10 @@ class AVB(Restorable, Trained):
     # Training.
 
     def train_step(self, data: Any):
-        """Algorithm 1: dual steps, the last of them together with the primal step.
+        """Runs Algorithm 1: dual steps, the last of them together with the primal step.
 
-        The encoder does not move before the primal step, so x passes through it once. What each
-        step does not share is its noise.
+        The encoder does not change before the primal step, so x passes through it only once. Each
+        dual step draws its own noise.
         """
         x, weights = self._inputs(data), _weights(data)
         dual = self.adversary.trainable_variables if self.adversary is not None else []
@@ -345,7 +371,8 @@ class AVB(Restorable, Trained):
             loss = self.optimizer.scale_loss(loss)
             if dual:
                 adversary_loss = self._adversary_loss(terms.t, t_contrast, weights)
-        # T counts as fixed in the first, z in the second: neither's gradient is of the other.
+        # The primal loss has no gradient for the adversary, and the dual loss none for the encoder:
+        # T is fixed in the first, and z in the second.
         gradients = self._gradients(tape, loss, self.primal_variables)
         dual_gradients = self._gradients(tape, adversary_loss, dual) if dual else []
         applied = self._all_finite(x, loss, *gradients, *dual_gradients)
@@ -356,7 +383,8 @@ class AVB(Restorable, Trained):
         self.step.assign_add(1)
         skipped = tf.cast(~applied, tf.int64)
         self.skipped.assign_add(skipped)
-        # As many as the guard's patience stay, or it would not see those that a call leaves behind.
+        # A good step does not reset a count that has reached the guard's patience, because the
+        # guard looks only after a call of several steps.
         row = self.skipped_in_a_row.value
         over = applied & (row < self.patience)
         self.skipped_in_a_row.assign(tf.where(over, tf.zeros_like(row), row + skipped))
@@ -366,7 +394,14 @@ class AVB(Restorable, Trained):
     def dual_step(
         self, x: np.ndarray | tf.Tensor, parameters: Any, stream: int, weights: Any = None
     ):
-        """One step of the adversary, for the encoder's `parameters` of x."""
+        """Runs one step of the adversary.
+
+        Args:
+          x: [batch, *event].
+          parameters: the result of `Encoder.parameters` for x.
+          stream: number of the first of two streams of randomness, for the noise.
+          weights: [batch], weights of the examples, or None.
+        """
         noise, contrast_noise = self.noises(x, stream)
         posterior = self.encoder.draw(parameters, noise, training=True)
         variables = self.adversary.trainable_variables
@@ -380,7 +415,7 @@ class AVB(Restorable, Trained):
         self._apply(self.adversary_optimizer, gradients, variables, applied)
 
     def _gradients(self, tape, loss, variables):
-        """Those of each variable or, in a compiled loop, of groups of them."""
+        """Returns the gradient of each variable or, in a compiled loop, of each group of them."""
         gradients = tape.gradient(loss, [v.value for v in variables])
         return optimizers.gathered(gradients) if self.loop_is_compiled else gradients
 
@@ -394,8 +429,8 @@ class AVB(Restorable, Trained):
     def loop_is_compiled(self) -> bool:
         """Whether a call of the training graph is one program of XLA (`loops`).
 
-        Its steps select results and do not branch: at a condition in a program for a GPU the host
-        waits for the device.
+        A skipped step in such a program selects the old values instead of branching, because at a
+        branch in a program for a GPU the host waits for the device.
         """
         own = all(
             type(optimizer) is optimizers.Adam
@@ -406,7 +441,7 @@ class AVB(Restorable, Trained):
         return bool(self.jit_compile) and own and single and not self.run_eagerly
 
     def state_groups(self) -> list[list[keras.Variable]]:
-        """All variables that a step may change; those of a group are updated together."""
+        """Returns all variables that a step may change, in groups that are updated together."""
         both = [o for o in (self.optimizer, self.adversary_optimizer) if o is not None]
         together = [variables for optimizer in both for variables in optimizer.states]
         together.append([average for _, average in self._averages()])
@@ -417,9 +452,10 @@ class AVB(Restorable, Trained):
         return groups + [[variable] for variable in rest.values()]
 
     def _all_finite(self, x, *tensors) -> Any:
-        """Whether a step may be applied: there is no inf and no nan in any replica's `tensors`.
+        """Returns whether a step may be applied: no replica's `tensors` hold an inf or a NaN.
 
-        x is among them, because a relu may turn a NaN into a number, unless values may be missing.
+        x is checked too, because a relu may turn a NaN into a number. It is not checked for a table
+        with missing values, where NaN is allowed.
         """
         tensors = tensors if self.table is not None and self.table.missing else (x, *tensors)
         return replicas.all_finite(*tensors) if self.skip_non_finite else tf.constant(True)
@@ -427,14 +463,14 @@ class AVB(Restorable, Trained):
     def _adversary_loss(self, t_posterior, t_contrast, weights) -> Any:
         losses = objectives.adversary_loss(t_posterior, t_contrast)
         loss = self._share() * objectives.mean(losses, weights)
-        return self.adversary_optimizer.scale_loss(loss)  # float16 has no small gradients
+        return self.adversary_optimizer.scale_loss(loss)  # small gradients underflow in float16
 
     def average(self, applied: tf.Tensor):
         """Moves the averaged weights towards the trained ones, unless the step was skipped."""
         if not self.ema_decay:
             return
         weights, averages = zip(*self._averages(), strict=True)
-        # A short memory at first, or the average would keep the initial weights for long.
+        # The decay is smaller at first; otherwise the average would keep the initial weights long.
         step = tf.cast(self.step.value, tf.float32)
         decay = tf.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
         if self.loop_is_compiled:
@@ -447,7 +483,7 @@ class AVB(Restorable, Trained):
             replicas.update(_move, weights, averages, tf.where(applied, decay, 1.0))
 
     def _share(self):
-        """Optimizers sum gradients over replicas, so each contributes its share of the mean."""
+        """Returns the factor of a replica's loss: optimizers sum gradients over the replicas."""
         return 1.0 / self.distribute_strategy.num_replicas_in_sync
 
     def _kl_weight(self):
@@ -464,13 +500,16 @@ class AVB(Restorable, Trained):
                 of_draws = getattr(objectives, name)(terms.t, t_contrast)
                 values[name] = tf.reduce_mean(of_draws, 0)
         for name, value in values.items():
-            # Of a step that is skipped no number is left.
+            # A skipped step does not count, and its values may be NaN.
             value = tf.where(applied, value, 0.0)
             weight = tf.ones_like(value) if weights is None else weights
             self.means[name].update_state(value, tf.where(applied, weight, 0.0))
 
     def test_step(self, data: Any):
-        """The bound, its terms and the adversary's state, by the averaged networks."""
+        """Computes the bound, its terms and the adversary's loss and accuracy.
+
+        It uses the averaged networks.
+        """
         x = self._inputs(data)
         noise, contrast_noise = self.noises(x, _TEST)
         posterior = self.averaged_encoder(x, noise)
@@ -479,24 +518,26 @@ class AVB(Restorable, Trained):
         return self.get_metrics_result()
 
     def get_metrics_result(self):
-        """The running means since the epoch began, NaN where no step counted; loss is -ELBO."""
+        """Returns the means since the epoch began, with loss = -ELBO; NaN if no step counted."""
         means = {
             name: tf.where(mean.count.value > 0, mean.result(), np.nan)
             for name, mean in self.means.items()
         }
         return {"loss": -means["elbo"], **means}
 
-    # Use. All by the averaged networks; the same seed gives the same draws.
+    # Use. All methods use the averaged networks; the same seed gives the same draws.
 
     def call(self, x: np.ndarray | tf.Tensor):
-        """Reconstructions of x, [batch, *event]; `predict` calls this."""
+        """Returns reconstructions of x, [batch, *event]; `predict` calls this."""
         return self.reconstruct(x)
 
     def posterior(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0) -> Posterior:
-        """Draws of q(z|x) with its moments and, if known, its density.
+        """Draws from q(z|x) and returns its moments and, if known, its density.
+
+        If the encoder's `moments_from_draws` is True, the moments are estimated from these draws.
 
         Args:
-          x: [batch, *event] in [0, 1].
+          x: [batch, *event] in [0, 1], or in the likelihood's support.
           samples: draws for each x.
           seed: the same seed gives the same draws.
         """
@@ -508,46 +549,54 @@ class AVB(Restorable, Trained):
         return self.averaged_encoder(x, noise)
 
     def encode(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
-        """z ~ q(z|x), [samples, batch, latent].
+        """Draws z ~ q(z|x), [samples, batch, latent].
 
         Args:
-          x: [batch, *event] in [0, 1].
+          x: [batch, *event] in [0, 1], or in the likelihood's support.
           samples: draws for each x.
           seed: the same seed gives the same draws.
         """
         return self.posterior(x, samples, seed).z
 
     def log_ratios(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
-        """T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch]; needs an adversary.
+        """Returns T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch].
+
+        The second is None if the model has no adversary.
 
         Args:
-          x: [batch, *event] in [0, 1].
+          x: [batch, *event] in [0, 1], or in the likelihood's support.
           samples: draws for each x.
           seed: the same seed gives the same draws.
         """
-        posterior = self.posterior(x, samples, seed)
+        # An adaptive contrast may take its moments from these draws.
+        count = max(samples, _MOMENT_DRAWS) if self.encoder.moments_from_draws else samples
+        posterior = self.posterior(x, count, seed)
         noise = tf.random.stateless_normal(tf.shape(posterior.z), [seed, 2])
         q, r = contrasts.compare(posterior, self.contrast)
-        return self._t(self._examples(x), q, r, noise)
+        t, t_contrast = self._t(self._examples(x), q, r, noise)
+        return t[:samples], None if t_contrast is None else t_contrast[:samples]
 
     def decode(self, z: np.ndarray | tf.Tensor):
-        """E[x|z] for z [..., latent], [..., *event]; of a category the likeliest code."""
+        """Returns E[x|z], [..., *event], for z [..., latent]; for a category its likeliest code."""
         return self.likelihood.mean(self.averaged_decoder(tf.convert_to_tensor(z, tf.float32)))
 
     def sample(self, count: int, seed: int | None = None):
-        """E[x|z] for `count` draws of z from the prior, [count, *event].
+        """Draws z from the prior and returns E[x|z], [count, *event].
 
-        A seed gives the same draws at every call; without one every call draws anew.
+        Args:
+          count: number of draws.
+          seed: the same seed gives the same draws; None gives different draws at each call.
         """
         seed = int(np.random.SeedSequence().generate_state(1)[0] >> 1) if seed is None else seed
         shape = [count, self.encoder.latent_dim]
         return self.decode(tf.random.stateless_normal(shape, [seed, 1]))
 
     def reconstruct(self, x: Any, seed: int = 0, samples: int = 1) -> Any:
-        """E[x'|z] at z ~ q(z|x), the mean over `samples` draws of z: [batch, *event].
+        """Returns E[x'|z] averaged over draws z ~ q(z|x), [batch, *event].
 
-        Where x is missing (NaN in a table that allows it) these are imputed values. A data frame
-        gives a data frame, so `frame.fillna(model.reconstruct(frame, samples=100))` fills it.
+        Where a value of x is missing (NaN in a table that allows it), the result is an imputed
+        value. A data frame gives a data frame, so
+        `frame.fillna(model.reconstruct(frame, samples=100))` fills it.
 
         Args:
           x: [batch, *event], or a pandas data frame with the table's columns.
@@ -567,21 +616,22 @@ class AVB(Restorable, Trained):
         leapfrog_steps: int = 10,
         verbose: bool = True,
     ) -> LogLikelihood:
-        """log p(x) of each example in nats, by annealed importance sampling.
+        """Estimates log p(x) of each example in nats by annealed importance sampling.
 
             log_p = model.log_likelihood(x_test)
             print(log_p)  # the mean, its standard error and diagnostics
             log_p.values  # [examples]
 
-        The adversary has no part in it. In expectation each value is a lower bound, which more
-        temperatures tighten. The same x give the same values. Of a table it is the log density of
-        the values that are there, in the user's units.
+        The estimate does not use the adversary. In expectation each value is a lower bound, which
+        more temperatures tighten. The same x give the same values. For a table, the value is the
+        log density of the values that are not missing, in the user's units.
 
         Args:
-          x: [examples, *event], binary where the likelihood is; or a data frame.
-          temperatures: from the start of the chains, a Gaussian near q(z|x), to p(x, z).
-          chains: for each example.
-          leapfrog_steps: of Hamiltonian Monte Carlo at each temperature.
+          x: [examples, *event], binary if the likelihood is; or a data frame.
+          temperatures: number of temperatures on the path from the start of the chains, a
+            Gaussian near q(z|x), to p(x, z).
+          chains: chains for each example.
+          leapfrog_steps: leapfrog steps of Hamiltonian Monte Carlo at each temperature.
           verbose: whether to show a progress bar.
         Raises:
           UserError: x does not fit the model, or a size is below 1.
@@ -594,15 +644,20 @@ class AVB(Restorable, Trained):
         x = self._examples(x)
         if self.likelihood.binary and not np.isin(x, (0.0, 1.0)).all():
             raise UserError(
-                "x has values between 0 and 1, and the model is of binary x; expected 0 and 1; "
-                "round x, or draw it: numpy.random.random(x.shape) < x, as float32"
+                "x has values between 0 and 1, but the likelihood is binary; expected 0 and 1; "
+                "round x, or sample it: numpy.random.random(x.shape) < x, as float32"
             )
         return annealing.log_likelihood(self, x, **sizes, verbose=verbose)
 
     def export(self, directory: str | Path, **settings: Any):
-        """Writes `<directory>/<version>/` for TensorFlow Serving, in place of Keras's one endpoint.
+        """Exports the model to `<directory>/<version>/` for TensorFlow Serving.
 
-        The settings are those of `serving.writing.export`. Needs the extra [serving].
+        It replaces the method of Keras, whose exports have a single endpoint. The extra [serving]
+        is needed.
+
+        Args:
+          directory: the directory of all versions.
+          **settings: arguments of `serving.writing.export`.
         """
         from avb_tf.serving import writing
 
@@ -610,7 +665,7 @@ class AVB(Restorable, Trained):
 
 
 def _weights(data):
-    """The weights of the examples that Keras passes as `data`, float32 [batch], or None."""
+    """Returns the weights of the examples in Keras's `data`, float32 [batch], or None."""
     weights = keras.utils.unpack_x_y_sample_weight(data)[2]
     return None if weights is None else tf.cast(weights, tf.float32)
 
@@ -626,7 +681,7 @@ def _move(strategy, weights, averages, decay):
 
 
 def _copy(network):
-    """The same architecture with its own weights, none of them trainable."""
+    """Returns a network of the same architecture with its own weights, none of them trainable."""
     copy = type(network).from_config(network.get_config())
     copy.trainable = False
     return copy

@@ -1,4 +1,4 @@
-"""The model card beside a checkpoint or an export: what the model is, how good, how to use it."""
+"""The model card next to a checkpoint or an export: the model, its metrics and its use."""
 
 import importlib.metadata
 import json
@@ -14,12 +14,17 @@ _PACKAGES = ("tensorflow", "keras", "tensorflow-probability", "numpy")
 
 
 def packages() -> dict[str, str]:
-    """The versions of this package and of those that it computes with."""
+    """Returns the versions of this package and of the packages that it computes with."""
     return {"avb_tf": __version__} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def facts(model: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The first table of an `AVB`'s card; method, data and likelihood are the config's."""
+    """Returns the first table of an `AVB`'s card, label -> value.
+
+    Args:
+      model: an `AVB`.
+      config: the run's config, which adds the method, the data and the likelihood; or None.
+    """
     kind = {}
     if config:
         kind = {
@@ -34,7 +39,7 @@ def facts(model: Any, config: Mapping[str, Any] | None = None) -> dict[str, Any]
     return kind | {
         "x": f"{shape} {of.get(model.likelihood.support, f'of {described}')}",
         "latent dimensions": model.encoder.latent_dim,
-        "adversary": "none: the posterior's density is known" if model.adversary is None else "yes",
+        "adversary": "no" if model.adversary is None else "yes",
         "training steps": int(model.step.numpy()),
     }
 
@@ -46,14 +51,14 @@ def text(
     config: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> str:
-    """A model card in Markdown, with the front matter that model hubs read.
+    """Returns a model card in Markdown, with the front matter that model hubs read.
 
     Args:
-      name: of the model.
-      facts: label -> value, the first table.
+      name: name of the model.
+      facts: label -> value, for the first table.
       usage: Python code that loads and calls the model.
-      config: as `configuration.resolve` gives it.
-      results: as in `results.json`.
+      config: the config as `configuration.resolve` returns it, or None.
+      results: the content of `results.json`, or None.
     """
     versions = {"Python": platform.python_version()} | packages()
     parts = [

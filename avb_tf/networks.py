@@ -1,10 +1,10 @@
 """Keras networks that do not depend on the method: trunks, decoders and adversaries.
 
-Decoders and adversaries take any number of leading dimensions, so that several noise draws per
-example cost one larger product. Images are `[..., height, width, channels]` of any size.
+Decoders and adversaries take several z for each example in one call, so that all draws pass through
+a layer in one larger matrix product. Images are `[..., height, width, channels]` of any size.
 
 Outputs are float32. Inner layers compute in Keras's global dtype policy, so that under
-`mixed_bfloat16` the large products are in bfloat16 while moments and densities are not.
+`mixed_bfloat16` the large products are in bfloat16 while moments and densities are in float32.
 """
 
 import abc
@@ -22,7 +22,7 @@ _register = keras.saving.register_keras_serializable("avb_tf")
 
 
 class Restorable:
-    """A Keras object that is restored from its constructor's arguments.
+    """Mixin for Keras objects that are restored from their constructor's arguments.
 
     The arguments may be other Keras objects.
     """
@@ -34,45 +34,56 @@ class Restorable:
         instance = super().__new__(cls, *args, **kwargs)
         bound = inspect.signature(cls.__init__).bind(instance, *args, **kwargs).arguments
         _, *arguments = (bound | bound.pop("kwargs", {})).items()
-        vars(instance)["_arguments"] = dict(arguments)  # past Keras's tracking of attributes
+        vars(instance)["_arguments"] = dict(arguments)  # bypasses Keras's tracking
         return instance
 
     def get_config(self):
-        """The constructor's arguments, serialised."""
+        """Returns the serialised arguments of the constructor."""
         return {k: keras.saving.serialize_keras_object(v) for k, v in self._arguments.items()}
 
     def get_build_config(self):
-        """None: the model that holds the object builds it by running it."""
+        """Returns None, because the model that holds the object builds it by calling it."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]):
-        """A new object from the config that `get_config` returned."""
+        """Returns a new object from a config that `get_config` returned."""
         return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
 
 def float32_dense(units: int, **kwargs) -> keras.layers.Dense:
-    """A dense layer whose outputs are float32 under every dtype policy."""
+    """Returns a dense layer with float32 outputs under every dtype policy.
+
+    Args:
+      units: number of outputs.
+      **kwargs: arguments of `keras.layers.Dense`.
+    """
     return keras.layers.Dense(units, dtype="float32", **kwargs)
 
 
 @_register
 class DenseStack(Restorable, keras.layers.Layer):
-    """Dense layers of equal width on the last axis: [..., inputs] -> [..., width]."""
+    """Dense layers of equal width on the last axis: [..., inputs] -> [..., width].
+
+    Args:
+      width: units of each layer.
+      depth: number of layers; 0 returns the inputs.
+      activation: of every layer, a Keras name.
+    """
 
     def __init__(self, width: int, depth: int, activation: str = "relu", **kwargs):
         super().__init__(**kwargs)
         self.hidden = [keras.layers.Dense(width, activation=activation) for _ in range(depth)]
 
     def call(self, inputs: tf.Tensor):
-        """[..., inputs] -> [..., width]."""
-        hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # bias and activation fuse at rank 2
+        """Maps inputs [..., inputs] to features [..., width]."""
+        hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # at rank 2 bias and activation fuse
         for layer in self.hidden:
             hidden = layer(hidden)
         return _unflatten(hidden, tf.shape(inputs)[:-1], hidden.shape[-1:])
 
 
 def _centred(x, support):
-    """x as a trunk's first layer reads it: around 0, counts on a log scale."""
+    """Returns x as a trunk's first layer reads it: x in [0, 1] centred, counts as log(1 + x)."""
     return {"unit": lambda: 2.0 * x - 1.0, "count": lambda: tf.math.log1p(x)}.get(
         support, lambda: x
     )()
@@ -89,7 +100,7 @@ class DenseTrunk(Restorable, keras.layers.Layer):
       width: units of each layer.
       depth: number of layers; 0 returns x, flattened and centred.
       activation: of every layer, a Keras name.
-      support: what x is, as of a `Likelihood`: "unit" in [0, 1], "real" or "count".
+      support: the values of x, as in `Likelihood`: "unit" for [0, 1], "real" or "count".
     """
 
     def __init__(
@@ -101,7 +112,7 @@ class DenseTrunk(Restorable, keras.layers.Layer):
         self.stack = DenseStack(width, depth, activation)
 
     def call(self, x: tf.Tensor):
-        """[batch, *event] -> [batch, width]."""
+        """Maps x [batch, *event] to features [batch, width]."""
         return self.stack(_centred(self.flatten(x), self.support))
 
 
@@ -114,12 +125,12 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         trunk(x)  # [batch, 256]
 
     Args:
-      filters: of each convolution, from the image inwards.
-      features: units of a last dense layer; 0 returns the flattened convolutions.
-      strides: of each convolution; 2 each by default.
+      filters: number of filters of each convolution, from the image inwards.
+      features: units of a last dense layer; 0 returns the flattened outputs of the convolutions.
+      strides: stride of each convolution; 2 each by default.
       activation: of every layer, a Keras name.
       batch_norm: whether all convolutions but the last are followed by `BatchNorm`.
-      support: what x is, as of a `Likelihood`: "unit" in [0, 1], "real" or "count".
+      support: the values of x, as in `Likelihood`: "unit" for [0, 1], "real" or "count".
     """
 
     def __init__(
@@ -147,7 +158,7 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         self.dense = keras.layers.Dense(features, activation=activation) if features else None
 
     def call(self, x: tf.Tensor, training: bool = False):
-        """[batch, height, width, channels] -> [batch, features]."""
+        """Maps images [batch, height, width, channels] to features [batch, features]."""
         hidden = _centred(x, self.support)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             hidden = self.activation(norm(convolution(hidden), training=training))
@@ -156,18 +167,18 @@ class ConvTrunk(Restorable, keras.layers.Layer):
 
 
 class BatchNorm(keras.layers.Layer):
-    """Batch normalisation over all axes but the last (Ioffe and Szegedy, 2015), on any replicas.
+    """Batch normalisation over all axes but the last (Ioffe and Szegedy, 2015), across replicas.
 
     Training normalises by the moments of the whole batch over all replicas, so that a run does not
     depend on their number. All other uses normalise by running averages, so that an example's
-    features do not depend on its batch. Keras's layer is not used because a batch with a NaN would
-    make its running averages NaN for good, where training only skips the step.
+    features do not depend on its batch. Keras's layer is not used, because after a batch with a NaN
+    its running averages would stay NaN, although training skips the step.
     """
 
     MOMENTUM, EPSILON = 0.999, 1e-3
 
     def build(self, input_shape: Any):
-        """Creates gain, offset and running averages, [channels] each."""
+        """Creates the gain, the offset and the running averages, [channels] each."""
         shape = input_shape[-1:]
 
         def weight(name, initializer, **kwargs):
@@ -181,7 +192,7 @@ class BatchNorm(keras.layers.Layer):
         self.variance = weight("variance", "ones", **running)
 
     def call(self, inputs: tf.Tensor, training: bool = False):
-        """[..., channels] -> [..., channels]."""
+        """Normalises inputs [..., channels]."""
         mean, variance = self.mean.value, self.variance.value
         if training:
             mean, variance = self._batch_moments(tf.cast(inputs, tf.float32))
@@ -208,14 +219,14 @@ class BatchNorm(keras.layers.Layer):
 class ResidualTrunk(Restorable, keras.layers.Layer):
     """Features of x by residual blocks on another trunk: [batch, *event] -> [batch, width].
 
-    A linear layer maps the other trunk's features to `width`. Each block adds a dense relu layer
-    and a linear one of the layer-normalised features; it starts as the identity. A relu ends the
-    trunk.
+    A linear layer maps the other trunk's features to `width`. Each block applies layer
+    normalisation, a dense relu layer and a linear layer, and adds the result to its input; it
+    starts as the identity. A relu ends the trunk.
 
     Args:
       trunk: layer from x to features.
-      width: of the blocks.
-      blocks: their number.
+      width: units of each layer in the blocks.
+      blocks: number of blocks.
     Source: He et al. (2016).
     """
 
@@ -229,7 +240,7 @@ class ResidualTrunk(Restorable, keras.layers.Layer):
         self.changes = [dense(width, kernel_initializer="zeros") for _ in range(blocks)]
 
     def call(self, x: tf.Tensor, training: bool = False):
-        """[batch, *event] -> [batch, width]."""
+        """Maps x [batch, *event] to features [batch, width]."""
         features = self.first(self.trunk(x, training=training))
         for norm, hidden, change in zip(self.norms, self.hidden, self.changes, strict=True):
             features += change(hidden(norm(features)))
@@ -242,7 +253,7 @@ class DenseDecoder(Restorable, keras.Model):
 
     Args:
       event_shape: shape of one x.
-      parameters: numbers for each dimension of x, as the likelihood needs.
+      parameters: numbers for each dimension of x, as many as the likelihood needs.
       width: units of each hidden layer.
       depth: number of hidden layers.
       activation: of the hidden layers, a Keras name.
@@ -263,7 +274,7 @@ class DenseDecoder(Restorable, keras.Model):
         self.head = float32_dense(math.prod(self.output_event))
 
     def call(self, z: tf.Tensor):
-        """[..., latent] -> [..., *event, parameters]."""
+        """Maps z [..., latent] to likelihood parameters [..., *event, parameters]."""
         return _unflatten(self.head(self.stack(z)), tf.shape(z)[:-1], self.output_event)
 
 
@@ -272,8 +283,15 @@ class ConvDecoder(Restorable, keras.Model):
     """Likelihood parameters of an image by transposed 5x5 convolutions: [..., latent] ->
     [..., height, width, channels, parameters].
 
-    The decoder mirrors the `ConvTrunk` with the same `filters` and `strides`. A size that the
-    strides do not divide is cropped from the next larger one.
+    The decoder mirrors the `ConvTrunk` with the same `filters` and `strides`. If the strides do not
+    divide an image's height or width, the output is cropped from the next larger size.
+
+    Args:
+      event_shape: (height, width, channels) of one image.
+      parameters: numbers for each dimension of x, as many as the likelihood needs.
+      filters: number of filters of each convolution, from the image inwards.
+      strides: stride of each convolution; 2 each by default.
+      activation: of all layers but the last, a Keras name.
     """
 
     def __init__(
@@ -302,7 +320,7 @@ class ConvDecoder(Restorable, keras.Model):
         )
 
     def call(self, z: tf.Tensor):
-        """[..., latent] -> [..., height, width, channels, parameters]."""
+        """Maps z [..., latent] to parameters [..., height, width, channels, parameters]."""
         flat = tf.reshape(z, [-1, z.shape[-1]])
         hidden = tf.reshape(self.dense(flat), [-1, *self.start])
         for layer in self.convolutions:
@@ -316,9 +334,9 @@ class ConvDecoder(Restorable, keras.Model):
 class Adversary(Restorable, keras.Model):
     """Base class of T(x, z), the logit that learns log q(z|x) - log r(z|x) (paper, Section 3.1).
 
-    Subclass it for an adversary of your own and implement `features` and `logits`. The condition
+    To write your own adversary, subclass it and implement `features` and `logits`. The condition
     is x, or q's description (`objectives.description`). It passes through `features` once for the
-    draws of both q and r. z is whitened by the contrast.
+    draws of both q and r. z comes whitened by the contrast.
 
         @keras.saving.register_keras_serializable("example")  # so that a saved model can be loaded
         class QuadraticAdversary(avb_tf.networks.Adversary):
@@ -347,26 +365,37 @@ class Adversary(Restorable, keras.Model):
 
     @abc.abstractmethod
     def features(self, condition: tf.Tensor):
-        """What `logits` needs of the condition [batch, ...], one row per example."""
+        """Computes from the condition [batch, ...] what `logits` needs, one row per example."""
 
     @abc.abstractmethod
     def logits(self, features: Any, z: tf.Tensor):
-        """T: features, z [samples, batch, latent] -> [samples, batch]."""
+        """Computes T, [samples, batch].
+
+        Args:
+          features: the result of `features`.
+          z: [samples, batch, latent], whitened.
+        """
 
     def call(self, condition: tf.Tensor, z: tf.Tensor):
-        """T: [batch, ...], [samples, batch, latent] -> [samples, batch]."""
+        """Computes T, [samples, batch].
+
+        Args:
+          condition: [batch, ...].
+          z: [samples, batch, latent], whitened.
+        """
         return self.logits(self.features(condition), z)
 
 
 @_register
 class ResidualAdversary(Adversary):
-    """Residual blocks on z with the condition's features added; T = 0 at the start.
+    """Adversary of residual blocks on z with the condition's features added; T starts at 0.
 
-    z enters with its squares, so that a difference in scale between q and r is linear in the input.
+    z enters together with its squares, so that a difference in scale between q and r is linear in
+    the input.
 
     Args:
       trunk: layer from the condition [batch, ...] to features.
-      width: of the blocks.
+      width: units of each block.
       depth: number of blocks.
     """
 
@@ -379,11 +408,11 @@ class ResidualAdversary(Adversary):
         self.head = float32_dense(1, kernel_initializer="zeros")
 
     def features(self, condition: tf.Tensor):
-        """[batch, ...] -> [batch, width]."""
+        """Maps the condition [batch, ...] to features [batch, width]."""
         return self.from_features(self.trunk(condition))
 
     def logits(self, features: Any, z: tf.Tensor):
-        """[batch, width], [samples, batch, latent] -> [samples, batch]."""
+        """Computes T [samples, batch] for features [batch, width], z [samples, batch, latent]."""
         hidden = self.from_z(tf.concat([z, z**2], -1)) + features
         for block in self.blocks:
             hidden += block(tf.nn.silu(hidden))
@@ -392,18 +421,18 @@ class ResidualAdversary(Adversary):
 
 @_register
 class ConcatenatingAdversary(Adversary):
-    """Dense layers on the condition's features and z side by side.
+    """Adversary of dense layers on the concatenation of the condition's features and z.
 
     Args:
       trunk: layer from the condition [batch, ...] to features.
-      width: of the layers.
+      width: units of each layer.
       depth: number of layers.
     """
 
     def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs):
         super().__init__(**kwargs)
         self.trunk = trunk
-        # A dense layer on [features, z] is the sum of one on each. The part of the features is the
+        # A dense layer on [features, z] is the sum of a layer on each. The sum's first part is the
         # same for all samples, so it is computed once.
         self.from_features = keras.layers.Dense(width)
         self.from_z = keras.layers.Dense(width, use_bias=False)
@@ -411,19 +440,24 @@ class ConcatenatingAdversary(Adversary):
         self.head = float32_dense(1)
 
     def features(self, condition: tf.Tensor):
-        """[batch, ...] -> [batch, width]."""
+        """Maps the condition [batch, ...] to features [batch, width]."""
         return self.from_features(self.trunk(condition))
 
     def logits(self, features: Any, z: tf.Tensor):
-        """[batch, width], [samples, batch, latent] -> [samples, batch]."""
+        """Computes T [samples, batch] for features [batch, width], z [samples, batch, latent]."""
         return self.head(self.stack(tf.nn.relu(features + self.from_z(z))))[..., 0]
 
 
 class WideDense(keras.layers.Layer):
-    """A dense layer with far more weights than rows: [rows, inputs] -> [rows, units].
+    """Dense layer for far more weights than rows: [rows, inputs] -> [rows, units].
 
     The kernel is the left factor in the forward and the backward pass. On a CPU the gradient of
-    x @ W, a product with W^T on the right, runs at half the speed.
+    x @ W, which is a product with W^T on the right, runs at half the speed.
+
+    Args:
+      units: number of outputs.
+      use_bias: whether to add a bias.
+      kernel_initializer: a Keras initializer or its name.
     """
 
     def __init__(
@@ -448,24 +482,24 @@ class WideDense(keras.layers.Layer):
             self.bias = self.add_weight(shape=(self.units,), initializer="zeros", name="bias")
 
     def call(self, inputs: tf.Tensor):
-        """[rows, inputs] -> [rows, units]."""
+        """Maps inputs [rows, inputs] to outputs [rows, units]."""
         return tf.transpose(tf.matmul(self.kernel, inputs, transpose_b=True)) + self.bias
 
 
 def tiny_normal() -> keras.initializers.Initializer:
-    """The authors' initialiser for z0, theta and t: outputs start near 0."""
+    """Returns the authors' initializer for z0, theta and t, with which outputs start near 0."""
     return keras.initializers.TruncatedNormal(stddev=1e-5)
 
 
 @_register
 class FourTrunkAdversary(Adversary):
-    """T = <theta(x), s(z)> + t(x) + t(z) + |z|^2 / 2, each function a network of its own.
+    """Adversary T = <theta(x), s(z)> + t(x) + t(z) + |z|^2 / 2 of four separate networks.
 
         adversary = FourTrunkAdversary(width=1024, depth=3, products=8192)  # as published
         adversary(x, z)  # x [batch, *event], z [samples, batch, latent] -> [samples, batch]
 
     The last layer of s is linear, s(z) = W h(z) + b, so the product is <W^T theta(x), h(z)> +
-    <theta(x), b>. W, the largest weight, then multiplies each x once in place of every z.
+    <theta(x), b>. W, the largest weight, is then applied once to each x instead of to each z.
 
     Args:
       width: units of each hidden layer.
@@ -486,21 +520,28 @@ class FourTrunkAdversary(Adversary):
         self.t_x, self.t_z = (float32_dense(1, kernel_initializer=tiny_normal()) for _ in range(2))
 
     def features(self, condition: tf.Tensor):
-        """[batch, ...] -> W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
+        """Returns W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
         x = self.flatten(condition)
         theta = tf.nn.elu(self.theta(self.theta_stack(x)))
         return self.s(theta), self.s_bias(theta) + self.t_x(self.t_x_stack(x))
 
     def logits(self, features: Any, z: tf.Tensor):
-        """The pair of `features`, z [samples, batch, latent] -> [samples, batch]."""
+        """Computes T [samples, batch] for the pair of `features`, z [samples, batch, latent]."""
         return _factorised_t(features, self.s_stack(z), self.t_z(self.t_z_stack(z)), z)
 
 
 @_register
 class FactorisedAdversary(Adversary):
-    """`FourTrunkAdversary` with one trunk for theta(x) and t(x) and one for s(z) and t(z).
+    """Adversary like `FourTrunkAdversary`, with only two trunks: one of x and one of z.
 
-    No method makes it. It reads `.keras` files that earlier versions wrote for `avb_ac_paper`.
+    theta(x) and t(x) share one trunk, s(z) and t(z) the other. No method uses this class. It exists
+    to load `.keras` files that earlier versions wrote for `avb_ac_paper`.
+
+    Args:
+      trunk: layer from the condition [batch, ...] to features.
+      width: units of each hidden layer of the trunk of z.
+      depth: number of these layers.
+      products: length of theta(x) and s(z).
     """
 
     def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, products: int, **kwargs):
@@ -512,21 +553,22 @@ class FactorisedAdversary(Adversary):
         self.s_bias = float32_dense(1, use_bias=False, kernel_initializer="zeros")  # b
 
     def features(self, condition: tf.Tensor):
-        """[batch, ...] -> W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
+        """Returns W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
         hidden = self.trunk(condition)
         theta = self.theta(hidden)
         return self.s(theta), self.s_bias(theta) + self.t_features(hidden)
 
     def logits(self, features: Any, z: tf.Tensor):
-        """The pair of `features`, z [samples, batch, latent] -> [samples, batch]."""
+        """Computes T [samples, batch] for the pair of `features`, z [samples, batch, latent]."""
         hidden = self.stack(z)
         return _factorised_t(features, hidden, self.t_z(hidden), z)
 
 
 def _factorised_t(features, h, t_z, z):
-    """<slope, h(z)> + offset + t(z) + |z|^2 / 2, [samples, batch]."""
+    """Returns <slope, h(z)> + offset + t(z) + |z|^2 / 2, [samples, batch]."""
     slope, offset = features
-    slope, h = (tf.cast(v, tf.float32) for v in (slope, h))  # a sum over thousands of terms
+    # The sum has many terms, so it is computed in float32.
+    slope, h = (tf.cast(v, tf.float32) for v in (slope, h))
     product = tf.einsum("bw,sbw->sb", slope, h)
     return product + (offset + t_z)[..., 0] + 0.5 * tf.reduce_sum(z**2, -1)
 

@@ -1,25 +1,46 @@
-"""Adam as training uses it: one pass over each weight, clipped after replicas have been summed."""
+"""Adam with one pass over each weight, and with gradients clipped after the sum over replicas."""
 
 from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
-LARGE = 2**20  # elements of a weight that is updated by itself
+from avb_tf.errors import UserError
+
+_UNSUPPORTED = (
+    "amsgrad", "weight_decay", "clipnorm", "clipvalue", "use_ema", "gradient_accumulation_steps",
+)  # fmt: skip
+LARGE = 2**20  # a weight with at least this many elements is updated by itself
 
 
 @keras.saving.register_keras_serializable("avb_tf")
 class Adam(keras.optimizers.Adam):
-    """Keras's Adam, its update fused into one op per weight, or into one for all of them.
+    """Keras's Adam with its update fused into one op per weight, or into one for all small weights.
 
-    Keras writes an update as a dozen ops, each a pass over the weight: for the authors' adversary
-    of 27 million weights they cost more than its products. With `global_clipnorm`, Keras clips
-    each replica's share; here the sum over replicas is clipped, so that a run does not depend on
-    how many there are. Dense gradients only.
+    Keras writes an update as a dozen ops, each of which passes over the weight. For the authors'
+    adversary of 27 million weights, these passes cost more than its matrix products. With
+    `global_clipnorm`, Keras clips each replica's share; here the sum over replicas is clipped, so
+    that a run does not depend on the number of replicas. Gradients must be dense.
     """
 
+    def __init__(self, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7, **kwargs):
+        for name in _UNSUPPORTED:
+            if kwargs.get(name):
+                raise UserError(
+                    f"avb_tf.optimizers.Adam got {name}={kwargs[name]}; expected none: use "
+                    "global_clipnorm to clip, or keras.optimizers.Adam"
+                )
+        super().__init__(learning_rate, beta_1, beta_2, epsilon, **kwargs)
+
     def update_step(self, gradient, variable, learning_rate):
-        """Kingma and Ba (2015), Algorithm 1 in the form at the end of its Section 2."""
+        """Updates one weight.
+
+        Args:
+          gradient: gradient of the weight.
+          variable: the weight.
+          learning_rate: a scalar.
+        Source: Kingma and Ba (2015), Algorithm 1 in the form at the end of Section 2.
+        """
         i = self._get_variable_index(variable)
         step = tf.cast(self._iterations.value + 1, variable.dtype)
         tf.raw_ops.ResourceApplyAdam(
@@ -36,14 +57,14 @@ class Adam(keras.optimizers.Adam):
         )
 
     def apply_where(self, applied, gradients: Sequence[tf.Tensor]) -> None:
-        """The step of `apply` without a condition and in few kernels, for XLA.
+        """Takes the step of `apply` without a branch and in few kernels, for XLA.
 
-        A GPU takes longer to start the update of a small weight than to compute it, so the small
+        A GPU takes longer to launch the update of a small weight than to compute it, so the small
         weights are updated as one vector (`grouped`).
 
         Args:
-          applied: boolean scalar; where it is false nothing changes.
-          gradients: those of the weights that the optimizer was built with, `gathered`.
+          applied: boolean scalar; if it is false, nothing changes.
+          gradients: the result of `gathered` for the gradients of the optimizer's weights.
         """
         if self.global_clipnorm:
             norm = tf.linalg.global_norm(gradients)
@@ -63,11 +84,11 @@ class Adam(keras.optimizers.Adam):
 
     @property
     def states(self) -> list[list[keras.Variable]]:
-        """Weights, first and second moments, in one order."""
+        """The weights, their first moments and their second moments, in the same order."""
         return [self._trainable_variables, self._momentums, self._velocities]
 
     def _clip_gradients(self, grads):
-        return grads  # not yet summed
+        return grads  # clipped in `_all_reduce_sum_gradients`, after the sum over replicas
 
     def _all_reduce_sum_gradients(self, grads_and_vars):
         grads_and_vars = super()._all_reduce_sum_gradients(grads_and_vars)
@@ -75,7 +96,7 @@ class Adam(keras.optimizers.Adam):
             return grads_and_vars
         gradients, variables = zip(*grads_and_vars, strict=True)
         norm = tf.linalg.global_norm(gradients)
-        clipped = tf.cond(  # mostly there is nothing to clip, and a pass over all is saved
+        clipped = tf.cond(  # mostly there is nothing to clip, and the branch saves a pass
             norm > self.global_clipnorm,
             lambda: [g * (self.global_clipnorm / norm) for g in gradients],
             lambda: list(gradients),
@@ -84,28 +105,31 @@ class Adam(keras.optimizers.Adam):
 
 
 def grouped(variables: Sequence[keras.Variable]) -> list[list[keras.Variable]]:
-    """The variables in groups that are updated together: the small ones, and each large one."""
+    """Groups variables that are updated together: each large one alone, then all small ones."""
     large = [[v] for v in variables if v.shape.num_elements() >= LARGE]
     small = [v for v in variables if v.shape.num_elements() < LARGE]
     return [*large, small] if small else large
 
 
 def gathered(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Tensors of variables' shapes as `grouped` has these: the small ones in a vector, last."""
+    """Joins tensors of the variables' shapes by the groups of `grouped`.
+
+    Each large tensor stays as it is; the small ones follow as one vector.
+    """
     large = [t for t in tensors if t.shape.num_elements() >= LARGE]
     small = [tf.reshape(t, [-1]) for t in tensors if t.shape.num_elements() < LARGE]
     return [*large, tf.concat(small, 0)] if small else large
 
 
 def value(group: Sequence[keras.Variable]) -> tf.Tensor:
-    """The values of a group: of a single variable as it is, else in a vector."""
+    """Returns the values of a group as one vector; a single variable keeps its shape."""
     if len(group) == 1:
         return tf.convert_to_tensor(group[0].value)
     return tf.concat([tf.reshape(variable.value, [-1]) for variable in group], 0)
 
 
 def pieces(group: Sequence[keras.Variable], tensor: tf.Tensor) -> list[tf.Tensor]:
-    """The values of the variables in what `value` gave of their group."""
+    """Splits the result of `value` into the values of the group's variables."""
     if len(group) == 1:
         return [tf.reshape(tensor, group[0].shape)]
     parts = tf.split(tensor, [variable.shape.num_elements() for variable in group])
@@ -113,6 +137,6 @@ def pieces(group: Sequence[keras.Variable], tensor: tf.Tensor) -> list[tf.Tensor
 
 
 def assign(group: Sequence[keras.Variable], tensor: tf.Tensor) -> None:
-    """Sets the variables of a group to what `value` would give."""
+    """Sets the variables of a group from a tensor in the form that `value` returns."""
     for variable, piece in zip(group, pieces(group, tensor), strict=True):
         variable.assign(piece)

@@ -1,4 +1,4 @@
-"""Checks that the parts of a model are known and fit each other, for `assembly` and `AVB`."""
+"""Checks for `assembly` and `AVB` that the parts of a model are known and fit each other."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Checks a part that is chosen by name.
 
     Args:
-      name: of the setting.
-      value: its value.
+      name: name of the setting.
+      value: value of the setting.
       choices: all valid values.
     Raises:
       UserError: the value is not among the choices.
@@ -52,7 +52,7 @@ def check_draws(
       adversary: whether there is one.
       contrast: a name in `contrast.CONTRASTS`.
       latent_dim: dimensions of z.
-      encoder: name of an encoder whose moments are those of its draws.
+      encoder: name of an encoder that estimates its moments from its draws.
     Raises:
       UserError: the contrast needs more draws.
     """
@@ -70,7 +70,7 @@ def check_flow(width: int, latent_dim: int) -> None:
     """Checks that every latent reaches a hidden unit of a flow's network.
 
     Args:
-      width: of the flow's hidden layers.
+      width: units of the flow's hidden layers.
       latent_dim: dimensions of z.
     Raises:
       UserError: the network is too narrow.
@@ -87,8 +87,8 @@ def check_shape(part: str, output: Any, expected: Sequence[int], meaning: str) -
 
     Args:
       part: description of the part, such as "encoder MyEncoder: z".
-      output: a tensor.
-      expected: its shape.
+      output: the output, a tensor.
+      expected: the expected shape.
       meaning: names of the dimensions, such as "[samples, batch, latent]".
     Raises:
       UserError: the output is not a tensor, or has another shape.
@@ -104,7 +104,7 @@ def check_posterior(encoder: Any, posterior: Any, samples: int, batch: int) -> N
 
     Args:
       encoder: an `Encoder`.
-      posterior: its output.
+      posterior: the encoder's output.
       samples: number of draws.
       batch: number of examples.
     Raises:

@@ -1,6 +1,6 @@
-"""A Gaussian near q(z|x), from which importance samples are drawn and annealed chains start.
+"""A Gaussian near q(z|x): the proposal of importance sampling and the start of annealed chains.
 
-Evaluation, monitoring and serving all use it, so that bounds of one name are the same bound.
+Evaluation, monitoring and serving all use it, so that bounds of the same name are the same bound.
 """
 
 import tensorflow as tf
@@ -9,16 +9,18 @@ from tensorflow_probability import distributions as tfd
 from avb_tf.encoders import moments_of_draws, sobol_normal
 
 POINTS = 1024  # Sobol points for moments that are estimated from draws
-WIDENING = 1.3  # of standard deviations: too narrow a Gaussian misses mass without a sign of it
-_CHUNK = 32  # points at a time, to bound the memory
+# Factor of the standard deviations, because a Gaussian that is too narrow misses mass, and no
+# diagnostic shows it.
+WIDENING = 1.3
+_CHUNK = 32  # points computed at a time, to bound the memory
 DESCRIPTION = f"Gaussian of q's moments, {WIDENING} times as wide"
 
 
 def moments(encoder, x):
-    """Mean [batch, latent] and Cholesky factor [batch, latent, latent] of q(z|x)'s covariance.
+    """Returns q(z|x)'s mean [batch, latent] and Cholesky factor [batch, latent, latent].
 
-    Draws, where they are needed, are made from the same Sobol points for every x, so an example's
-    moments do not depend on its batch.
+    If the moments have to be estimated from draws, the draws use the same Sobol points for every x,
+    so an example's moments do not depend on its batch.
 
     Args:
       encoder: an `encoders.Encoder`.
@@ -42,6 +44,6 @@ def moments(encoder, x):
 
 
 def widened_gaussian(encoder, x):
-    """q(z|x)'s mean and its covariance widened: batch [batch], event [latent]."""
+    """Returns a Gaussian with q's mean and a wider covariance, batch [batch], event [latent]."""
     mean, scale_tril = moments(encoder, x)
     return tfd.MultivariateNormalTriL(mean, WIDENING * scale_tril)

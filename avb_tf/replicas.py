@@ -1,7 +1,7 @@
-"""Everything that depends on the number of devices: the strategy, a batch's shares, its noise.
+"""Everything that depends on the number of devices: strategy, shares of a batch and their noise.
 
 A run is the same on any number of devices: its examples, their noise and the update are functions
-of the step, regardless of which replica computes which share.
+of the step and do not depend on which replica computes which share.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from tensorflow.python.eager import context
 
 from avb_tf.errors import UserError, WorkerLostError
 
-# What TensorFlow raises where a worker does not answer; the others have further causes, and are
-# meant where they speak of what workers do together.
+# TensorFlow raises the errors in `_LOST` only if a worker does not answer. The errors in
+# `_MAYBE_LOST` have other causes too; they mean a lost worker if the message matches `_TOGETHER`.
 _LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
 _MAYBE_LOST = (
     tf.errors.CancelledError,
@@ -32,29 +32,30 @@ _TOGETHER = re.compile("collective|coordination|heartbeat|peer|rpc|/job:", re.IG
 
 
 class _Cluster(NamedTuple):
-    """What TF_CONFIG says."""
+    """The cluster and this process's task in it, as TF_CONFIG describes them."""
 
-    tasks: dict[str, list[str]]  # chief and worker -> addresses
-    kind: str  # of this task
-    index: int
+    tasks: dict[str, list[str]]  # "chief" and "worker" -> addresses
+    kind: str  # "chief" or "worker", the type of this task
+    index: int  # of this task among those of its type
 
     @property
     def size(self) -> int:
-        """Of all tasks together."""
+        """Number of all tasks."""
         return sum(map(len, self.tasks.values()))
 
 
 def strategy(name: str, worker_timeout: float = 600.0) -> tf.distribute.Strategy:
-    """The strategy that config.strategy names.
+    """Returns the strategy that config.strategy names.
 
-    auto takes several workers where TF_CONFIG names them, else a TPU, else all GPUs, else what
-    there is. Several workers have to be asked for before TensorFlow is used for anything else.
+    "auto" selects "multi_worker" if TF_CONFIG names several tasks, else "tpu" if there is a TPU,
+    else "mirrored" if there are several GPUs, else "one". A strategy of several workers must be
+    created before TensorFlow is used for anything else.
 
     Args:
       name: a value of config.strategy.
       worker_timeout: seconds in which all workers must have started.
     Raises:
-      UserError: TF_CONFIG or the machine is not what the name needs.
+      UserError: TF_CONFIG or the machine does not fit the name.
       WorkerLostError: a worker did not start in time.
     """
     cluster = _cluster()
@@ -80,7 +81,7 @@ def strategy(name: str, worker_timeout: float = 600.0) -> tf.distribute.Strategy
 def _mirrored() -> tf.distribute.MirroredStrategy:
     gpus = tf.config.list_logical_devices("GPU")
     devices = [device.name for device in gpus or tf.config.list_logical_devices("CPU")]
-    # NCCL, the default for GPUs, refuses logical devices that share one.
+    # NCCL, the default for GPUs, refuses logical devices that share a GPU.
     shared = len(gpus) > len(tf.config.list_physical_devices("GPU"))
     reduction = tf.distribute.ReductionToOneDevice() if shared else None
     return tf.distribute.MirroredStrategy(devices, reduction)
@@ -92,7 +93,7 @@ def _cluster() -> _Cluster | None:
         return None
     expected = (
         'expected {"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", '
-        '"index": 0}}; mend it, or unset it to train on this machine alone'
+        '"index": 0}}; correct it, or unset it to train on this machine alone'
     )
     try:
         config = json.loads(text)
@@ -103,7 +104,9 @@ def _cluster() -> _Cluster | None:
             for address in addresses
         )
     except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"TF_CONFIG is {text:.60}, which is no such JSON; {expected}") from error
+        raise UserError(
+            f"TF_CONFIG is {text:.60}, which is not JSON of that form; {expected}"
+        ) from error
     if not tasks:
         return None
     if not whole:
@@ -126,7 +129,7 @@ def _multi_worker(cluster: _Cluster | None, timeout: float) -> tf.distribute.Str
             "config.strategy is 'multi_worker', and TF_CONFIG names no cluster; set it on each "
             "worker, or use 'auto'"
         )
-    # No public setting changes TensorFlow's hour.
+    # TensorFlow waits for an hour, and no public setting changes that.
     runtime = context.context()
     runtime.configure_coordination_service = functools.partial(
         runtime.configure_coordination_service, cluster_register_timeout_in_ms=int(1000 * timeout)
@@ -165,10 +168,10 @@ def _tpu() -> tf.distribute.Strategy:
 
 
 def is_chief() -> bool:
-    """Whether this process is the one that writes, the first of those that TF_CONFIG names.
+    """Returns whether this process is the chief, the first task of TF_CONFIG, which writes files.
 
     Raises:
-      UserError: TF_CONFIG names no such cluster.
+      UserError: TF_CONFIG is not valid.
     """
     cluster = _cluster()
     return cluster is None or (min(cluster.tasks), 0) == (cluster.kind, cluster.index)
@@ -179,7 +182,12 @@ def _is_multi_worker(strategy) -> bool:
 
 
 def sum_over_workers(strategy: tf.distribute.Strategy, value: int) -> int:
-    """The sum of what every worker calls this with; each waits for the others."""
+    """Returns the sum of the workers' values; every worker must call it and waits for the others.
+
+    Args:
+      strategy: the strategy of the run.
+      value: this worker's value.
+    """
     if not _is_multi_worker(strategy):
         return value
     own = len(strategy.extended.worker_devices)
@@ -193,10 +201,12 @@ def _sum_over_replicas(strategy, value):
 
 @contextlib.contextmanager
 def explained(strategy: tf.distribute.Strategy):
-    """Says so where another worker has gone, which its heartbeats tell within half a minute.
+    """Turns TensorFlow's errors about a lost worker into a `WorkerLostError`.
+
+    TensorFlow notices the loss within half a minute, because the worker's heartbeats stop.
 
     Raises:
-      WorkerLostError: in place of what TensorFlow raises.
+      WorkerLostError: another worker has stopped.
     """
     try:
         yield
@@ -211,10 +221,13 @@ def explained(strategy: tf.distribute.Strategy):
 
 
 def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
-    """A batch has to fall into equal shares.
+    """Checks that a batch can be split into equal shares.
 
+    Args:
+      batch_size: examples in a batch over all replicas.
+      strategy: the strategy of the run.
     Raises:
-      UserError: it does not.
+      UserError: the batch size is not a multiple of the number of replicas.
     """
     count = strategy.num_replicas_in_sync
     if batch_size % count:
@@ -225,25 +238,32 @@ def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
 
 
 def stream_seed(seed: int, step, stream: int):
-    """A stateless seed, int32 [2], for one use of randomness in one step.
+    """Returns a stateless seed, int32 [2], for one use of randomness in one step.
 
-    A run resumed at `step` (an integer scalar) draws what the uninterrupted one drew.
+    The seed depends only on the arguments, so a resumed run draws the same numbers as an
+    uninterrupted one.
+
+    Args:
+      seed: seed of the run.
+      step: number of the step, an integer scalar.
+      stream: number of the use within the step.
     """
-    # XLA folds int32 only.
+    # `fold_in` under XLA supports only int32.
     return tf.random.fold_in(tf.constant([seed, stream], tf.int32), tf.cast(step, tf.int32))
 
 
 def rows(draw: Callable[..., tf.Tensor], shape, seed, axis: int) -> tf.Tensor:
-    """This replica's share of the noise `draw(shape, seed)` of the whole batch.
+    """Returns this replica's share of the noise of the whole batch.
 
-    Each replica draws all of it, a small part of a step's cost, and keeps the rows of its own
-    examples: an example's noise is the same however many replicas there are.
+    Each replica draws the noise of the whole batch, which is cheap compared with the rest of a
+    step, and keeps the rows of its own examples. An example's noise therefore does not depend on
+    the number of replicas.
 
     Args:
-      draw: such as `tf.random.stateless_normal`.
-      shape: of the share.
-      seed: of the whole.
-      axis: of the examples.
+      draw: function of (shape, seed), such as `tf.random.stateless_normal`.
+      shape: shape of the share.
+      seed: seed of the whole batch's noise.
+      axis: axis of the examples.
     """
     context = tf.distribute.get_replica_context()  # None outside a replica
     if context is None or context.num_replicas_in_sync == 1:
@@ -255,7 +275,7 @@ def rows(draw: Callable[..., tf.Tensor], shape, seed, axis: int) -> tf.Tensor:
 
 
 def all_finite(*tensors: tf.Tensor) -> tf.Tensor:
-    """In a replica: whether there is no inf and no nan in the tensors of any replica, a boolean."""
+    """Returns whether the tensors of all replicas are finite; must be called in a replica."""
     # One scalar suffices: any inf or NaN makes the sum non-finite on every replica.
     total = tf.add_n([tf.nn.l2_loss(tf.cast(t, tf.float32)) for t in tensors])
     context = tf.distribute.get_replica_context()
@@ -265,12 +285,20 @@ def all_finite(*tensors: tf.Tensor) -> tf.Tensor:
 
 
 def apply(optimizer, gradients, variables, applied) -> None:
-    """In a replica: `optimizer.apply`, where `applied` (the same on all) is true.
+    """Calls `optimizer.apply` in a replica if `applied` is true.
 
-    Optimizers let replicas meet, which these may not within a condition; so they meet outside.
+    Optimizers synchronise the replicas, which a replica cannot do inside a condition. So the
+    condition is evaluated once for all replicas together, outside of them (`update`).
+
+    Args:
+      optimizer: a Keras optimizer.
+      gradients: this replica's gradients.
+      variables: the variables of the gradients.
+      applied: boolean scalar, the same on all replicas.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        # It has a condition of its own, by this replica's gradients alone, and learns from it.
+        # It skips steps by itself, but it checks only this replica's gradients, and it adapts its
+        # scale to them. NaN gradients on every replica make all replicas skip.
         gradients = [tf.where(applied, gradient, np.nan) for gradient in gradients]
         optimizer.apply(gradients, variables)
         return
@@ -285,14 +313,18 @@ def apply(optimizer, gradients, variables, applied) -> None:
 
 
 def update(function: Callable[..., None], *arguments) -> None:
-    """In a replica: calls `function(strategy, *arguments)` once for all of them."""
+    """Calls `function(strategy, *arguments)` once for all replicas; called in each replica."""
     tf.distribute.get_replica_context().merge_call(function, args=arguments)
 
 
 def pooled_moments(mean: tf.Tensor, covariance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Moments [..., n] and [..., n, n] of all replicas' samples, from those of this one's.
+    """Returns mean and covariance of the samples of all replicas, which have equally many samples.
 
-    All have as many samples. Gradients flow to the samples of all.
+    Gradients flow to the samples of all replicas.
+
+    Args:
+      mean: [..., n], mean of this replica's samples.
+      covariance: [..., n, n], covariance of this replica's samples.
     """
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:

@@ -1,4 +1,4 @@
-"""results.json, the summary of an evaluation, and tables of it."""
+"""The file results.json, which summarises an evaluation, and tables of its content."""
 
 import hashlib
 import io
@@ -13,13 +13,13 @@ import numpy.typing as npt
 from avb_tf import archives, files, tables
 
 FILE = "results.json"
-EVALUATION = "evaluation"  # folder in the workdir: values of each example, and finished chunks
+EVALUATION = "evaluation"  # folder in the workdir for each example's values and finished chunks
 VALUES = "per_example.npz"
 # Estimates of log p(x) that do not use the adversary, the most trustworthy first.
 LOG_LIKELIHOODS = (
     "log_likelihood_quadrature", "log_likelihood_ais", "log_likelihood_iwae_5000",
 )  # fmt: skip
-# Estimates of data simulated from the model, not of the split. They check AIS itself.
+# Estimates for data simulated from the model, not for the split. They check AIS itself.
 SIMULATED = (
     "log_likelihood_simulated_bdmc_lower", "log_likelihood_simulated_bdmc_upper", "bdmc_gap",
 )  # fmt: skip
@@ -35,12 +35,12 @@ FIELDS = {
 def estimate(
     values: npt.ArrayLike, repeats: npt.ArrayLike | None = None, **settings: Any
 ) -> dict[str, Any]:
-    """Mean of per-example `values` in nats, with its standard errors.
+    """Summarises per-example values: their mean with its standard errors, in nats.
 
     Args:
       values: [examples].
-      repeats: [repeats, examples] or None, repeated estimates from independent draws. The spread
-        of their means is the estimator's own error, apart from the choice of the examples.
+      repeats: [repeats, examples] or None, repeated estimates from independent draws. The spread of
+        their means shows the error of the estimator, without the error from the choice of examples.
       **settings: added to the summary.
     """
     values = np.asarray(values, np.float64)
@@ -55,7 +55,7 @@ def estimate(
 
 
 def standard_error(values: npt.ArrayLike) -> float:
-    """The standard error of the mean of `values` [count]; 0 for a single value."""
+    """Returns the standard error of the mean of `values` [count]; 0 for a single value."""
     values = np.asarray(values)
     return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
@@ -66,7 +66,7 @@ def save(workdir: Path, results: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> dict[str, Any] | None:
-    """The results in `file`, or None if it is missing or not the results of a run."""
+    """Returns the results in `file`, or None if it is missing or does not hold a run's results."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
@@ -78,7 +78,7 @@ def read(file: Path) -> dict[str, Any] | None:
 
 
 def _well_formed(content: dict[str, Any]) -> bool:
-    """Whether the fields that tables use are of the right types."""
+    """Returns whether the fields that tables use have the right types."""
     estimates = content["estimates"]
     return (
         all(isinstance(content[name], str) for name in ("method", "data", "split"))
@@ -94,12 +94,13 @@ def _well_formed(content: dict[str, Any]) -> bool:
 
 
 def save_values(workdir: Path, x: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-    """Writes the estimates' values for each example.
+    """Writes each example's values of the estimates.
 
     Args:
       workdir: the run's directory.
-      x: [count, *event]; a hash of each example is saved, to match it with those of other runs.
-      values: estimate -> [n], for the first n examples.
+      x: [count, *event]; a hash of each example is saved, so that runs can be compared example by
+        example.
+      values: estimate -> [n], its values for the first n examples.
     """
     names = [hashlib.sha256(one.tobytes()).digest()[:8] for one in np.ascontiguousarray(x)]
     buffer = io.BytesIO()
@@ -110,21 +111,21 @@ def save_values(workdir: Path, x: np.ndarray, values: Mapping[str, np.ndarray]) 
 
 
 def load_values(workdir: Path) -> dict[str, np.ndarray]:
-    """Reads the file that `save_values` wrote; empty if it is missing or damaged."""
+    """Reads the file that `save_values` wrote; returns {} if it is missing or damaged."""
     try:
         values = archives.read_arrays(workdir / EVALUATION / VALUES)
-    except Exception:  # zipfile, zlib and numpy raise many kinds on a damaged file
+    except Exception:  # zipfile, zlib and numpy raise many types on a damaged file
         return {}
     return values if "example" in values else {}
 
 
 def best_log_likelihood(estimates: Mapping[str, Any]) -> str | None:
-    """The name of the most trustworthy estimate of log p(x) among `estimates`, or None."""
+    """Returns the name of the most trustworthy estimate of log p(x) in `estimates`, or None."""
     return next((name for name in LOG_LIKELIHOODS if name in estimates), None)
 
 
 def siblings(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Results of all runs next to `workdir` that evaluated the same data, and its own.
+    """Returns the results of `workdir` and of all runs next to it that evaluated the same data.
 
     Args:
       workdir: an evaluated run's directory.
@@ -141,12 +142,12 @@ def siblings(workdir: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of estimates in nats, mean +- standard error, with a column for each run.
+    """Returns a Markdown table of estimates in nats, mean +- standard error, a column for each run.
 
-    Estimates of data simulated from the model come last, below a row that says so.
+    Estimates for data simulated from the model come last, below a row that says so.
 
     Args:
-      runs: name of a run -> content of results.json.
+      runs: name of a run -> content of its results.json.
     """
     names = list(dict.fromkeys(n for run in runs.values() for n in run["estimates"]))
     simulated = [name for name in names if name in SIMULATED]
@@ -161,7 +162,7 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def quality(run: dict[str, Any]) -> str:
-    """A Markdown table of how reliable one run's estimates are.
+    """Returns a Markdown table of how reliable one run's estimates are.
 
     Args:
       run: content of results.json.

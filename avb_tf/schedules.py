@@ -8,16 +8,16 @@ import tensorflow as tf
 
 @keras.saving.register_keras_serializable("avb_tf")
 class DelayedCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Zero for `delay` steps, then half a cosine from `start` to `final * start` at `steps`.
+    """Learning rate of 0 for `delay` steps, then a half cosine from `start` to `final * start`.
 
         rate = DelayedCosine(1e-3, steps=10_000, final=0.02)
 
     Args:
-      start: rate after the delay.
+      start: learning rate after the delay.
       steps: step at which the rate reaches `final * start`.
-      final: share of `start` that remains at the end; 1: a constant rate.
-      delay: steps at a rate of zero, in which the adversary learns on a frozen encoder.
-      factor: multiplies the rate for each rollback.
+      final: share of `start` that remains at the end; 1 keeps the rate constant.
+      delay: steps at a rate of 0, in which the adversary learns while the encoder is fixed.
+      factor: factor by which each rollback multiplies the rate.
       rollbacks: integer variable, the number of rollbacks so far, or None.
     """
 
@@ -35,7 +35,7 @@ class DelayedCosine(keras.optimizers.schedules.LearningRateSchedule):
         self.factor, self.rollbacks = factor, rollbacks
 
     def __call__(self, step: Any) -> tf.Tensor:
-        """The rate at `step`, a scalar."""
+        """Returns the learning rate at `step`, a scalar."""
         step = tf.cast(step, tf.float32)
         progress = tf.clip_by_value((step - self.delay) / max(1, self.steps - self.delay), 0.0, 1.0)
         cosine = 0.5 * (1.0 + tf.cos(3.141592653589793 * progress))
@@ -45,7 +45,7 @@ class DelayedCosine(keras.optimizers.schedules.LearningRateSchedule):
         return tf.where(step < self.delay, 0.0, rate)
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments; the rollbacks so far are included in `start`."""
+        """Returns the constructor's arguments; the rollbacks so far are included in `start`."""
         config = {k: getattr(self, k) for k in ("start", "steps", "final", "delay")}
         if self.rollbacks is not None:
             config["start"] *= self.factor ** int(self.rollbacks.numpy())

@@ -2,10 +2,10 @@
 
 
 def aligned(columns: list[list[str]]) -> str:
-    """A Markdown table with padded cells.
+    """Returns a Markdown table with padded cells.
 
     Args:
-      columns: of equal length; the first cell of each is its header.
+      columns: lists of cells of equal length; the first cell of each column is its header.
     """
     widths = [max(map(len, column)) for column in columns]
     lines = [

@@ -1,6 +1,6 @@
-"""Keras's methods on data, for a model that has its own training and test step.
+"""Keras's methods for data, such as `fit`, for a model with its own training and test step.
 
-They check what they are given, keep examples on the device and call the graphs of `loops`.
+The methods check their arguments, keep examples on the device and call the graphs of `loops`.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from avb_tf.errors import UserError
 
 
 class Trained(keras.Model):
-    """A Keras model of x alone: labels are ignored, weights of examples are not.
+    """Keras model that trains on x alone: it ignores labels, but it uses weights of examples.
 
     Subclasses set `event_shape`, `likelihood`, `seed` and the counter `step`.
     """
@@ -26,38 +26,50 @@ class Trained(keras.Model):
     event_shape: tuple[int, ...]
     likelihood: Any  # a `Likelihood` or a `TableLikelihood`
     seed: int
-    step: Any  # a counter
+    step: Any  # integer variable, the number of training steps so far
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.training_calls, self.test_calls = loops.Calls(), loops.Calls()
         self.resident: resident.Resident | None = None  # the examples that `fit` keeps on devices
-        self.resident_megabytes: float = resident.MEGABYTES  # that these may take
+        self.resident_megabytes: float = resident.MEGABYTES  # the most memory that these may take
 
     @property
     def table(self) -> Table | None:
-        """The columns of x, or None if it is no table."""
+        """The columns of x, or None if x is not the rows of a table."""
         return getattr(self.likelihood, "table", None)
 
     def checked(self, x: Any, place: str = "x") -> np.ndarray:
-        """The array of x, once it fits the model.
+        """Checks that x fits the model and returns it as an array.
 
+        Args:
+          x: the examples, an array or a data frame.
+          place: name of x for the error message.
         Raises:
           UserError: x has another shape, type or range, or holds NaN.
         """
         return checks.examples(x, self.event_shape, place, self.likelihood.support, self.table)
 
     def fit(self, x=None, *args, **kwargs):
-        """As `keras.Model.fit`; x may also be a `data.Split`, and labels y are ignored.
+        """Trains the model as `keras.Model.fit` does; x may also be a `data.Split`.
 
-        `sample_weight` weighs the terms of the bound and the adversary's loss alike: a step of
-        weights [2, 1] has the gradient of one that sees the first example twice. As in Keras, the
-        sum over a batch is divided by its size.
+        `sample_weight` multiplies the terms of the bound and the adversary's loss alike: an example
+        of weight 2 contributes to the gradient as two examples would. As in Keras, the sum over a
+        batch is divided by the number of its examples.
 
-        An array or a split of at most `resident_megabytes` is copied to the device once, and
-        a call of the graph, `steps_per_execution` steps, gathers its batches there. Their order is
-        a function of `seed` and the step, so that a resumed run goes on with the batches of the
-        uninterrupted one. Batches are full and run on across epochs.
+        An array or a split of at most `resident_megabytes` is copied to the device once. Each call
+        of the graph, which runs `steps_per_execution` steps, gathers its batches there. Their order
+        is a function of `seed` and the step, so that a resumed run continues with the same batches
+        as an uninterrupted one. All batches are full: a batch may continue into the next epoch.
+
+        Args:
+          x: examples as an array, a data frame, a `data.Split` or a `tf.data.Dataset`.
+          *args: further arguments of `keras.Model.fit`; labels y are ignored.
+          **kwargs: further arguments of `keras.Model.fit`.
+        Returns:
+          Keras's `History`.
+        Raises:
+          UserError: x or the weights do not fit the model, or `class_weight` is given.
         """
         arguments = inspect.signature(keras.Model.fit).bind(self, x, *args, **kwargs).arguments
         del arguments["self"]
@@ -73,7 +85,7 @@ class Trained(keras.Model):
         if isinstance(arguments["x"], (np.ndarray, Split)):
             arguments = self._put(arguments)
         elif isinstance(x, tf.data.Dataset):
-            arguments["shuffle"] = False  # Keras would warn that it does not
+            arguments["shuffle"] = False  # Keras does not shuffle a dataset, and would warn
         if isinstance(callbacks := arguments.get("callbacks") or [], keras.callbacks.Callback):
             callbacks = [callbacks]
         if not isinstance(callbacks, keras.callbacks.CallbackList):
@@ -86,11 +98,11 @@ class Trained(keras.Model):
         try:
             return super().fit(**arguments)
         finally:
-            if self.resident is not None:  # the examples themselves need not be kept
+            if self.resident is not None:  # frees the examples
                 self.resident = self.resident._replace(rows=None, calls=None)
 
     def _put(self, arguments):
-        """The arguments of `fit` with batches in place of an array or a split."""
+        """Returns the arguments of `fit` with the array or the split replaced by its batches."""
         data, validation_split = arguments.pop("x"), arguments.pop("validation_split", 0.0)
         x = data
         weights = arguments.pop("sample_weight", None)
@@ -107,6 +119,11 @@ class Trained(keras.Model):
             x = array_split(x, weights=weights)
         elif weights is not None:
             raise UserError("sample_weight goes with an array x; expected none with a Split")
+        elif validation_split:
+            raise UserError(
+                "validation_split goes with an array x; expected none with a Split: pass "
+                "validation_data"
+            )
         batch_size = arguments.pop("batch_size", None) or 32
         if not isinstance(data, Split):  # as in Keras; a split's batches may repeat its examples
             batch_size = min(batch_size, x.size)
@@ -130,48 +147,78 @@ class Trained(keras.Model):
         return arguments | {"x": batches, "steps_per_epoch": steps, "shuffle": False}
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Nothing: all weights exist, and Keras would average a batch of indices over replicas."""
+        """Does nothing, because all weights exist.
+
+        Keras's method would also average a batch of indices over replicas.
+        """
 
     def make_train_function(self, force=False):
-        """The graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
+        """Returns the graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
         if self.train_function is None or force:
             make = loops.of_stream if self.resident is None else loops.of_resident
             self.train_function = make(self, self.train_step)
         return self.train_function
 
     def make_test_function(self, force=False):
-        """The graph that `evaluate` calls: as that of `fit`, but that the data may end within."""
+        """Returns the graph that `evaluate` calls; unlike in `fit`, the data may end in a call."""
         if self.test_function is None or force:
             self.test_function = loops.of_finite(self, self.test_step)
         return self.test_function
 
     def evaluate(self, x=None, *args, **kwargs):
-        """As `keras.Model.evaluate`: the bound, its terms and the adversary's state, in nats."""
-        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has looked at these
+        """Computes the bound, its terms and the adversary's loss and accuracy, in nats.
+
+        Args:
+          x: examples, as in `fit`.
+          *args: further arguments of `keras.Model.evaluate`.
+          **kwargs: further arguments of `keras.Model.evaluate`.
+        """
+        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked these
             x = checks.inputs(x, self.checked)
             arguments = inspect.signature(keras.Model.evaluate).bind(self, x, *args, **kwargs)
             self.test_calls.begin(arguments.arguments.get("steps"))
         return super().evaluate(x, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
-        """As `keras.Model.predict`: reconstructions."""
+        """Returns reconstructions of x, [examples, *event].
+
+        Args:
+          x: examples, as in `fit`.
+          *args: further arguments of `keras.Model.predict`.
+          **kwargs: further arguments of `keras.Model.predict`.
+        """
         return super().predict(checks.inputs(x, self.checked), *args, **kwargs)
 
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
-        """As `keras.Model.train_on_batch`; y is ignored."""
+        """Runs one training step on one batch.
+
+        Args:
+          x: [batch, *event].
+          y: ignored.
+          sample_weight: [batch], weights of the examples, or None.
+          class_weight: must be None, because there are no classes.
+          return_dict: whether to return the metrics by name.
+        """
         del y
         _refuse_class_weight({"class_weight": class_weight})
-        if self.resident is not None:  # then the graph is one for examples on the device
+        if self.resident is not None:  # the graph reads examples on the device
             self.resident = self.train_function = None
         return super().train_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
-        """As `keras.Model.test_on_batch`; y is ignored."""
+        """Computes the metrics of one batch.
+
+        Args:
+          x: [batch, *event].
+          y: ignored.
+          sample_weight: [batch], weights of the examples, or None.
+          return_dict: whether to return the metrics by name.
+        """
         del y
         return super().test_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
 
     def predict_on_batch(self, x):
-        """As `keras.Model.predict_on_batch`: reconstructions."""
+        """Returns reconstructions of x [batch, *event]."""
         return super().predict_on_batch(self.checked(x))
 
     def _batch(self, x, sample_weight):

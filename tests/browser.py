@@ -1,4 +1,4 @@
-"""Headless Chromium through its debugging pipe: pages, their errors, and screenshots."""
+"""Controls headless Chromium through its debugging pipe: pages, console errors and screenshots."""
 
 import base64
 import json
@@ -11,7 +11,7 @@ EXECUTABLE = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Page:
-    """A page of a browser that ends with the `with` block; `errors` collects the console's."""
+    """A page of a browser that closes with the `with` block; `errors` collects console errors."""
 
     def __init__(self, profile, size=(1400, 900)):
         self.profile, self.size = profile, size

@@ -1,18 +1,22 @@
-"""Exact values that several tests compare with, and the errors of estimates of them."""
+"""Exact values that several tests use as references, and checks of estimates against them."""
 
 import numpy as np
 
 
 def gaussian_kl(mean, covariance):
-    """KL(N(mean, covariance) || N(0, I)) in nats."""
+    """Returns KL(N(mean, covariance) || N(0, I)) in nats."""
     log_determinant = np.linalg.slogdet(covariance)[1]
     return 0.5 * (np.trace(covariance) + mean @ mean - len(mean) - log_determinant)
 
 
 def assert_moments(draws, mean, covariance, known_from=np.inf):
-    """The mean and covariance of independent `draws` [count, n] are the given ones, within 5 SE.
+    """Asserts that the moments of independent `draws` are right within five standard errors.
 
-    known_from: the number of other draws that `mean` and `covariance` were estimated from.
+    Args:
+      draws: [count, n].
+      mean: expected mean, [n].
+      covariance: expected covariance, [n, n].
+      known_from: number of other draws from which `mean` and `covariance` were estimated.
     """
     draws = np.asarray(draws, np.float64)
     centred = draws - draws.mean(0)

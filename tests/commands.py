@@ -1,4 +1,4 @@
-"""Command lines in this process, and a small finished run for them."""
+"""Runs command lines in this process, and provides a small finished run for them."""
 
 import shutil
 from pathlib import Path
@@ -19,12 +19,12 @@ def run(line):
 
 
 def content(folder):
-    """Path -> bytes of all that is below `folder`, without locks; None for a folder."""
+    """Returns {path: bytes, or None for a folder} of everything below `folder` except locks."""
     paths = (path for path in folder.rglob("*") if path.suffix != ".lock")
     return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def trained(root):
-    """Puts the configs and `run`, a finished one, into `root`, the working directory."""
+    """Puts the configs and a finished run, `run`, into `root`, which is the working directory."""
     shutil.copytree(REPOSITORY / "configs", root / "configs")
     run(f"--config=configs/digits.py:vae --workdir=run {TINY}")

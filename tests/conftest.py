@@ -1,7 +1,7 @@
 import gc
 import os
 
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # pytest does not capture its log
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # pytest does not capture TensorFlow's log
 # Tests run two at a time, and their layers are small.
 os.environ["TF_NUM_INTRAOP_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
@@ -12,10 +12,10 @@ import pytest
 
 from tests import linear_gaussian as linear_gaussian_model
 
-# Hundreds of traced graphs make a full collection slow.
+# Full garbage collections are rare, because hundreds of traced graphs make them slow.
 gc.set_threshold(100_000, 50, 1000)
 
-# Read here, since tests of the data remove the variable from their environment.
+# The variable is read here, because tests of the data remove it from their environment.
 DATA_FOLDERS = (os.environ.get("AVB_TF_DATA_DIR"), Path(__file__).parents[2] / "shared/data")
 
 # Files whose tests train, export or start processes; `make test-fast` leaves them out.
@@ -26,7 +26,7 @@ SLOW = (
     "serving_*", "tensorboard", "train",
 )  # fmt: skip
 
-# Tests of ten seconds and more whose kind a quicker test covers; `make test-long` runs them.
+# Tests that take ten seconds or more and have a quicker counterpart; `make test-long` runs them.
 LONG = (
     "amortised_rows.py::test_a_process_without_this_package",
     "amortised_rows.py::test_rows_are_independent_given_the_parameters[True]",
@@ -77,7 +77,7 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of slow files, and long tests."""
+    """Marks the tests in slow files and the long tests."""
     for item in items:
         if any(item.path.match(f"test_{name}.py") for name in SLOW):
             item.add_marker(pytest.mark.slow)
@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def few_components():
-    """Evaluations of two latents with fewer components; tests of the interval bring their own."""
+    """Limits the components for two latents; tests of the interval set their own number."""
     from avb_tf.likelihood_estimation import inference_gap
 
     with pytest.MonkeyPatch.context() as patch:
@@ -97,19 +97,19 @@ def few_components():
 
 @pytest.fixture
 def linear_gaussian(monkeypatch):
-    """A model with a closed form of log p(x): (model, distribution of x)."""
+    """Returns a model whose log p(x) has a closed form, and the distribution of x."""
     return linear_gaussian_model.make(monkeypatch)
 
 
 @pytest.fixture(scope="session")
 def artefacts():
-    """Folder for screenshots."""
+    """Returns the folder for screenshots."""
     return Path(os.environ.get("AVB_TF_ARTEFACTS", "runs/artefacts")).absolute()
 
 
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory):
-    """A file in MNIST's format: 1,500 and 297 handwritten digits of scikit-learn, enlarged."""
+    """Writes a file in MNIST's format with 1,500 and 297 enlarged digits of scikit-learn."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -125,7 +125,7 @@ def small_mnist(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def full_mnist():
-    """The full MNIST; skips without it."""
+    """Returns the path of the full MNIST; skips the test if there is none."""
     files = [Path(folder) / "mnist.npz" for folder in DATA_FOLDERS if folder]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
@@ -135,5 +135,5 @@ def full_mnist():
 
 @pytest.fixture(params=["small", "full"])
 def mnist_path(request):
-    """Path of the small and of the full MNIST, in turn."""
+    """Returns the path of the small and of the full MNIST, in turn."""
     return request.getfixturevalue(f"{request.param}_mnist")

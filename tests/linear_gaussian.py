@@ -1,4 +1,4 @@
-"""A model whose log p(x) is known: x = W z + noise."""
+"""A model with log p(x) in closed form: x = W z + noise."""
 
 import keras
 import numpy as np
@@ -31,7 +31,7 @@ def _mean(outputs):
 
 
 def make(monkeypatch):
-    """The untrained model and the distribution of x."""
+    """Returns the untrained model and the distribution of x."""
     linear = likelihoods.Likelihood(1, _normal, _mean, False, False, support="real")
     monkeypatch.setitem(likelihoods.LIKELIHOODS, "linear", linear)
     encoder = GaussianEncoder(keras.layers.Flatten(), 2, full_covariance=True)
@@ -45,7 +45,7 @@ def make(monkeypatch):
 
 
 def set_posterior(model, width, weight=WEIGHT):
-    """Makes q(z|x) the exact posterior, its standard deviations `width` times as large."""
+    """Sets q(z|x) to the exact posterior with standard deviations `width` times as large."""
     covariance = np.linalg.inv(np.eye(2) + weight.T @ weight / SCALE**2)
     scale = width * np.linalg.cholesky(covariance)
     model.encoder.set_weights([

@@ -1,9 +1,10 @@
-"""A short run, as a process of its own: one device, two logical ones, or a worker of several.
+"""Runs a short training in a separate process: on one device, on two, or as one of the workers.
 
   python -m tests.replicated OUT STRATEGY STEPS_PER_EXECUTION METHOD STEPS
 
-Writes the final weights, optimizers and metrics to OUT, an .npz file, and of how many examples an
-evaluation of all held-out data took account, whose last batch is smaller than the others.
+It writes the final weights, optimizers and metrics to OUT, an .npz file. It also writes how many
+examples an evaluation of all held-out data has counted; the last batch of these is smaller than the
+others.
 """
 
 import os
@@ -24,8 +25,9 @@ BATCH = 32
 
 
 def config(variant):
-    """A config with all that replicas may disagree on: dual steps, averages, clipping, batch norm.
+    """Returns a config with everything on which replicas could disagree.
 
+    It has dual steps, averages, clipping and, if the network is convolutional, batch normalisation.
     `variant` is a method, or a method and a network as in `avb_ac_paper:conv`.
     """
     method, _, network = variant.partition(":")
@@ -33,7 +35,7 @@ def config(variant):
     config.model.update(width=16, bases=4, basis_width=8, adversary_width=16, products=8)
     config.model.update(network=network or "dense", filters=(3, 4), strides=(2, 2))
     config.model.update(adversary_steps=2, ema_decay=0.9)
-    config.optimizer.clip_norm = 5.0  # the gradients' norm is about 20 at first
+    config.optimizer.clip_norm = 5.0  # the gradient norm is about 20 at first
     config.batch_size = BATCH
     return config
 

@@ -1,8 +1,8 @@
-"""A contract double of TensorFlow Serving, on the official stubs: it is not TensorFlow Serving.
+"""A test double of TensorFlow Serving on the official stubs; it is not TensorFlow Serving.
 
-It answers `Predict` over gRPC, and turns REST bodies into requests and answers into bodies by the
-rules of TensorFlow Serving's REST documentation, over a model in TensorFlow's C library. It has no
-batching, no versions and no model management.
+It answers `Predict` over gRPC for a model in TensorFlow's C library. It also converts REST bodies
+to requests and answers to bodies, by the rules of TensorFlow Serving's REST documentation. It has
+no batching, no versions and no model management.
 """
 
 import base64
@@ -20,7 +20,7 @@ CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
-    """`Predict` of one model."""
+    """The method `Predict` for one model."""
 
     def __init__(self, name: str, model: SavedModel):
         self.name, self.model = name, model
@@ -44,7 +44,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 
 
 class Server:
-    """The service on a free port of the loopback interface, while the `with` block lasts."""
+    """Runs the service on a free port of the loopback interface inside the `with` block."""
 
     def __init__(self, name: str, model: SavedModel):
         self.server = grpc.server(futures.ThreadPoolExecutor(8))
@@ -64,13 +64,13 @@ class Server:
 
 
 def rest_request(body: dict, dtypes: dict[str, np.dtype]) -> dict[str, np.ndarray]:
-    """The inputs of a body in row ("instances") or column ("inputs") form.
+    """Returns the inputs of a body in row ("instances") or column ("inputs") form.
 
     Args:
       body: the JSON object.
-      dtypes: of the signature's inputs, by name.
+      dtypes: dtypes of the signature's inputs, by name.
     Raises:
-      ValueError: neither form, both, or values that do not fit the signature.
+      ValueError: the body has neither form or both, or values do not fit the signature.
     """
     if ("instances" in body) == ("inputs" in body):
         raise ValueError("expected either instances or inputs")
@@ -95,7 +95,7 @@ def rest_request(body: dict, dtypes: dict[str, np.dtype]) -> dict[str, np.ndarra
 
 
 def rest_response(outputs: dict[str, np.ndarray], row_form: bool) -> dict:
-    """The body of an answer; a single output has no name."""
+    """Returns the body of an answer; a single output has no name."""
     columns = {name: values.tolist() for name, values in outputs.items()}
     if len(columns) == 1:
         (values,) = columns.values()

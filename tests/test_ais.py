@@ -8,18 +8,18 @@ from tensorflow_probability import distributions as tfd
 from avb_tf import assembly
 from avb_tf.likelihood_estimation import ais
 
-# log p(x, z) = log Z + log N(z; MEAN, SD): three examples whose log p(x) is LOG_Z.
+# log p(x, z) = log Z + log N(z; MEAN, SD) for three examples, so log p(x) is LOG_Z.
 LOG_Z = np.array([0.3, -2.0, 5.0], np.float32)
 MEAN = tf.constant([[1.0, 0.0], [-0.5, 2.0], [0.0, 0.0]])
 SD = tf.constant([[0.5, 1.0], [1.0, 0.3], [1.5, 0.8]])
 TARGET = tfd.MultivariateNormalDiag(MEAN, SD)
 START = tfd.MultivariateNormalDiag(tf.zeros([3, 2]), tf.ones([3, 2]))
-# Reverse weights hold 1 / p: their variance is finite if the start is the narrower of the two.
+# Reverse weights contain 1 / p, so their variance is finite if the start is narrower than p.
 NARROW_START = tfd.MultivariateNormalDiag(MEAN + 0.5 * SD, 0.7 * SD)
 CHAINS = 4000
 
 
-NONE = tf.zeros(3)  # x, which the density here does not read
+NONE = tf.zeros(3)  # x, which this density does not read
 
 
 def log_joint(x, z):
@@ -42,14 +42,14 @@ def reverse(temperatures, chains=CHAINS, start=START, size=0.3):
 
 
 def relative_weights(log_weights, log_normaliser):
-    """Mean and standard error of weights whose expectation is 1, [batch]."""
+    """Returns the mean and standard error of weights with expectation 1, [batch] each."""
     weights = np.exp(log_weights.astype(np.float64) - log_normaliser)
     return weights.mean(0), weights.std(0) / np.sqrt(len(weights))
 
 
 @pytest.mark.parametrize("temperatures", [3, 5, 10])
 def test_forward_weights_are_unbiased(temperatures):
-    # At 3 to 10 temperatures a kernel that keeps its cached results is off by 20%.
+    # With 3 to 10 temperatures a kernel that reuses stale cached results is off by 20%.
     mean, error = relative_weights(forward(temperatures).log_weights, LOG_Z)
     assert (np.abs(mean - 1) < 4 * error).all()
     assert (error < 0.1).all()
@@ -65,7 +65,7 @@ def test_reverse_weights_are_unbiased_for_the_inverse(temperatures):
 def test_the_bounds_close_around_the_truth_as_temperatures_grow():
     gaps = []
     for temperatures in (3, 30):
-        # The bounds of a single chain each, averaged over many.
+        # Each bound is that of a single chain, averaged over many chains.
         lower = forward(temperatures, size=0.5).log_weights
         upper = -reverse(temperatures, size=0.5).log_weights
         gaps.append((upper.mean(0) - lower.mean(0)).mean())
@@ -99,7 +99,7 @@ def test_adaptation_reaches_the_target_acceptance_for_each_example():
 
 
 def test_a_nan_energy_is_rejected():
-    def broken(x, z):  # no density beyond 2
+    def broken(x, z):  # NaN beyond 2
         return tf.where(z[..., 0] > 2.0, np.nan, log_joint(x, z))
 
     z = START.sample(200, seed=(0, 1))
@@ -119,7 +119,7 @@ def test_the_schedule_runs_from_0_to_1():
 
 
 def standard_errors(log_weights):
-    """Of the log of the mean weight of each example, to first order, [batch]."""
+    """Returns standard errors of the log mean weight, to first order, [batch]."""
     weights = np.exp(log_weights - log_weights.max(0)).astype(np.float64)
     return weights.std(0) / weights.mean(0) / np.sqrt(len(weights))
 

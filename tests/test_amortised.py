@@ -10,7 +10,7 @@ from tensorflow_probability import distributions as tfd
 
 import avb_tf
 from avb_tf import UserError
-from avb_tf.amortised import calibration, judging, simulation
+from avb_tf.amortised import calibration, judging, sources
 from avb_tf.posteriors import models
 from avb_tf.posteriors.mixture import Mixture
 from avb_tf.serving.saved_model import RunError, SavedModel
@@ -28,7 +28,7 @@ SCALE = 0.6
 
 
 def linear():
-    """mu ~ N(0, I), y = W mu + noise: the posterior is a Gaussian."""
+    """Returns the model mu ~ N(0, I), y = W mu + noise, whose posterior is a Gaussian."""
     return tfd.JointDistributionNamed(
         {
             "mu": tfd.MultivariateNormalDiag(tf.zeros(2), tf.ones(2)),
@@ -38,7 +38,7 @@ def linear():
 
 
 def exact(y):
-    """Posterior of `linear`."""
+    """Returns the exact posterior of `linear`."""
     covariance = np.linalg.inv(np.eye(2) + WEIGHT.T @ WEIGHT / SCALE**2)
     return stats.multivariate_normal(covariance @ WEIGHT.T @ y / SCALE**2, covariance)
 
@@ -98,7 +98,7 @@ def test_refined_draws_are_of_the_posterior(linear_fit):
 
 
 def test_a_wrong_network_is_repaired(linear_fit):
-    """Draws twice as wide, and draws of next to nothing."""
+    """The network's draws are twice as wide as the posterior, or far too narrow."""
     bias = linear_fit.q.head_bias
     before = bias.numpy()
     wider = before.copy()
@@ -141,7 +141,7 @@ def test_the_density_of_constrained_parameters_integrates_to_one():
 
 
 class OneDimension:
-    """q and a posterior of scipy's kind, as `judging.Given` has them."""
+    """One-dimensional q and posterior from scipy, with the interface of `judging.Given`."""
 
     def __init__(self, q, p):
         self.q, self.p = q, p
@@ -171,7 +171,7 @@ def gaussians(means, scales, weights=None):
         (gaussians([3.0], [0.3]), False),  # a lost mode
         (gaussians([-3.0], [0.3]), False),
         (gaussians([-3.0, 3.0], [0.3, 0.3], [0.8, 0.2]), False),  # wrong shares
-        (gaussians([-3.0, 3.0], [0.3, 0.1]), False),  # a narrow one
+        (gaussians([-3.0, 3.0], [0.3, 0.1]), False),  # a mode that is too narrow
     ],
 )
 def test_a_lost_mode_is_not_trusted(q, trusted):
@@ -182,11 +182,11 @@ def test_a_lost_mode_is_not_trusted(q, trusted):
     assert (judged.diagnostics.verdict == "trust") == trusted
     assert abs(judged.log_evidence.value) < 5.0 * judged.log_evidence.standard_error + 1e-3
     share = np.mean(judged.states > 0.0)
-    assert abs(share - 0.5) < 0.12  # of 256 chains that jump between modes
+    assert abs(share - 0.5) < 0.12  # there are 256 chains, which jump between modes
 
 
 def test_a_point_where_the_density_fails_is_as_good_as_outside():
-    """A singular matrix raises in TensorFlow, for the whole batch that it is in."""
+    """A singular matrix makes TensorFlow raise an error for the whole batch."""
 
     def scores(u, y):
         if np.any(u.numpy() > 1.0):
@@ -210,8 +210,9 @@ def test_ranks_are_uniform_and_those_of_a_wrong_scale_are_not(linear_fit):
     assert (np.abs(check.coverage(0.9) - 0.9) < 5.0 * np.sqrt(0.09 / 400) + 0.02).all()
     assert "simulated data sets" in str(check)
     assert max(calibration.deviation(r, check.draws) for r in check.ranks_of_outcomes.T) < 0.11
-    ranks, outcomes, coverage, *recovery = check.plot().axes
+    ranks, outcomes, coverage, *recovery, empty = check.plot().axes
     assert (len(outcomes.get_lines()), len(recovery)) == (3, 2)  # of y, and of mu
+    assert not empty.axison
     np.testing.assert_allclose(coverage.get_lines()[1].get_ydata()[17], check.coverage(0.9)[1])
     truth = recovery[0].get_lines()[0].get_xdata()
     np.testing.assert_array_equal(truth, check.parameters[: len(truth), 0])
@@ -244,7 +245,7 @@ def test_equal_outcomes_are_ranked_at_random():
 def test_data_unlike_the_model_are_flagged_and_its_own_rarely(linear_fit):
     own = linear().sample(60, seed=(5, 5))["y"].numpy()
     flagged = sum(linear_fit.surprise(y).flagged for y in own)
-    assert flagged <= 9  # of 60 at a rate of 1/20: a chance of 0.001
+    assert flagged <= 9  # more than 9 of 60 at a rate of 1/20 have a probability of 0.001
     rng = np.random.default_rng(0)
     strange = OBSERVED[0] + np.array([0.0, 8.0, 0.0])
     assert linear_fit.surprise(strange).flagged
@@ -294,14 +295,14 @@ def test_a_simulator_of_tensorflow_and_a_joint_prior():
 
 
 def test_pairs_of_an_auto_batched_joint_are_independent():
-    """Written for one draw: indexing works, and every draw has noise of its own."""
+    """A model written for one draw may use indexing, and every draw has its own noise."""
 
     @tfd.JointDistributionCoroutineAutoBatched
     def joint():
         mean = yield tfd.Normal(tf.zeros(2), 1.0, name="mean")
         yield tfd.Normal(mean[0], 0.1, name="x")
 
-    source = simulation.of_joint(joint, ("x",))
+    source = sources.of_joint(joint, ("x",))
     u, y, _ = (np.asarray(part) for part in source.simulate(2000, tf.constant([0, 5])))
     noise = (y[:, 0] - u[:, 0]) / 0.1
     assert stats.kstest(noise, stats.norm.cdf).pvalue > 1e-3
@@ -311,7 +312,7 @@ def test_pairs_of_an_auto_batched_joint_are_independent():
 
 @pytest.mark.parametrize("structure", [dict, collections.namedtuple("Parts", "p R a y")])
 def test_parameters_keep_their_names_in_any_order(structure):
-    """`tf.nest` sorts a dict's keys, capitals first; a joint has them by their dependence."""
+    """`tf.nest` sorts a dict's keys, capitals first; a joint orders them by dependence."""
     joint = tfd.JointDistributionNamed(
         structure(
             p=tfd.Normal(100.0, 1.0),
@@ -320,7 +321,7 @@ def test_parameters_keep_their_names_in_any_order(structure):
             y=lambda p, R, a: tfd.Normal(p + R + a, 1.0),
         )
     )
-    source = simulation.of_joint(joint, ("y",))
+    source = sources.of_joint(joint, ("y",))
     u, *_ = source.simulate(100, tf.constant([0, 1]))
     parameters = source.constrain(u)
     parameters = parameters if structure is dict else parameters._asdict()
@@ -340,7 +341,7 @@ def test_several_observed_parts_keep_their_types():
             "x": lambda mean: tfd.Sample(tfd.Normal(mean, 1.0), 2),
         }
     )
-    source = simulation.of_joint(joint, ("x", "count"))
+    source = sources.of_joint(joint, ("x", "count"))
     row = source.flat({"x": [0.5, 1.0], "count": 3})
     np.testing.assert_array_equal(row, [[0.5, 1.0, 3.0]])
     mean = np.array([[0.2], [1.3]], np.float32)
@@ -363,7 +364,7 @@ def test_a_saved_fit_needs_no_model(linear_fit, tmp_path):
         linear_fit.log_prob(mu, y), loaded.log_prob(mu, y), rtol=1e-4, atol=1e-4
     )
     assert loaded.posterior(y).verdict.verdict == "trust"
-    # Of other simulated data sets: the standard error of a p-value's difference is 0.02.
+    # The data sets are simulated anew: the standard error of the p-values' difference is 0.02.
     assert abs(loaded.surprise(y).p_value - linear_fit.surprise(y).p_value) < 0.1
     assert loaded.history == linear_fit.history
     served = SavedModel(loaded.export(tmp_path / "export", draws=7, max_batch=100))
@@ -413,6 +414,9 @@ def discrete():
         (lambda fit: fit(linear(), "y", steps=0), "expected numbers above 0"),
         (lambda fit: fit(linear(), "y", widht=3), "unknown setting 'widht'"),
         (lambda fit: fit(linear(), "y", width=0.5), "width is 0.5; expected a int"),
+        (lambda fit: fit(linear(), "y", depth=True), "depth is True; expected a int"),
+        (lambda fit: fit(linear(), "y", learning_rate=np.nan), "learning_rate is nan"),
+        (lambda fit: fit(linear(), "y", clip_norm=np.inf), "clip_norm is inf"),
         (lambda fit: fit(batched_wrongly(), "y"), "write it for batches"),
         (lambda fit: fit(discrete(), "y"), "'k' .Poisson. has no default bijector"),
         (

@@ -12,7 +12,7 @@ from tensorflow_probability import distributions as tfd
 
 import avb_tf
 from avb_tf import UserError
-from avb_tf.amortised import calibration, rows, simulation
+from avb_tf.amortised import calibration, rows, sources
 from avb_tf.amortised.network import DeepSet
 from avb_tf.serving.check import check as serve_check
 from avb_tf.serving.saved_model import RunError, SavedModel
@@ -212,7 +212,7 @@ def regression(auto_batched):
 
 @pytest.mark.parametrize("auto_batched", [False, True])
 def test_rows_are_independent_given_the_parameters(auto_batched):
-    one = simulation.of_joint(regression(auto_batched), ("x", "y"))
+    one = sources.of_joint(regression(auto_batched), ("x", "y"))
     sets = rows.of(one, 2, 5)
     u, y, _ = (np.asarray(part) for part in sets.simulate(1000, tf.constant([0, 5])))
     y = y.reshape(1000, 5, 3)
@@ -240,7 +240,7 @@ def test_a_simulator_of_numpy_gives_rows_and_summaries_take_any_order():
         mean = np.asarray(parameters)
         return {"y": mean + rng.normal(size=mean.shape), "n": rng.poisson(2.0, mean.shape)}
 
-    one = simulation.of_simulator(simulate, tfd.Normal(0.0, 1.0), ("y", "n"))
+    one = sources.of_simulator(simulate, tfd.Normal(0.0, 1.0), ("y", "n"))
     sets = rows.of(one, 2, 4)
     _, simulated, _ = sets.simulate(100, tf.constant([0, 5]))
     sizes = np.isfinite(np.reshape(simulated, [100, 4, 2])).all(-1).sum(1)

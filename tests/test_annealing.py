@@ -1,4 +1,4 @@
-"""`model.log_likelihood` against a closed form, with missing values, and its diagnostics."""
+"""Tests `model.log_likelihood` against a closed form, with missing values, and its diagnostics."""
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ X[ABSENT] = np.nan
 
 @pytest.fixture(scope="module")
 def model():
-    """x = shift + unit (W z + noise), as a table with missing values."""
+    """Returns a model of a table with missing values, x = shift + unit (W z + noise)."""
     columns = [
         Column(name, "gaussian", *pair)
         for name, *pair in zip("abc", SHIFT.tolist(), UNIT.tolist(), strict=True)
@@ -34,7 +34,7 @@ def model():
     keras.utils.set_random_seed(0)
     encoder = GaussianEncoder(TableTrunk(table, 4, 1), 2)
     made = avb_tf.AVB((3,), encoder, decoder, likelihood=table)
-    for layer in (encoder.mean, encoder.log_scale):  # q = N(0, I) starts the chains
+    for layer in (encoder.mean, encoder.log_scale):  # the chains start from q = N(0, I)
         layer.set_weights([np.zeros((4, 2)), np.zeros(2)])
     pairs = np.zeros((2, 3, 2))
     pairs[..., 0] = WEIGHT.T  # locations; the raw scales are 0
@@ -74,6 +74,12 @@ def test_errors_are_standard_errors_and_bad_weights_warn():
     )
     assert str(bad).count("Warning") == 2
     assert "Pareto k is above 0.7 for 100%" in str(bad)
+
+
+def test_a_single_chain_has_no_error(model):
+    alone = model.log_likelihood(X, temperatures=3, chains=1, leapfrog_steps=2, verbose=False)
+    assert np.isfinite(alone.values).all()
+    assert np.isnan(alone.errors).all()
 
 
 def test_what_has_no_log_p_is_refused(model):

@@ -1,4 +1,4 @@
-"""Archives from strangers: bombs, names outside, links and giant headers."""
+"""Untrusted archives: zip bombs, paths that lead outside, links and giant headers."""
 
 import io
 import resource
@@ -12,7 +12,7 @@ from avb_tf import archives
 
 
 def archive(folder, *members, **arguments):
-    """A zip file of pairs (name or ZipInfo, content)."""
+    """Writes a zip file from pairs (name or ZipInfo, content)."""
     file = folder / "a.npz"
     with zipfile.ZipFile(file, "w", **arguments) as made:
         for name, content in members:
@@ -21,7 +21,7 @@ def archive(folder, *members, **arguments):
 
 
 def npy(shape, dtype="<f8", content=b""):
-    """An array whose header claims `shape`."""
+    """Returns the bytes of an array file whose header claims `shape`."""
     buffer = io.BytesIO()
     described = {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, described)
@@ -104,7 +104,7 @@ def test_flipped_bits_are_noticed_or_harmless(tmp_path):
             arrays = archives.read_arrays(bytes(flipped))
         except Exception:  # zipfile, zlib and numpy raise many kinds
             noticed += 1
-        else:  # a field that does not matter, such as a date, or the name
+        else:  # the flip hit a field that does not matter, such as a date, or the name
             assert len(arrays) == 1
             np.testing.assert_array_equal(next(iter(arrays.values())), x)
     assert noticed > 200

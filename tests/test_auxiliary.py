@@ -1,4 +1,4 @@
-"""The auxiliary model: its bound against a closed form, and against quadrature."""
+"""Tests the bound of the auxiliary model against a closed form and against quadrature."""
 
 import numpy as np
 import scipy.special
@@ -17,9 +17,9 @@ DRAWS = 20_000
 
 
 def affine(layer, kernel, bias):
-    """Makes a conditional Gaussian's mean latent @ kernel + bias, its scale what it was.
+    """Sets the mean of a conditional Gaussian to latent @ kernel + bias and keeps its scale.
 
-    A bias far above 0 keeps the ReLUs open, where they are the identity.
+    A bias far above 0 keeps the ReLUs in the range where they are the identity.
     """
     kernel = np.asarray(kernel, np.float32)
     inputs = len(kernel)
@@ -36,7 +36,10 @@ def affine(layer, kernel, bias):
 
 
 def linear_encoder(log_scales):
-    """q(a|x) = N(m, s^2), q(z|a) = N(a C, s'^2), r(a|z) = N(z D, s''^2), the same for all x."""
+    """Returns an encoder that ignores x.
+
+    q(a|x) = N(m, s^2), q(z|a) = N(a C, s'^2) and r(a|z) = N(z D, s''^2).
+    """
     encoder = AuxiliaryEncoder(DenseTrunk(4, 1), 2, 2, 6, 1)
     encoder(X, tf.zeros([1, 3, 4]))
     shift = affine(encoder.latent, C, np.zeros(2))
@@ -63,7 +66,7 @@ def test_the_bound_of_a_linear_gaussian_model_is_its_closed_form():
     x_given_z = scipy.stats.norm(z @ WEIGHT.T, SCALE).logpdf(X).sum(-1)
     elbo = x_given_z + scipy.stats.norm.logpdf(z).sum(-1) - np.asarray(posterior.log_prob)
 
-    a, q, r = np.exp(2 * np.array(LOG_SCALES))  # variances; the floor is below their rounding
+    a, q, r = np.exp(2 * np.array(LOG_SCALES))  # variances, without the negligible floor
     mean, cov = M @ C, a * C.T @ C + q * np.eye(2)
     entropy = 2 * np.log(2 * np.pi * np.e) + np.log(a) + np.log(q)  # of q(a, z), independent noise
     # a - z D for (a, z) ~ q: mean M - M C D, covariance of a (I - C D) - noise D.
@@ -94,7 +97,7 @@ def test_with_the_exact_auxiliary_posterior_it_is_the_exact_density_of_every_dra
     noise = np.random.default_rng(1).standard_normal((50, 3, 4), np.float32)
     posterior = encoder(X, noise)
     exact = scipy.stats.multivariate_normal(M @ rotation, (0.36 * a + q) * np.eye(2))
-    # The floor of 1e-3 on every scale is what remains.
+    # The difference that remains is due to the floor of 1e-3 on every scale.
     assert_allclose(posterior.log_prob, exact.logpdf(posterior.z), atol=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Gaussian VI and NUTS where the answer is known, with XLA and without."""
+"""Tests Gaussian VI and NUTS on a target with known moments, with and without XLA."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ START = Start(np.zeros(2), np.eye(2), np.zeros([1, 2]), tails.light(2), 1)
 
 
 def target(unknown_to_xla):
-    """A correlated Gaussian."""
+    """Returns a correlated Gaussian target."""
 
     def log_density(u):
         z = tf.linalg.triangular_solve(FACTOR, tf.transpose(u - MEAN))
@@ -33,7 +33,7 @@ def test_a_gaussian_of_full_rank_finds_the_gaussian(unknown_to_xla):
         baselines.gaussian(target(unknown_to_xla), START, True, 4000, steps=800) for _ in range(2)
     )
     np.testing.assert_array_equal(draws, again)
-    np.testing.assert_allclose(draws.mean(0), MEAN, atol=0.1)  # Adam's last steps in it
+    np.testing.assert_allclose(draws.mean(0), MEAN, atol=0.1)  # allows for Adam's noise
     np.testing.assert_allclose(np.cov(draws.T), FACTOR @ FACTOR.T, atol=0.1)
 
 

@@ -42,7 +42,7 @@ def test_the_plainly_written_step_in_sixteen_bits():
     config.precision = "mixed_bfloat16"
     model = train.create(config, (6,))
     before = model.adversary.s.kernel.numpy()
-    benchmark.reference_step(model, tf.ones([16, 6]))  # at x = 0 theta(x) is 0
+    benchmark.reference_step(model, tf.ones([16, 6]))  # x is not 0, because theta(0) is 0
     assert (model.adversary.s.kernel.numpy() != before).any()
     assert all(np.isfinite(w.numpy()).all() for w in model.weights)
 
@@ -52,7 +52,7 @@ def test_arithmetic_counts_products_that_run():
     image, kernel = tf.zeros([2, 8, 8, 3]), tf.Variable(tf.zeros([5, 5, 3, 7]))
 
     def function():
-        a @ b @ tf.zeros([5, 6])  # nobody's input, so it never runs
+        a @ b @ tf.zeros([5, 6])  # nothing depends on this product, so it never runs
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(tf.nn.conv2d(image, kernel, 2, "SAME") ** 2)
         kernel.assign_sub(tape.gradient(loss, kernel))
@@ -79,7 +79,7 @@ def test_arithmetic_knows_a_kernel_by_the_shape_that_is_given():
 def test_a_benchmark_is_written_and_compared(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "seconds_of", once)
     monkeypatch.setattr(benchmark, "POSTERIOR_STEPS", 25)
-    peaks = {"matmul float32 GFLOP/s": 2.0}  # measuring them takes long
+    peaks = {"matmul float32 GFLOP/s": 2.0}  # measuring the peaks takes long
     monkeypatch.setattr(benchmark, "_machine", lambda: peaks)
     config = configuration.default("avb_ac", **SMALL)
     config.name = "small"
@@ -101,7 +101,7 @@ def once(*functions, **_):
 def test_no_turn_begins_when_the_time_is_over():
     calls = []
     benchmark.seconds_of(lambda: calls.append(0), repeats=5, at_most=0.0)
-    assert len(calls) == 2  # the first of them traces
+    assert len(calls) == 2  # the first call traces
 
 
 @pytest.mark.parametrize("content", [None, "no json", '["a"]', '{"step": "fast"}'])

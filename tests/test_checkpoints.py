@@ -1,4 +1,4 @@
-"""Checkpoints: rotation, damaged files, atomic writes, and loading without running code."""
+"""Tests checkpoints: rotation, damaged files, atomic writes, and loading without running code."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
-    """A workdir with checkpoints of `STEPS`."""
+    """Returns a workdir with checkpoints at `STEPS`."""
     workdir = tmp_path_factory.mktemp("saved")
     for step in STEPS:
         model.step.assign(step)
@@ -82,7 +82,7 @@ def test_a_link_in_place_of_the_partial_file_is_not_followed(model, workdir):
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_loaded_is_left_to_the_next(workdir, monkeypatch):
-    """As when another process trains, and deletes its old checkpoints."""
+    """This happens when another process trains and deletes its old checkpoints."""
     load = keras.models.load_model
 
     def load_late(file, **arguments):
@@ -210,7 +210,7 @@ def test_a_pickle_is_not_unpickled(workdir, tmp_path, member):
 
 
 def _huge_h5(claimed):
-    """An HDF5 file with a dataset that claims so many numbers and stores none."""
+    """Returns an HDF5 file with a dataset that claims `claimed` numbers and stores none."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         file.create_dataset("vars/0", [claimed], "f4", chunks=(1024,))

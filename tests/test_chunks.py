@@ -1,4 +1,4 @@
-"""An interrupted estimate continues with the same results."""
+"""Tests that an interrupted estimate continues with the same results."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ X = np.arange(11.0)
 
 
 class Compute:
-    """Squares, that counts its calls and may fail at one."""
+    """Computes squares, records its calls, and may fail at one of them."""
 
     def __init__(self, fails_at=None):
         self.calls, self.fails_at = [], fails_at

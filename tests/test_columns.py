@@ -1,4 +1,4 @@
-"""A table's likelihood and what an encoder reads, against numpy and scipy, column by column."""
+"""Tests a table's likelihood and the encoder's inputs against numpy and scipy, by column."""
 
 import json
 
@@ -18,7 +18,7 @@ from avb_tf.likelihoods import SCALE_FLOOR, log_likelihood
 from avb_tf.serving import signatures
 
 NAN = np.nan
-# Kinds in no order, so that groups and columns differ.
+# The kinds are not in order, so that the order of groups differs from that of columns.
 TABLE = Table(
     (
         Column("age", "gaussian", 50.0, 10.0),
@@ -54,7 +54,7 @@ def scale(raw):
 
 
 def by_hand():
-    """Name -> (log density [3, 4], mean [3, 4] for the exposures of X)."""
+    """Returns {name: (log density [3, 4], mean [3, 4] for the exposures of X)}."""
     o, x = ({k: v.astype(np.float64) for k, v in OUTPUTS.items()}, dict(enumerate(X.T)))
     days = x[4]
     terms = {}
@@ -156,7 +156,7 @@ def test_a_unit_of_measurement_changes_the_density_by_its_log_alone():
 BAD = {
     "infinite": (0, np.inf), "a code too high": (1, 3.0), "half a code": (1, 0.5),
     "negative count": (2, -1.0), "half a count": (7, 0.5), "no zero or one": (5, 2.0),
-    "negative exposure": (4, -1.0), "no exposure": (4, NAN),
+    "negative exposure": (4, -1.0), "an exposure of 0": (4, 0.0), "no exposure": (4, NAN),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: its flags, and its commands in sequence."""
+"""Tests the flags of the command line, and its commands in sequence."""
 
 import importlib.metadata
 import json
@@ -21,7 +21,7 @@ from tests.commands import REPOSITORY, TINY, content, run, trained
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a finished run, `run`, and an unfinished one."""
+    """Returns a folder with a finished run, `run`, and an unfinished run, `untrained`."""
     root = tmp_path_factory.mktemp("root")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -79,12 +79,12 @@ def test_the_package_lists_its_public_names_without_tensorflow():
     assert all(getattr(avb_tf, name) for name in avb_tf.__all__)
 
 
-# The config and the workdir that a mode is called with.
+# Arguments of a mode: the config and the workdir.
 
 
 @pytest.fixture
 def called(root, monkeypatch):
-    """Parses a command line; returns the arguments of its mode, which is not run."""
+    """Returns a function that parses a command line and returns the arguments of its mode."""
 
     def record(line):
         calls = []
@@ -177,7 +177,7 @@ def test_threads_of_small_networks_are_set_before_tensorflow_starts(root):
 
 @pytest.fixture
 def workdir(root, tmp_path):
-    """A copy of the finished run in a folder of its own."""
+    """Returns a copy of the finished run in a separate folder."""
     return shutil.copytree(root / "run", tmp_path / "vae")
 
 

@@ -1,4 +1,4 @@
-"""The comparison: runs grouped by seed, and methods paired by example."""
+"""Tests the comparison of runs: seeds are grouped, and methods are paired by example."""
 
 import json
 
@@ -14,7 +14,7 @@ X = np.random.default_rng(0).random((40, 3)).astype(np.float32)
 
 
 def make(directory, method="vae", seed=0, shift=0.0, data="digits", x=X, **changes):
-    """A finished run; its log p(x) are the vae's at seed 0 plus a shift and noise."""
+    """Writes a finished run; its log p(x) is that of `vae` with seed 0 plus a shift and noise."""
     noise = np.random.default_rng(seed).normal(0.0, 0.01, len(x))
     values = 10.0 * x[:, 0] + shift + noise
     directory.mkdir(parents=True)
@@ -44,7 +44,7 @@ def test_seeds_are_grouped_and_methods_paired_by_example(tmp_path, capsys):
     avb = rows["digits", "avb"]
     assert avb["seeds"] == 3
     assert avb["log_likelihood"]["over"] == "seeds"
-    # The examples differ by about 3 nats, seeds and pairs by 0.01 / sqrt(40).
+    # Examples differ by about 3 nats, but means over seeds and pairs only by 0.01 / sqrt(40).
     assert avb["log_likelihood"]["standard_error"] < 0.01
     assert avb["above_vae"]["mean"] == pytest.approx(0.5, abs=0.01)
     assert 0.0 < avb["above_vae"]["standard_error"] < 0.01
@@ -143,4 +143,4 @@ def test_the_standard_error_of_a_difference_covers_the_true_value():
 
         difference = compare._paired(side(0.3), side(0.0), "e")
         inside += abs(difference["mean"] - 0.3) < 2.0 * difference["standard_error"]
-    assert inside / 200 > 0.88  # 0.95 for a normal distribution; there are few seeds
+    assert inside / 200 > 0.88  # a normal distribution would have 0.95; there are few seeds

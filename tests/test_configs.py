@@ -1,4 +1,4 @@
-"""Config files are valid; those for an accelerator train a few steps with narrow networks."""
+"""Tests that config files are valid, and that those for an accelerator train a few small steps."""
 
 import keras
 import numpy as np

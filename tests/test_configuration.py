@@ -1,4 +1,4 @@
-"""The config: its checks, its file in the workdir, and the comparison of two runs."""
+"""Tests the config: its checks, its file in the workdir, and the comparison of two runs."""
 
 import json
 
@@ -10,7 +10,7 @@ from avb_tf.settings import methods, run
 
 
 def changed(name, value, method="avb_ac"):
-    """A config with one field set, by its dotted name."""
+    """Returns a config with one field, given by its dotted name, set to `value`."""
     config = configuration.default(method)
     config.update_from_flattened_dict({name: value})
     return config

@@ -1,4 +1,4 @@
-"""Contrasts: density, whitening and divergence of a Gaussian with q's moments."""
+"""Tests contrasts: density, whitening and divergence of a Gaussian with q's moments."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ every_contrast = pytest.mark.parametrize("name", CONTRASTS)
 
 
 def contrast(name):
-    """r for two posteriors that differ from the prior."""
+    """Returns r for posteriors that differ from the prior."""
     mean, scale_tril = tf.constant(MEAN), tf.constant(SCALE_TRIL)
     return CONTRASTS[name](Posterior(mean[tf.newaxis], mean, scale_tril))
 
@@ -86,7 +86,7 @@ def test_the_divergence_is_the_mean_log_ratio_under_a_non_gaussian_q(name):
     noise = np.random.default_rng(3).standard_normal((draws, len(X), 4), np.float32)
     encoder(X, noise[:1])
     randomise(encoder)
-    weigh = np.tile([1.0] * 4 + [100.0] * 5, 3)  # the functions of the noise, not the noise itself
+    weigh = np.tile([1.0] * 4 + [100.0] * 5, 3)  # amplifies the functions of the noise
     encoder.relative.bias.assign(weigh * encoder.relative.bias)
     posterior = encoder(X, noise)
     assert (np.abs(scipy.stats.kurtosis(posterior.z)) > 0.5).any(-1).all()
@@ -111,7 +111,7 @@ def test_the_divergence_is_the_closed_form(name, expected):
 
 
 def nearly_a_point(name):
-    """An encoder that maps all noise to nearly the same z, and its noise."""
+    """Returns an encoder that maps all noise to nearly the same z, and noise for it."""
     makers = {
         "gaussian": lambda: GaussianEncoder(DenseTrunk(8, 1), 3),
         "black_box": lambda: BlackBoxEncoder(DenseTrunk(8, 1), 3, 4, 8, 2),

@@ -1,4 +1,4 @@
-"""Every source: its splits, and its messages about unsuitable data."""
+"""Tests every data source: its splits, and its messages about unsuitable data."""
 
 import gzip
 import io
@@ -69,7 +69,7 @@ def assert_same(source, other):
 
 
 def assert_disjoint_and_complete(source, examples):
-    """The splits together hold each of the distinct `examples` [n, *event] once."""
+    """Asserts that the splits together hold each of the distinct `examples` [n, *event] once."""
     x = np.concatenate([content(split).reshape(split.size, -1) for split in splits(source)])
     expected = examples.reshape(len(examples), -1)
     assert len(np.unique(expected, axis=0)) == len(expected)
@@ -130,7 +130,7 @@ def test_the_splits_of_digits_are_fixed():
     assert sizes(source) == (1297, 200, 300)
     assert_disjoint_and_complete(source, load_digits(return_X_y=True)[0] / 16)
     assert_same(source, load("digits", seed=1))
-    # Labels belong to their images: the class means are far closer to their own class.
+    # Labels belong to their images: most test images are nearest to the mean of their class.
     x, y = content(source.train), source.train.labels
     means = np.stack([x[y == digit].mean(0) for digit in range(10)])
     distances = ((content(source.test) - means[:, np.newaxis]) ** 2).sum((2, 3, 4))
@@ -236,7 +236,7 @@ def test_images_are_cut_by_the_seed_and_searched_recursively(tmp_path):
 
 
 def _png_of(width, height):
-    """A PNG file whose header claims this size; its one line of pixels is blank."""
+    """Returns a PNG file whose header claims this size; its only line of pixels is blank."""
 
     def chunk(kind, content):
         checksum = zlib.crc32(kind + content)
@@ -316,7 +316,7 @@ def test_webp_and_folders_behind_links_are_read_once(tmp_path):
 def test_an_unreadable_image_is_skipped_with_a_warning(tmp_path, caplog):
     write_images(tmp_path, 6)
     whole = (tmp_path / "2.png").read_bytes()
-    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])  # its header is intact
+    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])  # the header is intact
     with caplog.at_level(logging.WARNING):
         source = load("images", tmp_path)
     assert sum(sizes(source)) == 5

@@ -1,4 +1,4 @@
-"""Diagnostics of weights whose tails are known."""
+"""Tests diagnostics on weights with known tails."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def test_pareto_k_of_pareto_weights_is_their_shape(k):
 
 @pytest.mark.parametrize(("width", "flagged"), [(0.5, True), (1.0, False), (1.3, False)])
 def test_a_proposal_half_too_narrow_is_flagged(width, flagged):
-    # Target N(0, I) of eight dimensions, proposal N(0, width^2 I).
+    # The target is N(0, I) in eight dimensions, the proposal N(0, width^2 I).
     z = width * np.random.default_rng(0).standard_normal((5000, 20, 8))
     log_weights = np.sum(-0.5 * z**2 + 0.5 * (z / width) ** 2, -1)
     k = diagnostics.pareto_k(log_weights)

@@ -1,7 +1,8 @@
-"""The code of README and the how-to pages runs, or says why it does not.
+"""Tests that the code of README and the how-to pages runs, or that the page says why it does not.
 
-Before a block may stand, as HTML comments: `not run: REASON`; `before: CODE` to run first; and
-`replace: TEXT -> TEXT` to shorten it here. The tutorials run when the site is built.
+HTML comments before a block control this test: `not run: REASON` skips the block, `before: CODE` is
+run first, and `replace: TEXT -> TEXT` shortens the block for the test. The tutorials run when the
+site is built.
 """
 
 import re
@@ -19,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/howto").glob("*.md"))]
 BLOCK = re.compile(
     r"(?P<notes>(?:^<!-- [^\n]* -->\n)*)^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S
 )
-UNRUN = ("yaml", "{toctree}")  # need no reason: they are no commands
+UNRUN = ("yaml", "{toctree}")  # these need no reason, because they are not commands
 
 
 class Block(NamedTuple):
@@ -74,7 +75,7 @@ WITH_SHELL = [page for page in PAGES if run_here(page, "sh")]
 
 @pytest.mark.parametrize("page", WITH_SHELL, ids=lambda page: page.stem)
 def test_commands_are_understood(page, tmp_path, monkeypatch):
-    """The flags, the experiment and the mode of every line, up to the mode's own work."""
+    """Parses the flags, the experiment and the mode of every line, without running the mode."""
     monkeypatch.chdir(tmp_path)
     called = []
     mode = SimpleNamespace()

@@ -1,4 +1,4 @@
-"""--mode=figures: which figures it writes, in both formats, and the training curves."""
+"""Tests which figures --mode=figures writes, in both formats, and the training curves."""
 
 import numpy as np
 import tensorflow as tf

@@ -1,4 +1,4 @@
-"""Encoders: moments against draws and numpy, densities against scipy."""
+"""Tests encoders: moments against draws and numpy, densities against scipy."""
 
 import keras
 import numpy as np
@@ -50,7 +50,7 @@ def fresh(name):
 
 
 def randomised(name):
-    """None of the weights zero, as they are after training."""
+    """Returns an encoder without zero weights, as after training."""
     encoder = fresh(name)
     for i, weight in enumerate(encoder.weights):
         weight.assign(0.5 * tf.random.stateless_normal(weight.shape, [i, 7]))
@@ -72,7 +72,7 @@ def relu(values):
 
 
 def affine_residual(encoder):
-    """What the best affine function of the noise leaves of z, at most."""
+    """Returns the largest residual of z after the best affine fit in the noise."""
     noise = noise_for(encoder, 200)
     z = np.asarray(encoder(X, noise).z)
     residuals = []
@@ -95,7 +95,7 @@ def test_shapes_are_those_of_the_contract(name):
 @pytest.mark.parametrize("name", [*GAUSSIAN, *NOISE_BASES, *JOINT])
 @pytest.mark.parametrize("training", [True, False])
 def test_closed_form_moments_are_those_of_independent_draws(name, training):
-    # In training the bases' moments are those of the batch, otherwise of 4096 Sobol points.
+    # In training the moments of the bases come from the batch, otherwise from 4096 Sobol points.
     encoder, draws = randomised(name), 100_000
     noise = noise_for(encoder, draws // BATCH if training else 1, seed=1)
     known = encoder(X, noise, training=training)
@@ -113,7 +113,7 @@ def test_outside_training_an_example_does_not_depend_on_its_batch_mates(name):
     np.testing.assert_allclose(together.z[:1, :1], alone.z, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(together.mean[:1], alone.mean, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(together.scale_tril[:1], alone.scale_tril, rtol=1e-4, atol=1e-5)
-    assert np.abs(alone.z[0] - alone.mean).max() > 0.01  # one draw is not the mean
+    assert np.abs(alone.z[0] - alone.mean).max() > 0.01  # a single draw is not its own mean
 
 
 @pytest.mark.parametrize("name", ["black_box", "injected"])

@@ -1,4 +1,4 @@
-"""Bounds on the log density of smoothed draws, where the smoothed entropy is known."""
+"""Tests bounds on the log density of smoothed draws where the smoothed entropy is known."""
 
 import functools
 
@@ -14,39 +14,39 @@ POINTS = 400
 
 
 def cube(generator, count, n):
-    """Uniform, of variance 1 in each of n dimensions."""
+    """Draws from a uniform distribution with variance 1 in each of n dimensions."""
     return generator.uniform(-np.sqrt(3.0), np.sqrt(3.0), (count, n))
 
 
 def ring(generator, count, n):
-    """A circle of no width in two dimensions, normal in the others."""
+    """Draws from a circle without width in two dimensions, and normal in the others."""
     angle = generator.uniform(0.0, 2.0 * np.pi, count)
     circle = np.sqrt(2.0) * np.stack([np.cos(angle), np.sin(angle)], -1)
     return np.concatenate([circle, generator.standard_normal((count, n - 2))], -1)
 
 
 def sheet(generator, count, n):
-    """Uniform in the first dimensions, of no width in the last half of them."""
+    """Draws uniformly in the first half of the dimensions, without width in the other half."""
     flat = cube(generator, count, n)
     flat[:, n - n // 2 :] = 0.0
     return flat
 
 
 def tilted_sheet(generator, count, n):
-    """The same, turned."""
+    """Draws from a rotated `sheet`."""
     rotation = scipy.stats.ortho_group.rvs(n, random_state=1)
     return sheet(generator, count, n) @ rotation
 
 
 def integral(density, low, high):
-    """-int p log p."""
+    """Returns -int p log p of a density."""
     return scipy.integrate.quad(lambda t: -scipy.special.xlogy(p := density(t), p), low, high,
                                 limit=500)[0]  # fmt: skip
 
 
 @functools.cache
 def smoothed_uniform(scale):
-    """Entropy of sqrt(1 - s^2) times a uniform of variance 1, plus N(0, s^2)."""
+    """Returns the entropy of sqrt(1 - s^2) times a uniform of variance 1, plus N(0, s^2)."""
     half = np.sqrt(3.0 * (1.0 - scale**2))
 
     def density(t):
@@ -58,7 +58,7 @@ def smoothed_uniform(scale):
 
 @functools.cache
 def smoothed_circle(scale):
-    """Entropy in the plane: the density depends on the radius alone."""
+    """Returns the entropy in the plane; the density depends only on the radius."""
     r = np.sqrt(2.0 * (1.0 - scale**2))
 
     def density(t):
@@ -85,7 +85,7 @@ SHAPES = [(shape, n) for shape in EXACT for n in (2, 3, 5, 8, 16)]
 
 
 def interval(shape, n, components, scale, seed=0, points=POINTS):
-    """Ends of the entropy's interval, and their standard errors."""
+    """Returns the ends of the interval of the entropy, each with its standard error."""
     generator = np.random.default_rng(seed)
     own, others = (shape(generator, count, n) for count in (points, components))
     noise = generator.standard_normal((points, n))
@@ -116,7 +116,7 @@ def test_more_components_narrow_the_interval(shape, n):
 
 @pytest.mark.parametrize("shape", EXACT, ids=lambda v: v.__name__)
 def test_few_components_still_bound_the_entropy(shape):
-    """In the mean over many sets of components, each far too small."""
+    """The bounds hold in the mean over many sets of components, each of which is far too small."""
     scale = 0.05
     sets = [interval(shape, 2, 40, scale, seed, 50) for seed in range(60)]
     ends = np.array([[low[0], high[0]] for low, high in sets])
@@ -127,7 +127,7 @@ def test_few_components_still_bound_the_entropy(shape):
 
 
 def test_far_components_are_bounded_as_if_all_were_summed(monkeypatch):
-    """In the plane a tree leaves out what is far; all pairs are the reference."""
+    """In the plane a k-d tree leaves out distant components; the reference sums all pairs."""
     generator = np.random.default_rng(0)
     own, others, noise = (ring(generator, count, 2) for count in (200, 5000, 200))
     near = entropy.log_density_bounds(own, others, noise, 0.05)

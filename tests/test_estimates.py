@@ -1,4 +1,4 @@
-"""Estimates of one model again and again: with the weights of the moment, in the same graphs."""
+"""Tests that repeated estimates of a model use its current weights and reuse the same graphs."""
 
 import numpy as np
 import scipy.stats
@@ -8,12 +8,12 @@ from avb_tf.likelihood_estimation import estimates, inference_gap
 from tests.linear_gaussian import SCALE, WEIGHT, LinearDecoder, set_posterior
 
 X = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
-WIDTH = 1.1  # of q beside the exact posterior
+WIDTH = 1.1  # of q, relative to the exact posterior
 SIZES = {"temperatures": 40, "chains": 32, "leapfrog_steps": 5}
 
 
 def evaluate(model, directory):
-    """The bound, and the weights of importance sampling and AIS, beside all else with graphs."""
+    """Runs everything that has graphs; returns the bound and the weights of both samplers."""
     named, weighted = estimates.importance_weighted(model, X, 1, directory)
     _, annealed = estimates.annealed(model, X, SIZES, directory)
     log_likelihood = named["log_likelihood_iwae_5000"].values
@@ -40,12 +40,12 @@ def test_a_second_evaluation_sees_new_weights_and_traces_nothing(
         covariance = weight @ weight.T + SCALE**2 * np.eye(3)
         evidence = scipy.stats.multivariate_normal(np.zeros(3), covariance).logpdf(X)
         elbo, *both = evaluate(model, tmp_path)
-        assert np.abs(elbo - (evidence - kl)).max() < 0.6  # 4 standard errors of 64 draws
+        assert np.abs(elbo - (evidence - kl)).max() < 0.6  # 4 standard errors with 64 draws
         for log_weights in both:
-            ratios = np.exp(log_weights - evidence)  # of estimates to p(x): 1 in the mean
+            ratios = np.exp(log_weights - evidence)  # estimates divided by p(x), with mean 1
             error = ratios.std(0) / np.sqrt(len(ratios))
             assert (np.abs(ratios.mean(0) - 1.0) < 4.0 * error).all()
-    # Data are simulated from the model without a graph.
+    # The simulation of data from the model has no graph.
     assert traced == ["decode"]
 
 
@@ -69,7 +69,7 @@ def test_the_aggregate_of_exact_posteriors_is_the_prior(linear_gaussian):
     error = 4.0 * low.repeats.mean(1).std(ddof=1) / 2.0
     assert low.values.mean() - error - 0.01 < 0.0 < high.values.mean() + error
     assert high.values.mean() - low.values.mean() < 0.1
-    # -E log N(x; W z, SCALE) over z of the posterior of covariance C: its trace is tr(W C W^T).
+    # E |x - W z|^2 over the posterior with covariance C includes the trace tr(W C W^T).
     covariance = np.linalg.inv(np.eye(2) + WEIGHT.T @ WEIGHT / SCALE**2)
     residual = x - x @ WEIGHT @ covariance @ WEIGHT.T / SCALE**2
     squares = (residual**2).sum(1) + np.trace(WEIGHT @ covariance @ WEIGHT.T)
@@ -79,7 +79,7 @@ def test_the_aggregate_of_exact_posteriors_is_the_prior(linear_gaussian):
 
 
 def test_the_aggregate_of_posteriors_that_ignore_x_has_their_divergence(linear_gaussian):
-    """q(z|x) = N(0, diag(0.5, 0.8)^2) for all x: KL in closed form."""
+    """If q(z|x) = N(0, diag(0.5, 0.8)^2) for all x, the KL has a closed form."""
     model, evidence = linear_gaussian
     scales = np.array([0.5, 0.8])
     weights = [np.zeros_like(w) for w in model.encoder.get_weights()]

@@ -1,4 +1,4 @@
-"""`evaluate` against independent computations."""
+"""Tests `evaluate` against independent computations."""
 
 import json
 import shutil
@@ -67,7 +67,8 @@ def test_more_latents_are_estimated_by_ais(tmp_path, capsys, monkeypatch):
     names += [f"log_likelihood_iwae_{k}" for k in (1, 100, 5000)]
     for name in names:
         assert by_name[name]["count"] == 5
-    # The model is untrained, so q is far from the posterior and even a short AIS exceeds the bound.
+    # The model is untrained, so q is far from the posterior, and even a short AIS is above the
+    # bound.
     assert annealed["mean"] > by_name["elbo_of_the_same_examples"]["mean"] - 1.0
     iwae = [by_name[f"log_likelihood_iwae_{k}"]["mean"] for k in (1, 100, 5000)]
     assert iwae[0] < iwae[1] < iwae[2]

@@ -1,4 +1,4 @@
-"""The latent explorer: the page's content, and in a browser that it decodes like the model."""
+"""Tests the content of the latent explorer, and that it decodes like the model in a browser."""
 
 import json
 import re
@@ -24,14 +24,14 @@ def make(name):
     keras.utils.set_random_seed(0)
     method, event, changes = MODELS[name]
     model = avb_tf.build(method, event, width=16, depth=2, **changes)
-    for seed, weight in enumerate(model.averaged_decoder.weights):  # biases start at 0
+    for seed, weight in enumerate(model.averaged_decoder.weights):  # moves biases away from 0
         weight.assign_add(keras.random.normal(weight.shape, stddev=0.2, seed=seed))
     x = np.random.default_rng(0).random((30, *event), np.float32)
     return model, x
 
 
 def described(page):
-    """The model in the page."""
+    """Returns the model in the page."""
     return json.loads(re.search(r"const model = (.*);\n", page)[1])
 
 

@@ -1,4 +1,4 @@
-"""Exports of every method, run by the C library and compared with the Keras model."""
+"""Tests exports of every method in the C library against the Keras model."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ from avb_tf.settings import methods
 from tests.test_signatures import SMALL
 
 EVENT = (4, 4, 1)
-K = 64  # of the importance-weighted bound
+K = 64  # importance samples
 DETERMINISTIC = {"serving_default", "elbo", "log_likelihood", "decode"}
 SEEDED = {"encode_seeded", "reconstruct_seeded", "sample_seeded"}
 FRESH = {"encode", "reconstruct", "sample"}
@@ -52,7 +52,7 @@ def model_of(method):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """method -> the directory of its versions."""
+    """Returns a function that exports a method once and returns the directory of its versions."""
 
     @functools.cache
     def export(method):
@@ -70,7 +70,7 @@ def loaded(exported):
 
 
 def request(served, name, rows=slice(None)):
-    """The rows of the inputs that the signature names."""
+    """Returns rows of the inputs that the signature names."""
     inputs = {key: INPUTS[key][rows] for key in served.signatures[name].inputs}
     if name.endswith("_uint8"):
         inputs["x"] = (255 * inputs["x"]).astype(np.uint8)
@@ -78,13 +78,13 @@ def request(served, name, rows=slice(None)):
 
 
 def points(count, dim):
-    """Sobol points as noise of all rows, [count, 64, dim]."""
+    """Returns Sobol points as noise for all rows, [count, 64, dim]."""
     sobol = scipy.stats.qmc.MultivariateNormalQMC(np.zeros(dim), rng=0).random(count)
     return np.repeat(sobol.astype(np.float32)[:, None], 64, 1)
 
 
 def by_keras(model, name):
-    """A signature's answer, computed eagerly from the parts of the Keras model."""
+    """Returns a signature's answer, computed eagerly from the parts of the Keras model."""
     q, noise_dim = model.averaged_encoder, model.encoder.noise_dim
 
     def noise(stream, size):
@@ -107,7 +107,7 @@ def by_keras(model, name):
 
 
 def importance_weighted(model, moments):
-    """log p(x) with scipy's densities."""
+    """Returns the importance-weighted bound on log p(x), with densities from scipy."""
     latent = model.encoder.latent_dim
     if moments.log_prob is None:
         scale = proposal.WIDENING * np.asarray(moments.scale_tril)
@@ -314,7 +314,7 @@ def test_versions_count_up_and_serve_check_takes_the_newest(workdir, capsys):
     assert layout.versions(workdir / "export") == [9, 10]
     run(f"--workdir={workdir}", "--mode=serve_check")
     table = capsys.readouterr().out
-    assert table.count("| fresh |") == 5  # three, and the uint8 variants of two
+    assert table.count("| fresh |") == 5  # three signatures, and the uint8 variants of two of them
     assert table.endswith("export/10: 17 signatures, 34 warmup requests\n")
     known = json.loads((workdir / "export/10/assets.extra/metadata.json").read_text())
     assert known["config"]["method"] == "vae"
@@ -345,7 +345,7 @@ def test_a_workdir_without_a_model_is_refused_and_not_changed(workdir, tmp_path,
 
 
 def test_a_full_disk_leaves_nothing_behind(workdir, tmp_path):
-    """Limits files to 64 kB, as if the disk were full."""
+    """A limit of 64 KiB on the size of files stands in for a full disk."""
     path = tmp_path / "run"
     shutil.copytree(workdir, path, ignore=shutil.ignore_patterns("export"))
     before = tree(path)

@@ -1,4 +1,4 @@
-"""Exports of fitted posteriors, run by the C library, beside the fits they came from."""
+"""Tests exports of fitted posteriors in the C library against the fits they came from."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The campaigns of faults in small: a few of each kind, on a method without adversary."""
+"""Runs small versions of the fault campaigns: a few trials of each kind, without an adversary."""
 
 import random
 import shutil
@@ -11,7 +11,7 @@ from tests.campaigns import crashes, durability, faults, jobs
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An undisturbed run, recorded where strace is installed."""
+    """Returns an undisturbed run, recorded if strace is installed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "root").mkdir()
     workdir = folder / "root/whole"
@@ -68,7 +68,7 @@ def test_no_power_loss_costs_what_was_saved(whole):
     assert all((whole.parent / p).read_bytes() == c for p, c in files.items())
     crashed = durability.crashed(recording, random.Random(0), 20)
     assert not [loss for _, losses in crashed for loss in losses]
-    # Without its syncs the same run would lose something.
+    # If the syncs are removed from the recording, the replay must detect losses.
     for left_out in ("files", "directories"):
         operations = [
             one

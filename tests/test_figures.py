@@ -1,4 +1,4 @@
-"""Figures: their content, and that they can be saved as PNG files."""
+"""Tests the content of figures, and that they can be saved as PNG files."""
 
 import io
 
@@ -36,12 +36,12 @@ def model(request):
 
 
 def pixels(figure):
-    """The figure's PNG, read again, [height, width, 4]."""
+    """Returns the pixels of the figure's PNG, [height, width, 4]."""
     return matplotlib.image.imread(io.BytesIO(figures.png(figure)), format="png")
 
 
 def tiles(figure, event_shape):
-    """The images of a grid, [rows, columns, *event_shape]."""
+    """Returns the images of a grid, [rows, columns, *event_shape]."""
     canvas = np.asarray(figure.axes[0].images[0].get_array())
     height, width, channels = event_shape
     canvas = canvas.reshape(*canvas.shape[:2], channels)
@@ -189,6 +189,7 @@ def test_contour_levels_enclose_half_and_nine_tenths_of_a_gaussian(covariance):
     z = np.stack(np.meshgrid(side, side), -1)
     density = np.exp(-0.5 * np.einsum("...i,ij,...j", z, np.linalg.inv(covariance), z))
     outer, inner, top = model_figures._levels(7.0 * density)
-    # Of a Gaussian in two dimensions, the share 1 - h is where the density is above h of its peak.
+    # A Gaussian in two dimensions has the share 1 - h of its mass where its density exceeds h of
+    # the peak.
     np.testing.assert_allclose([1 - inner / 7.0, 1 - outer / 7.0], [0.5, 0.9], atol=0.01)
     assert top > 7.0 * density.max()

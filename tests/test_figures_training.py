@@ -1,4 +1,4 @@
-"""Training curves, read from TensorBoard's files."""
+"""Tests training curves, which are read from TensorBoard's files."""
 
 import numpy as np
 import tensorflow as tf
@@ -59,7 +59,7 @@ def test_a_run_is_drawn_with_both_bounds_of_the_same_examples(tmp_path):
     assert difference.lines[0].get_ydata()[0] == -0.25
     (interval,) = difference.collections
     np.testing.assert_array_equal(np.unique(interval.get_paths()[0].vertices[:, 1]), [-0.5, 0.0])
-    # A single logged point is visible.
+    # A single logged point is visible, because lines have markers.
     assert {line.get_marker() for axes in (elbo, same) for line in axes.lines} == {"o"}
 
 

@@ -1,4 +1,4 @@
-"""Replaced files, locks and checksums."""
+"""Tests replaced files, locks and checksums."""
 
 import errno
 import os
@@ -111,7 +111,7 @@ def test_changed_and_missing_files_are_noticed(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a", "sub/b", "other"):
         (tmp_path / name).write_text(name)
-    files.verify(tmp_path)  # of an earlier version, without checksums
+    files.verify(tmp_path)  # accepts a directory of an earlier version, without checksums
     files.write_checksums(tmp_path, "a", "sub")
     (tmp_path / "other").write_text("changed")
     files.verify(tmp_path)

@@ -1,4 +1,4 @@
-"""Flows: their masks and their density, by Jacobians, and the contrast that goes with them."""
+"""Tests masks and densities of flows by Jacobians, and the contrast that goes through a flow."""
 
 import keras
 import numpy as np
@@ -33,7 +33,7 @@ def noise_for(encoder, samples, seed=0):
 
 
 def jacobian(function, z):
-    """d function / dz at z [samples, batch, latent], [samples * batch, latent, latent]."""
+    """Returns d function / dz at z [samples, batch, latent]: [samples * batch, latent, latent]."""
     flat = tf.reshape(z, [-1, z.shape[-1]])
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(flat)
@@ -83,7 +83,7 @@ def test_the_density_is_that_of_the_change_of_variables(steps):
     randomise(encoder)
     noise = noise_for(encoder, 10)
     posterior = encoder(X, noise)
-    x = np.tile(X, (10, 1))  # an example of its own for each draw
+    x = np.tile(X, (10, 1))  # a separate example for each draw
     flat = noise.reshape(1, -1, LATENT)
     slopes = jacobian(lambda noise: encoder(x, noise).z, flat)
     assert (np.abs(slopes[:, ~np.eye(LATENT, dtype=bool)]) > 0).any()
@@ -119,11 +119,11 @@ def test_every_draw_is_of_its_own_noise_and_x():
     assert keras.ops.shape(whole.scale_tril) == (BATCH, LATENT, LATENT)
 
 
-# An adaptive contrast goes through the steps with q.
+# An adaptive contrast that goes through the flow's steps with q.
 
 
 def flowed(encoder, contrast, **changes):
-    """A model whose steps all do something, the same at each call, and the noise of many draws."""
+    """Returns a model with fixed, nontrivial flow steps, and noise for many draws."""
     keras.utils.set_random_seed(0)
     sizes = dict(latent_dim=LATENT, width=8, flow_steps=3, flow_width=16, ema_decay=0.0)
     model = avb_tf.build("iaf", (6,), encoder=encoder, contrast=contrast, **sizes, **changes)

@@ -1,4 +1,4 @@
-"""Artefacts of earlier releases load, give the same values and resume (`golden.artefacts`)."""
+"""Tests that artefacts of earlier releases (`golden.artefacts`) load, agree and resume."""
 
 import json
 import shutil
@@ -36,13 +36,13 @@ def test_a_model_gives_the_same_values_and_trains_further(release, name):
     then = recorded(release, name)
     later = then.pop("two steps later")
     assert_close(artefacts.values(model, x), then, 1e-5)
-    artefacts.trained(model, x, 2)  # needs the state of both optimizers
+    artefacts.trained(model, x, 2)  # this needs the state of both optimizers
     assert_close(artefacts.values(model, x), later, 1e-4)
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
 def test_a_fresh_process_loads_them(release):
-    """It imports only `AVB`, which registers all classes with Keras."""
+    """The process imports only `AVB`, which registers all classes with Keras."""
     code = "import sys, keras; from avb_tf import AVB\n"
     code += "for path in sys.argv[1:]: assert isinstance(keras.models.load_model(path), AVB)"
     files = map(str, release.glob("*.keras"))
@@ -66,12 +66,12 @@ def test_a_run_is_resumed_and_evaluated_to_the_same_end(release, tmp_path):
     )
     assert now["config_hash"] == then["config_hash"]
     assert now["family"] == then["family"]
-    # 0.1.0 estimated it by nearest neighbours; now it is an interval.
+    # 0.1.0 estimated this KL by nearest neighbours; now it is an interval.
     divergence = then["estimates"].pop("kl_q_exact_posterior")["mean"]
     lower, upper = (
         now["estimates"].pop(f"kl_q_exact_posterior_{end}")["mean"] for end in ("lower", "upper")
     )
-    assert lower - 0.5 < divergence < upper + 0.5  # of the smoothed posterior, 20 steps old
+    assert lower - 0.5 < divergence < upper + 0.5  # of the smoothed q, after 20 steps
     assert now["estimates"].keys() >= then["estimates"].keys()
     for name, estimate in then["estimates"].items():
         assert now["estimates"][name]["mean"] == pytest.approx(estimate["mean"], abs=1e-4), name
@@ -81,7 +81,7 @@ def test_a_run_is_resumed_and_evaluated_to_the_same_end(release, tmp_path):
 def test_a_posterior_gives_the_same_values(release):
     fit = avb_tf.load_posterior(release / "posterior")
     values, then = artefacts.of_posterior(fit), recorded(release, "posterior")
-    # 0.1.0 took it from importance weights, whose error nobody knew; a bridge needs a fit's chains.
+    # 0.1.0 used importance weights with an unknown error; bridge sampling needs a fit's chains.
     assert np.isnan(values.pop("log_evidence"))
     assert np.isfinite(then.pop("log_evidence"))
     assert_close(values, then, 1e-4)

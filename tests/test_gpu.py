@@ -1,4 +1,4 @@
-"""What only a GPU can show: `make test-gpu`."""
+"""Tests that need a GPU: `make test-gpu`."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite are skipped and counted, and training goes on."""
+"""Tests that steps with a non-finite loss or gradient are skipped and counted."""
 
 import contextlib
 import signal
@@ -62,7 +62,7 @@ def test_a_step_with_nan_in_it_changes_nothing_and_is_counted():
     step((batch(2),))
     assert not same(before, state(model))
     assert [int(c.value) for c in (model.step, model.skipped, model.skipped_in_a_row)] == [4, 2, 0]
-    assert model.means["elbo"].count == 16  # of the one step that was applied
+    assert model.means["elbo"].count == 16  # only the applied step counts
     assert np.isfinite(model.means["elbo"].result())
     assert all(np.isfinite(v).all() for v in state(model))
 
@@ -121,7 +121,7 @@ def tiny(method="vae", **guard):
 
 
 def test_a_diverging_run_rolls_back_with_lower_rates_and_finally_stops(tmp_path, monkeypatch):
-    """From step 32 on everything is NaN, at first only until the rates are lowered."""
+    """From step 32 on every input is NaN: first until the rates are lowered, then always."""
     config, until = tiny(), {"rollbacks": 1}
     plain = avb_tf.AVB._inputs
 
@@ -148,7 +148,7 @@ def test_a_diverging_run_rolls_back_with_lower_rates_and_finally_stops(tmp_path,
 
 
 def test_a_finite_explosion_at_the_end_of_an_epoch_costs_no_good_checkpoint(tmp_path, monkeypatch):
-    """Twice the newest checkpoint fails; then the one before is taken, even if one is kept."""
+    """After two failures of the newest checkpoint the older one is used, even if one is kept."""
     config = tiny()
     config.steps, config.keep_checkpoints = 40, 1
     save = checkpoints.save
@@ -179,7 +179,7 @@ def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
 
     def spoiled(self, batch):
         loss, bad = plain(self, batch), self.step.value % 50 == 49
-        first = tf.range(tf.size(loss)) == 0  # one value of the batch
+        first = tf.range(tf.size(loss)) == 0  # one example of the batch
         return tf.where(tf.reshape(first, tf.shape(loss)) & bad, np.nan, loss)
 
     bounds = [estimates.bound(train.train(config, tmp_path / "clean"), x)]

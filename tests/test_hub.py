@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, replaced by a folder: a downloaded model equals the uploaded one."""
+"""Tests that a model downloaded from a local double of the Hub equals the uploaded model."""
 
 import shutil
 import sys
@@ -15,7 +15,7 @@ from tests.commands import trained
 
 
 class Hub(ModuleType):
-    """huggingface_hub's functions as its documentation describes them, over a folder."""
+    """A local folder with the interface that the documentation of huggingface_hub describes."""
 
     def __init__(self, root):
         super().__init__("huggingface_hub")
@@ -72,6 +72,16 @@ def test_keras_loads_an_uploaded_model(hub, workdir):
     avb_tf.push_to_hub(checkpoints.latest(workdir), "me/digits")
     model = keras.saving.load_model(hub.root / "me/digits")
     np.testing.assert_array_equal(model.encode(X), checkpoints.load(workdir).encode(X))
+
+
+def test_a_model_that_keras_saved_as_a_folder_is_uploaded(hub, workdir, tmp_path):
+    checkpoints.load(workdir).save(tmp_path / "folder", zipped=False)  # with Keras's config.json
+    avb_tf.push_to_hub(tmp_path / "folder", "me/digits")
+    card = (hub.root / "me/digits/README.md").read_text()
+    assert "This model has not been evaluated" in card
+    np.testing.assert_array_equal(
+        avb_tf.from_hub("me/digits").encode(X), checkpoints.load(workdir).encode(X)
+    )
 
 
 @pytest.mark.parametrize(

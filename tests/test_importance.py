@@ -1,4 +1,4 @@
-"""Importance-weighted bounds against the closed form of a linear-Gaussian model."""
+"""Tests importance-weighted bounds against the closed form of a linear Gaussian model."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ X = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
 
 
 class Implicit(keras.Model):
-    """An encoder that hides its density."""
+    """An encoder without the density of the encoder it wraps."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -44,10 +44,10 @@ def test_bounds_rise_to_log_p(linear_gaussian, implicit):
     bounds = [importance.bounds(log_weights, k).mean() for k in (1, 10, 1000)]
     truth = evidence.logpdf(X)
     assert bounds[0] < bounds[1] < bounds[2] < truth.mean() + 0.01
-    weights = np.exp(log_weights - truth)  # unbiased for 1
+    weights = np.exp(log_weights - truth)  # their expectation is 1
     error = weights.std(0) / np.sqrt(len(weights))
     assert (np.abs(weights.mean(0) - 1.0) < 4 * error).all()
-    if not implicit:  # the first is the ELBO: log p(x) - KL(q || p(z|x))
+    if not implicit:  # the first bound is the ELBO: log p(x) - KL(q || p(z|x))
         kl = 0.5 * 2 * (0.49 - 1.0 - np.log(0.49))
         error = log_weights.std(0) / np.sqrt(len(log_weights))
         single = importance.bounds(log_weights, 1)
@@ -73,4 +73,5 @@ def test_every_method_has_weights_that_its_seed_fixes(method):
     log_weights = sampler.log_weights(x, 20)
     assert log_weights.shape == (20, 4)
     np.testing.assert_array_equal(log_weights, sampler.log_weights(x, 20))
+    np.testing.assert_array_equal(log_weights[:7], sampler.log_weights(x, 7))
     assert (log_weights != sampler.log_weights(x, 20, seed=1)).all()

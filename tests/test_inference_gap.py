@@ -1,4 +1,4 @@
-"""The split of the inference gap where its parts are known."""
+"""Tests the split of the inference gap where its parts are known."""
 
 import numpy as np
 import pytest
@@ -25,20 +25,20 @@ def test_the_best_gaussians_of_a_linear_gaussian_model(linear_gaussian):
     np.testing.assert_allclose(full.loc, mean, atol=0.06)
     covariance = full.scale_tril @ np.swapaxes(full.scale_tril, 1, 2)
     np.testing.assert_allclose(covariance, np.tile(np.linalg.inv(PRECISION), (6, 1, 1)), atol=0.06)
-    # The best diagonal Gaussian has the diagonal of the precision, and a KL in closed form.
+    # The best diagonal Gaussian has the precision's diagonal, so its KL has a closed form.
     kl = 0.5 * (np.log(np.diag(PRECISION)).sum() - np.linalg.slogdet(PRECISION)[1])
     assert kl > 0.03
     np.testing.assert_allclose(diagonal.bound, truth - kl, atol=0.03)
 
 
 class Bent:
-    """log p(x, z) of a posterior that is no Gaussian, as a function of z alone."""
+    """Decoder logits of a model whose posteriors are not Gaussian."""
 
     LOGITS = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 3.0], [0.0, -3.0]], np.float32)
 
 
 def four_points_model():
-    """Four points whose decoder is set by hand: each x owns a wedge of the plane."""
+    """Returns a model of four points with a decoder that gives each x a wedge of the plane."""
     model = build("vae", (4,), latent_dim=2, width=8, depth=1, ema_decay=0.0)
     kernel = np.zeros((2, 8), np.float32)
     kernel[:, :4] = Bent.LOGITS.T
@@ -52,7 +52,7 @@ def test_on_four_points_the_shape_part_matches_quadrature():
     model, x = four_points_model(), np.eye(4, dtype=np.float32)[:2]
     log_likelihood = quadrature.log_likelihood(model, x, 400)
     _, full = inference_gap.best_gaussians(model)(x)
-    # Independently: the best of full covariance, its bound by Gauss-Hermite quadrature.
+    # The reference is the best Gaussian with full covariance, by Gauss-Hermite quadrature.
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
     noise = np.stack(np.meshgrid(nodes, nodes), -1).reshape(-1, 2)
     mass = np.outer(weights, weights).ravel() / weights.sum() ** 2
@@ -75,12 +75,12 @@ def test_on_four_points_the_shape_part_matches_quadrature():
             for s in starts
         ]
         shape = log_likelihood[i] + min(losses)
-        assert shape > 0.02  # a wedge is no Gaussian
+        assert shape > 0.02  # a posterior on a wedge is not Gaussian
         assert log_likelihood[i] - full.bound[i] == pytest.approx(shape, abs=0.02)
 
 
 class Hidden(GaussianEncoder):
-    """A Gaussian that hides its density."""
+    """A Gaussian encoder without its density."""
 
     def draw(self, parameters, noise, training=False):
         return super().draw(parameters, noise, training)._replace(log_prob=None)
@@ -88,7 +88,7 @@ class Hidden(GaussianEncoder):
 
 @pytest.mark.parametrize("width", [0.5, 1.0])
 def test_the_interval_contains_the_elbo_of_a_gaussian(linear_gaussian, width):
-    """The noise keeps mean and covariance, so a Gaussian stays as it is."""
+    """The noise keeps mean and covariance, so it does not change a Gaussian."""
     model, evidence = linear_gaussian
     set_posterior(model, width)
     kl = 0.5 * 2 * (width**2 - 1.0 - np.log(width**2))
@@ -106,7 +106,7 @@ def test_the_interval_contains_the_elbo_of_a_gaussian(linear_gaussian, width):
 
 
 def test_the_posterior_of_a_wedge_has_no_bound_above_its_log_likelihood():
-    """q is uniform on a disc within each wedge of the plane: sharp walls, where q = 0 beyond."""
+    """q is uniform on a disc inside each wedge of the plane, so it has sharp edges."""
     model, x = four_points_model(), np.eye(4, dtype=np.float32)
     log_likelihood = quadrature.log_likelihood(model, x, 400)
     directions = tf.constant(1.2 * Bent.LOGITS / 3.0)
@@ -120,10 +120,10 @@ def test_the_posterior_of_a_wedge_has_no_bound_above_its_log_likelihood():
     model.encode = encode
     interval = inference_gap.smoothed_bounds(model)(x, 100_000, 250)
     assert (interval.lower.mean(0) < log_likelihood).all()
-    # Independently: E[log p(x, z)] over the disc, and its entropy, log pi.
+    # The reference is E[log p(x, z)] over the disc plus the disc's entropy, log pi.
     z = encode(tf.constant(x[:1]), 200_000, 5)
     elbo = joint.log_joint(model, tf.constant(x[:1]), z).numpy().mean() + np.log(np.pi)
-    # The noise blurs the wall by a twentieth of its radius, which moves the ELBO by little.
+    # The noise blurs the edge by a twentieth of the radius, which changes the ELBO only a little.
     assert interval.lower.mean(0)[0] - 0.1 < elbo < interval.upper.mean(0)[0] + 0.1
 
 

@@ -1,4 +1,4 @@
-"""The model as Keras's users use it: its inputs, callbacks, weights, files and on-batch methods."""
+"""Tests the model with Keras's methods: inputs, callbacks, weights, files and on-batch methods."""
 
 import pickle
 import subprocess
@@ -39,7 +39,7 @@ def put(x, value, at=(3, 1)):
     return x
 
 
-# What is wrong with x, and how the message begins.
+# What is wrong with x -> (x, pattern of the message).
 WRONG = {
     "intensities of 0..255": (GREY * 255, "x runs from .* to 25.*expected .0, 1.; rescale it"),
     "centred": (2 * GREY - 1, "x runs from -"),
@@ -53,7 +53,7 @@ WRONG = {
     "one example": (X[0], r"x has shape \(4,\)"),
     "no examples": (X[:0], r"x has shape \(0, 4\); expected at least one"),
     "two inputs": ([X, X], r"x has shape \(2, 12, 4\)"),
-    "ragged": ([[0.0], [0.0, 1.0]], "x is no array"),
+    "ragged": ([[0.0], [0.0, 1.0]], "x is not an array"),
     "named": ({"x": X}, "x has shape"),
 }
 
@@ -140,14 +140,14 @@ def test_steps_that_are_skipped_leave_nan_and_one_warning(caplog):
     some = make()
     with caplog.at_level("WARNING", "absl"):
         history = some.fit(batches, epochs=2, verbose=0).history
-        assert np.isfinite(history["elbo"]).all()  # of the batch that counted
+        assert np.isfinite(history["elbo"]).all()  # means over the batch that was applied
         assert caplog.text.count("2 of the steps up to 3 skipped") == 1
-        assert caplog.text.count("skipped") == 2  # `model.skipped` in the same line
+        assert caplog.text.count("skipped") == 2  # the same line mentions `model.skipped`
 
 
 def test_where_no_step_counts_the_logs_are_nan_and_training_may_end():
     model = make()
-    model.checked = lambda x, place="x": x  # lets bad data in
+    model.checked = lambda x, place="x": x  # disables the check of the data
     ends = keras.callbacks.TerminateOnNaN()
     history = model.fit(GREY * np.nan, batch_size=4, epochs=3, verbose=0, callbacks=[ends]).history
     assert int(model.step.numpy()) == int(model.skipped.numpy()) == 1
@@ -196,7 +196,7 @@ def test_a_scheduler_moves_the_adversary_along():
     assert float(model.adversary_optimizer.learning_rate) == pytest.approx(0.075)
 
 
-# Weights.
+# Sample weights, and arguments that are refused.
 
 
 @pytest.mark.parametrize("method", ["vae", "avb"])
@@ -205,7 +205,7 @@ def test_a_weight_counts_as_so_many_rows(method):
     rows = np.repeat(np.arange(4), weights.astype(int))
     changes = []
     for x, w, index in ((X[:4], weights, np.arange(4)), (X[rows], None, rows)):
-        scale = 1.0 if w is None else 4.0 / 6.0  # a sum over weights is divided by the rows
+        scale = 1.0 if w is None else 4.0 / 6.0  # Keras divides the sum by the rows
         model = make(method, rates=(1e-2 * scale, 1e-2 * scale))
         plain = model._noise
         model._noise = lambda x, stream, dim, plain=plain, index=index: tf.gather(
@@ -345,7 +345,7 @@ def test_on_batch_methods_trace_once():
     model.compile(keras.optimizers.SGD(1e-2))
     traces, plain = [], model.train_step
     model.train_step = lambda data: traces.append(1) or plain(data)
-    model.fit(X, batch_size=4, verbose=0)  # its graph is another one
+    model.fit(X, batch_size=4, verbose=0)  # `fit` has a separate graph
     traces.clear()
     for _ in range(4):
         logs = model.train_on_batch(X, return_dict=True)

@@ -1,4 +1,4 @@
-"""The flow of the design, kept true: each module imports only from those above it."""
+"""Tests the layering of the package: each module imports only from modules above it."""
 
 import ast
 from pathlib import Path
@@ -91,6 +91,7 @@ ORDER = [
     "avb_tf.posteriors.fit",
     "avb_tf.amortised",
     "avb_tf.amortised.simulation",
+    "avb_tf.amortised.sources",
     "avb_tf.amortised.rows",
     "avb_tf.amortised.saving",
     "avb_tf.amortised.network",
@@ -157,7 +158,7 @@ def file(module):
 
 
 def imported(module):
-    """Modules of the package that `module` names in an import, wherever in its text."""
+    """Yields modules of the package that `module` imports, anywhere in its text."""
     for node in ast.walk(ast.parse(file(module).read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

@@ -1,4 +1,4 @@
-"""Likelihoods against numpy and scipy, as masses or densities of what they are of."""
+"""Tests likelihoods against numpy and scipy, as probability masses or densities."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ every_likelihood = pytest.mark.parametrize("name", LIKELIHOODS)
 
 
 def outputs_for(name, *shape, seed=0):
-    """A decoder's output [*shape, parameters]."""
+    """Returns a decoder's output, [*shape, parameters]."""
     shape = (*shape, LIKELIHOODS[name].parameters)
     return np.random.default_rng(seed).normal(0, 2, shape).astype(np.float32)
 
@@ -36,7 +36,7 @@ def data_for(name, *shape, seed=1):
 
 
 def levels_mass(location, scale):
-    """Mass of each level under a logistic in [0, 1] rounded to the nearest, its tails included."""
+    """Returns the mass of each level under a rounded logistic; the end levels include the tails."""
     edges = (np.arange(255) + 0.5) / 255
     cdf = scipy.stats.logistic.cdf(edges, scipy.special.expit(location), softplus(scale))
     return np.diff(cdf, prepend=0.0, append=1.0)
@@ -47,7 +47,7 @@ def softplus(scale):
 
 
 def elementwise(name, outputs, x):
-    """log p of each dimension of x by numpy and scipy."""
+    """Returns log p of each dimension of x, by numpy and scipy."""
     first = outputs[..., 0].astype(np.float64)
     if name == "bernoulli":
         return x * first - np.logaddexp(0.0, first)
@@ -146,7 +146,7 @@ def test_a_level_far_from_the_logistic_has_a_finite_density_and_gradient():
     with tf.GradientTape() as tape:
         tape.watch(outputs)
         log_prob = LIKELIHOODS["logistic"].distribution(outputs).log_prob(tf.ones(1))
-    # log of the logistic's tail beyond the last edge, 254.5 / 255
+    # The log of the logistic's tail beyond the last edge, which is 254.5 / 255.
     distance = (254.5 / 255 - scipy.special.expit(-9.0)) / SCALE_FLOOR
     np.testing.assert_allclose(log_prob, [-distance], rtol=1e-4)
     assert np.isfinite(tape.gradient(log_prob, outputs)).all()

@@ -1,4 +1,4 @@
-"""The graphs that `fit` calls: the same steps however many are in a call, and fit for a GPU."""
+"""Tests the graphs of `fit`: steps do not depend on the number per call, and suit a GPU."""
 
 import keras
 import numpy as np
@@ -8,6 +8,7 @@ import tensorflow as tf
 import avb_tf
 from avb_tf.data import pipeline, resident
 from avb_tf.data.source import array_split
+from avb_tf.errors import UserError
 from avb_tf.settings.methods import METHODS
 
 SMALL = {
@@ -54,7 +55,7 @@ def test_a_step_has_only_variables_that_a_gpu_keeps(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_step_has_no_condition(method):
-    # The host waits for a GPU at each.
+    # At each condition the host would have to wait for the GPU.
     model = model_of(method, compiled=True)
     assert model.loop_is_compiled
     step = tf.function(model.train_step, autograph=False, jit_compile=True)
@@ -65,13 +66,13 @@ def test_a_compiled_step_has_no_condition(method):
 
 def test_the_number_of_steps_in_a_call_changes_no_bit():
     whole = fitted(model_of("avb", compiled=True), X, 12)
-    assert_equal(whole, fitted(model_of("avb", compiled=True), X, 5))  # and a call of 2
+    assert_equal(whole, fitted(model_of("avb", compiled=True), X, 5))  # two calls of 5, one of 2
 
 
 def test_data_on_the_device_are_those_of_a_stream():
     split = array_split(X)
     stream = pipeline.training_batches(split, 8, 0, 0)
-    on_device = fitted(model_of("avb"), split, 5)  # and a call of 2
+    on_device = fitted(model_of("avb"), split, 5)  # two calls of 5 steps and one of 2
     assert_equal(on_device, fitted(model_of("avb"), stream, 1, shuffle=False))
     model = model_of("avb")
     model.resident_megabytes = 0
@@ -88,7 +89,7 @@ def test_a_batch_may_be_larger_than_the_split():
 
 
 def test_compiled_data_on_the_device_are_those_of_a_stream():
-    # XLA fuses the decoding of bytes with the step, which rounds otherwise.
+    # XLA fuses the decoding of bytes with the step, which changes rounding.
     stream = pipeline.training_batches(array_split(X), 8, 0, 0)
     on_device = fitted(model_of("avb", compiled=True), X, 6)
     streamed = fitted(model_of("avb", compiled=True), stream, 3, shuffle=False)
@@ -97,7 +98,7 @@ def test_compiled_data_on_the_device_are_those_of_a_stream():
 
 
 def test_a_compiled_step_is_the_step():
-    # Without noise of its own: XLA draws other numbers than TensorFlow on a CPU.
+    # The noise is fixed, because XLA and TensorFlow on a CPU draw different numbers.
     x = np.repeat(X[:1], 8, 0)
     models = [model_of("vae", compiled) for compiled in (False, True)]
     for model in models:
@@ -112,7 +113,7 @@ def test_a_compiled_step_is_the_step():
 def test_a_compiled_loop_skips_a_step_that_is_not_finite():
     model = model_of("avb", compiled=True)
     kernel = model.adversary.weights[0]
-    kernel.assign(np.full(kernel.shape, np.nan))  # so are T, both losses and all gradients
+    kernel.assign(np.full(kernel.shape, np.nan))  # T, losses and gradients become NaN
     before = state(model)
     fitted(model, X, 6)
     names = [v.path for v in model.weights]
@@ -137,6 +138,11 @@ def test_fit_takes_validation_split_and_order_of_the_data():
     history = model.fit(X, batch_size=10, validation_split=0.2, shuffle=False, verbose=0).history
     assert int(model.step.numpy()) == 4
     assert np.isfinite(history["val_elbo"]).all()
+
+
+def test_a_split_is_not_split_again():
+    with pytest.raises(UserError, match="validation_split goes with an array"):
+        model_of("vae").fit(array_split(X), validation_split=0.2, verbose=0)
 
 
 def test_an_example_larger_than_the_limit_is_a_stream():

@@ -1,4 +1,4 @@
-"""Users' mistakes in every mode: one line that names the mistake, and no changed files."""
+"""Tests that users' mistakes give one line that names the mistake, and change no files."""
 
 import json
 import os
@@ -118,7 +118,7 @@ FIELDS = {
     f"{DIGITS} --config.model.adversary=cauchy": "'cauchy'",
     f"{DIGITS} --config.model.condition=z": "'z'",
     f"{DIGITS} --config.model.network=transformer": "'transformer'",
-    # Checked before the data are loaded, which may take long.
+    # These are checked before the data are loaded, which may take long.
     f"{NO_DATA} --config.model.likelihood=cauchy": "'cauchy'",
     f"{NO_DATA} --config.model.contrast=cauchy": "'cauchy'",
     f"{NO_DATA} --config.model.network=transformer": "'transformer'",
@@ -247,8 +247,8 @@ POSTERIORS = {
     "--workdir=half_fitted": "half_fitted/fit cannot be loaded",
 }
 CLUSTERS = {
-    f"TF_CONFIG={{ {DIGITS}": "no such JSON",
-    f"TF_CONFIG=[1] {DIGITS}": "no such JSON",
+    f"TF_CONFIG={{ {DIGITS}": "not JSON of that form",
+    f"TF_CONFIG=[1] {DIGITS}": "not JSON of that form",
     f'TF_CONFIG={TWO[:-1]},"ps":["c:1"]}}}} {DIGITS}': "tasks of type 'ps'",
     f"TF_CONFIG={TWO}}} {DIGITS}": "the task {}",
     f'TF_CONFIG={TWO},"task":{{"type":"worker","index":2}}}} {DIGITS}': "'index': 2",
@@ -264,7 +264,7 @@ MISTAKES = FLAGS | FIELDS | DATA | WORKDIRS | MODES | POSTERIORS | CLUSTERS
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder with a finished run, `run`, and with broken runs and data."""
+    """Returns a folder with a finished run, `run`, and with broken runs and data."""
     root = tmp_path_factory.mktemp("root")
     for name, text in CONFIGS.items():
         (root / f"{name}.py").write_text(text)
@@ -285,7 +285,7 @@ def root(tmp_path_factory):
 
 
 def _bad_configs(root):
-    """Workdirs with only a config."""
+    """Writes workdirs that contain only a config."""
     config = (root / "run/config.json").read_text()
     wider = json.loads(config)
     del wider["sha256"]
@@ -319,7 +319,7 @@ def _bad_configs(root):
 
 
 def _bad_runs(root):
-    """Workdirs with unexpected content."""
+    """Writes workdirs with unexpected content."""
     newest = "checkpoints/step_000000020.keras"
     shutil.copytree(root / "run/checkpoints", root / "damaged/checkpoints")
     for file in (root / "damaged/checkpoints").iterdir():

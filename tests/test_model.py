@@ -1,4 +1,4 @@
-"""The model: its training step, saving, and use from Keras."""
+"""Tests the model: its training step, saving, and use with Keras's methods."""
 
 import keras
 import numpy as np
@@ -49,7 +49,7 @@ def test_three_lines_of_keras_improve_the_bound(method):
     x = np.repeat(np.eye(6, dtype=np.float32)[:2], 64, 0)
     model = avb_tf.build(
         method, x.shape[1:], **SMALL, seed=2
-    )  # with other seeds `avb` has bad epochs
+    )  # with other seeds some epochs of `avb` are worse
     model.compile(keras.optimizers.Adam(3e-3))
     history = model.fit(x, batch_size=16, epochs=20, verbose=0).history
     assert history["elbo"][-1] > history["elbo"][0] + 1.0
@@ -89,13 +89,13 @@ def test_the_adversary_of_an_adversarial_autoencoder_does_not_read_x(method, rea
         for each in (x, 1.0 - x)
     ]
     assert (np.abs(both[0] - both[1]).max() > 0.01) == reads_x
-    assert np.ptp(both[0]) > 0.01  # it reads z
+    assert np.ptp(both[0]) > 0.01  # the adversary reads z
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_each_objective_moves_its_own_networks(steps):
     model, x = make(adversary_steps=steps), tf.constant(binary())
-    fit(model, x)  # away from the zero initial values
+    fit(model, x)  # moves the weights away from their initial values of 0
     for rates in ((1e-2, 0.0), (0.0, 1e-2)):
         model.compile(*map(keras.optimizers.SGD, rates))
         primal = snapshot(model.primal_variables)
@@ -161,7 +161,7 @@ def test_the_exact_t_of_a_vae_with_matched_contrast_is_zero():
 
 
 def test_a_vae_is_the_same_bound_under_every_contrast():
-    # T is exact, so r cancels in expectation, up to Monte Carlo error in T.
+    # T is exact, so r cancels up to the Monte Carlo error of T.
     model, x = make("vae"), tf.constant(binary(4))
     noise = tf.random.stateless_normal([20_000, 4, 2], [1, 2])
     matched = model.terms(x, noise).kl.numpy()
@@ -219,7 +219,7 @@ def test_averaged_weights_follow_their_definition():
 def test_without_averaging_there_is_one_set_of_networks():
     model = make("vae", ema_decay=0.0)
     assert model.averaged_decoder is model.decoder
-    assert len(model.weights) == len(model.primal_variables) + 4  # and the counters
+    assert len(model.weights) == len(model.primal_variables) + 4  # four counters
 
 
 def test_kl_annealing_weighs_the_kl_by_the_share_of_its_steps():

@@ -1,4 +1,4 @@
-"""Model cards: their numbers match the results, and their code runs."""
+"""Tests that the numbers of model cards match the results, and that their code runs."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.commands import run, trained
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A finished run, evaluated and exported."""
+    """Returns the workdir of a finished run, evaluated and exported."""
     root = tmp_path_factory.mktemp("root")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -35,7 +35,7 @@ def code(text):
 
 
 def rows(text):
-    """{first cell: other cells} of all tables."""
+    """Returns {first cell: other cells} of all tables."""
     lines = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 

@@ -1,4 +1,4 @@
-"""The monitor: its bounds on a model with a closed form, and when it warns."""
+"""Tests the monitor's bounds on a model with a closed form, and when it warns."""
 
 import linear_gaussian
 import numpy as np
@@ -43,7 +43,7 @@ def test_its_bounds_on_a_linear_gaussian_model(monkeypatch, tmp_path):
     weight, scale = linear_gaussian.WEIGHT.astype(np.float64), linear_gaussian.SCALE
     precision = np.eye(2) + weight.T @ weight / scale**2
     kernel = weight @ np.linalg.inv(precision) / scale**2
-    model.encoder.mean.set_weights([kernel, np.array([0.3, 0.0])])  # a little off
+    model.encoder.mean.set_weights([kernel, np.array([0.3, 0.0])])  # slightly wrong
     model.encoder.log_scale.set_weights([np.zeros((3, 2)), np.full(2, -0.7)])
 
     coarse, fine = (logged(monitor(model, x, tmp_path, samples)) for samples in (4, 4096))
@@ -51,7 +51,7 @@ def test_its_bounds_on_a_linear_gaussian_model(monkeypatch, tmp_path):
     assert abs(fine["val_importance_bound"] - log_p) < 0.02
     covariance = (
         np.exp(-0.7) + 1e-3
-    ) ** 2 * precision  # of q in coordinates that whiten the posterior
+    ) ** 2 * precision  # q's covariance in coordinates that whiten the posterior
     kl = 0.5 * (
         np.trace(covariance) - 2 - np.linalg.slogdet(covariance)[1] + 0.3**2 * precision[0, 0]
     )
@@ -103,7 +103,7 @@ def test_it_warns_of_an_elbo_that_is_too_high(tmp_path, caplog):
     model = avb_tf.build("avb_ac", (6,), latent_dim=2, width=16)
     x = np.eye(6, dtype=np.float32)
     before = logged(monitor(model, x, tmp_path), **WARM)["val_elbo_minus_importance_bound"]
-    model.adversary.head.bias.assign([-10.0])  # T, and so the KL, 10 nats too low
+    model.adversary.head.bias.assign([-10.0])  # T, and therefore the KL, is 10 nats too low
     callback = monitor(model, x, tmp_path)
     after = [logged(callback, **WARM)["val_elbo_minus_importance_bound"] for _ in range(2)]
     np.testing.assert_allclose(after, before + 10.0, rtol=1e-4)

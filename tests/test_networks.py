@@ -1,4 +1,4 @@
-"""Networks: shapes of any size, leading dimensions, adversaries against numpy, and restoring."""
+"""Tests networks: shapes, leading dimensions, adversaries against numpy, and restoring."""
 
 import json
 
@@ -144,7 +144,7 @@ def test_running_averages_approach_the_moments_and_serve_outside_training():
         norm._update(norm.mean, tf.constant(ROWS.mean((0, 1, 2))))
         norm._update(norm.variance, tf.constant(ROWS.var((0, 1, 2))))
     np.testing.assert_allclose(norm(ROWS), norm(ROWS, training=True), rtol=1e-2, atol=1e-2)
-    np.testing.assert_array_equal(norm(ROWS)[:1], norm(ROWS[:1]))  # whatever its batch
+    np.testing.assert_array_equal(norm(ROWS)[:1], norm(ROWS[:1]))  # the batch does not matter
 
 
 def test_one_step_moves_a_running_average_by_a_thousandth():
@@ -423,7 +423,7 @@ def test_a_configuration_restores_the_architecture_and_no_weights(name):
 
 
 def test_a_model_of_the_networks_of_earlier_versions_survives_saving(tmp_path):
-    """Files hold the arguments given: those below are all that versions without the others had."""
+    """Files hold only the arguments given, and earlier versions had only the arguments below."""
     adversary = FactorisedAdversary(DenseTrunk(6, 1), width=8, depth=2, products=5)
     encoder = encoders.NoiseBasisEncoder(DenseTrunk(4, 1), 2, 3, 4, 5)
     model = AVB((6,), encoder, DenseDecoder((6,), 1, 5, 1), adversary, contrast="diagonal",
@@ -439,7 +439,7 @@ def test_a_model_of_the_networks_of_earlier_versions_survives_saving(tmp_path):
 
 # The authors' networks.
 
-AUTHORS = {  # weights that are trained, counted in the authors' code at 8 latents and 28 x 28
+AUTHORS = {  # trained weights, counted in the authors' code for 8 latents and images of 28 x 28
     "dense": {"encoder": 979_216, "decoder": 328_984, "adversary": 26_818_562},
     "conv": {"encoder": 8_328_392, "decoder": 4_528_641, "adversary": 26_818_562},
 }
@@ -459,7 +459,7 @@ def test_the_papers_method_has_the_weights_of_the_authors_networks(network):
 
 @pytest.mark.parametrize("network", AUTHORS)
 def test_the_papers_method_starts_where_the_authors_do(network):
-    """z0 is near 0, each a(x) near exp(-5), and so z is small beside the prior's draws."""
+    """z0 is near 0 and each a(x) near exp(-5), so z is small compared with draws of the prior."""
     model = build("avb_ac_paper", (8, 8, 1), latent_dim=2, network=network, adversary_width=8)
     x = np.round(np.random.default_rng(1).random((6, 8, 8, 1))).astype(np.float32)
     z0, a = (np.asarray(v) for v in model.encoder.parameters(x))

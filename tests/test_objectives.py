@@ -1,4 +1,4 @@
-"""The bound against closed forms, its gradients and its minimiser."""
+"""Tests the bound against closed forms, its gradients, and the minimiser of the dual loss."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ every_contrast = pytest.mark.parametrize("name", ["prior", "diagonal", "full"])
 
 
 def hermite(points, dimensions):
-    """Nodes [points^dimensions, dimensions] and weights of the standard normal's expectation."""
+    """Returns nodes [points^dimensions, dimensions] and weights for a standard normal."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(points)
     weights = weights / weights.sum()
     grids = np.meshgrid(*[nodes] * dimensions, indexing="ij")
@@ -55,7 +55,7 @@ def test_the_adversary_loss_is_stationary_at_the_log_density_ratio():
     nodes, weights = hermite(80, 1)
     scale, shift, bend = (tf.Variable(v, dtype=tf.float64) for v in (1.0, 0.0, 0.0))
 
-    def t(z):  # the ratio, and three directions away from it
+    def t(z):  # the exact ratio, and three directions away from it
         return scale * (q.log_prob(z) - r.log_prob(z)) + shift + bend * z**2
 
     def loss():
@@ -68,7 +68,7 @@ def test_the_adversary_loss_is_stationary_at_the_log_density_ratio():
         value = loss()
     gradients = tape.gradient(value, [scale, shift, bend])
     np.testing.assert_allclose(gradients, np.zeros(3), atol=1e-7)
-    for variable in (scale, shift, bend):  # a minimum, not another stationary point
+    for variable in (scale, shift, bend):  # the point is a minimum, not a saddle
         for move in (-0.1, 0.1):
             variable.assign_add(move)
             assert loss() > value
@@ -88,8 +88,8 @@ def test_kl_with_the_optimal_t_is_the_closed_form(name):
 
 @every_contrast
 def test_primal_gradients_at_the_optimal_t_equal_those_of_the_exact_kl(name):
-    # T* is frozen as a function of the whitened z, as the adversary is in a primal step. Its
-    # expectation has no gradient of its own only in expectation, so the noise is a quadrature.
+    # T* is frozen as a function of the whitened z, like the adversary in a primal step. The
+    # gradient that this drops vanishes only in expectation, so quadrature replaces random noise.
     noise, weights = hermite(24, 2)
     encoder = GaussianEncoder(keras.layers.Flatten(), 2, full_covariance=True)
     x = tf.constant([[1.0, 0.5]])
@@ -128,7 +128,7 @@ def test_primal_gradients_at_the_optimal_t_equal_those_of_the_exact_kl(name):
 
 
 def test_the_bound_at_the_exact_posterior_is_the_evidence_of_a_linear_gaussian_model():
-    # x = W z + noise of scale s: posterior and log p(x) in closed form.
+    # For x = W z + noise of scale s, the posterior and log p(x) have closed forms.
     rng = np.random.default_rng(2)
     weight, scale = rng.standard_normal((3, 2)).astype(np.float32), 0.7
     x = rng.standard_normal(3).astype(np.float32)
@@ -168,5 +168,5 @@ def test_the_description_depends_only_on_the_shape_of_the_posterior():
     first = description(columns, [0.0, 0.0])
     moved = description(np.array([[2.0, 0.0], [0.5, 0.3]]) @ columns, [3.0, -1.0])
     bent = description(columns * [1.0, 1.0, 3.0], [0.0, 0.0])
-    np.testing.assert_allclose(first, moved, atol=1e-5)  # the same shape, elsewhere and larger
+    np.testing.assert_allclose(first, moved, atol=1e-5)  # the same shape, shifted and scaled
     assert np.abs(first - bent).max() > 0.1

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from avb_tf.errors import UserError
 from avb_tf.optimizers import Adam
 
 SHAPES = [(3, 4), (4,), (4, 2)]
@@ -38,3 +39,18 @@ def test_it_compiles_under_xla():
         tf.constant([1.0, -1.0])
     )
     np.testing.assert_allclose(weight.numpy(), [0.9, 1.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"clipnorm": 1.0}, {"clipvalue": 0.5}, {"amsgrad": True}, {"weight_decay": 1e-2}]
+)
+def test_settings_that_it_would_ignore_are_refused(settings):
+    (name,) = settings
+    with pytest.raises(UserError, match=f"Adam got {name}=.*keras.optimizers.Adam"):
+        Adam(1e-3, **settings)
+
+
+def test_its_config_makes_it_anew():
+    made = Adam(1e-3, 0.5, global_clipnorm=2.0)
+    again = Adam.from_config(made.get_config())
+    assert again.get_config() == made.get_config()

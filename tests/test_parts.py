@@ -1,4 +1,4 @@
-"""Parts of one's own: the examples in the docstrings run, and wrong parts are refused by name."""
+"""Tests user-defined parts: examples in docstrings run, and wrong parts are refused by name."""
 
 import inspect
 import textwrap
@@ -21,7 +21,7 @@ X = np.random.default_rng(0).integers(0, 2, [32, 6]).astype(np.float32)
 
 
 def example(documented):
-    """The indented code of a docstring, run; its namespace."""
+    """Runs the indented code of a docstring and returns its namespace."""
     paragraphs = (inspect.getdoc(documented) or "").split("\n\n")
     code = [p for p in paragraphs if all(line.startswith("    ") for line in p.split("\n"))]
     namespace = {"avb_tf": avb_tf, "keras": keras, "tf": tf, "tfp": tfp}
@@ -52,8 +52,8 @@ def test_the_documented_encoder_has_the_moments_and_density_that_it_states():
     z, scale = posterior.z[:, 0].numpy(), np.diag(posterior.scale_tril[0])
     error = scale / np.sqrt(len(z))
     assert (np.abs(z.mean(0) - posterior.mean[0]) < 5 * error).all()
-    assert (np.abs(z.std(0) / scale - 1.0) < 0.03).all()  # kurtosis 6: a standard error of 0.004
-    # Entropy of a Laplace distribution: 1 + log(2 b), with b = sd / sqrt(2).
+    assert (np.abs(z.std(0) / scale - 1.0) < 0.03).all()  # the standard error is 0.004
+    # The entropy of a Laplace distribution is 1 + log(2 b), with b = sd / sqrt(2).
     entropy = np.sum(1.0 + np.log(2.0**0.5 * scale))
     log_prob = posterior.log_prob[:, 0].numpy()
     assert abs(log_prob.mean() + entropy) < 5 * log_prob.std() / np.sqrt(len(z))

@@ -1,4 +1,4 @@
-"""The stateless pipeline: batches are a function of the step, binarisation of the seed."""
+"""Tests the stateless pipeline: batches depend on the step only, binarisation on the seed."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ GREY = array_split(np.linspace(0.0, 1.0, 7 * 5, dtype=np.float32).reshape(7, 5))
 
 
 def visits(size, batch_size, steps, seed=0):
-    """Indices of the examples that `steps` batches visit, [steps * batch_size]."""
+    """Returns the indices of the examples in `steps` batches, [steps * batch_size]."""
     split = array_split(np.arange(size)[:, np.newaxis] / size)
     batches = pipeline.training_batches(split, batch_size, seed, 0, steps)
     x = np.concatenate(list(batches.as_numpy_iterator()))

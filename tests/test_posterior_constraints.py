@@ -1,4 +1,4 @@
-"""Bijectors of constrained parameters against automatic differentiation and closed forms."""
+"""Tests bijectors of constrained parameters against autodiff and closed forms."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ EYE = np.eye(3, dtype=np.float64)
 
 
 def pulled_back(distribution, bijector, u):
-    """Log density of the unconstrained parameter, [n]."""
+    """Returns the log density of the unconstrained parameter, [n]."""
     ranks = bijector.inverse_event_ndims(distribution.event_shape.rank)
     volume = bijector.forward_log_det_jacobian(u, event_ndims=ranks)
     return distribution.log_prob(bijector.forward(u)) + volume
@@ -69,7 +69,7 @@ def test_log_determinants_are_those_of_automatic_differentiation(make, lower, si
 
 
 def test_tfps_own_bijectors_of_these_are_still_wrong():
-    """Once they are right, ours may go."""
+    """When this test fails, TFP's bijectors are right and ours can be removed."""
     lkj = tfd.LKJ(3, np.float64(1.0))
     with pytest.raises(UserError, match="the density is not that of its own draws"):
         constraints._check_volume("R", lkj, lkj.experimental_default_event_space_bijector())
@@ -83,7 +83,7 @@ def test_tfps_own_bijectors_of_these_are_still_wrong():
 
 
 def test_moments_of_priors_by_quadrature_and_by_draws():
-    """E[R_12] of LKJ(2, 1) with data, E[P] of a Wishart, each by its unconstrained density."""
+    """Tests E[R_12] of LKJ(2, 1) with data and E[P] of a Wishart, by unconstrained densities."""
     x = np.array([[1.0, 0.8], [-0.5, -0.9], [0.3, 0.2]])
     joint = tfd.JointDistributionNamed(
         {
@@ -130,7 +130,7 @@ def test_moments_of_priors_by_quadrature_and_by_draws():
     ids=lambda distribution: distribution.name,
 )
 def test_the_density_of_an_unconstrained_prior_is_that_of_its_draws(distribution):
-    """By the identities E[score] = 0 and E[u score] = -1 of any density, in each coordinate."""
+    """Any density satisfies E[score] = 0 and E[u score] = -1 in each coordinate."""
     bijector = constraints.checked("x", distribution)
     draws = distribution.sample(4000, seed=(0, 1))
     u = np.asarray(bijector.inverse(draws))
@@ -187,7 +187,7 @@ def test_a_bijector_of_a_users_own_distribution_is_checked():
 
 
 def test_a_wishart_precision_has_its_exact_mean():
-    """25 rows: the posterior is Wishart(30, (I + S)^-1), and its mean 30 times that."""
+    """With 25 rows the posterior is Wishart(30, (I + S)^-1), with mean 30 (I + S)^-1."""
     rows = 3.0 * np.random.default_rng(0).normal(size=[25, 2])
     joint = tfd.JointDistributionNamed(
         {

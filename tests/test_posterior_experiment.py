@@ -25,7 +25,7 @@ def normal():
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """A directory with two evaluated seeds of one model."""
+    """Returns a directory with two evaluated seeds of one model."""
     directory = tmp_path_factory.mktemp("runs")
     (directory / "model.py").write_text(MODEL)
     for seed in (0, 1):
@@ -44,7 +44,7 @@ def test_a_fit_stands_beside_gaussians_and_nuts(evaluated):
     assert record["reference"] == "exact"
     methods = ["mean-field VI", "full-rank VI", "NUTS", "exact, again"]
     assert list(record["methods"]) == ["fit", *methods]
-    for measures in record["methods"].values():  # 400 draws: a C2ST's standard error is 0.025
+    for measures in record["methods"].values():  # with 400 draws C2ST has a standard error of 0.025
         assert measures["c2st"] == pytest.approx(0.5, abs=0.1)
         assert measures["sliced_wasserstein"] < 0.5
     shares = record["statistics"]["share above 0"]
@@ -93,7 +93,7 @@ def test_the_measures_between_halves_of_the_same_draws_and_of_shifted_ones():
     assert same["sliced_wasserstein"] < 0.15
     assert abs(same["mmd2"]) < 0.01
     assert apart["sliced_wasserstein"] == pytest.approx(2.0, abs=0.2)
-    # Two Gaussians 2 sqrt(2) apart: the best classifier is right at Phi(sqrt 2).
+    # The Gaussians are 2 sqrt(2) apart, so the best classifier has an accuracy of Phi(sqrt 2).
     assert apart["c2st"] == pytest.approx(stats.norm.cdf(np.sqrt(2.0)), abs=0.03)
     table = comparison.table({"fit": same, "other": apart})
     assert len(table.splitlines()) == 4

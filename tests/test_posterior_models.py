@@ -10,12 +10,12 @@ from avb_tf import UserError
 from avb_tf.posteriors import hmc, models, start
 
 QUICK = {"steps": 50, "verbose": False, "draws": 256, "adversary_steps": 1, "blocks": 1}
-QUICK |= {"chart_steps": 0}  # tracing it takes longer than its training
+QUICK |= {"chart_steps": 0}  # tracing the chart takes longer than training it
 COUNTS = np.array([3, 5, 4, 8, 2], np.float32)
 
 
 def poisson(scale=1.0, dtype=np.float32):
-    """Gamma(2, 1) prior on a rate and five counts: the posterior is Gamma(24, 6)."""
+    """Returns a Gamma(2, 1) prior on the rate of five counts: the posterior is Gamma(24, 6)."""
     return tfd.JointDistributionNamed(
         {
             "rate": tfd.Gamma(dtype(2.0), dtype(1.0)),
@@ -31,7 +31,7 @@ def refused(match, *arguments, **settings):
 
 
 def test_the_jacobian_of_a_constrained_parameter():
-    # Gamma-Poisson: the density of log rate is rate times that of rate.
+    # The density of the log rate is the rate times the density of the rate.
     target = models.make(poisson(), {"n": COUNTS})
     u = np.linspace(-1.0, 3.0, 9, dtype=np.float32)[:, np.newaxis]
     rate = target.constrain(u)["rate"].numpy()
@@ -74,7 +74,7 @@ def unstacked(b):
     return -0.5 * first**2 - 0.5 * (second - first**2) ** 2
 
 
-def tensordot(b):  # of a batch it would mix the draws into the features
+def tensordot(b):  # with a batch this would mix draws and features
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     return -tf.reduce_sum((tf.tensordot(x, b, 1) - 1.0) ** 2) - tf.reduce_sum(b**2)
 
@@ -123,14 +123,14 @@ def test_a_density_by_indexing_is_fitted():
     log_density, size = ONE_DRAW["indexing"]
     draws = avb_tf.fit_posterior(log_density, shape=[size], **QUICK).sample(4000).numpy()
     assert draws[:, 0].std() == pytest.approx(1.0, abs=0.2)  # x0 is N(0, 1)
-    assert draws[:, 1].mean() == pytest.approx(1.0, abs=0.5)  # and x1 given it N(x0^2, 1)
+    assert draws[:, 1].mean() == pytest.approx(1.0, abs=0.5)  # x1 given x0 is N(x0^2, 1)
 
 
 # Minibatches.
 
 
 def slopes(data):
-    """Pinned joint of a regression through the origin with unit noise."""
+    """Returns the pinned joint of a regression through the origin with unit noise."""
     joint = tfd.JointDistributionNamed(
         {
             "slope": tfd.Normal(0.0, 10.0),
@@ -149,7 +149,7 @@ def test_the_density_by_minibatches_is_unbiased():
     estimate = target.estimator(0)
     u = np.array([[0.3], [-1.0]], np.float32)
     seen = np.unique(np.round([estimate(u) for _ in range(50)], 3), axis=0)
-    # By one row the estimate has three values, prior + 3 likelihoods of it; equally often.
+    # With one row the estimate takes three values equally often: prior + 3 times a likelihood.
     slope = u[:, 0]
     prior = stats.norm.logpdf(slope, scale=10.0)
     rows = stats.norm.logpdf(data["y"][:, np.newaxis], slope * data["x"][:, np.newaxis])
@@ -175,6 +175,7 @@ def test_minibatches_of_what_has_no_rows():
     joint = slopes({"x": np.ones(2, np.float32), "y": np.ones(2, np.float32)})
     refused("a function from rows", joint, {"y": np.ones(2)}, batch_size=1)
     refused("as many of each", slopes, {"x": np.ones(2), "y": np.ones(3)}, batch_size=1)
+    refused("as many of each", slopes, {"x": 1.0, "y": np.ones(3)}, batch_size=1)
     refused("pinned on the rows", lambda data: joint.distribution, {"y": [1.0]}, batch_size=1)
 
     def local(data):
@@ -189,7 +190,7 @@ def test_minibatches_of_what_has_no_rows():
     refused("that all rows share", local, {"y": np.ones(3, np.float32)}, batch_size=1)
 
 
-# Bad input, one line each.
+# Bad input gives one line.
 
 
 def test_a_density_without_a_shape():
@@ -238,7 +239,7 @@ def test_an_improper_posterior_that_runs_away():
     refused("runs away", lambda x: tf.reduce_sum(0.0 * x, -1), shape=[2])
     refused("runs away", lambda x: -(x[..., 0] ** 2) + 0.0 * x[..., 1], shape=[2])
     for one_sided in (
-        lambda x: x[..., 0],  # a scale without a prior, under an exponential
+        lambda x: x[..., 0],  # a scale without a prior, parametrised by an exponential
         lambda x: -tf.nn.softplus(-x[..., 0]),
         lambda x: -tf.exp(x[..., 0]),
     ):
@@ -255,8 +256,24 @@ def test_heavy_tails_do_not_run_away():
     assert np.isfinite(start.find(target, seed=0).mean).all()
 
 
-def test_an_unknown_setting_and_no_steps():
-    refused("unknown setting 'wdith'", lambda x: -(x[..., 0] ** 2), shape=[1], wdith=3)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"wdith": 3}, "unknown setting 'wdith'"),
+        ({"draws": 0}, "draws is 0; expected a whole number of at least 1"),
+        ({"blocks": True}, "blocks is True; expected a whole number"),
+        ({"chart_steps": 1.5}, "chart_steps is 1.5; expected a whole number of at least 0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0; expected a number of at least 0.0 and below 1"),
+        ({"annealing": float("nan")}, "annealing is nan"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; expected a number of at least"),
+        ({"width": "64"}, "width is '64'"),
+    ],
+)
+def test_settings_out_of_range(setting, message):
+    refused(message, lambda x: -(x[..., 0] ** 2), shape=[1], **setting)
+
+
+def test_no_steps():
     refused("expected numbers above 0", lambda x: -(x[..., 0] ** 2), shape=[1], steps=0)
 
 
@@ -313,7 +330,7 @@ def test_a_joint_within_a_joint():
 
 
 def test_minibatches_of_rows_in_another_precision_and_of_a_pin_that_is_no_row():
-    data = {"x": np.ones(3), "y": np.ones(3)}  # float64, and the model computes in float32
+    data = {"x": np.ones(3), "y": np.ones(3)}  # float64; the model computes in float32
     refused("found dtypes {'x': 'float64'", slopes, data, batch_size=1)
 
     def calibrated(rows):

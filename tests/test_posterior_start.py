@@ -1,4 +1,6 @@
-"""Where a fit starts: modes, tails, scales, the evidence; against closed forms and quadrature."""
+"""Tests the start of a fit: modes, tails, scales and evidence, against exact values."""
+
+import time
 
 import numpy as np
 import pytest
@@ -11,14 +13,14 @@ from avb_tf.posteriors import evidence, hmc, large, mixture, models, search, sta
 
 
 def states(target, **settings):
-    """The chains' states before the constraint, [n, dim], and the start they are of."""
+    """Returns the chains' unconstrained states, [n, dim], and the start that they belong to."""
     begun = start.find(target, **settings)
     u = begun.place(tf.constant(begun.z, target.dtype), target.dtype)[0]
     return np.asarray(u, np.float64), begun
 
 
 def right(estimate, exact):
-    """Whether an estimate of the evidence is within four of its errors, which is small."""
+    """Returns whether an estimate is within four standard errors, and its error is small."""
     return abs(estimate.value - exact) < 4.0 * estimate.standard_error < 0.4
 
 
@@ -38,8 +40,8 @@ def mixture_of(centres, widths, weights):
 @pytest.mark.parametrize(
     ("centres", "widths", "weights"),
     [
-        ([[0, 0], [3, 3]], [1.0, 0.02], [0.5, 0.5]),  # a needle beside a wide one
-        ([[0, 0], [0.5, 0.5]], [1.0, 0.03], [0.7, 0.3]),  # and within it
+        ([[0, 0], [3, 3]], [1.0, 0.02], [0.5, 0.5]),  # a narrow mode next to a wide one
+        ([[0, 0], [0.5, 0.5]], [1.0, 0.03], [0.7, 0.3]),  # a narrow mode inside a wide one
         ([[-30, 0, 0], [30, 0, 0]], [1.0, 0.5], [0.2, 0.8]),  # far apart
         ([[0, 0, 0, 0], [4, 0, 0, 0], [0, 9, 0, 0]], [1.0, 0.5, 2.0], [0.2, 0.3, 0.5]),
     ],
@@ -81,19 +83,19 @@ def test_newtons_method_finds_modes_from_afar_whatever_the_units():
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_the_share_of_a_mode_does_not_depend_on_the_gaussian_put_there(factor):
-    """Laplace's approximation would be off by the factor squared."""
+    """Laplace's approximation would be off by the square of the factor."""
     weights, widths = np.array([0.3, 0.7]), np.array([0.5, 0.02])
     target = mixture_of([[0.0, 0.0], [9.0, 9.0]], widths, weights)
     scores = hmc.scores(target.log_density, target.dtype)
     roots = factor * widths[:, np.newaxis, np.newaxis] * np.eye(2)
     modes = search.Modes(np.array([[0.0, 0.0], [9.0, 9.0]]), roots, np.zeros(2))
     shares = search.masses(scores, modes, 0.0, np.random.default_rng(0))
-    # The weights of 256 draws vary by 0.4 and 0.9 of their mean.
+    # The standard deviation of the weights of 256 draws is 0.4 and 0.9 times their mean.
     np.testing.assert_allclose(shares / weights, 1.0, atol=4 * (0.4 if factor == 1 else 0.9) / 16)
 
 
 def test_the_neck_of_a_hierarchical_model_is_no_lost_mode():
-    """Its density has a pole where all slopes agree, and next to no mass there."""
+    """The density has a pole where all slopes agree, but almost no mass there."""
     rng = np.random.default_rng(0)
     hours = rng.normal(size=[10, 8]).astype(np.float32)
     slopes = rng.normal(0.8, 0.4, [10, 1])
@@ -125,7 +127,7 @@ def test_coordinates_of_heavy_tails_and_their_inverse():
     jacobian = tape.batch_jacobian(u, x)
     np.testing.assert_allclose(volume, np.linalg.slogdet(jacobian)[1], atol=1e-8)
     np.testing.assert_allclose(one.inverse(u.numpy()), v, atol=1e-8)
-    np.testing.assert_array_equal(u[:, 1], v[:, 1])  # a light one stays
+    np.testing.assert_array_equal(u[:, 1], v[:, 1])  # a light tail does not change
 
 
 def test_slopes_tell_tails_apart():
@@ -186,7 +188,7 @@ def test_a_proper_posterior_with_a_pole_and_heavy_tails_is_not_called_improper()
     "density",
     [
         lambda x: -tf.square(x[..., 0] + x[..., 1]),  # flat along an oblique line
-        lambda x: -tf.math.log1p(tf.reduce_sum(x**2, -1)),  # 1 / r^2 in the plane
+        lambda x: -tf.math.log1p(tf.reduce_sum(x**2, -1)),  # falls like 1 / r^2 in the plane
         lambda x: -0.5 * tf.math.log1p(x[..., 0] ** 2) - x[..., 1] ** 2,
     ],
 )
@@ -217,7 +219,7 @@ def test_unscaled_columns(scale):
     x, y = x.astype(np.float64), y.astype(np.float64)
     precision = x.T @ x
     mean = np.linalg.solve(precision, x.T @ y)
-    # Student's t with 95 degrees of freedom, but for priors that say next to nothing.
+    # The posterior is Student's t with 95 degrees of freedom, because the priors are nearly flat.
     sd = np.sqrt(np.diag(np.linalg.inv(precision)) * np.sum((y - x @ mean) ** 2) / 95 * 95 / 93)
     np.testing.assert_allclose((b.mean(0) - mean) / sd, 0.0, atol=0.2)
     np.testing.assert_allclose(b.std(0) / sd, 1.0, atol=0.12)
@@ -227,7 +229,7 @@ def test_unscaled_columns(scale):
 
 
 def test_the_evidence_of_what_the_prior_hardly_allows():
-    """Uniform(0, 1) and an observation at 2 of sd 0.2: Phi(-5) - Phi(-10) = e^-15.065."""
+    """Uniform(0, 1) and an observation at 2 with sd 0.2 give Phi(-5) - Phi(-10) = e^-15.065."""
     joint = tfd.JointDistributionNamed(
         {"p": tfd.Uniform(0.0, 1.0), "y": lambda p: tfd.Normal(p, 0.2)}
     )
@@ -236,7 +238,7 @@ def test_the_evidence_of_what_the_prior_hardly_allows():
 
 
 def test_the_error_of_a_bridge_holds_for_correlated_chains():
-    """p = N(0, 1), chains with autocorrelation 0.8; g = N(0.5, 1.2^2); the normaliser is e^2."""
+    """p is N(0, 1) with autocorrelation 0.8, g is N(0.5, 1.2^2), and the normaliser is e^2."""
     proposal = stats.norm(0.5, 1.2)
     off = []
     for seed in range(200):
@@ -254,7 +256,7 @@ def test_the_error_of_a_bridge_holds_for_correlated_chains():
         off.append((estimate.value - 2.0) / estimate.standard_error)
     off = np.abs(off)
     assert np.mean(off < 3.0) > 0.97
-    assert np.mean(off < 1.0) < 0.9  # and the error is no larger than it has to be
+    assert np.mean(off < 1.0) < 0.9  # the stated error is not too large either
 
 
 def test_a_bridge_between_what_does_not_overlap_is_unknown():
@@ -309,12 +311,35 @@ def test_a_mixture_has_the_density_of_its_draws():
     np.testing.assert_allclose(x.mean(0), two.weights @ two.means, atol=0.15)
 
 
+def test_a_large_start_takes_its_first_steps_though_its_time_is_over():
+    calls = []
+
+    def scores(u):  # N(2, 0.5^2) in each coordinate
+        calls.append(len(u))
+        return -2.0 * ((u - 2.0) ** 2).sum(1), -4.0 * (u - 2.0)
+
+    rng = np.random.default_rng(0)
+    mean, scale = large.gaussian(scores, np.zeros([2, 300]), rng, time.monotonic() - 1.0)
+    assert np.isfinite(mean).all()
+    assert (scale > 0.0).all()
+    assert len(calls) < 60  # not the 1,500 steps of both points
+
+
+def test_a_large_density_that_is_finite_nowhere_is_refused():
+    def scores(u):
+        return np.full(len(u), np.nan), np.zeros_like(u)
+
+    rng = np.random.default_rng(0)
+    with pytest.raises(UserError, match="not finite wherever the fit started"):
+        large.states(scores, 300, np.zeros([1, 300]), rng, time.monotonic() + 1.0)
+
+
 def test_directions_that_stand_out_of_the_noise():
     rng = np.random.default_rng(0)
     direction = np.ones(300) / np.sqrt(300.0)
     z = rng.normal(size=[2000, 300])
     assert large.directions(z)[0].shape == (300, 0)
-    z += np.outer(z @ direction, direction) * 4.0  # sd 5 along it
+    z += np.outer(z @ direction, direction) * 4.0  # the sd is about 5 along the direction
     directions, stretch = large.directions(z)
     assert directions.shape == (300, 1)
     assert abs(directions[:, 0] @ direction) > 0.99
@@ -322,7 +347,7 @@ def test_directions_that_stand_out_of_the_noise():
 
 
 def test_three_hundred_correlated_dimensions(tmp_path):
-    """Scales from 0.1 to 10 and one direction of correlation: moments in closed form."""
+    """With scales from 0.1 to 10 and one correlated direction the moments have closed forms."""
     rng = np.random.default_rng(0)
     dim = 300
     direction = rng.normal(size=dim) / np.sqrt(dim)

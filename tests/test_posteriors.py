@@ -25,11 +25,11 @@ from avb_tf.posteriors import (
 from avb_tf.settings import posterior
 
 QUICK = {"steps": 50, "verbose": False, "draws": 256, "adversary_steps": 1, "blocks": 1}
-QUICK |= {"chart_steps": 0}  # tracing it takes longer than its training
+QUICK |= {"chart_steps": 0}  # tracing the chart takes longer than training it
 
 
 def gaussian():
-    """(joint, observed) of a correlated Gaussian prior and five noisy observations of the mean."""
+    """Returns (joint, observed): a correlated Gaussian prior and five noisy observations."""
     factor = np.array([[1.0, 0.0], [0.9, 0.5]], np.float32)
     data = np.random.default_rng(0).normal(1.0, 1.0, [5, 2]).astype(np.float32)
     joint = tfd.JointDistributionNamed(
@@ -75,7 +75,7 @@ def test_a_fit_leaves_the_callers_random_numbers_alone():
 
 
 def test_a_density_that_the_adversary_has_lost_is_not_trusted():
-    """Weights that say KL < 0, as where q's draws went far away and T did not follow."""
+    """The weights imply KL < 0, as if q's draws went far away and T did not follow."""
     at_q, at_p = np.zeros(4000), np.zeros(1000)
     assert verdict.diagnose(at_q, at_p, 0.5).verdict == "trust"
     at_q[:100] = 500.0
@@ -90,7 +90,7 @@ def test_a_lost_mode_tells_charts_apart_and_a_single_state_does_not():
     assert abs(fit.divergence(at_p, at_q)) < 4 * 0.1 * np.sqrt(2 / 1000)
     at_p[0] = 1e9
     assert fit.divergence(at_p, at_q) < 0.03
-    at_p[:500] = 60.0  # half of the posterior is where q is not
+    at_p[:500] = 60.0  # half of the posterior lies where q has no mass
     assert fit.divergence(at_p, at_q) == pytest.approx(5.0, abs=0.1)
 
 
@@ -100,7 +100,7 @@ def test_a_lost_mode_tells_charts_apart_and_a_single_state_does_not():
         (0.0, 10.5, True),  # a funnel
         (0.05, 0.78, True),  # eight schools
         (0.51, 2.32, False),  # a ring
-        (1.0, 10.0, True),  # no contrast follows the plain one
+        (1.0, 10.0, True),  # no contrast follows the posterior without a chart
         (6.0, 5.0, False),  # a lost mode
     ],
 )
@@ -125,7 +125,8 @@ def test_scales_from_a_thousandth_to_a_thousand_are_absorbed():
     def log_density(x):
         return -0.5 * tf.reduce_sum(((x - mean) * precision) ** 2, -1)
 
-    # 32 chains at least: within a few standard errors of the moments, from 10^6 sds away.
+    # The chains start 10^6 sds away; at least 32 of them estimate the moments within a few standard
+    # errors.
     begun = start.find(models.make(log_density, shape=[3], dtype="float64"))
     np.testing.assert_allclose((begun.mean - mean) / sd, 0.0, atol=0.7)
     np.testing.assert_allclose(np.linalg.norm(begun.scale_tril, axis=1) / sd, 1.0, atol=0.4)
@@ -145,7 +146,7 @@ def test_the_start_knows_a_nearly_singular_correlation_and_both_modes():
     two = tfd.MixtureSameFamily(tfd.Categorical([0.0, 0.0]), tfd.Normal([-3.0, 3.0], 0.7))
     begun = start.find(models.make(lambda x: two.log_prob(x[..., 0]), shape=[1]))
     x = begun.mean + begun.scale_tril[0, 0] * begun.z[:, 0]
-    # 256 chains, resampled from draws of two Gaussians: an effective 100 at least.
+    # The 256 chains are resampled from draws of two Gaussians: the effective size is at least 100.
     assert np.mean(x > 0) == pytest.approx(0.5, abs=0.15)
 
 
@@ -171,11 +172,15 @@ def test_draws_have_the_structure_of_the_joint():
 # What a fit can do.
 
 
-def test_a_saved_fit_comes_back_without_the_model_and_without_pickle(gaussian_fit, tmp_path):
+def test_a_saved_fit_comes_back_without_the_model_and_without_pickle(
+    gaussian_fit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gaussian_fit, "steps", 700)  # as of a chart that is used alone
     gaussian_fit.save(tmp_path / "fit")
     loaded = avb_tf.load_posterior(tmp_path / "fit")
     np.testing.assert_array_equal(loaded.sample(5)["mu"], gaussian_fit.sample(5)["mu"])
     assert loaded.log_evidence == gaussian_fit.log_evidence
+    assert loaded.steps == gaussian_fit.steps
     assert loaded.refine(10, chains=50).u.shape == (50, 2)
     loaded.save(tmp_path / "again")
     again = avb_tf.load_posterior(tmp_path / "again")
@@ -258,7 +263,7 @@ def test_the_verdict_on_a_gaussian_of_the_wrong_scale(scale, expected):
 
     judged = verdict.diagnose(log_ratio(z), log_ratio(at_p), 0.5)
     assert judged.verdict == expected
-    if scale == 0.7:  # the ratios measure the distance that a closed form gives
+    if scale == 0.7:  # the distance from the ratios must equal the exact one
         radii = np.random.default_rng(1).normal(size=[100_000, 4])
         p, q = (stats.norm.logpdf(radii * 1.0, scale=s).sum(-1) for s in (1.0, scale))
         exact = np.maximum(0.0, 1.0 - np.exp(q - p)).mean()
@@ -280,7 +285,7 @@ def test_the_overlap_of_two_gaussians_and_the_normaliser():
 
 @pytest.fixture(scope="module")
 def one_mode():
-    """A posterior with modes of weights 0.3 at -4 and 0.7 at 4, and a fit exact in the second."""
+    """Returns a fit that is exact in the mode at 4 (weight 0.7) and lacks the mode at -4 (0.3)."""
     two = tfd.MixtureSameFamily(
         tfd.Categorical(probs=[0.3, 0.7]), tfd.Normal([-4.0, 4.0], [0.5, 0.8])
     )
@@ -294,13 +299,42 @@ def one_mode():
 
 
 def test_a_fit_that_lost_a_mode_is_not_trusted(one_mode):
-    alone = one_mode.draws(1000).log_weights  # all equal: q's own draws see nothing
+    alone = one_mode.draws(1000).log_weights  # all equal: q's own draws do not show the lost mode
     assert np.ptp(alone) < 0.01
     judged = one_mode.diagnostics()
     assert judged.verdict != "trust"
     assert judged.distance == pytest.approx(0.3, abs=0.1)
     assert judged.missing == pytest.approx(0.3, abs=0.1)
     assert "next to nothing" in judged.reason
+
+
+def test_states_that_the_chart_cannot_reach_count_as_lost(one_mode, monkeypatch):
+    """A chart's inverse may overflow, and NaN once gave a distance of 0."""
+    kind = type(one_mode.model.averaged_decoder)
+    inverse = kind.inverse
+
+    def overflowing(chart, z):
+        return tf.where(z < 0.0, np.nan, inverse(chart, z))
+
+    monkeypatch.setattr(kind, "inverse", overflowing)
+    states = one_mode._chains()
+    assert np.isfinite(states.u).all()
+    assert np.isfinite(states.log_density).all()
+    lost = one_mode.start.z[:, 0] < 0.0
+    np.testing.assert_array_equal(states.log_q == -np.inf, lost)
+    assert one_mode.overlap() >= lost.mean() - 0.05
+
+
+def test_draws_without_a_density_count_against_the_fit(one_mode, monkeypatch):
+    density = one_mode.target.log_density
+
+    def outside(u):
+        return tf.where(u[:, 0] < 4.0, tf.constant(np.nan, u.dtype), density(u))
+
+    monkeypatch.setattr(one_mode.target, "log_density", outside)
+    drawn = one_mode.draws(1000)
+    np.testing.assert_array_equal(drawn.log_weights == -np.inf, drawn.u[:, 0] < 4.0)
+    assert not np.isnan(drawn.log_weights).any()
 
 
 def test_refining_brings_a_lost_mode_back(one_mode):
@@ -313,7 +347,7 @@ def test_refining_brings_a_lost_mode_back(one_mode):
 
 
 def test_a_fit_that_was_given_no_time_is_not_trusted():
-    def log_density(x):  # a ring, sharper than any Gaussian
+    def log_density(x):  # a thin ring, which no Gaussian fits
         return -4.0 * (tf.reduce_sum(x**2, -1) - 4.0) ** 2
 
     fit = avb_tf.fit_posterior(log_density, shape=[2], **QUICK)
@@ -373,7 +407,7 @@ def test_means_of_targets_of_inference_gym_are_its_ground_truth(name):
     draws = fit.sample(1000).numpy()
     known = model.sample_transformations["identity"]
     error = known.ground_truth_standard_deviation / np.sqrt(1000)
-    if known.ground_truth_mean_standard_error is not None:  # it is exact otherwise
+    if known.ground_truth_mean_standard_error is not None:  # otherwise the mean is exact
         error = np.hypot(error, known.ground_truth_mean_standard_error)
     # Four errors: after 600 steps a fit is not exact in its tails.
     assert np.all(np.abs(draws.mean(0) - known.ground_truth_mean) < 4.0 * error)

@@ -1,4 +1,4 @@
-"""Training with 16-bit products: 32-bit weights and bounds, and the same result."""
+"""Tests training with 16-bit products: weights and bounds stay in 32 bits, and results agree."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""The line that shows how far a run is."""
+"""Tests the line that shows how far a run is."""
 
 import io
 
@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that the callback sees, in a list of one."""
+    """Returns the time that the callback sees, in seconds, as a list with one entry."""
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -56,7 +56,7 @@ def test_a_terminal_shows_one_line_without_the_time_of_compiling(clock):
     assert stream.getvalue().count("\n") == 1
     states = stream.getvalue().strip("\r\n").split("\r")
     assert states[0] == "compiling  step 0/1,000"
-    assert "left" not in states[1]  # 60 s for the first call say nothing
+    assert "left" not in states[1]  # the first call took 60 s because of compilation
     assert states[2].rstrip().endswith("step 100/1,000  0:00:18 left")
     assert states[-1].startswith("elbo -12.50  val -13.25")
 

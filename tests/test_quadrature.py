@@ -1,4 +1,4 @@
-"""Exact numbers for two latents against closed forms."""
+"""Tests quadrature for two latents against closed forms."""
 
 import numpy as np
 import pytest

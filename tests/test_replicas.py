@@ -1,4 +1,4 @@
-"""Strategies by name, and equal results on one device, two devices and two workers."""
+"""Tests strategies by name, and equal results on one device, two devices and two workers."""
 
 import json
 import os
@@ -35,10 +35,10 @@ MISTAKES = [
     ("tpu", "", "no TPU answers"),
     ("one", tf_config(), "TF_CONFIG names 2 tasks"),
     ("mirrored", tf_config(), "TF_CONFIG names 2 tasks"),
-    ("auto", "{", "no such JSON"),
-    ("auto", "[1]", "no such JSON"),
-    ("auto", '{"cluster": [1]}', "no such JSON"),
-    ("auto", '{"cluster": {"worker": 5}}', "no such JSON"),
+    ("auto", "{", "not JSON of that form"),
+    ("auto", "[1]", "not JSON of that form"),
+    ("auto", '{"cluster": [1]}', "not JSON of that form"),
+    ("auto", '{"cluster": {"worker": 5}}', "not JSON of that form"),
     ("auto", tf_config({"worker": "127.0.0.1:1"}), "has the cluster"),
     ("auto", tf_config({"worker": ["127.0.0.1"]}), "127.0.0.1"),
     ("auto", tf_config({"worker": ["127.0.0.1:x"]}), "127.0.0.1:x"),
@@ -49,8 +49,8 @@ MISTAKES = [
     ("auto", tf_config(index=-1), "-1"),
     ("auto", tf_config(index="0"), "'0'"),
     ("auto", '{"cluster": {"worker": ["a:1", "a:2"]}}', "the task {}"),
-    ("auto", '{"cluster": {"worker": ["a:1"]}, "task": null}', "no such JSON"),
-    ("auto", '{"cluster": {"worker": ["a:1"]}, "task": "worker"}', "no such JSON"),
+    ("auto", '{"cluster": {"worker": ["a:1"]}, "task": null}', "not JSON of that form"),
+    ("auto", '{"cluster": {"worker": ["a:1"]}, "task": "worker"}', "not JSON of that form"),
     ("auto", tf_config(kind=[]), "'type': []"),
     ("auto", tf_config({"worker": ["a:1"], "chief": []}), "'chief': []"),
     ("auto", tf_config({"chief": ["a:1", "b:1"]}, "chief"), "2 chiefs"),
@@ -75,7 +75,7 @@ def test_auto_selects_the_default_strategy_for_one_device(monkeypatch, config):
 
 
 def test_several_gpus_train_as_replicas_on_all_logical_devices(monkeypatch):
-    # Only the number of GPUs is a stand-in: the strategy is real, over this machine's devices.
+    # Only the number of GPUs is faked; the strategy is real and uses this machine's devices.
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["0", "1"])
     strategy = replicas.strategy("auto")
     assert isinstance(strategy, tf.distribute.MirroredStrategy)
@@ -142,7 +142,7 @@ def test_a_missing_worker_is_not_a_users_mistake(monkeypatch):
 
 @pytest.mark.parametrize("applied", [True, False])
 def test_a_loss_scaling_optimizer_follows_the_decision_of_all_replicas(applied):
-    """Its own check covers the gradients of one replica, which are finite here."""
+    """The optimizer's own check covers only the gradients of one replica, which are finite here."""
     weight = keras.Variable([1.0, 2.0])
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=2.0)
     optimizer.build([weight])
@@ -179,10 +179,10 @@ def test_the_replicas_noise_adds_up_to_the_whole():
 def test_a_run_is_the_same_on_one_device_on_two_and_on_two_workers(
     variant, steps, workers, tmp_path
 ):
-    """Weights, averages, both optimizers and metrics, clipped, two dual steps for each primal one.
+    """Compares weights, averages, optimizers and metrics, with clipping and two dual steps.
 
-    Calls of the graph take 10 steps on one device, 1 on two, 10 on the workers. The convolutional
-    variant has batch normalisation, whose moments are those of the whole batch.
+    A call of the graph takes 10 steps on one device, 1 on two devices and 10 on the workers. The
+    convolutional variant has batch normalisation with moments over the global batch.
     """
 
     def start(name, strategy, calls, cluster=None, task=0):

@@ -1,4 +1,4 @@
-"""The benchmark's tasks: their densities beside the reference draws."""
+"""Tests the densities of the benchmark's tasks against the reference draws."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def task(request):
 
 
 def test_reference_draws_are_of_the_posterior_by_its_density(task):
-    """E[score] = 0 and E[u score] = -1 of unconstrained u, or exact draws where it has edges."""
+    """Uses exact draws if the posterior has edges, else E[score] = 0 and E[u score] = -1."""
     (model, exact), data = task
     for i in (0, 7):
         y, reference = data["observations"][i], data["reference"][i].astype(np.float64)

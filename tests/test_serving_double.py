@@ -1,6 +1,7 @@
-"""Clients with the official stubs against a contract double; it is not TensorFlow Serving.
+"""Tests clients with the official stubs against a test double, which is not TensorFlow Serving.
 
-With AVB_TF_SERVING_URL=host:port (gRPC) and AVB_TF_SERVING_MODEL, one test asks a real server.
+If AVB_TF_SERVING_URL=host:port (gRPC), AVB_TF_SERVING_MODEL and AVB_TF_SERVING_EXPORT are set, one
+test sends requests to a real server.
 """
 
 import json

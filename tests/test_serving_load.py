@@ -1,4 +1,4 @@
-"""Eight threads of requests, right and wrong, on one loaded export; `make load` sends 20,000."""
+"""Sends valid and malformed requests from eight threads to one export; `make load`: 20,000."""
 
 import os
 import threading
@@ -19,7 +19,7 @@ EVENT = (8, 8, 1)
 
 
 def resident() -> int:
-    """Resident memory of the process in bytes."""
+    """Returns the resident memory of the process in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -107,5 +107,5 @@ def test_no_error_no_wrong_answer_and_constant_memory(model):
     )
     assert not failures, failures[:5]
     assert sum(counted.values()) == REQUESTS // THREADS * THREADS
-    # A short run is over before the allocator's arenas have settled.
+    # A short run ends before the allocator's arenas have settled, so it may grow more.
     assert after < before * (1.05 if REQUESTS >= 20_000 else 1.25)

@@ -1,4 +1,4 @@
-"""Signatures of a served model against the model's own parts and closed forms."""
+"""Tests signatures of a served model against the model's own parts and closed forms."""
 
 import functools
 
@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import avb_tf
 from avb_tf.likelihood_estimation import quadrature
+from avb_tf.likelihoods import LIKELIHOODS
 from avb_tf.serving import signatures
 from tests import linear_gaussian as linear_gaussian_model
 
@@ -30,7 +31,7 @@ def x_of(model, rows=5):
 
 
 def graph(function, *arguments):
-    """The function in a graph, as it is served."""
+    """Calls the function in a graph, as a server does."""
     return tf.function(function, autograph=False)(*arguments)
 
 
@@ -69,14 +70,14 @@ def test_with_the_exact_posterior_any_number_of_draws_gives_the_log_likelihood(l
     encoder.off_diagonal.set_weights([np.zeros([3, 4]), scale.ravel()])
     x = tf.constant(evidence.rvs(6, random_state=0), tf.float32)
     actual = importance_weighted(model, x, 32)
-    np.testing.assert_allclose(actual, evidence.logpdf(x), atol=0.01)  # the scale has a floor
+    np.testing.assert_allclose(actual, evidence.logpdf(x), atol=0.01)  # due to the scale's floor
 
 
 @pytest.mark.parametrize("method", ["vae", "avb"])
 def test_the_importance_weighted_bound_agrees_with_quadrature(method):
     model = make(method, latent_dim=2)
     encoder = model.averaged_encoder
-    # An untrained decoder's posteriors are near the prior, and q should be too.
+    # The posteriors of an untrained decoder are near the prior, and q should be near it too.
     if method == "avb":
         encoder.head.kernel.assign(6.0 * encoder.head.kernel)
     else:
@@ -92,7 +93,7 @@ def test_the_elbo_of_a_vae_is_below_its_log_likelihood_and_near_the_expectation_
     served = graph(lambda x: signatures.elbo(model, x), x)["elbo"]
     noise = tf.random.stateless_normal([4000, 5, 3], [0, 0])
     draws = model.terms(x, noise).elbo.numpy()
-    error = draws.std(0) / np.sqrt(signatures.ELBO_DRAWS)  # Sobol points err by less than draws
+    error = draws.std(0) / np.sqrt(signatures.ELBO_DRAWS)  # Sobol points err less than draws
     assert np.all(np.abs(served - draws.mean(0)) < error)
     assert np.all(served < importance_weighted(model, x, 1024))
 
@@ -104,7 +105,7 @@ def test_the_mean_agrees_with_many_draws(method):
     encode = functools.partial(signatures.encode, model)
     mean = graph(encode, x, tf.zeros([5], tf.int64))["mean"]
     draws = model.encode(x, 20_000, seed=1).numpy()
-    # Of 256 Sobol points for `avb`: their error is below that of as many draws.
+    # The mean of `avb` is over 256 Sobol points, whose error is below that of as many draws.
     tolerance = 5 * draws.std(0) / np.sqrt(20_000) + draws.std(0) / np.sqrt(256)
     assert np.all(np.abs(mean - draws.mean(0)) < tolerance)
 
@@ -117,3 +118,12 @@ def test_seeded_draws_follow_the_posterior():
     draws = model.encode(x[:1], 3000, seed=1)[:, 0].numpy()
     for latent in range(3):
         assert scipy.stats.ks_2samp(z[:, latent], draws[:, latent]).pvalue > 0.01
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, -1.0, 0.5])
+@pytest.mark.parametrize("name", ["poisson", "negative_binomial"])
+def test_a_graph_of_counts_refuses_other_numbers(name, value):
+    valid = functools.partial(graph, functools.partial(signatures._of_support, LIKELIHOODS[name]))
+    valid(tf.constant([[0.0, 3.0]]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="x that is not a count"):
+        valid(tf.constant([[1.0, value]]))

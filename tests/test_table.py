@@ -1,4 +1,4 @@
-"""Tables: kinds and scales of their columns, and CSV and Parquet files."""
+"""Tests tables: kinds and scales of their columns, and CSV and Parquet files."""
 
 import numpy as np
 import pandas as pd
@@ -104,8 +104,8 @@ WRONG = {
     "negative counts": (FRAME.assign(visits=-3), KINDS, "'visits' has -3 in row 0"),
     "infinity": (FRAME.assign(age=np.inf), KINDS, "'age' has inf in row 0"),
     "too large": (FRAME.assign(age=1e39), KINDS, "'age' has 1e.39 in row 0.*float32"),
-    "constant": (FRAME.assign(age=3.0), KINDS, "'age' has less than two values.*'skip'"),
-    "one category": (FRAME.assign(city="Rome"), KINDS, "'city' has less than two values"),
+    "constant": (FRAME.assign(age=3.0), KINDS, "'age' has fewer than two values.*'skip'"),
+    "one category": (FRAME.assign(city="Rome"), KINDS, "'city' has fewer than two values"),
     "nothing": (FRAME.assign(age=np.nan), KINDS, "'age' has no value in row 0"),
     "too precise": (LARGE, KINDS, "'age' varies by .* around 1.7e.09.*subtract a constant"),
     "no exposure": (FRAME.assign(days=0.0), KINDS, "'days' has 0.0 in row 0.*above 0"),
@@ -120,7 +120,7 @@ WRONG = {
     "same names": (FRAME.rename(columns={"id": "age"}), {}, "several columns 'age'"),
     "a vector": (np.zeros(3), {}, r"of shape|shape \(3,\)"),
     "an array of text": (np.array([["a"]]), {}, "an array of numbers"),
-    "ragged": ([[1.0], [1.0, 2.0]], {}, "x is no array"),
+    "ragged": ([[1.0], [1.0, 2.0]], {}, "x is not an array"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every panel, through the HTTP interface of a real TensorBoard server and in a browser."""
+"""Tests every panel over the HTTP interface of a real TensorBoard server and in a browser."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The runs directory, with one run in it."""
+    """Returns a directory of runs that contains one run."""
     path = tmp_path_factory.mktemp("runs")
     command_line.main(
         ["x", "--config=configs/digits.py:avb_ac", f"--workdir={path / 'digits'}",
@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(runs):
-    """The address of a TensorBoard of the runs, on the loopback interface."""
+    """Yields the address of a TensorBoard server for the runs, on the loopback interface."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tensorboard.main", "--logdir", runs, "--host", "127.0.0.1",
          "--port", "0", "--load_fast", "false"],
@@ -60,7 +60,7 @@ def server(runs):
 
 
 def get(server, path, **query):
-    """The body of an answer, parsed if it is JSON."""
+    """Returns the body of an answer, parsed if it is JSON."""
     query = urllib.parse.urlencode(query)
     with urllib.request.urlopen(f"{server}/{path}?{query}", timeout=60) as reply:
         body = reply.read()
@@ -77,7 +77,7 @@ def post(server, path, body):
         return json.loads(reply.read())
 
 
-HELD_OUT = 200  # digits
+HELD_OUT = 200  # number of digits
 ROOT, TRAIN, VALIDATION = "digits/logs", "digits/logs/train", "digits/logs/validation"
 
 
@@ -187,7 +187,7 @@ def test_a_sprite_is_a_square_of_thumbnails(tmp_path):
     np.testing.assert_allclose(sprite[4:8, 6:12], x[4], atol=1 / 255)
 
 
-PANELS = {  # panel -> a word that it shows once its data are loaded
+PANELS = {  # panel -> text that it shows once its data are loaded
     "timeseries": "importance_bound",
     "images": "reconstructions",
     "custom_scalars": "Does the adversary keep up?",

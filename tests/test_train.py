@@ -1,4 +1,4 @@
-"""Complete runs on real data, and the files that they write."""
+"""Tests complete runs on real data, and the files that they write."""
 
 import os
 from pathlib import Path

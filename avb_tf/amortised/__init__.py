@@ -1,1 +1,1 @@
-"""One posterior network for every data set of a user's model."""
+"""Amortised posteriors: one network for every data set of a user's model."""

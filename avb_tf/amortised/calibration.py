@@ -1,4 +1,4 @@
-"""Whether a fit is calibrated over all data sets, and whether one is like those simulated."""
+"""Calibration of a fit over simulated data sets, and a test whether data fit the model."""
 
 from typing import NamedTuple
 
@@ -11,30 +11,30 @@ from avb_tf.amortised.simulation import Simulation
 from avb_tf.figures import calibration
 
 LEVELS = (0.5, 0.8, 0.9)
-_NULL = 4000  # uniform ranks drawn for the distribution of a largest deviation
-_TYPICAL = 1000  # simulated data sets that an observed one is compared with
-_EVIDENCE_DRAWS = 64  # of q, for the log evidence of each data set
-_ROWS = 2**14  # draws at a time
-_TWO_SIDED = "log evidence"
-FALSE_ALARMS = 0.05  # rate of the tests
+_NULL = 4000  # simulated sets of uniform ranks, for the null distribution of `deviation`
+_TYPICAL = 1000  # simulated data sets with which an observed one is compared
+_EVIDENCE_DRAWS = 64  # draws of q for the log evidence of each data set
+_ROWS = 2**14  # most draws in a batch
+_TWO_SIDED = "log evidence"  # the statistic that is unusual at both ends
+FALSE_ALARMS = 0.05  # false alarm rate of each test
 
 
 class Check(NamedTuple):
-    """Calibration of a fit over simulated data sets. Printed, it is a table and a sentence.
+    """Calibration of a fit over simulated data sets. `print` shows a table and a verdict.
 
     Attributes:
       coordinates: names of the unconstrained parameters.
-      draws: of q for each data set.
-      ranks: [pairs, dim], how many draws are below the parameters that made the data.
-      ranks_of_density: [pairs], how many draws have a lower log q than these parameters.
-      ranks_of_distance: [pairs], how many draws are closer than these parameters to a random
-        reference point: TARP.
-      features: names of what is predicted: the numbers of a data set, or of a row of it.
-      ranks_of_outcomes: [pairs, features], how many draws of the posterior predictive are below new
-        data of these parameters.
-      parameters: [pairs, dim], that made the data, unconstrained.
-      means: [pairs, dim], of the draws.
-      sds: [pairs, dim], of the draws.
+      draws: number of draws of q for each data set.
+      ranks: number of draws below the parameters that generated the data, [pairs, dim].
+      ranks_of_density: number of draws with a lower log q than these parameters, [pairs].
+      ranks_of_distance: number of draws closer than these parameters to a random reference point,
+        [pairs]: TARP.
+      features: names of the predicted numbers: those of a data set, or of one row.
+      ranks_of_outcomes: number of draws of the posterior predictive below new data of these
+        parameters, [pairs, features].
+      parameters: unconstrained parameters that generated the data, [pairs, dim].
+      means: means of the draws, [pairs, dim].
+      sds: standard deviations of the draws, [pairs, dim].
     """
 
     coordinates: list[str]
@@ -49,13 +49,13 @@ class Check(NamedTuple):
     sds: np.ndarray
 
     def coverage(self, level: float) -> np.ndarray:
-        """Share of parameters within their central interval of q, by coordinate, [dim]."""
+        """Returns the share of parameters within q's central interval, by coordinate, [dim]."""
         low, high = (0.5 * (1.0 + sign * level) * (self.draws + 1) for sign in (-1.0, 1.0))
         return ((self.ranks + 0.5 > low) & (self.ranks + 0.5 < high)).mean(0)
 
     @property
     def p_values(self) -> dict[str, float]:
-        """That all ranks of a kind are uniform, by name; each is uniform if q is exact."""
+        """P-values of the hypothesis that ranks are uniform, by name; they are if q is exact."""
         null = _null(len(self.ranks), self.draws)
         return {
             name: float((1 + (null >= deviation(ranks, self.draws)).sum()) / (1 + len(null)))
@@ -63,16 +63,17 @@ class Check(NamedTuple):
         }
 
     def named_ranks(self) -> dict[str, np.ndarray]:
-        """All ranks [pairs] by name."""
+        """Returns all ranks [pairs] by name."""
         ranks = dict(zip(self.coordinates, self.ranks.T, strict=True))
         return ranks | {"log density": self.ranks_of_density, "distance": self.ranks_of_distance}
 
     def plot(self):
-        """Ranks, coverage, posterior predictive and recovery: a matplotlib figure.
+        """Plots ranks, posterior predictive, coverage and recovery, as a matplotlib figure.
 
-        Ranks are drawn as their distribution function less the uniform one, in a band: an arch
-        says that the parameters lie lower than the draws, an S that the draws are too narrow or
-        too wide. Ranks of new data among predicted ones are drawn likewise.
+        Ranks are shown as their distribution functions minus the uniform one. A band shows the
+        deviations that are expected by chance. An arch means that the parameters lie lower than the
+        draws, an S-shape that the draws are too narrow or too wide. Ranks of new data among
+        predicted data are shown in the same way.
         """
         null = _null(len(self.ranks), self.draws)
         outcomes = dict(zip(self.features, self.ranks_of_outcomes.T, strict=True))
@@ -89,7 +90,7 @@ class Check(NamedTuple):
 
     @property
     def calibrated(self) -> bool:
-        """Whether no rank deviates, at a false alarm rate of 5% for all together (Bonferroni)."""
+        """Whether all ranks look uniform, at a joint false alarm rate of 5% (Bonferroni)."""
         p_values = self.p_values
         return min(p_values.values()) >= FALSE_ALARMS / len(p_values)
 
@@ -105,12 +106,12 @@ class Check(NamedTuple):
 
 
 class Surprise(NamedTuple):
-    """Whether a data set looks like those that the model simulates.
+    """A test whether a data set looks like those that the model simulates.
 
     Attributes:
-      p_value: share of simulated data sets at least as unusual, with this one among them. It is
-        uniform for data of the model, so that `flagged` is a false alarm in one of 20.
-      statistics: name -> p of each statistic by itself.
+      p_value: share of data sets that are at least as unusual, among the simulated ones and this
+        one. It is uniform for data from the model, so `flagged` has a false alarm rate of 5%.
+      statistics: p-value of each statistic alone, by name.
     """
 
     p_value: float
@@ -129,8 +130,13 @@ class Surprise(NamedTuple):
 
 
 def check(compiled: Compiled, simulation: Simulation, pairs: int, draws: int, seed: int) -> Check:
-    """Ranks of parameters that a `simulation` has drawn among draws of q given their data.
+    """Ranks parameters of a `simulation` among draws of q given their data.
 
+    Args:
+      compiled: the fit's graphs.
+      pairs: number of simulated data sets.
+      draws: number of draws of q for each data set.
+      seed: seed of the pairs, the draws and the reference points.
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018); for the reference points, Lemos,
     Coogan, Hezaveh and Perreault-Levasseur (2023).
     """
@@ -159,10 +165,10 @@ def check(compiled: Compiled, simulation: Simulation, pairs: int, draws: int, se
 
 
 def _ranks_of_outcomes(compiled: Compiled, u, drawn, seed) -> np.ndarray:
-    """Ranks of new data of u [pairs, dim] among those of draws [draws, pairs, dim].
+    """Ranks new data of u [pairs, dim] among data predicted from draws [draws, pairs, dim].
 
-    New data, independent of those that q was given, have uniform ranks if q is exact. Equal ones,
-    as of counts, are ranked at random.
+    If q is exact, new data that are independent of those given to q have uniform ranks. Ties, as
+    between counts, are broken at random.
     """
 
     def outcome(u, number):
@@ -186,7 +192,14 @@ class Drawn(NamedTuple):
 
 
 def drawn(compiled: Compiled, y: np.ndarray, draws: int, seed: int) -> Drawn:
-    """Draws of q for each y [pairs, features]."""
+    """Returns draws of q for each data set.
+
+    Args:
+      compiled: the fit's graphs.
+      y: data sets, [pairs, features].
+      draws: number of draws for each data set.
+      seed: seed of the draws.
+    """
     pairs, context = len(y), compiled.given(tf.constant(y))
     each = min(draws, max(1, _ROWS // pairs))
     u, log_q = [], []
@@ -201,25 +214,33 @@ def drawn(compiled: Compiled, y: np.ndarray, draws: int, seed: int) -> Drawn:
 
 
 def simulated(simulation: Simulation, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """u [pairs, dim] in float64, and y [pairs, features]."""
+    """Returns simulated pairs: u [pairs, dim] and y [pairs, features], both in float64.
+
+    Usable pairs are repeated to replace those that are not finite.
+
+    Args:
+      simulation: source of the pairs.
+      pairs: number of pairs.
+      seed: seed of the pairs.
+    """
     u, y, usable = simulation.simulate(pairs, tf.constant([seed, -2]))
     rows = np.resize(np.flatnonzero(usable), pairs)
     return np.asarray(u, np.float64)[rows], np.asarray(y)[rows]
 
 
 def deviation(ranks: np.ndarray, draws: int) -> float:
-    """Largest distance of the ranks' distribution function from that of uniform ones."""
+    """Returns the largest difference of the ranks' distribution function from a uniform one."""
     uniform = np.arange(1, draws + 2) / (draws + 1)
     return float(np.abs(_shares(ranks, draws) - uniform).max())
 
 
 def _shares(ranks, draws) -> np.ndarray:
-    """Share of the ranks up to each of 0 .. draws."""
+    """Returns the share of ranks that are at most k, for each k in 0 .. draws."""
     return np.cumsum(np.bincount(ranks, minlength=draws + 1)) / len(ranks)
 
 
 def _null(pairs: int, draws: int) -> np.ndarray:
-    """`deviation` of uniform ranks."""
+    """Returns `deviation` of many sets of uniform ranks."""
     rng = np.random.default_rng(0)
     return np.array([
         deviation(rng.integers(0, draws + 1, pairs), draws) for _ in range(_NULL)
@@ -227,26 +248,32 @@ def _null(pairs: int, draws: int) -> np.ndarray:
 
 
 class Typical(NamedTuple):
-    """Simulated data sets that an observed one is compared with."""
+    """Simulated data sets with which an observed one is compared."""
 
     y: np.ndarray  # [n, features]
-    log_evidence: np.ndarray | None  # [n], where the density is known
+    log_evidence: np.ndarray | None  # [n], in nats, or None if the model has no density
 
 
 def typical(compiled: Compiled, simulation: Simulation, seed: int) -> Typical:
-    """Data sets of a `simulation`, with what `surprise` has to know of them."""
+    """Simulates data sets, with their log evidence, for `surprise`."""
     _, y = simulated(simulation, _TYPICAL, seed)
     return Typical(y, _log_evidence(compiled, y, seed))
 
 
 def surprise(compiled: Compiled, y: np.ndarray, others: Typical, seed: int) -> Surprise:
-    """Ranks statistics of y [1, features] among those of simulated data sets.
+    """Ranks statistics of an observed data set among those of simulated data sets.
 
-    The statistics are the distance from the mean in the simulated data's covariance, the distance
-    to the nearest, and, where the density is known, the log evidence. Unusual are long distances,
-    and an evidence that is low or high, as that of data with less noise than the model's. The
-    smallest of their p is ranked once more among those of the simulated data sets, so that the
-    false alarm rate is exact.
+    The statistics are the Mahalanobis distance from the mean, the distance to the nearest data set,
+    and, if the density is known, the log evidence. Large distances are unusual. A log evidence is
+    unusual if it is low or high; data with less noise than the model's have a high one. The
+    smallest p-value of a data set is ranked among those of all data sets, so that the false alarm
+    rate is exact.
+
+    Args:
+      compiled: the fit's graphs.
+      y: the observed data set, [1, features].
+      others: simulated data sets, from `typical`.
+      seed: seed of the draws for the log evidence.
     """
     together = np.concatenate([y, others.y])
     statistics = _distances(compiled.simulation.summary(together))
@@ -268,7 +295,10 @@ def surprise(compiled: Compiled, y: np.ndarray, others: Typical, seed: int) -> S
 
 
 def _distances(y) -> dict[str, np.ndarray]:
-    """From the mean and from the nearest other, of each row of y [n, statistics], by name."""
+    """Returns the distances of each row of y [n, statistics] from the mean and the nearest other.
+
+    They are squared, in robustly scaled coordinates where the rows have covariance I.
+    """
     z = standardised(y)
     covariance = np.atleast_2d(np.cov(z.T)) + 1e-9 * np.eye(z.shape[1])
     white = np.linalg.solve(np.linalg.cholesky(covariance), (z - z.mean(0)).T).T
@@ -279,14 +309,17 @@ def _distances(y) -> dict[str, np.ndarray]:
 
 
 def standardised(y) -> np.ndarray:
-    """y [n, statistics] by its median and quantiles, tails drawn in."""
+    """Standardises y [n, statistics] by medians and quantiles, with tails compressed."""
     low, middle, high = np.quantile(y, [0.16, 0.5, 0.84], axis=0)
     scale = np.where(high > low, 0.5 * (high - low), y.std(0) + 1e-12)
     return np.arcsinh((y - middle) / scale)
 
 
 def _log_evidence(compiled, y, seed) -> np.ndarray | None:
-    """log p(y) in nats by a few draws of q, of each row of y [n, features]."""
+    """Returns log p(y) in nats for each row of y [n, features], from a few draws of q.
+
+    The result is None if the model has no density.
+    """
     if not compiled.simulation.has_density:
         return None
     q = drawn(compiled, y, _EVIDENCE_DRAWS, seed)

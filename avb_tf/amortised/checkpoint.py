@@ -19,26 +19,28 @@ _RECORD = "record"
 
 
 class State(NamedTuple):
-    """How far a training is."""
+    """The state of a training."""
 
     stage: int
     step: int
     elapsed: float  # seconds
     since: float  # progress at which the stage began
     history: list[float]
-    weights: list[np.ndarray]  # of the network
+    weights: list[np.ndarray]  # variables of the network
     moments: list[np.ndarray]  # variables of the stage's optimizer
 
 
 class Workdir:
-    """The directory of a training; without one nothing is kept.
+    """The directory of a training, or no directory, where nothing is kept.
 
         workdir = Workdir(Path("runs/fit"), {"seed": 0})
         state = workdir.state()  # None, or what `save` wrote last
 
     Args:
-      path: created if missing; None: no directory.
-      identity: JSON values that another training would not share.
+      path: directory, created if missing; None: no directory.
+      identity: JSON values that identify the training.
+    Raises:
+      UserError: the directory cannot be created.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]):
@@ -53,10 +55,10 @@ class Workdir:
             self._writer = tf.summary.create_file_writer(str(path / LOGS))
 
     def state(self) -> State | None:
-        """Where an earlier call has stopped, or None.
+        """Returns the state of the last checkpoint, or None if there is none.
 
         Raises:
-          UserError: the checkpoint is damaged, or of another training.
+          UserError: the checkpoint is damaged, or belongs to another training.
         """
         if self.path is None or not (self.path / FILE).exists():
             return None
@@ -82,7 +84,7 @@ class Workdir:
         """Replaces the checkpoint.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: the checkpoint cannot be written.
         """
         if self.path is None:
             return
@@ -116,6 +118,16 @@ class Workdir:
 
 
 def assign(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
-    """Sets variables to what a checkpoint has of them."""
+    """Sets variables to the values of a checkpoint.
+
+    Raises:
+      UserError: their shapes differ.
+    """
+    shapes, expected = ([tuple(x.shape) for x in group] for group in (values, variables))
+    if shapes != expected:
+        raise UserError(
+            f"the checkpoint has variables of shapes {shapes!s:.80}, expected {expected!s:.80}; "
+            "remove it to train anew"
+        )
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)

@@ -1,4 +1,4 @@
-"""An amortised fit's config -> a fit, its calibration, and the posteriors of what was observed."""
+"""Fits a model by its config, checks the calibration, and judges observed data sets."""
 
 import dataclasses
 import json
@@ -21,14 +21,14 @@ FIT, LOCK = experiment.FIT, experiment.LOCK
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a model file's function may return: the arguments of `fit_amortised`, and data sets.
+    """A model with its observed data sets, which a function of a model file may return.
 
     Attributes:
-      model: a joint distribution or a simulator.
-      observed: names of the parts that are observed.
-      prior: of a simulator.
-      rows: smallest and largest number of rows, where a data set may have several.
-      observations: data sets, each as `AmortisedFit.sample` takes it, for `evaluate` and `sample`.
+      model: TFP joint distribution, or a simulator.
+      observed: names of the observed parts.
+      prior: TFP distribution of a simulator's parameters.
+      rows: smallest and largest number of rows, if data sets have several.
+      observations: data sets for `evaluate` and `sample`, each as `AmortisedFit.sample` takes it.
     """
 
     model: Any
@@ -39,19 +39,19 @@ class Problem:
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Both, in this order."""
+    """Runs `train`, then `evaluate`."""
     train(config, workdir)
     evaluate(config, workdir)
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Fits the model, from the workdir's checkpoint if it has one, unless the fit is there already.
+    """Fits the model unless the workdir has a fit; resumes from the workdir's checkpoint.
 
     Raises:
-      UserError: a model that cannot be loaded or fitted.
+      UserError: the model cannot be loaded or fitted.
     """
     problem = load_problem(config.model)
-    # A mistake in it comes before anything is written.
+    # A mistake in the model is reported before anything is written.
     simulation_of(problem.model, problem.prior, problem.observed, problem.rows)
     configuration.save(config, workdir)
     with files.locked(workdir / LOCK):
@@ -60,7 +60,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _trained(config, workdir, problem) -> AmortisedFit:
-    """The fit of the workdir, or a new one."""
+    """Loads the fit of the workdir, or trains and saves one."""
     if (workdir / FIT / META).exists():  # written last
         return AmortisedFit.load(workdir / FIT)
     fit = fit_amortised(
@@ -79,12 +79,12 @@ def _trained(config, workdir, problem) -> AmortisedFit:
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Calibration over simulated data sets, and the verdict on each observed one.
+    """Checks the calibration, and judges the posterior of each observed data set.
 
-    Writes `results.json` and a figure.
+    It writes `results.json` and a figure.
 
     Raises:
-      UserError: no fit.
+      UserError: the workdir has no fit.
     """
     problem, fit = _fit(config, workdir)
     check = fit.check(pairs=config.eval.pairs)
@@ -104,7 +104,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _observed(fit: AmortisedFit, y) -> dict:
-    """What is known of the posterior of one data set."""
+    """Returns verdict, evidence and surprise of one data set."""
     surprise = fit.surprise(y)
     print(surprise)
     known: dict[str, Any] = {"surprise": surprise._asdict()}
@@ -118,10 +118,10 @@ def _observed(fit: AmortisedFit, y) -> dict:
 
 
 def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Draws of the posterior of each observed data set as `posterior-<i>.nc`, for arviz.
+    """Writes draws of the posterior of each observed data set as `posterior-<i>.nc`, for arviz.
 
     Raises:
-      UserError: no fit, or nothing observed.
+      UserError: the workdir has no fit, or the model has no observed data sets.
     """
     problem, fit = _fit(config, workdir)
     if not len(problem.observations):
@@ -139,10 +139,10 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """The fit as `export/<version>/`, for TensorFlow Serving.
+    """Writes the fit as `export/<version>/`, for TensorFlow Serving.
 
     Raises:
-      UserError: no fit, or the version exists or cannot be written.
+      UserError: the workdir has no fit, or the version exists or cannot be written.
     """
     _, fit = _fit(config, workdir)
     name, plain = config.name or workdir.name, configuration.resolve(config)
@@ -150,7 +150,7 @@ def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _fit(config, workdir: Path) -> tuple[Problem, AmortisedFit]:
-    """The model and its fit, with the model's own code: a simulator of numpy is not saved."""
+    """Loads the model and its fit. The fit uses the model's code, for numpy simulators."""
     if not (workdir / FIT / META).exists():
         raise UserError(f"{workdir} has no fit; train it first")
     fit, problem = AmortisedFit.load(workdir / FIT), load_problem(config.model)
@@ -160,10 +160,10 @@ def _fit(config, workdir: Path) -> tuple[Problem, AmortisedFit]:
 
 
 def load_problem(name: str) -> Problem:
-    """What the function "path.py:function" returns.
+    """Calls the function "path.py:function" and returns its model as a `Problem`.
 
     Raises:
-      UserError: no such file or function, or one that raises.
+      UserError: the file or the function does not exist, or one of them raises.
     """
     returned = experiment.returned(name)
     return returned if isinstance(returned, Problem) else Problem(returned)

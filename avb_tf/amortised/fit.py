@@ -1,9 +1,9 @@
 """`fit_amortised`: one conditional density for the posteriors of all data sets of a model.
 
-A model goes one way:
+These are the stages of a fit and its use:
 
-    model -> simulated pairs -> whitening given y -> mixtures in its coordinates
-          -> draws of any y -> a verdict for each
+    model -> simulated pairs -> whitening given y -> mixtures in whitened coordinates
+          -> draws for any y -> a verdict for each y
 """
 
 import time
@@ -13,11 +13,12 @@ from typing import Any
 
 from tensorflow_probability import distributions as tfd
 
-from avb_tf.amortised import simulation, training
+from avb_tf.amortised import sources, training
 from avb_tf.amortised.checkpoint import Workdir
 from avb_tf.amortised.result import AmortisedFit
 from avb_tf.amortised.rows import check_sizes
 from avb_tf.amortised.rows import of as of_rows
+from avb_tf.amortised.simulation import Simulation
 from avb_tf.errors import UserError
 from avb_tf.posteriors.fit import seeded
 from avb_tf.posteriors.training import Clock
@@ -37,7 +38,7 @@ def fit_amortised(
     verbose: bool = True,
     **settings: Any,
 ) -> AmortisedFit:
-    """Trains a network that has the posterior of any data set of a model.
+    """Trains a network that represents the posterior of any data set of a model.
 
         fit = fit_amortised(joint, observed=("y",), seconds=300)
         fit.sample(y, 1000)              # {"mu": [1000, 2], ...}, in milliseconds
@@ -47,21 +48,23 @@ def fit_amortised(
       model: a TFP joint distribution; or a simulator, a function of a batch of parameters [n, ...]
         and a seed [2] that returns data [n, ...], as an array or a dict by name.
       observed: names of the parts that will be observed; all others are inferred.
-      prior: of a simulator: a TFP distribution of its parameters.
-      rows: smallest and largest number of rows of a data set. The model is then of one row, all
-        rows of a data set are independent draws given its parameters, and y is [rows, ...].
-      steps: of training, each with new pairs; 10,000 where `seconds` is not given either.
-      seconds: that the call may take, all included; the fit is then no function of `seed` alone.
-      seed: of initial weights and pairs. TensorFlow's global seed is set.
-      workdir: directory where the training keeps a checkpoint, and scalars for TensorBoard. The
-        same call resumes from it, and ends as if it had not been interrupted (with `steps`, and
-        but for AutoBatched joints, which draw with seeds of their own).
-      verbose: shows a progress bar.
+      prior: TFP distribution of a simulator's parameters; only for a simulator.
+      rows: smallest and largest number of rows of a data set. The model is then a model of one row;
+        the rows of a data set are independent given the parameters, and y is [rows, ...].
+      steps: number of training steps, each with new pairs; 10,000 if `seconds` is not given either.
+      seconds: time that the whole call may take. The number of training steps then depends on the
+        machine, so the fit is not determined by `seed` alone.
+      seed: seed of the initial weights and the pairs. TensorFlow's global seed is set.
+      workdir: directory for a checkpoint of the training and for TensorBoard's scalars. The same
+        call resumes from the checkpoint. With `steps` it ends as if it had not been interrupted,
+        except for AutoBatched joint distributions, which cannot be drawn by step.
+      verbose: whether to show a progress bar.
       **settings: changes to `settings.amortised.SETTINGS`.
     Returns:
-      The fit. `fit.check()` has its calibration, `fit.posterior(y).verdict` that of one data set.
+      The fit. `fit.check()` tests its calibration over simulated data sets, and
+      `fit.posterior(y).verdict` is the verdict for one data set.
     Raises:
-      UserError: a model that cannot be fitted, and what to do about it.
+      UserError: the model cannot be fitted; the message says what to do about it.
     Source: neural posterior estimation (Papamakarios and Murray, 2016; Greenberg, Nonnenmacher and
     Macke, 2019), with the density of this package's `network.ConditionalMixture`.
     """
@@ -90,25 +93,25 @@ def fit_amortised(
     return AmortisedFit(source, q, resolved_settings, seed, clock.step, clock.elapsed(), history)
 
 
-def simulation_of(model, prior, observed, rows) -> simulation.Simulation:
-    """The source of pairs of a user's model; the arguments are those of `fit_amortised`.
+def simulation_of(model, prior, observed, rows) -> Simulation:
+    """Returns the simulation of a user's model; the arguments are those of `fit_amortised`.
 
     Raises:
-      UserError: a model that cannot be fitted, and what to do about it.
+      UserError: the model cannot be fitted; the message says what to change.
     """
     if rows is not None:
         check_sizes(rows)
     if isinstance(model, tfd.JointDistribution):
         if prior is not None:
             raise UserError(
-                "a joint distribution came with a `prior`; expected one with a simulator alone"
+                "a joint distribution came with a `prior`; expected a `prior` only with a simulator"
             )
-        source = simulation.of_joint(model, observed)
+        source = sources.of_joint(model, observed)
     elif not callable(model) or isinstance(model, tfd.Distribution):
         raise UserError(
             f"the model is of type {type(model).__name__}; expected a TFP joint distribution, not "
             "pinned, or a simulator: a function of parameters and a seed"
         )
     else:
-        source = simulation.of_simulator(model, prior, observed)
+        source = sources.of_simulator(model, prior, observed)
     return source if rows is None else of_rows(source, *rows)

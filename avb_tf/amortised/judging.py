@@ -1,9 +1,10 @@
-"""How far q(u|y) of one y is from the posterior, with chains that know what q may lack.
+"""The distance between q(u|y) and the posterior for one y, with a search for modes that q lacks.
 
-q's density is exact, so its importance weights are too. They cannot see a mode that q has lost.
-Lost modes are sought by Newton's method from the simulated parameters whose data are nearest to y,
-and from the prior. Chains then begin from q and from such modes, weighed by their mass, and jump
-between them. The overlap of q and the posterior is measured on both sides (`posteriors.verdict`).
+q's density is exact, and so are its importance weights, but they do not show a mode that q has
+lost. Lost modes are sought by Newton's method from the simulated parameters whose data are nearest
+to y, from the prior, and from q's draws. Chains then start from q and from the lost modes in
+proportion to their mass, and jump between them. The overlap of q and the posterior is estimated
+from draws of both (`posteriors.verdict`).
 """
 
 from typing import Any, NamedTuple
@@ -19,17 +20,19 @@ from avb_tf.posteriors.mixture import Mixture
 from avb_tf.posteriors.target import value_and_gradient
 from avb_tf.posteriors.verdict import Diagnostics
 
-DRAWS = 4096  # of q
-_NEAR, _PRIOR, _OWN = 64, 32, 16  # points that modes are sought from
-_LOST = 1e-3  # mass of a mode, beside q's, that counts
-_ADAPTING, _KEPT, _THINNED = 24, 16, 2  # transitions of the chains, and those kept
-_SHARE = 0.2  # of a proposal's draws, from modes that q lacks
+DRAWS = 4096  # draws of q
+# Numbers of points from which modes are sought: simulated parameters, draws of the prior and of q.
+_NEAR, _PRIOR, _OWN = 64, 32, 16
+_LOST = 1e-3  # smallest mass of a lost mode that counts
+# Warm-up transitions, states kept of each chain, and transitions from one kept state to the next.
+_ADAPTING, _KEPT, _THINNED = 24, 16, 2
+_SHARE = 0.2  # share of a proposal's draws that come from the lost modes
 
 
 class Given:
-    """q of one y in numpy, as `Mixture` has it: draws and their density.
+    """q(u|y) for one y in numpy, with the methods `draw` and `log_density` of a `Mixture`.
 
-    given = Given(q, y)  # y [1, features]
+    given = Given(compiled, y)  # y [1, features]
     given.log_density(given.draw(10, np.random.default_rng(0)))  # [10], in nats
     """
 
@@ -38,25 +41,29 @@ class Given:
         self.context = compiled.given(tf.constant(y))
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Independent draws, [count, dim]."""
+        """Returns independent draws, [count, dim]."""
         seed = tf.constant(rng.integers(0, 2**31, 2), tf.int32)
         drawn = self.compiled.sample_given(self.context, tf.constant(count), seed)
         return np.asarray(drawn, np.float64)
 
     def log_density(self, u: np.ndarray) -> np.ndarray:
-        """log q(u|y) in nats, [n, dim] -> [n]."""
-        with np.errstate(over="ignore"):  # far away
+        """Returns log q(u|y) in nats, [n, dim] -> [n]."""
+        with np.errstate(over="ignore"):  # u far out overflows float32
             u = np.asarray(u, np.float32)
         log_q = np.asarray(self.compiled.log_prob_given(tf.constant(u), self.context), np.float64)
         return _finite(log_q)
 
     def scores(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """log p(y, u) and its gradient, [n, dim] -> [n] and [n, dim]."""
+        """Returns log p(y, u) in nats and its gradient, [n, dim] -> [n] and [n, dim].
+
+        If the model's density raises, the batch is halved until single draws fail; their log
+        density is minus infinity.
+        """
         with np.errstate(over="ignore"):
             u = np.asarray(u, self.compiled.dtype.as_numpy_dtype)
         try:
             scores = self.compiled.scores(tf.constant(u), tf.constant(self.y[0]))
-        except tf.errors.InvalidArgumentError:  # such as a matrix that rounding made singular
+        except tf.errors.InvalidArgumentError:  # for example, rounding made a matrix singular
             if len(u) == 1:
                 return np.full(1, -np.inf), np.zeros(u.shape)
             first, second = (self.scores(part) for part in np.array_split(u, 2))
@@ -66,7 +73,7 @@ class Given:
 
 
 class Compiled:
-    """The graphs of a fit, traced once for all y."""
+    """The compiled functions of a fit, traced once for all y."""
 
     def __init__(self, q: ConditionalMixture, simulation: Simulation):
         compile_: Any = tf.function(autograph=False, reduce_retracing=True)
@@ -88,13 +95,13 @@ class Compiled:
 
 
 class Proposal(NamedTuple):
-    """q of one y, beside Gaussians at the modes that it lacks."""
+    """A mixture of q(u|y) for one y and of components at the modes that q lacks, if any."""
 
     given: Given
     lost: Mixture | None
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Independent draws, [count, dim]."""
+        """Returns independent draws, [count, dim]."""
         if self.lost is None:
             return self.given.draw(count, rng)
         other = rng.random(count) < _SHARE
@@ -103,7 +110,7 @@ class Proposal(NamedTuple):
         return drawn
 
     def log_density(self, u: np.ndarray) -> np.ndarray:
-        """In nats, [n, dim] -> [n]."""
+        """Returns the log density in nats, [n, dim] -> [n]."""
         log_q = self.given.log_density(u)
         if self.lost is None:
             return log_q
@@ -111,24 +118,24 @@ class Proposal(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """A verdict and what it rests on."""
+    """A verdict, the evidence, and the chains on which both are based."""
 
     diagnostics: Diagnostics
     log_evidence: Estimate
     proposal: Proposal
-    states: np.ndarray  # [chains, kept, dim], of the posterior
-    root: np.ndarray  # [dim, dim], of their covariance
-    step_size: np.ndarray  # [chains, 1]
+    states: np.ndarray  # [chains, kept, dim], states of chains of the posterior
+    root: np.ndarray  # [dim, dim], symmetric root of the chains' covariance
+    step_size: np.ndarray  # [chains, 1], adapted step sizes
 
 
 def judge(given: Given, near: np.ndarray, prior: np.ndarray, seed: int = 0) -> Judgement:
-    """The verdict on q of one y.
+    """Returns the verdict on q(u|y) for one y.
 
     Args:
-      given: q of this y.
-      near: [n, dim], simulated parameters, those whose data are nearest to y first.
-      prior: [m, dim], draws of the prior.
-      seed: of all draws.
+      given: q(u|y) for this y.
+      near: simulated parameters in ascending order of their data's distance from y, [n, dim].
+      prior: draws of the prior, [m, dim].
+      seed: seed of all random numbers.
     """
     rng = np.random.default_rng(seed)
     u = given.draw(DRAWS, rng)
@@ -136,7 +143,7 @@ def judge(given: Given, near: np.ndarray, prior: np.ndarray, seed: int = 0) -> J
     points = np.concatenate([near[:_NEAR], prior[:_PRIOR], u[:_OWN]])
     lost = _lost_modes(given, points, _log_mean_exp(at_q), rng)
     proposal = Proposal(given, lost)
-    jumps: Any = proposal  # draws and log_density are all that chains ask of a mixture
+    jumps: Any = proposal  # the chains use only a mixture's methods draw and log_density
     x = sampling.weighed(given.scores, jumps, rng)
     root = hmc.root(np.cov(x.T))
     leapfrogs = sampling.LEAPFROGS
@@ -161,7 +168,7 @@ def judge(given: Given, near: np.ndarray, prior: np.ndarray, seed: int = 0) -> J
 
 
 def _lost_modes(given: Given, points: np.ndarray, log_evidence: float, rng) -> Mixture | None:
-    """Gaussians at the modes where q has less than a tenth of its density, or None."""
+    """Returns a mixture at the modes where q has less than a tenth of the density, or None."""
     points = points[np.isfinite(given.scores(points)[0])]
     maxima = search.climb(given.scores, points) if len(points) else points
     if not len(maxima):

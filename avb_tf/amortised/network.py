@@ -7,10 +7,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-_SMALLEST, _LARGEST = -9.0, 4.0  # log scales of a component, in standardised coordinates
-_SPREAD = 1.5  # first means of the components, from minus to plus
-_FAR = 12.0  # robust standard deviations, beyond which the networks see ever less
-_DEGREES = 5.0  # of freedom, see `log_student`
+_SMALLEST, _LARGEST = -9.0, 4.0  # limits of a component's log scale, in standardised coordinates
+_SPREAD = 1.5  # the components' initial means lie between -_SPREAD and _SPREAD
+_FAR = 12.0  # robust standard deviations beyond which the networks' inputs grow logarithmically
+_DEGREES = 5.0  # degrees of freedom, see `log_student`
 
 
 class Scaling(NamedTuple):
@@ -23,17 +23,19 @@ class Scaling(NamedTuple):
 
 
 def scaling(u: np.ndarray, y: np.ndarray) -> Scaling:
-    """Medians and quantiles of simulated pairs, which exist for data without moments.
+    """Returns medians and scales from quantiles of simulated pairs.
+
+    Quantiles exist even for data without moments.
 
     Args:
-      u: [n, dim].
-      y: [n, features].
+      u: unconstrained parameters, [n, dim].
+      y: data, [n, features].
     """
 
     def robust(x):
         low, middle, high = np.quantile(x, [0.16, 0.5, 0.84], axis=0)
         scale = 0.5 * (high - low)
-        scale = np.where(scale > 0.0, scale, x.std(0))  # of counts that are mostly 0
+        scale = np.where(scale > 0.0, scale, x.std(0))  # for counts that are mostly 0
         scale = np.where(scale > 0.0, scale, 1.0)
         return middle.astype(np.float32), scale.astype(np.float32)
 
@@ -41,21 +43,26 @@ def scaling(u: np.ndarray, y: np.ndarray) -> Scaling:
 
 
 class Context(NamedTuple):
-    """What q is given y: computed once for all draws."""
+    """The outputs of q's networks of y, computed once for all draws of u."""
 
-    mean: Any  # [n or 1, dim], of standardised u
-    precision: Any  # [n or 1, dim, dim], lower triangular
-    log_volume: Any  # [n or 1], the logarithm of its determinant
-    features: Any  # [dim, n or 1, width], that the factors read
+    mean: Any  # [n or 1, dim], mean of standardised u
+    precision: Any  # [n or 1, dim, dim], lower triangular factor P of the precision
+    log_volume: Any  # [n or 1], log determinant of P
+    features: Any  # [dim, n or 1, width], features of y for each factor
 
     def repeated(self, count: int) -> "Context":
-        """Each y `count` times in a row."""
+        """Returns the context with each y repeated `count` times in a row."""
         mean, precision, log_volume = (tf.repeat(part, count, 0) for part in self[:3])
         return Context(mean, precision, log_volume, tf.repeat(self.features, count, 1))
 
 
 class Residual(keras.layers.Layer):
-    """Features of y by residual blocks on a linear layer, [n, features] -> [n, width]."""
+    """Features of y by residual blocks on a linear layer, [n, features] -> [n, width].
+
+    Args:
+      width: units of each layer.
+      depth: number of residual blocks.
+    """
 
     def __init__(self, width: int, depth: int):
         super().__init__()
@@ -65,7 +72,7 @@ class Residual(keras.layers.Layer):
         self.outer = [dense(width, kernel_initializer="zeros") for _ in range(depth)]
 
     def call(self, y):
-        """[n, features] -> [n, width]."""
+        """Returns features of y, [n, features] -> [n, width]."""
         hidden = self.first(y)
         for inner, outer in zip(self.inner, self.outer, strict=True):
             hidden += outer(inner(hidden))
@@ -73,13 +80,14 @@ class Residual(keras.layers.Layer):
 
 
 class DeepSet(keras.layers.Layer):
-    """Features of a set of rows, the same in any order, [n, rows, features] -> [n, width].
+    """Features of a set of rows, independent of their order, [n, rows, features] -> [n, width].
 
-    A network of each row, their mean and maximum and the number of rows, and a network of these.
+    A residual network reads each row. A second one reads the mean and the maximum of its outputs
+    and the logarithm of the number of rows.
 
     Args:
-      width: of both networks.
-      depth: their residual blocks.
+      width: units of each layer of both networks.
+      depth: number of residual blocks of both networks.
     Source: Zaheer et al. (2017).
     """
 
@@ -88,7 +96,7 @@ class DeepSet(keras.layers.Layer):
         self.each, self.whole = Residual(width, depth), Residual(width, depth)
 
     def call(self, y):
-        """[n, rows, features] -> [n, width]; rows that are not finite are left out."""
+        """Returns features [n, width] for y [n, rows, features]; rows of NaN are left out."""
         present = tf.reduce_all(tf.math.is_finite(y), -1)
         owner, sets = tf.where(present)[:, 0], tf.shape(y)[0]
         hidden = tf.nn.silu(self.each(tf.boolean_mask(y, present)))
@@ -106,12 +114,12 @@ class DeepSet(keras.layers.Layer):
 
 
 class Whitening(keras.layers.Layer):
-    """Location and triangle P of v = P(y) (u - mean(y)), which is about standard given y.
+    """Mean and triangle P of v = P(y) (u - mean(y)), which is roughly standard given y.
 
-    In these coordinates a narrow posterior is as easy to follow as a wide one.
+    In the coordinates v, a narrow posterior is as easy to follow as a wide one.
 
     Args:
-      dim: of u.
+      dim: dimensions of u.
       trunk: layer from y to features [n, width].
     """
 
@@ -121,7 +129,7 @@ class Whitening(keras.layers.Layer):
         self.head = keras.layers.Dense(dim * (dim + 2), kernel_initializer="zeros")
 
     def call(self, y):
-        """[n, ..., features] -> mean [n, dim], P [n, dim, dim], log |P| [n]."""
+        """Returns mean [n, dim], P [n, dim, dim] and log |P| [n] for y [n, ..., features]."""
         outputs = self.head(self.trunk(y))
         mean, diagonal, square = tf.split(outputs, [self.dim, self.dim, self.dim**2], -1)
         diagonal = tf.clip_by_value(diagonal, -_LARGEST, -_SMALLEST)
@@ -137,18 +145,19 @@ class ConditionalMixture(keras.Model):
         q.log_prob(u, y)                    # u [n, 2], y [n, 3] -> [n], in nats
         q.sample(y[:1], 1000, seed=(0, 0))  # [1000, 2]
 
-    Every coordinate has a residual network of its own, so that a draw costs no more than a density.
-    A mixture in each factor follows several modes, sharp edges and skewness, and its likelihood
+    Every coordinate has its own residual network, so that a draw costs no more than a density. A
+    mixture in each factor can represent several modes, sharp edges and skewness, and its likelihood
     needs no inverse.
 
     Args:
-      dim: of u.
-      features: of y, or of a row of it.
-      components: of each factor.
-      width: of the factors' residual networks.
-      depth: residual blocks of each network.
-      trunk_width: of the networks of y, one for the factors and one for the whitening.
-      rows: whether y is a set of rows, side by side: [n, rows * features].
+      dim: dimensions of u.
+      features: dimensions of y, or of each row of y.
+      components: number of components of each factor.
+      width: units of each layer of the factors' residual networks.
+      depth: number of residual blocks of each network.
+      trunk_width: units of each layer of the two networks of y, one for the factors and one for
+        the whitening.
+      rows: whether y is a set of rows, [n, rows * features], in any order.
     Source: mixture density networks (Bishop, 1994), in autoregressive order (Uria, Murray and
     Larochelle, 2013).
     """
@@ -176,25 +185,27 @@ class ConditionalMixture(keras.Model):
         means = np.linspace(-_SPREAD, _SPREAD, components) if components > 1 else np.zeros(1)
         start = np.concatenate([np.zeros(components), means, np.full(components, -0.5)])
         self.head_bias.assign(np.broadcast_to(start, self.head_bias.shape))
-        self.before = np.tri(dim, k=-1, dtype="f")[:, :, np.newaxis]  # what a factor reads of v
+        # Masks v for each factor, which reads only the coordinates before its own.
+        self.before = np.tri(dim, k=-1, dtype="f")[:, :, np.newaxis]
 
     def standardise(self, scaling: Scaling) -> None:
-        """Sets the locations and scales."""
+        """Sets the locations and scales by which u and y are standardised."""
         for weight, value in zip(self.locations, scaling, strict=True):
             weight.assign(value)
 
     def given(self, y) -> Context:
-        """What q is for y [n, features]."""
+        """Returns the context of y [n, features]."""
         seen = self._seen(y)
         features = tf.reshape(self.context(self.trunk(seen)), [-1, self.dim, self.width])
-        # Location and scale are learned by `log_student` alone.
+        # Only `log_student` trains the whitening.
         mean, precision, log_volume = map(tf.stop_gradient, self.whitening(seen))
         return Context(mean, precision, log_volume, tf.transpose(features, [1, 0, 2]))
 
     def log_student(self, u, y):
-        """Log density of a Student t at the whitening's location and scale, up to a constant.
+        """Returns the log density of a Student t with the whitening's location and scale.
 
-        Its tails keep a rare pair from moving the location and scale of all others.
+        It lacks a constant. Because of its heavy tails, a rare pair hardly moves the location and
+        scale of all others.
         """
         mean, precision, log_volume = self.whitening(self._seen(y))
         v = tf.linalg.matvec(precision, self._standard(u) - mean)
@@ -202,11 +213,11 @@ class ConditionalMixture(keras.Model):
         return log_volume - 0.5 * (_DEGREES + self.dim) * tf.math.log1p(squares)
 
     def log_prob(self, u, y):
-        """log q(u|y) in nats of pairs, u [n, dim] and y [n, features] -> [n]."""
+        """Returns log q(u|y) in nats of pairs, u [n, dim] and y [n, features] -> [n]."""
         return self.log_prob_given(u, self.given(y))
 
     def log_prob_given(self, u, context: Context):
-        """The same for u [n, dim] and the context of n y, or of one."""
+        """Returns log q(u|y) in nats, [n], for u [n, dim] and the context of n data sets or one."""
         v = tf.linalg.matvec(context.precision, self._standard(u) - context.mean)
         kernel = tf.reshape(tf.transpose(self.first * self.before, [1, 0, 2]), [self.dim, -1])
         first = tf.reshape(tf.matmul(_squashed(v), kernel), [-1, self.dim, self.width])
@@ -220,11 +231,27 @@ class ConditionalMixture(keras.Model):
         return tf.reduce_sum(factors, 0) + context.log_volume - self._log_scale()
 
     def sample(self, y, n, seed):
-        """Draws for one y [1, features] -> [n, dim]."""
+        """Draws from q(u|y) for one y.
+
+        Args:
+          y: the data set, [1, features].
+          n: number of draws.
+          seed: integers [2].
+        Returns:
+          Draws of u, [n, dim].
+        """
         return self.sample_given(self.given(y), n, seed)
 
     def sample_given(self, context: Context, n, seed):
-        """Draws [n, dim], for one context or n of them."""
+        """Draws from q(u|y), given the context of y.
+
+        Args:
+          context: context of one data set, or of n of them, with one draw for each.
+          n: number of draws.
+          seed: integers [2].
+        Returns:
+          Draws of u, [n, dim].
+        """
         seeds = tf.random.split(seed, 2)
         noise = tf.random.stateless_normal([self.dim, n], seeds[0])
         return self.transform(
@@ -232,7 +259,7 @@ class ConditionalMixture(keras.Model):
         )
 
     def transform(self, context: Context, noise, uniform):
-        """Standard normal noise [dim, n] and uniform [dim, n, 1] -> draws [n, dim]."""
+        """Maps standard normal noise [dim, n] and uniform [dim, n, 1] to draws of u, [n, dim]."""
         n = tf.shape(noise)[1]
         v = tf.zeros([n, 0])
         for i in range(self.dim):
@@ -250,11 +277,11 @@ class ConditionalMixture(keras.Model):
         return self.locations[0] + self.locations[1] * (context.mean + away)
 
     def call(self, inputs):
-        """log q(u|y) of pairs (u, y), and the Student t's."""
+        """Returns log q(u|y) and `log_student` of pairs (u, y)."""
         return self.log_prob(*inputs), self.log_student(*inputs)
 
     def _seen(self, y):
-        """y as the networks see it: standardised, tails drawn in."""
+        """Returns the networks' input for y: standardised, with tails compressed."""
         if self.rows:
             y = tf.reshape(y, [tf.shape(y)[0], -1, self.features])
         seen = (tf.cast(y, tf.float32) - self.locations[2]) / self.locations[3]
@@ -267,7 +294,7 @@ class ConditionalMixture(keras.Model):
         return tf.reduce_sum(tf.math.log(self.locations[1]))
 
     def _kernel(self, inputs, outputs, gain=1.0):
-        """A kernel for each coordinate, [dim, inputs, outputs]."""
+        """Adds a kernel for each coordinate, [dim, inputs, outputs]."""
         start = keras.initializers.RandomNormal(stddev=gain / math.sqrt(max(1, inputs)))
         return self.add_weight(shape=[self.dim, inputs, outputs], initializer=start)
 
@@ -276,22 +303,22 @@ class ConditionalMixture(keras.Model):
 
 
 def _squashed(x):
-    """x near 0, and its logarithm far away."""
+    """Returns about x near 0, and about a multiple of log |x| with x's sign far from 0."""
     return _FAR * tf.math.asinh(x / _FAR)
 
 
 def _mixture(outputs):
-    """Logits, means and log scales of a factor's components."""
+    """Returns logits, means and log scales of a factor's components."""
     logits, means, log_scales = tf.split(outputs, 3, -1)
     return logits, means, tf.clip_by_value(log_scales, _SMALLEST, _LARGEST)
 
 
 def _drawn(outputs, uniform, noise):
-    """A draw of each mixture, for outputs [n, 3 * components], uniform [n, 1] and noise [n]."""
+    """Draws from mixtures of outputs [n, 3 * components] by uniform [n, 1] and noise [n]."""
     n, components = tf.shape(outputs)[0], outputs.shape[1] // 3
     logits = outputs[:, :components]
     weights = tf.exp(logits - tf.reduce_max(logits, -1, keepdims=True))
-    # A product with a triangle and a gather of single numbers: `cumsum` and `batch_dims` are slow.
+    # `tf.cumsum`, and `tf.gather` with `batch_dims`, would take most of a draw's time.
     cumulated = tf.matmul(weights, 1.0 - np.tri(components, k=-1, dtype="f"))
     above = uniform * cumulated[:, -1:] > cumulated[:, :-1]
     place = 3 * components * tf.range(n) + tf.reduce_sum(tf.cast(above, tf.int32), -1)

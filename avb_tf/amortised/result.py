@@ -1,4 +1,4 @@
-"""`AmortisedFit`: the posterior of any data set in milliseconds, and how far to believe it."""
+"""`AmortisedFit`: the posterior of any data set in milliseconds, and the verdict on it."""
 
 import json
 from pathlib import Path
@@ -23,17 +23,20 @@ from avb_tf.posteriors.sampling import LEAPFROGS
 from avb_tf.posteriors.target import Structure
 from avb_tf.posteriors.verdict import Diagnostics
 
-META, WEIGHTS, MODEL = "amortised.json", "q.weights.h5", "model"  # what a saved fit consists of
-_BANK = 20_000  # simulated pairs, of which the nearest to y show where its posterior is
-_BANK_NUMBERS = 2**25  # most numbers of their data
-_FEWEST = 0.05  # effective draws, as a share, that importance resampling needs
-_OVERSAMPLED = 4  # effective draws for each one resampled
-_CHAINS = 1000  # of a refinement
+META, WEIGHTS, MODEL = "amortised.json", "q.weights.h5", "model"  # the files of a saved fit
+_BANK = 20_000  # simulated pairs; those nearest to y show where its posterior is
+_BANK_NUMBERS = 2**25  # largest number of entries of their data
+_FEWEST = 0.05  # smallest effective sample size, as a share, for importance resampling
+_OVERSAMPLED = 4  # effective draws for each resampled one
+_CHAINS = 1000  # chains of a refinement
 NETWORK, RESAMPLED, CHAINS = "network", "importance resampling", "Hamiltonian Monte Carlo"
 
 
 class Answer(NamedTuple):
-    """Draws, how they were made, and the verdict on the network's draws that asked for it."""
+    """Draws, the method that made them, and the verdict that led to this method.
+
+    The verdict is on the network's draws, before any repair.
+    """
 
     parameters: Structure  # [n, ...], in the model's structure
     method: str  # "network", "importance resampling" or "Hamiltonian Monte Carlo"
@@ -48,13 +51,13 @@ class AmortisedFit:
         print(fit.posterior(y).verdict)  # trust: ...
 
     Attributes:
-      simulation: the model as a source of pairs.
-      q: the conditional density, of unconstrained parameters.
-      settings: of the fit.
-      seed: of the fit.
-      steps: of training.
-      seconds: that the fit took.
-      history: "log_q", the mean log density of new pairs in nats as training went.
+      simulation: the model as a source of simulated pairs.
+      q: the conditional density of unconstrained parameters.
+      settings: settings of the fit.
+      seed: seed of the fit.
+      steps: number of training steps.
+      seconds: time that the fit took.
+      history: "log_q", the mean log density in nats of new pairs during training.
     """
 
     def __init__(
@@ -70,23 +73,23 @@ class AmortisedFit:
         self.simulation, self.q, self.settings, self.seed = simulation, q, settings, seed
         self.steps, self.seconds, self.history = steps, seconds, history
         self.compiled = Compiled(q, simulation)
-        # Of the latest size of data sets alone: of any number of rows there are many.
+        # Only the latest size of data sets is kept.
         self._banks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._typical: dict[int, Typical] = {}
 
     def sample(self, y, n: int, seed: int = 0, escalate: bool = False):
-        """`n` draws of the posterior given y.
+        """Returns `n` draws of the posterior given y.
 
         Args:
-          y: the observed data set: a dict of arrays by name, or the array alone.
-          n: draws.
-          seed: of the draws.
-          escalate: whether draws that the verdict does not trust are repaired: by importance
-            resampling, or by Hamiltonian Monte Carlo from them. Takes seconds.
+          y: the observed data set: a dict of arrays by name, or an array for a single part.
+          n: number of draws.
+          seed: seed of the draws.
+          escalate: whether to repair draws that the verdict does not trust, by importance
+            resampling or else by Hamiltonian Monte Carlo. The verdict takes seconds.
         Returns:
           The parameters in the model's structure, [n, ...]; with `escalate`, an `Answer`.
         Raises:
-          UserError: y does not fit the model.
+          UserError: y does not fit the model, or `escalate` is set and the model has no density.
         """
         if escalate:
             return self.posterior(y).answer(n, seed)
@@ -94,28 +97,28 @@ class AmortisedFit:
         return self.compiled.parameters(row, tf.constant(n), tf.constant([seed, 0]))
 
     def log_prob(self, parameters, y) -> np.ndarray:
-        """log q(parameters|y) in nats, of parameters [n, ...] in the model's structure, [n]."""
+        """Returns log q(parameters|y) in nats, [n], for parameters [n, ...] in their structure."""
         u = self.simulation.unconstrain(parameters)
         log_q = Given(self.compiled, self.simulation.flat(y)).log_density(u)
         volume = np.asarray(self.simulation.log_volume(u), np.float64)
         return np.where(np.isneginf(log_q), log_q, log_q - volume)  # outside the support
 
     def posterior(self, y, seed: int = 0) -> "AmortisedPosterior":
-        """The posterior of one data set: `.sample`, `.verdict`, `.evidence`, `.refine`."""
+        """Returns the posterior of one data set: `.sample`, `.verdict`, `.evidence`, `.refine`."""
         return AmortisedPosterior(self, self.simulation.flat(y), seed)
 
     def check(
         self, pairs: int = 1000, draws: int = 99, seed: int = 0, rows: int | None = None
     ) -> Check:
-        """Simulation-based calibration: ranks, coverage and TARP over simulated data sets.
+        """Tests the calibration over simulated data sets: ranks, coverage and TARP.
 
         Args:
-          pairs: of parameters and data sets.
-          draws: of the posterior of each data set.
-          seed: of both.
-          rows: of each data set, where it may have any number; None: all that the fit is for.
+          pairs: number of simulated data sets.
+          draws: number of draws for each data set.
+          seed: seed of the data sets and the draws.
+          rows: number of rows of each data set; None: all sizes that the fit was trained for.
         Raises:
-          UserError: rows that the fit is not for.
+          UserError: the fit was not trained for this number of rows.
         """
         simulation = self.simulation
         if rows is not None:
@@ -125,7 +128,7 @@ class AmortisedFit:
         return calibration.check(self.compiled, simulation, pairs, draws, _away(seed))
 
     def surprise(self, y) -> Surprise:
-        """Whether y looks like data of the model, at a false alarm rate of 5%."""
+        """Tests whether y looks like data of the model, at a false alarm rate of 5%."""
         row, seed = self.simulation.flat(y), _away(self.seed)
         if (size := row.shape[1]) not in self._typical:
             like = self.simulation.like(row)
@@ -133,7 +136,15 @@ class AmortisedFit:
         return calibration.surprise(self.compiled, row, self._typical[size], seed)
 
     def to_arviz(self, y, draws: int = 2000, seed: int = 0):
-        """`arviz.InferenceData` of independent draws, as one chain, with log q and the data."""
+        """Returns `arviz.InferenceData` of independent draws, as one chain.
+
+        It also has log q and the data and, if the model has a density, log densities and weights.
+
+        Args:
+          y: the observed data set: a dict of arrays by name, or an array for a single part.
+          draws: number of draws.
+          seed: seed of the draws.
+        """
         posterior = self.posterior(y)
         u = posterior.unconstrained(draws, seed)
         parameters = self.simulation.constrain(tf.constant(u, self.simulation.dtype))
@@ -149,7 +160,7 @@ class AmortisedFit:
         return weighing.inference_data(dict(zip(names, values, strict=True)), stats, observed)
 
     def save(self, path) -> None:
-        """Writes the fit, for `AmortisedFit.load`: a directory, nothing in it pickled.
+        """Writes the fit as a directory without pickled files; `AmortisedFit.load` reads it.
 
         Raises:
           UserError: the path cannot be written.
@@ -167,10 +178,17 @@ class AmortisedFit:
             saving.save(self.simulation, path / MODEL)
 
     def export(self, directory, **settings) -> Path:
-        """Writes `<directory>/<version>/` for TensorFlow Serving, with the data as input.
+        """Writes `<directory>/<version>/` for TensorFlow Serving; the data are an input.
 
-        The signatures are `sample`, `sample_seeded` and `log_prob`. The settings are those of
-        `serving.writing.export_amortised`. Needs the extra [serving].
+        Its signatures are `sample`, `sample_seeded` and `log_prob`. It needs the extra [serving].
+
+        Args:
+          directory: directory of the versions.
+          **settings: arguments of `serving.writing.export_amortised`, such as `draws`.
+        Returns:
+          The version's directory.
+        Raises:
+          UserError: the version exists or cannot be written.
         """
         from avb_tf.serving import writing
 
@@ -178,13 +196,13 @@ class AmortisedFit:
 
     @classmethod
     def load(cls, path) -> "AmortisedFit":
-        """A fit as `save` wrote it, without the model's own code.
+        """Loads a fit that `save` wrote, without the model's own code.
 
-        Load only what comes from somebody you trust: the directory holds the model as a TensorFlow
+        Load only directories from sources that you trust: the model is stored as a TensorFlow
         SavedModel, a program that may read and write files.
 
         Raises:
-          UserError: it is not a saved fit, or damaged.
+          UserError: the directory is not a saved fit, or it is damaged.
         """
         path = Path(path)
         with files.loading(path, "AmortisedFit.save"):
@@ -195,7 +213,7 @@ class AmortisedFit:
             return cls(model, q, **meta)
 
     def bank(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Simulated u [n, dim], and the summaries [n, statistics] of data sets of the size of y."""
+        """Returns simulated u [n, dim] and summaries [n, statistics] of data sets of y's size."""
         if (size := y.shape[1]) not in self._banks:
             pairs = min(_BANK, _BANK_NUMBERS // size)
             u, others = calibration.simulated(self.simulation.like(y), pairs, _away(self.seed))
@@ -204,11 +222,11 @@ class AmortisedFit:
 
 
 class AmortisedPosterior:
-    """The posterior of one data set, by a fit for all of them.
+    """The posterior of one data set, from an amortised fit.
 
     Attributes:
-      fit: the fit.
-      given: its density of unconstrained parameters, given the data.
+      fit: the amortised fit.
+      given: the fit's density of unconstrained parameters given this data set.
     """
 
     def __init__(self, fit: AmortisedFit, y: np.ndarray, seed: int):
@@ -216,30 +234,32 @@ class AmortisedPosterior:
         self._judged: Judgement | None = None
 
     def sample(self, n: int, seed: int = 0) -> Structure:
-        """`n` draws of the network, [n, ...] in the model's structure."""
+        """Returns `n` draws of the network, [n, ...] in the model's structure."""
         y = tf.constant(self.given.y)
         return self.fit.compiled.parameters(y, tf.constant(n), tf.constant([seed, 0]))
 
     def unconstrained(self, n: int, seed: int = 0) -> np.ndarray:
-        """`n` draws of the network before the constraint, [n, dim]."""
+        """Returns `n` unconstrained draws of the network, [n, dim]."""
         return self.given.draw(n, np.random.default_rng(seed))
 
     @property
     def verdict(self) -> Diagnostics:
-        """Whether to believe the network's draws, by their weights and by chains; in seconds.
+        """The verdict on the network's draws, from their weights and from chains.
+
+        It takes seconds the first time.
 
         Raises:
-          UserError: the model is a simulator, whose posterior has no density to compare with.
+          UserError: the model is a simulator, which has no density to compare with.
         """
         return self._judgement().diagnostics
 
     @property
     def evidence(self) -> Estimate:
-        """log p(y) in nats, by a bridge between q and the chains."""
+        """log p(y) in nats, by a bridge between q, with modes that it lacks, and the chains."""
         return self._judgement().log_evidence
 
     def answer(self, n: int, seed: int = 0) -> Answer:
-        """`n` draws, repaired where the verdict asks for it."""
+        """Returns `n` draws, repaired unless the verdict is "trust"."""
         diagnostics = self.verdict
         if diagnostics.verdict == "trust":
             return Answer(self.sample(n, seed), NETWORK, diagnostics)
@@ -251,14 +271,15 @@ class AmortisedPosterior:
         return Answer(parameters, method, diagnostics)
 
     def refine(self, steps: int = 60, chains: int = _CHAINS, seed: int = 0) -> Refinement:
-        """Hamiltonian Monte Carlo from the verdict's chains, with jumps that q proposes.
+        """Runs Hamiltonian Monte Carlo from the states of the verdict's chains.
 
-        The first half of the steps is thrown away.
+        Jumps are proposed from q and from the modes that it lacks. The first half of the steps is
+        discarded.
 
         Args:
-          steps: transitions of each chain.
-          chains: parallel chains, of which the last states are the draws returned.
-          seed: of the chains.
+          steps: number of transitions of each chain.
+          chains: number of parallel chains; their last states are the draws returned.
+          seed: seed of the chains.
         """
         judged, rng = self._judgement(), np.random.default_rng(seed)
         states = judged.states.reshape(-1, judged.states.shape[-1])
@@ -282,7 +303,7 @@ class AmortisedPosterior:
         )
 
     def _resampled(self, n, seed):
-        """Draws [n, dim] by importance resampling, or None where the weights cannot be trusted."""
+        """Returns draws [n, dim] by importance resampling, or None if weights are unreliable."""
         proposal, rng = self._judgement().proposal, np.random.default_rng(seed)
         x = proposal.draw(max(n, 1000), rng)
         log_weights = self._log_weights(proposal, x)
@@ -316,5 +337,5 @@ class AmortisedPosterior:
 
 
 def _away(seed: int) -> int:
-    """A seed of pairs that training has not seen."""
+    """Returns a seed for pairs that training has not used."""
     return (seed + 2**30) % 2**31

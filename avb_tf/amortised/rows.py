@@ -1,7 +1,7 @@
-"""Data sets of any number of rows, each an independent draw of the same model of one row.
+"""Data sets of any number of rows, which are independent draws of a model of one row.
 
-A data set is y [rows * features], its rows side by side. Sets of different sizes in one batch are
-padded with NaN to the largest.
+A data set y [rows * features] has its rows side by side. In a batch of different sizes, absent rows
+are NaN.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ import tensorflow as tf
 from avb_tf.amortised.simulation import Simulation, named, usable_pairs
 from avb_tf.errors import UserError
 
-_TRIAL = 16  # pairs that check a model
-_DENSITIES = 3  # of them, that are compared with the density of each by itself
-_QUANTILES = np.linspace(0.0, 1.0, 5)  # of each feature, in a data set's summary
+_TRIAL = 16  # pairs in the check of a model
+_DENSITIES = 3  # pairs whose log density is compared with that of a batch
+_QUANTILES = np.linspace(0.0, 1.0, 5)  # quantiles of each feature in a data set's summary
 
 
 class Rows(Simulation):
@@ -24,9 +24,9 @@ class Rows(Simulation):
         u, y, usable = sets.simulate(512, tf.constant([0, 1]))  # y [512, 50 * features]
 
     Args:
-      one: the model of a single row.
-      smallest: number of rows.
-      largest: number of rows. Sizes in between are log-uniform.
+      one: simulation of a single row.
+      smallest: smallest number of rows.
+      largest: largest number of rows. Sizes are log-uniform between the two.
     """
 
     def __init__(self, one: Simulation, smallest: int, largest: int):
@@ -39,7 +39,7 @@ class Rows(Simulation):
         self._graphs = {}
 
     def simulate(self, n, seed):
-        """`n` new pairs, as of a `Simulation`; y is [n, largest * features]."""
+        """Simulates `n` new pairs; see `Simulation.simulate`. y is [n, largest * features]."""
         if n not in self._graphs:
             self._graphs[n] = tf.function(lambda seed: self._simulate(n, seed), autograph=False)
         return self._graphs[n](tf.cast(seed, tf.int32))
@@ -59,12 +59,12 @@ class Rows(Simulation):
         return u, tf.where(absent, tf.constant(np.nan, tf.float64), y), usable & also
 
     def data(self, u, seed):
-        """New data sets of the largest size, u [n, dim] -> y [n, largest * features]."""
+        """Simulates new data sets of the largest size, u [n, dim] -> y [n, largest * features]."""
         y = self.one.data(tf.repeat(u, self.largest, 0), seed)
         return tf.reshape(y, [-1, self.largest * self.features])
 
     def log_density(self, u, y):
-        """As of a `Simulation`, of u [n, dim] and one y [rows * features]."""
+        """See `Simulation.log_density`; y is one data set, [rows * features]."""
         y = tf.reshape(y, [-1, self.features])
         count, rows = tf.shape(u)[0], tf.shape(y)[0]
         prior, likelihood = self.one.terms(tf.repeat(u, rows, 0), tf.tile(y, [count, 1]))
@@ -73,21 +73,21 @@ class Rows(Simulation):
         return tf.where(tf.math.is_nan(density), tf.constant(-np.inf, density.dtype), density)
 
     def outcome(self, u, seed):
-        """As of a `Simulation`: a row."""
+        """See `Simulation.outcome`: a row."""
         return self.one.data(u, seed)
 
     def side_by_side(self, data):
-        """Observed parts [n, rows, ...] in their order as y [n, rows * features]."""
+        """Concatenates the observed parts [n, rows, ...] to y [n, rows * features]."""
         n = tf.shape(data[0])[0]
         return tf.reshape(self.one.side_by_side(data), [n, -1])
 
     @property
     def shapes(self):
-        """As of a `Simulation`: [largest, ...]."""
+        """See `Simulation.shapes`: [largest, ...]."""
         return {name: [self.largest, *shape] for name, shape in self.one.shapes.items()}
 
     def check_in_graph(self, y):
-        """As of a `Simulation`; y is [n, largest * features], and NaN where there is no row."""
+        """See `Simulation.check_in_graph`; absent rows of y [n, largest * features] are NaN."""
         y = tf.reshape(y, [-1, self.largest, self.features])
         present = tf.reduce_all(tf.math.is_finite(y), -1)
         clean = present | tf.reduce_all(tf.math.is_nan(y), -1)
@@ -97,18 +97,18 @@ class Rows(Simulation):
         tf.debugging.Assert(enough, [f"fewer rows than {self.smallest} in a data set:", rows])
 
     def parts(self, y):
-        """y [rows * features] as the observed parts by name, [rows, ...] each."""
+        """Splits y [rows * features] into the observed parts by name, [rows, ...] each."""
         return self.one.parts(tf.reshape(y, [-1, self.features]))
 
     def like(self, y):
-        """The model as a source of data sets of the size of y [n, rows * features]."""
+        """Returns the simulation of data sets of the size of y [n, rows * features]."""
         return self.of(y.shape[1] // self.features)
 
     def of(self, rows: int) -> "Rows":
-        """The model as a source of data sets of this many rows.
+        """Returns the simulation of data sets of `rows` rows.
 
         Raises:
-          UserError: a number of rows that the fit was not trained for.
+          UserError: `rows` is outside the range of sizes.
         """
         self._check_size(rows)
         return Rows(self.one, rows, rows)
@@ -117,11 +117,11 @@ class Rows(Simulation):
         if not self.smallest <= rows <= self.largest:
             raise UserError(
                 f"the data set has {rows} rows; expected {self.smallest} to {self.largest}, as "
-                "the fit was trained for: train one with other `rows`"
+                "the fit was trained for: train another one with other `rows`"
             )
 
     def summary(self, y) -> np.ndarray:
-        """Quantiles, moments and covariances of each data set's rows, [n, statistics]."""
+        """Returns quantiles, means and covariances over each data set's rows, [n, statistics]."""
         y = np.reshape(y, [len(y), -1, self.features])
         quantiles = np.moveaxis(np.quantile(y, _QUANTILES, axis=1), 0, 1)
         mean = y.mean(1, keepdims=True)
@@ -132,13 +132,13 @@ class Rows(Simulation):
         )
 
     def flat(self, y) -> np.ndarray:
-        """What a user observed, its rows side by side, [1, rows * features].
+        """Returns a user's observed data with the rows side by side, [1, rows * features].
 
         Args:
-          y: a dict of arrays [rows, ...] by name, or the array alone where one part is observed.
+          y: a dict of arrays [rows, ...] by name, or an array if a single part is observed.
         Raises:
-          UserError: other names, shapes or numbers of rows than the model's, or values that are
-            not finite.
+          UserError: names, shapes or the number of rows differ from the model's, or values are not
+            finite numbers.
         """
         values = named(y, self.observed)
         for name, (shape, _) in self.observed.items():
@@ -170,10 +170,14 @@ def check_sizes(rows: Any) -> None:
 
 
 def of(one: Simulation, smallest: int, largest: int) -> Rows:
-    """`Rows` of a user's model of one row, which is checked.
+    """Checks a user's model of one row and returns its `Rows`.
 
+    Args:
+      one: simulation of a single row.
+      smallest: smallest number of rows.
+      largest: largest number of rows.
     Raises:
-      UserError: a model where rows are not independent draws given the parameters.
+      UserError: rows are not independent draws given the parameters.
     """
     u, y, usable = (np.asarray(part) for part in one.simulate(_TRIAL, tf.constant([0, 2])))
     u, y = u[usable], y[usable]

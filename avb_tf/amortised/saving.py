@@ -1,4 +1,4 @@
-"""A model's functions as a SavedModel, so that a fit works without the model's own code."""
+"""Saves a model's functions as a SavedModel, so that a fit works without the model's own code."""
 
 import functools
 import json
@@ -11,11 +11,11 @@ from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
 
 RECORD = "record.json"
-SAVED = 1000  # pairs that a saved model simulates at a time
+SAVED = 1000  # number of pairs in each call of a saved model's `simulate`
 
 
 class Loaded(Simulation):
-    """What `save` kept of a model, of one row if there are several, without its code."""
+    """A model that `save` wrote, without its code; of one row if data sets have several."""
 
     def __init__(self, path):
         path = Path(path)
@@ -35,10 +35,10 @@ class Loaded(Simulation):
         self._dtypes = [spec.dtype for spec in tf.nest.flatten(signature)]
 
     def simulate(self, n, seed):
-        """`n` new pairs.
+        """Simulates `n` new pairs; see `Simulation.simulate`.
 
         Raises:
-          UserError: the simulator was of numpy, and has not been saved.
+          UserError: the simulator was not saved, because it is not made of TensorFlow's operations.
         """
         self._check_portable()
         pairs, seeds = [], tf.random.split(tf.cast(seed, tf.int32), -(-n // SAVED))
@@ -47,56 +47,56 @@ class Loaded(Simulation):
         return tuple(tf.concat(part, 0)[:n] for part in zip(*pairs, strict=True))
 
     def data(self, u, seed):
-        """As the model's own.
+        """See `Simulation.data`.
 
         Raises:
-          UserError: as `simulate`.
+          UserError: the simulator was not saved.
         """
         self._check_portable()
         return self._module.data(u, tf.cast(seed, tf.int32))
 
     def log_density(self, u, y):
-        """As the model's own."""
+        """See `Simulation.log_density`."""
         return self._module.log_density(u, tf.cast(y, tf.float64))
 
     def terms(self, u, y):
-        """As the model's own."""
+        """See `Simulation.terms`."""
         return self._module.terms(u, tf.cast(y, tf.float64))
 
     def _check_portable(self):
         if not self.portable:
             raise UserError(
                 "the fit was saved without its simulator, which is not of TensorFlow's operations; "
-                "expected the fit itself where pairs are simulated: check it before it is saved"
+                "expected the original fit where pairs are simulated: check it before it is saved"
             )
 
     def constrain(self, u):
-        """As the model's own."""
+        """See `Simulation.constrain`."""
         return self._module.constrain(u)
 
     def unconstrain(self, parameters):
-        """As the model's own."""
+        """See `Simulation.unconstrain`."""
         return self._module.unconstrain(
             [tf.cast(p, d) for p, d in zip(tf.nest.flatten(parameters), self._dtypes, strict=True)]
         )
 
     def log_volume(self, u):
-        """As the model's own."""
+        """See `Simulation.log_volume`."""
         return self._module.log_volume(u)
 
     def coordinates(self):
-        """As the model's own."""
+        """See `Simulation.coordinates`."""
         return self._coordinates
 
 
 def load(path) -> Simulation:
-    """The model that `save` wrote."""
+    """Returns the model that `save` wrote."""
     model = Loaded(path)
     return model if model.rows is None else Rows(model, *model.rows)
 
 
 def save(simulation: Simulation, path) -> None:
-    """Writes a model's functions as a SavedModel, for `load`."""
+    """Writes a model's functions as a SavedModel; `load` reads it."""
     rows = None
     if isinstance(simulation, Rows):
         simulation, rows = simulation.one, (simulation.smallest, simulation.largest)

@@ -1,8 +1,8 @@
-"""The training of q(u|y): maximum likelihood of pairs that are simulated anew in each step.
+"""The training of q(u|y): maximum likelihood with new simulated pairs in each step.
 
-E over y of KL(p(u|y) || q(u|y)) is, up to the posterior's entropy, minus the expected log q of
-pairs of the joint. Every mode is simulated by its mass, so none is lost, and no pair is seen twice,
-so nothing is overfitted.
+The mean of KL(p(u|y) || q(u|y)) over y is, up to the posterior's entropy, minus the expected log q
+of simulated pairs. Every mode is simulated in proportion to its mass, so no mode is lost. No pair
+is used twice, so the network cannot overfit.
 """
 
 import math
@@ -20,12 +20,12 @@ from avb_tf.amortised.simulation import Simulation
 from avb_tf.errors import UserError
 from avb_tf.posteriors.training import CHUNK, Clock
 
-_SCALING_PAIRS = 10_000  # that set locations and scales
-_WARMUP = 0.02  # share of a stage in which its rate rises
+_SCALING_PAIRS = 10_000  # simulated pairs that set the locations and scales
+_WARMUP = 0.02  # share of a stage in which its learning rate rises
 
 
 def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixture:
-    """The network of a model, with its weights, not standardised."""
+    """Returns the network of a model with initial weights, before the scaling is set."""
     q = ConditionalMixture(
         simulation.dim,
         simulation.features,
@@ -50,16 +50,16 @@ def train(
     """Trains q from its initial weights, or from the workdir's checkpoint.
 
     Args:
-      q: as `build` made it.
+      q: network from `build`.
       simulation: the model.
-      settings: of the fit.
-      clock: of the fit; it says when the training ends.
-      seed: of the pairs, with the step.
-      workdir: of checkpoints and logs.
+      settings: settings of the fit.
+      clock: clock of the fit, which decides when the training ends.
+      seed: seed of the pairs, combined with the step.
+      workdir: directory of checkpoints and logs.
     Returns:
-      "log_q", the mean log q(u|y) in nats of each `CHUNK` steps, after the whitening's stage.
+      "log_q", the mean log q(u|y) in nats over each `CHUNK` steps, after the whitening's stage.
     Raises:
-      UserError: a loss that is not finite, or a checkpoint that does not fit.
+      UserError: the loss is not finite, or the checkpoint is of another training.
     """
     state = workdir.state()
     if state is None:
@@ -83,7 +83,7 @@ def train(
 
 
 class _Stage(NamedTuple):
-    """What is maximised, by which weights, and the progress at which it ends."""
+    """A stage of the training: its objective, its weights, and the progress at which it ends."""
 
     number: int
     name: str
@@ -93,7 +93,7 @@ class _Stage(NamedTuple):
 
 
 def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[float]:
-    """Maximises the mean log density of pairs until the stage is over."""
+    """Maximises the mean log density of simulated pairs until the end of the stage."""
     optimizer = optimizers.Adam(0.0, global_clipnorm=settings["clip_norm"])
     optimizer.build(stage.variables)
     since, history, lost = clock.progress(), [], 0
@@ -117,8 +117,8 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
         lost = 0 if math.isfinite(loss) else lost + 1
         if lost == 4:
             raise UserError(
-                f"the loss is not finite since step {clock.step - 3 * CHUNK}; expected finite "
-                "data: check the model by `sample`, or lower learning_rate"
+                f"the loss has not been finite since step {clock.step - 3 * CHUNK}; expected "
+                "finite data: check the model by `sample`, or lower learning_rate"
             )
         clock.step += CHUNK
         history.append(-loss)
@@ -133,7 +133,7 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
 
 
 def _steps(stage, optimizer, simulation, count, seed):
-    """A graph of `CHUNK` steps from a number on, with their mean loss."""
+    """Returns a graph that takes `CHUNK` steps from a given one on and returns their mean loss."""
 
     def step(number):
         u, y, usable = simulation.simulate(count, tf.stack([seed, number]))

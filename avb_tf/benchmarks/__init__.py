@@ -1,1 +1,1 @@
-"""How fast a step, AIS and several replicas are, and how their costs grow."""
+"""Benchmarks of a step, of AIS and of several replicas, and of how their costs grow."""

@@ -1,8 +1,8 @@
-"""Annealed importance sampling in one graph, beside a loop that calls a graph for each step.
+"""Compares annealed importance sampling in one graph with a loop that calls a graph per step.
 
-Run by `make bench-ais`. Both anneal the same model at the sizes of the authors' protocol: 320
-examples, 8 chains, 2000 temperatures and 30 leapfrog steps. Both are linear in the temperatures, so
-a few are timed.
+`make bench-ais` runs this module. Both programs anneal the same model at the sizes of the authors'
+protocol: 320 examples, 8 chains, 2000 temperatures and 30 leapfrog steps. The cost of both is
+linear in the number of temperatures, so only a few temperatures are timed.
 """
 
 import statistics
@@ -22,9 +22,16 @@ _REPEATS = 5
 
 
 def stepwise(model: avb_tf.AVB, x, start, temperatures: int) -> Callable[[], None]:
-    """HMC along the path, the graph of one leapfrog step called from Python, 8 chains an example.
+    """Returns HMC along the path, with 8 chains per example and a graph call per leapfrog step.
 
-    A step is what one writes first: TFP's densities and a gradient of both ends of the path.
+    A leapfrog step is written in the obvious way: it takes the gradient of TFP's densities at both
+    ends of the path.
+
+    Args:
+      model: an `AVB`.
+      x: [batch, *event].
+      start: TFP distribution of z at the start of the path, with batch [batch].
+      temperatures: number of temperatures.
     """
     betas = [tf.constant(beta) for beta in ais.sigmoid_schedule(temperatures)]
     size = tf.constant(0.1)
@@ -64,7 +71,14 @@ def stepwise(model: avb_tf.AVB, x, start, temperatures: int) -> Callable[[], Non
 
 
 def compiled(model: avb_tf.AVB, x, start, temperatures: int) -> Callable[[], None]:
-    """The same by `ais.Annealer`."""
+    """Returns the same computation by `ais.Annealer`, which is one graph call.
+
+    Args:
+      model: an `AVB`.
+      x: [batch, *event].
+      start: TFP distribution of z at the start of the path, with batch [batch].
+      temperatures: number of temperatures.
+    """
     anneal = ais.Annealer(lambda x, z: joint.log_joint(model, x, z), LEAPFROG_STEPS)
     betas, sizes = ais.sigmoid_schedule(temperatures), np.full((temperatures, len(x)), 0.1)
 
@@ -75,9 +89,10 @@ def compiled(model: avb_tf.AVB, x, start, temperatures: int) -> Callable[[], Non
 
 
 def measure(examples: int) -> tuple[float, float]:
-    """Hours of the authors' protocol, stepwise with `examples` at once and compiled.
+    """Returns the hours of the authors' protocol, stepwise with `examples` at once and compiled.
 
-    Timed in turn, so that other load on the machine meets both: the median of several.
+    Each is the median of several calls. The calls alternate, so that other load on the machine
+    affects both alike.
     """
     model = avb_tf.build("vae", (28, 28, 1), latent_dim=8, width=300)
     images = np.random.default_rng(0).random((EXAMPLES, 28, 28, 1)) < 0.2
@@ -99,7 +114,7 @@ def measure(examples: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Prints a table: stepwise for one example at a time, and for the authors' 16 at once."""
+    """Prints a table for one example at a time, and for the authors' 16 examples at once."""
     print("| hours of the authors' protocol | a call for each leapfrog step | one call | ratio |")
     print("|---|---|---|---|")
     for examples in (1, 16):

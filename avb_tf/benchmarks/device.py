@@ -1,4 +1,4 @@
-"""What TensorFlow's profiler and allocator tell of a device."""
+"""Reads TensorFlow's profiler and the allocator of a device."""
 
 import re
 import tempfile
@@ -10,20 +10,20 @@ import tensorflow as tf
 
 
 def gpu() -> str:
-    """The name of the first GPU, or ''."""
+    """Returns the name of the first GPU, or '' if there is none."""
     devices = tf.config.list_physical_devices("GPU")
     return tf.config.experimental.get_device_details(devices[0])["device_name"] if devices else ""
 
 
 def peak_megabytes() -> float:
-    """Memory that the first GPU has had in use at most, as its allocator counts."""
+    """Returns the peak memory use of the first GPU in MB, as its allocator counts it."""
     return tf.config.experimental.get_memory_info("GPU:0")["peak"] / 2**20
 
 
 def kernels(function: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """The kernels that a call starts on the GPU: kind -> (their number, seconds of all).
+    """Returns the kernels that a call starts on the GPU: kind -> (their number, total seconds).
 
-    A kind is a kernel's name without its number. Empty where there is no GPU.
+    A kind is a kernel's name without its number. The result is empty if there is no GPU.
     """
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 

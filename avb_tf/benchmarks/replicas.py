@@ -1,9 +1,10 @@
-"""What two replicas cost on one machine: the same whole batch on one device, two, and two workers.
+"""Times two replicas on one machine: the same global batch on one device, two devices, two workers.
 
-Run by `make bench-replicas`. The networks are dense ones as wide as those of configs/mnist.py, then
-the authors', whose gradients of 27 million weights have to be summed. Every figure is from
-processes of its own: how many threads an operation has is settled when TensorFlow starts, and on
-the CPU the collectives of two strategies in one process are taken for each other.
+`make bench-replicas` runs this module. The first networks are dense and as wide as those of
+configs/mnist.py. The second are the authors' networks, which have 27 million gradients to sum. Each
+measurement runs in new processes for two reasons: TensorFlow fixes the number of threads per
+operation when it starts, and on the CPU it confuses the collectives of two strategies in one
+process.
 """
 
 import itertools
@@ -31,14 +32,20 @@ BATCHES = (128, 1024)
 
 
 def measure(config: ml_collections.ConfigDict, strategy_name: str, environment) -> float:
-    """Median seconds of a step, in a process that has not used TensorFlow yet."""
+    """Returns the median seconds of a step; call it in a process that has not used TensorFlow yet.
+
+    Args:
+      config: the run's config.
+      strategy_name: name of the strategy, as in config.strategy.
+      environment: environment variables to set.
+    """
     os.environ.update(environment)
     if strategy_name == "mirrored":
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(
             cpu, [tf.config.LogicalDeviceConfiguration()] * 2
         )
-    strategy = replicas.strategy(strategy_name)  # before TensorFlow is used for anything
+    strategy = replicas.strategy(strategy_name)  # before any other use of TensorFlow
     images = np.random.default_rng(0).random((4 * config.batch_size, *EVENT)) < 0.2
     split = array_split(images.astype(np.float32))
     with strategy.scope():
@@ -52,7 +59,7 @@ def measure(config: ml_collections.ConfigDict, strategy_name: str, environment) 
 
 
 def _in_processes(config, strategy_name, environments) -> float:
-    """`measure` by as many processes at once; they wait for each other at each step."""
+    """Runs `measure` in one process per environment; they wait for each other at each step."""
     context = multiprocessing.get_context("spawn")
     pools = [context.Pool(1) for _ in environments]
     try:
@@ -67,7 +74,7 @@ def _in_processes(config, strategy_name, environments) -> float:
 
 
 def _workers() -> list[dict[str, str]]:
-    """The environments of two workers with a core each."""
+    """Returns the environments of two workers with one thread per operation each."""
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
         second.bind(("127.0.0.1", 0))
@@ -84,12 +91,12 @@ def _workers() -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Prints a table."""
+    """Prints the table of step times."""
     print("| networks | batch | one device, seconds of a step | two devices | two workers |")
     print("|---|---|---|---|---|")
     for (name, config), batch_size in itertools.product(NETWORKS.items(), BATCHES):
         config.batch_size = batch_size
-        # The faster of the two is what one device has.
+        # Times each strategy with one thread per operation and with one per core; takes the faster.
         threads = [{"TF_NUM_INTRAOP_THREADS": n} for n in ("1", str(os.cpu_count()))]
         one, two = (
             min(_in_processes(config, strategy, [each]) for each in threads)

@@ -1,4 +1,4 @@
-"""How the time and the memory of a step and of AIS grow with every size that a user sets."""
+"""Measures how the time and memory of a step and of AIS grow with each size that a user sets."""
 
 import json
 import multiprocessing
@@ -16,7 +16,7 @@ from avb_tf.commands import train
 from avb_tf.likelihood_estimation import ais
 
 FILE = "scaling.json"
-# Fields of the config that grow together, and their values. Those of `ais` are its arguments.
+# Fields of the config that grow together -> their values. For AIS they are the sampler's arguments.
 STEP = {
     ("batch_size",): (32, 64, 128, 256, 512, 1024),
     ("model.latent_dim",): (2, 4, 8, 16, 32, 64, 128),
@@ -27,12 +27,13 @@ _REPEATS = 7
 
 
 def scaling(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Times each size with all else as in the config; `scaling.json`, a figure and exponents.
+    """Times each size with everything else as in the config.
 
-    Each point is a process of its own, whose peak memory is then that point's.
+    Writes `scaling.json` and a figure, and prints the exponents of the growth. Each point runs in
+    its own process, so that the peak memory of the process belongs to that point alone.
 
     Raises:
-      UserError: bad data, or parts that do not fit.
+      UserError: the data cannot be used, or the parts of the model do not fit each other.
     """
     event_shape = data.load(config.data).event_shape
     plain = configuration.resolve(config)
@@ -56,9 +57,14 @@ def scaling(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def exponent(points: list[dict[str, float]], quantity: str) -> float:
-    """The slope of log quantity against log value over the upper half of the values.
+    """Returns the slope of log quantity against log value over the upper half of the values.
 
-    Small sizes pay for what does not grow, so that only large ones tell: linear is 1.
+    The slope is 1 for linear growth. Small values are left out because constant costs dominate
+    there.
+
+    Args:
+      points: measurements with the keys "value", "seconds" and "megabytes", in ascending order.
+      quantity: "seconds" or "megabytes".
     """
     upper = points[-max(2, len(points) // 2) :]
     values, quantities = ([np.log(p[key]) for p in upper] for key in ("value", quantity))
@@ -102,7 +108,7 @@ def _figure(curves) -> matplotlib.figure.Figure:
         for ax, quantity, unit in zip(column, ("seconds", "megabytes"), ("s", "MB"), strict=True):
             measured = np.array([p[quantity] for p in points])
             ax.plot(values, measured, "o-", label="measured")
-            # The best a + b * value: what is linear lies on it.
+            # A quantity that grows linearly lies on this least-squares line.
             a, b = np.polyfit(values, measured, 1)[::-1]
             ax.plot(values, a + b * values, "k--", lw=1, label="linear fit")
             ax.set(xlabel=name, ylabel=unit, xlim=(0, None), ylim=(0, None))

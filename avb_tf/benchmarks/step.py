@@ -1,4 +1,4 @@
-"""How fast a config trains here, beside this machine's measured peak and a step written plainly."""
+"""Times a config on this machine, next to the machine's measured peak and a plain step."""
 
 import functools
 import json
@@ -34,21 +34,22 @@ from avb_tf.posteriors import fit as posteriors
 from avb_tf.serving.saved_model import SavedModel
 
 FILE = "benchmark.json"
-REPEATS = 30  # of each of the functions timed in turn
+REPEATS = 30  # calls of each function that is timed
 POSTERIOR_STEPS = 500
-_TRAIN = 3  # any stream of noise
-_RARE = (writing.Checkpoints, writing.Figures, tensorboard.Profile)  # not of every epoch
+_TRAIN = 3  # stream of the noise; any number would do
+# Callbacks that do not act at every epoch.
+_RARE = (writing.Checkpoints, writing.Figures, tensorboard.Profile)
 
 
 def benchmark(config: ml_collections.ConfigDict, workdir: Path, baseline: str = "") -> None:
-    """Times the config's step and all around it, prints a table and writes `benchmark.json`.
+    """Times the config's step and the work around it, prints a table and writes `benchmark.json`.
 
     Args:
-      config: of the run; nothing is trained.
-      workdir: for the file.
-      baseline: another such file; the table shows ratios to it.
+      config: the run's config; nothing is trained.
+      workdir: folder for `benchmark.json`.
+      baseline: path of an earlier `benchmark.json`, or ''; the table shows ratios to its values.
     Raises:
-      UserError: bad data, parts that do not fit, or no such baseline.
+      UserError: the data or the baseline cannot be used, or the parts of the model do not fit.
     """
     before = _read(Path(baseline)) if baseline else {}
     source = data.load(config.data)
@@ -59,7 +60,7 @@ def benchmark(config: ml_collections.ConfigDict, workdir: Path, baseline: str = 
     step = _step(config, source.event_shape)
     measured |= {f"step: {name}": value for name, value in step.items()}
     dtype = config.precision.removeprefix("mixed_")
-    if peak := measured.get(f"machine: matmul {dtype} GFLOP/s"):  # none is measured of float16
+    if peak := measured.get(f"machine: matmul {dtype} GFLOP/s"):  # no peak is measured for float16
         measured[f"step: % of the {dtype} matmul peak"] = 100.0 * step["GFLOP/s"] / peak
     around = _around(config, source, step["seconds"])
     measured |= {f"beside the step: {name}": value for name, value in around.items()}
@@ -82,7 +83,7 @@ def _read(file: Path) -> dict[str, float]:
     try:
         measured = json.loads(file.read_text())
         if not all(isinstance(value, float) for value in measured.values()):
-            raise ValueError("it holds other values than numbers")
+            raise ValueError("it holds values other than numbers")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"cannot use --baseline={file}: {error}; expected a {FILE} of --mode=benchmark"
@@ -91,9 +92,10 @@ def _read(file: Path) -> dict[str, float]:
 
 
 def reference_step(model: AVB, x) -> None:
-    """The step of one adversary step as it is first written down, for comparison.
+    """Takes a training step with one adversary step, written in the obvious way, for comparison.
 
-    The adversary is called twice on whole inputs, x's branch with it; one tape for everything.
+    It calls the adversary twice on whole inputs, so the branch of x is computed twice, and records
+    everything on one tape.
     """
     adversary: Any = model.adversary
     noise, z_contrast = model.noises(x, _TRAIN)
@@ -117,7 +119,7 @@ def reference_step(model: AVB, x) -> None:
 
 
 def _plain_t(adversary: Any, condition, z):
-    """The adversary's T [samples, batch], of the factorised one as its formula is written."""
+    """Returns the adversary's T [samples, batch]; a factorised T follows its formula literally."""
     if not isinstance(adversary, FourTrunkAdversary):
         return adversary(condition, z)
     x, h = adversary.flatten(condition), adversary.s_stack(z)
@@ -132,13 +134,18 @@ def _plain_t(adversary: Any, condition, z):
 def seconds_of(
     *functions: Callable[[], object], repeats: int = REPEATS, at_most: float = math.inf
 ) -> list[float]:
-    """Median seconds of each, called in turn so that all meet the same machine.
+    """Returns the median seconds of each function.
 
-    After `at_most` seconds no further turn begins.
+    The functions are called in turn, so that other load on the machine affects all of them alike.
+
+    Args:
+      *functions: functions without arguments.
+      repeats: calls of each function.
+      at_most: no further round of calls begins once all calls together took this many seconds.
     """
     times = [[] for _ in functions]
     for function in functions:
-        function()  # traced, and its memory touched
+        function()  # warm-up: traces the function and allocates its memory
     for _ in range(repeats):
         if sum(map(sum, times)) > at_most:
             break
@@ -146,16 +153,16 @@ def seconds_of(
             tf.test.experimental.sync_devices()
             began = time.perf_counter()
             function()
-            tf.test.experimental.sync_devices()  # a call returns when a GPU has been asked
+            tf.test.experimental.sync_devices()  # a call returns before the GPU has finished
             own.append(time.perf_counter() - began)
     return [statistics.median(own) for own in times]
 
 
 def arithmetic(function) -> int:
-    """Floating point operations in the products of a traced function, shapes known throughout.
+    """Counts the floating point operations in the products of a traced function.
 
-    Counts what the outputs and the assignments need: a graph also holds gradients of weights that
-    nobody asked for, which never run.
+    All shapes must be known. Only operations that the outputs or the assignments need are counted,
+    because a graph also holds gradients that nothing uses and that never run.
     """
     graph = function.graph
     needed, stack = set(), [t.op for t in graph.outputs]
@@ -189,14 +196,14 @@ def _products(op) -> int:
 
 
 def _shape_behind(sizes) -> tf.TensorShape:
-    """The static shape that is given, or of what the op Shape or ShapeN was asked for."""
+    """Returns the shape in `sizes`, a constant or the output of an op Shape or ShapeN."""
     if (value := tf.get_static_value(sizes)) is not None:
         return tf.TensorShape(value)
     return sizes.op.inputs[sizes.value_index].shape
 
 
 def _machine() -> dict[str, float]:
-    """Peaks of this machine in GFLOP/s: a product and a convolution that keep it busiest."""
+    """Returns this machine's peaks in GFLOP/s, by a large product and a large convolution."""
     measured = {}
     for dtype in (tf.float32, tf.bfloat16):
         a = tf.cast(tf.random.stateless_normal([4096, 4096], [0, 0]), dtype)
@@ -214,11 +221,11 @@ def _machine() -> dict[str, float]:
 
 
 def _step(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
-    """The step as `fit` takes it, `config.batch_size` examples, and what it is compared with."""
+    """Measures the step as `fit` takes it, and the steps with which it is compared."""
     x = tf.zeros([config.batch_size, *event_shape])
     model = train.create(config, event_shape)
     flops = arithmetic(tf.function(model.train_step).get_concrete_function(x))
-    count = resident.CAPACITY if model.loop_is_compiled else 1  # of steps in a call
+    count = resident.CAPACITY if model.loop_is_compiled else 1  # steps in a call
     began = time.perf_counter()
     call = _fitting(model, x, count)
     call()
@@ -232,7 +239,7 @@ def _step(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
         plain = train.create(config, event_shape)
         plain.compile(*(keras.optimizers.Adam(1e-4, global_clipnorm=100.0) for _ in range(2)))
         functions += [dual, _repeated(lambda: reference_step(plain, x), count, model)]
-    repeats = REPEATS if count == 1 else 7  # of calls of a hundred steps
+    repeats = REPEATS if count == 1 else 7  # a call has a hundred steps
     seconds = [each / count for each in seconds_of(*functions, repeats=repeats)]
     measured |= {
         "seconds": seconds[0],
@@ -256,7 +263,7 @@ def _step(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
 
 
 def _fitting(model: AVB, x, count: int) -> Callable[[], object]:
-    """A call of the graph that `model.fit` calls, of `count` steps."""
+    """Returns a function that calls the graph of `model.fit` for `count` steps."""
     split = array_split(x.numpy())
     model.steps_per_execution = count
     model.fit(split, batch_size=len(x), steps_per_epoch=count, verbose=0)
@@ -268,7 +275,7 @@ def _fitting(model: AVB, x, count: int) -> Callable[[], object]:
 
 
 def _repeated(step: Callable[[], object], count: int, model: AVB) -> Callable[[], object]:
-    """`count` times `step`, compiled as the step of `model` is."""
+    """Returns a function that takes `count` steps, compiled as `model` compiles its own."""
 
     def loop():
         tf.while_loop(lambda i: i < count, lambda i: step() or [i + 1], [0])
@@ -277,7 +284,7 @@ def _repeated(step: Callable[[], object], count: int, model: AVB) -> Callable[[]
 
 
 def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> dict[str, float]:
-    """What training does beside its steps, each at its rate in the config, as a share of a step."""
+    """Times the work between steps; its share of the wall time follows the config's periods."""
     model = train.create(config, source.event_shape)
     batches = iter(pipeline.training_batches(source.train, config.batch_size, 0, 0, 2**31))
     with tempfile.TemporaryDirectory() as directory:
@@ -316,9 +323,9 @@ def _around(config: ml_collections.ConfigDict, source, step_seconds: float) -> d
 
 
 def _annealing(config: ml_collections.ConfigDict, event_shape) -> float:
-    """Leapfrog steps of single chains in a second, the pilot's among them."""
+    """Returns leapfrog steps per second, summed over all chains, including those of the pilot."""
     sampler = ais.AnnealedSampler(train.create(config, event_shape), 20, chains=16)
-    # By a convolutional decoder the chains of one example take half a minute.
+    # With a convolutional decoder the chains of one example take half a minute.
     examples = 1 if config.model.network == "conv" else 25
     x = np.zeros([examples, *event_shape], np.float32)
     (seconds,) = seconds_of(lambda: sampler.forward(x), repeats=3, at_most=10.0)
@@ -327,7 +334,7 @@ def _annealing(config: ml_collections.ConfigDict, event_shape) -> float:
 
 
 def _posterior() -> dict[str, float]:
-    """The fit of a Gaussian of ten dimensions, whose density costs nothing."""
+    """Times the fit of a ten-dimensional Gaussian, whose density costs almost nothing."""
 
     def density(u):
         return -0.5 * tf.reduce_sum(u**2, -1)
@@ -343,7 +350,7 @@ def _posterior() -> dict[str, float]:
 
 
 def _serving(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]:
-    """Requests per second to an export in the C library, one after the other."""
+    """Returns the requests per second that an export answers in the C library, one at a time."""
     model = train.create(config, event_shape)
     measured = {}
     with tempfile.TemporaryDirectory() as directory:
@@ -360,7 +367,7 @@ def _serving(config: ml_collections.ConfigDict, event_shape) -> dict[str, float]
 
 
 def _start_up() -> dict[str, float]:
-    """Seconds of fresh processes."""
+    """Returns the seconds that fresh processes take."""
     commands = {
         "import tensorflow": ["-c", "import tensorflow"],
         "import avb_tf": ["-c", "import avb_tf; avb_tf.AVB"],

@@ -16,7 +16,8 @@ from avb_tf.errors import DivergenceError
 PREEMPTED = 128 + signal.SIGTERM  # exit status that a shell reports after SIGTERM
 
 # Training has diverged when the ELBO drops by more than this factor times the sum of the first
-# ELBO's magnitude and the number of x's dimensions: an untrained model loses a few nats in each.
+# ELBO's magnitude and the number of dimensions of x. The sum includes the dimensions because an
+# untrained model loses a few nats in each.
 EXPLODED = 10.0
 
 
@@ -24,8 +25,8 @@ class Guard(keras.callbacks.Callback):
     """Ends `fit` when training diverges, before the diverged weights reach a checkpoint.
 
     Args:
-      enabled: whether to end on a finite ELBO that has dropped far below the first one, too. An
-        ELBO that is not finite always ends training.
+      enabled: whether a finite ELBO that has dropped far below the first one ends training, too.
+        An ELBO that is not finite always does.
     """
 
     def __init__(self, enabled: bool = True):
@@ -34,7 +35,10 @@ class Guard(keras.callbacks.Callback):
         self.first = None  # ELBO of the first step
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
-        """Checks the running mean: a non-finite step that is not skipped makes it non-finite."""
+        """Raises DivergenceError if the running mean of the ELBO is not finite.
+
+        A non-finite step that is not skipped makes that mean non-finite.
+        """
         step = int(self.model.step.numpy())
         if (count := int(self.model.skipped_in_a_row.numpy())) >= self.model.patience:
             raise DivergenceError(f"loss or gradient is not finite in {count} steps up to {step}")
@@ -45,7 +49,7 @@ class Guard(keras.callbacks.Callback):
             self.first = elbo
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
-        """Checks whether the ELBO has dropped too far."""
+        """Raises DivergenceError if the ELBO has dropped too far below the first one."""
         elbo, size = (logs or {})["elbo"], math.prod(self.model.event_shape)
         if self.enabled and self.first is not None:
             lowest = self.first - EXPLODED * (abs(self.first) + size)
@@ -63,7 +67,7 @@ class SaveWhenTerminated(keras.callbacks.Callback):
     must come last, so that the others have finished an epoch before the process exits.
 
     Args:
-      save: writes a checkpoint; does nothing on other workers than the chief.
+      save: writes a checkpoint on the chief, and does nothing on other workers.
       strategy: the model's strategy; all its workers exit together.
     """
 

@@ -11,9 +11,9 @@ from absl import logging
 from avb_tf import proposal, results
 from avb_tf.likelihood_estimation import joint
 
-# Beyond these values q and r hardly overlap. An adversary cannot learn such a density ratio from
-# draws, and T underestimates it.
-SATURATED_LOSS = 0.2  # of 2 log 2 = 1.386 nats
+# Beyond these values q and r hardly overlap. An adversary cannot learn the density ratio of such a
+# pair from draws, so T underestimates it.
+SATURATED_LOSS = 0.2  # nats; the loss at T = 0 is 2 log 2 = 1.386
 SATURATED_ACCURACY = 0.97
 ELBO_DRAWS = 64
 _SEED = 0
@@ -37,18 +37,20 @@ _GAP = (
 class Monitor(keras.callbacks.Callback):
     """Compares the ELBO with a bound that needs no adversary, and warns once if they disagree.
 
-    Adds to the logs, for the callbacks that follow, means over the same examples in nats:
+    Adds these values to the logs, for the callbacks that follow. Each is a mean over the same
+    examples `x`, in nats:
 
-    - `val_monitored_elbo`: the ELBO. `val_elbo` is of all validation examples.
+    - `val_monitored_elbo`: the ELBO. (`val_elbo` is the mean over all validation examples.)
     - `val_importance_bound`: a lower bound on log p(x), by importance sampling from a widened
-      Gaussian with q(z|x)'s moments. Cheaper and coarser than the evaluation's.
-    - `val_elbo_minus_importance_bound`: their difference, well above 0 only if the adversary is
-      wrong. `_lower` and `_upper` are two standard errors over the examples away from it.
+      Gaussian with the moments of q(z|x). It is cheaper and coarser than the evaluation's bound.
+    - `val_elbo_minus_importance_bound`: their difference, which is well above 0 only if the
+      adversary is wrong. The values with `_lower` and `_upper` appended lie two standard errors,
+      over the examples, below and above it.
 
     Args:
       x: [batch, *event], held-out examples, the same at every check.
       samples: importance samples for each x.
-      largest_gap: nats that the ELBO may exceed the other bound by without a warning.
+      largest_gap: nats by which the ELBO may exceed the other bound without a warning.
       directory: TensorBoard log directory for the warnings.
     """
 

@@ -1,4 +1,4 @@
-"""Shows how far a run is, in one line of a terminal."""
+"""Shows the progress of a run in one line of a terminal."""
 
 import datetime
 import sys
@@ -11,12 +11,12 @@ PERIOD = 0.5  # seconds between updates of a terminal's line
 
 
 class Progress(keras.callbacks.Callback):
-    """One line about the whole run: the bound first, then the step and the time left.
+    """Shows one line about the whole run: the bound first, then the step and the time left.
 
         elbo -98.31  val -99.02  adversary 0.57  step 4,000/20,000  0:03:12 left
 
-    A terminal's line is rewritten; a file gets a line each epoch. The time left excludes the first
-    call of the training graph, which compiles it.
+    On a terminal the line is rewritten in place; a file gets one line per epoch. The time left is
+    estimated without the first call of the training graph, because that call compiles it.
 
     Args:
       last: the last step of the run.
@@ -31,13 +31,13 @@ class Progress(keras.callbacks.Callback):
         self.shown, self.width = 0.0, 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None):
-        """Says that the first call compiles; the clock starts after it."""
+        """Announces that the first call compiles; the clock starts after that call."""
         self.began: tuple[float, int] | None = None
-        if not self.shown:  # a later `fit` of the run has its graphs
+        if not self.shown:  # a later `fit` of the same run reuses the compiled graphs
             self._write(f"compiling  step {self._step:,}/{self.last:,}")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
-        """Starts the clock after the first call; updates a terminal."""
+        """Starts the clock after the first call, and updates the line on a terminal."""
         now = time.monotonic()
         if self.began is None:
             self.began = now, self._step
@@ -45,7 +45,7 @@ class Progress(keras.callbacks.Callback):
             self._show(logs or {})
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
-        """Shows the means over the epoch, and the ELBO of the validation examples."""
+        """Shows the means over the epoch and the ELBO of the validation examples."""
         self.validation = (logs or {}).get("val_elbo", self.validation)
         self._show(logs or {})
 
@@ -72,7 +72,7 @@ class Progress(keras.callbacks.Callback):
         self.shown = time.monotonic()
 
     def _left(self) -> float | None:
-        """Seconds that the rest takes at the present pace, once it is known."""
+        """Returns the seconds left at the present pace, or None before the pace is known."""
         if self.began is None or self._step == self.began[1]:
             return None
         pace = (time.monotonic() - self.began[0]) / (self._step - self.began[1])
@@ -82,14 +82,14 @@ class Progress(keras.callbacks.Callback):
 def line(
     logs: dict[str, Any], validation: float | None, step: int, last: int, left: float | None
 ) -> str:
-    """The text, which fits 80 columns up to a million steps.
+    """Returns the text of the line, which fits 80 columns up to a million steps.
 
     Args:
       logs: means over the epoch so far.
-      validation: ELBO of the validation examples, in nats.
-      step: that has been taken.
-      last: step of the run.
-      left: seconds; None if unknown.
+      validation: ELBO of the validation examples in nats, or None before the first validation.
+      step: number of steps taken so far.
+      last: the last step of the run.
+      left: seconds left, or None if unknown.
     """
 
     def nats(value):

@@ -25,23 +25,23 @@ from tensorboard.plugins.hparams import summary as hparams_summary
 from avb_tf import configuration
 from avb_tf.model import AVB
 
-layout_pb2: Any = _layout_pb2  # protobuf generates the messages at run time only
+layout_pb2: Any = _layout_pb2  # protobuf creates the message classes only at run time
 api_pb2: Any = _api_pb2
 
-# Accuracy of an adversary that keeps up with an encoder near its contrast. Below the band it is
-# worse than chance; above it q moves away from r and T begins to underestimate the log ratio
-# (compare `monitor.SATURATED_ACCURACY`).
+# The accuracy of an adversary that keeps up with an encoder near its contrast lies in this band.
+# Below the band the adversary is worse than chance. Above it q moves away from r, and T begins to
+# underestimate the log ratio (compare `monitor.SATURATED_ACCURACY`).
 HEALTHY_ACCURACY = (0.5, 0.8)
 _BAND = ("healthy_accuracy_low", "healthy_accuracy_high")
-# Sections of the config that the HParams panel shows; others do not change what is learned.
+# Sections of the config that the HParams panel shows. The others do not change the trained model.
 _COMPARED = ("method", "optimizer", "steps", "batch_size", "precision", "model")
 _SEED = 0
 
 
 class Panels(keras.callbacks.Callback):
-    """Writes the config, hyperparameters, histograms, projector and custom scalars' layout.
+    """Writes the config, hyperparameters, histograms, projector and layout of the custom scalars.
 
-    Must come after the callbacks that add to the logs.
+    This callback must come after the callbacks that add to the logs.
 
     Args:
       config: the run's config.
@@ -67,12 +67,12 @@ class Panels(keras.callbacks.Callback):
         with self.writers[""].as_default(0):
             described = json.dumps(configuration.resolve(config), indent=2)
             indented = "".join(f"    {line}\n" for line in described.splitlines())
-            tf.summary.text("config", indented)  # Markdown's code
+            tf.summary.text("config", indented)  # Markdown shows indented text as code
             tf.summary.experimental.write_raw_pb(layout().SerializeToString(), 0)
             hparams.hparams(_hyperparameters(config))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
-        """Writes histograms of held-out examples and the healthy band of the accuracy."""
+        """Writes histograms of held-out examples, and the healthy band of the accuracy."""
         step = int(self.model.step.numpy())
         with self.writers["validation"].as_default(step):
             for name, values in histograms(self.model, self.x).items():
@@ -99,12 +99,12 @@ class Panels(keras.callbacks.Callback):
 
 
 class Profile(keras.callbacks.Callback):
-    """Profiles a range of steps, rounded to whole calls of the training graph.
+    """Profiles a range of steps, extended to whole calls of the training graph.
 
-    TensorBoard shows the profile with the plugin tensorboard-plugin-profile.
+    TensorBoard needs the plugin tensorboard-plugin-profile to show the profile.
 
     Args:
-      directory: of the TensorBoard logs.
+      directory: directory of the TensorBoard logs.
       steps: (first, last), or () for no profile.
     """
 
@@ -115,7 +115,7 @@ class Profile(keras.callbacks.Callback):
         self.running = False
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None):
-        """Starts before the call that includes step `first`."""
+        """Starts the profiler before the call that includes step `first`."""
         step = int(self.model.step.numpy())
         taken = step + int(self.model.steps_per_execution)
         if not self.running and step < self.last and self.first < taken:
@@ -123,12 +123,12 @@ class Profile(keras.callbacks.Callback):
             self.running = True
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
-        """Stops after the call that includes step `last`."""
+        """Stops the profiler after the call that includes step `last`."""
         if self.running and int(self.model.step.numpy()) >= self.last:
             self._stop()
 
     def on_train_end(self, logs: dict[str, Any] | None = None):
-        """Stops if training ends before step `last`."""
+        """Stops the profiler if training ends before step `last`."""
         if self.running:
             self._stop()
 
@@ -154,7 +154,10 @@ def write_metrics(workdir: Path, step: int, values: Mapping[str, float]) -> None
 
 
 def layout():
-    """Layout of the custom scalars: the bounds side by side, and the adversary in its band."""
+    """Returns the layout of the custom scalars.
+
+    One category shows both bounds in a chart, and the other the adversary in its healthy band.
+    """
     bounds = layout_pb2.MultilineChartContent(tag=["^monitored_elbo$", "^importance_bound$"])
     gap = layout_pb2.MarginChartContent.Series(
         value="elbo_minus_importance_bound",
@@ -193,7 +196,7 @@ def layout():
 
 
 def histograms(model: AVB, x: np.ndarray) -> dict[str, np.ndarray]:
-    """Values to plot by name: draws of z, T at draws of q and T at draws of r.
+    """Returns the values to plot by name: draws of z, T at draws of q and T at draws of r.
 
     Args:
       model: an `AVB`.
@@ -215,7 +218,7 @@ def project(directory: Path, model: AVB, x: np.ndarray, labels: np.ndarray | Non
     """Writes the means of q(z|x) for the projector, with labels and thumbnails of images.
 
     Args:
-      directory: of the TensorBoard logs; created if missing.
+      directory: directory of the TensorBoard logs; created if missing.
       model: an `AVB`.
       x: [count, *event].
       labels: [count] or None.
@@ -238,21 +241,25 @@ def project(directory: Path, model: AVB, x: np.ndarray, labels: np.ndarray | Non
 
 
 def sprite(x: np.ndarray) -> bytes:
-    """A PNG file of images [count, height, width, channels] in [0, 1], row by row in a square."""
+    """Returns a PNG file of images in a square grid, row by row.
+
+    Args:
+      x: [count, height, width, channels], in [0, 1].
+    """
     count, height, width, channels = x.shape
     side = int(np.ceil(np.sqrt(count)))
     padded = np.concatenate([x, np.zeros([side**2 - count, height, width, channels], x.dtype)])
     rows = padded.reshape(side, side, height, width, channels).swapaxes(1, 2)
     canvas = np.clip(rows.reshape(side * height, side * width, channels), 0.0, 1.0)
     if channels == 1:
-        canvas = np.repeat(1.0 - canvas, 3, -1)  # ink on paper
+        canvas = np.repeat(1.0 - canvas, 3, -1)  # dark on white, like ink on paper
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, canvas.astype(np.float64), format="png")
     return buffer.getvalue()
 
 
 def _hyperparameters(config: ml_collections.ConfigDict) -> dict[str, bool | int | float | str]:
-    """What runs are compared by, {"model.width": ...}, in types that the HParams panel accepts."""
+    """Returns hyperparameters, {"model.width": ...}, in types that the HParams panel accepts."""
     flat = configuration.flat(configuration.resolve(config))
     return {
         key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)

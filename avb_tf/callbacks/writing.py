@@ -15,7 +15,9 @@ from avb_tf.figures import model as model_figures
 
 @contextlib.contextmanager
 def logged():
-    """Turns TensorFlow's errors about unwritable logs, which vary by cause, into an OSError.
+    """Turns TensorFlow's errors about unwritable logs into an OSError inside the block.
+
+    TensorFlow raises a different error type for each cause.
 
     Raises:
       OSError: TensorBoard's files cannot be written.
@@ -34,8 +36,8 @@ class Checkpoints(keras.callbacks.Callback):
 
     Args:
       workdir: the run's directory.
-      every: steps between checkpoints, a multiple of an epoch's.
-      keep: number of newest checkpoints to keep.
+      every: steps between checkpoints, a multiple of the steps per epoch.
+      keep: number of the newest checkpoints to keep.
       last: the last step of training, which always gets a checkpoint.
     """
 
@@ -44,7 +46,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.workdir, self.every, self.keep, self.last = workdir, every, keep, last
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
-        """Saves if due; an epoch is config.log_every steps, and `every` is a multiple of it."""
+        """Saves if due: `every` is a multiple of an epoch, which is config.log_every steps."""
         if _is_due(self.model, self.every, self.last):
             self.save()
 
@@ -54,7 +56,11 @@ class Checkpoints(keras.callbacks.Callback):
 
 
 class Scalars(keras.callbacks.Callback):
-    """TensorBoard scalars against the step, training and validation on the same charts."""
+    """Writes TensorBoard scalars against the step, training and validation on the same charts.
+
+    Args:
+      directory: directory of the TensorBoard logs.
+    """
 
     def __init__(self, directory: Path):
         super().__init__()
@@ -68,7 +74,7 @@ class Scalars(keras.callbacks.Callback):
         self.began, self.first = time.perf_counter(), int(self.model.step.numpy())
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
-        """Writes the means over the epoch; `val_` is Keras's prefix for validation."""
+        """Writes the means over the epoch; Keras prefixes those of validation with `val_`."""
         step = int(self.model.step.numpy())
         seconds = time.perf_counter() - self.began
         values = dict(logs or {}, steps_per_second=(step - self.first) / seconds)
@@ -78,7 +84,7 @@ class Scalars(keras.callbacks.Callback):
             with self.writers[side].as_default(step):
                 tf.summary.scalar(name.removeprefix("val_"), value)
         for writer in self.writers.values():
-            writer.flush()  # the logs survive a killed process
+            writer.flush()  # so that the logs survive if the process is killed
 
 
 class Figures(keras.callbacks.Callback):
@@ -86,7 +92,7 @@ class Figures(keras.callbacks.Callback):
 
     Args:
       workdir: the run's directory.
-      every: steps between figures, a multiple of an epoch's; 0: only at `last`.
+      every: steps between figures, a multiple of the steps per epoch; 0 draws only at `last`.
       last: the last step of training.
       x: [count, *event], held-out examples.
       labels: [count] or None.
@@ -100,7 +106,7 @@ class Figures(keras.callbacks.Callback):
         self.writer = tf.summary.create_file_writer(str(workdir / "logs" / "validation"))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
-        """Draws if due."""
+        """Draws the figures if they are due."""
         if _is_due(self.model, self.every, self.last):
             self.draw()
 

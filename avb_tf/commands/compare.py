@@ -16,16 +16,16 @@ from avb_tf.figures import model as model_figures
 from avb_tf.figures import training as training_curves
 from avb_tf.posteriors import overview
 
-BASELINE = "vae"  # the method that all others are compared with, example by example
+BASELINE = "vae"  # all other methods are compared with it, example by example
 EXAMPLES = 500  # examples in the figures of latent spaces
-POSTERIORS = 8  # examples in the figure of exact posteriors (two latents)
+POSTERIORS = 8  # examples in the figure of exact posteriors, for models with two latents
 
 
 class EvaluatedRun(NamedTuple):
-    """A finished evaluation.
+    """A run whose evaluation is finished.
 
     Attributes:
-      name: the run's directory, relative to the compared one.
+      name: the run's directory, relative to the directory that is compared.
       results: content of results.json.
       values: estimate -> [examples]; empty if the file is missing or damaged.
     """
@@ -36,12 +36,12 @@ class EvaluatedRun(NamedTuple):
 
 
 def compare(_: Any, workdir: Path) -> None:
-    """Writes `comparison.md`, `comparison.json` and a figure of all finished runs in `workdir`.
+    """Writes `comparison.md`, `comparison.json` and figures of all finished runs below `workdir`.
 
     Fitted posteriors get a separate table, `posteriors.md` and `posteriors.json`.
-    Runs of one method on the same data that differ only in their seed form one row: the mean over
-    seeds and its standard error, or the standard error over examples if there is only one seed.
-    The row also has the difference from the `vae` on the same data, example by example.
+    Runs of one method on the same data that differ only in their seed form one row. The row shows
+    the mean over seeds with its standard error; with a single seed the standard error is over
+    examples. The row also shows the difference from `vae` on the same data, example by example.
 
     Raises:
       UserError: there is no finished run below `workdir`.
@@ -71,7 +71,7 @@ def _write(workdir: Path, runs: list[EvaluatedRun]) -> None:
 
 
 def _training(workdir: Path, runs: list[EvaluatedRun]) -> dict[str, Figure]:
-    """The logged bounds on log p(x) against the step, a figure for each data set."""
+    """Returns figures of the logged bounds on log p(x) against the step, one per data set."""
     drawn = {}
     for name in dict.fromkeys(run.results["data"] for run in runs):
         own = {run.name: run for run in runs if run.results["data"] == name}
@@ -84,7 +84,7 @@ def _training(workdir: Path, runs: list[EvaluatedRun]) -> dict[str, Figure]:
 
 
 def _latents(workdir: Path, runs: list[EvaluatedRun]) -> dict[str, Figure]:
-    """Latent spaces and posteriors of the methods with two latents, for each data set."""
+    """Returns figures of the latent spaces and posteriors of two-latent methods, per data set."""
     drawn = {}
     for key in dict.fromkeys(map(_data, runs)):
         models, source = {}, None
@@ -98,7 +98,7 @@ def _latents(workdir: Path, runs: list[EvaluatedRun]) -> dict[str, Figure]:
                     models[method] = checkpoints.load(workdir / run.name)
                     likelihood = models[method].likelihood
                     source = source or data.load(config.data, likelihood)
-            except UserError as error:  # a run may keep its results and lose its checkpoints
+            except UserError as error:  # the results may outlive the checkpoints
                 print(f"Left out of the latent spaces: {error}")
         if source is not None and len(models) > 1:
             split = getattr(source, key[2])
@@ -112,7 +112,7 @@ def _latents(workdir: Path, runs: list[EvaluatedRun]) -> dict[str, Figure]:
 
 
 def find(directory: Path) -> list[EvaluatedRun]:
-    """All finished runs below `directory`, sorted by name; other files are ignored."""
+    """Returns all finished runs below `directory`, sorted by name; ignores other files."""
     runs = []
     for file in sorted(directory.rglob(results.FILE)):
         if (content := results.read(file)) is not None:
@@ -122,7 +122,7 @@ def find(directory: Path) -> list[EvaluatedRun]:
 
 
 def grouped(runs: list[EvaluatedRun]) -> list[list[EvaluatedRun]]:
-    """Groups of runs that differ only in their seed."""
+    """Groups runs that differ only in their seed."""
     groups: dict[tuple, list[EvaluatedRun]] = {}
     for run in runs:
         key = (*_data(run), run.results["method"], run.results.get("family", run.name))
@@ -131,16 +131,16 @@ def grouped(runs: list[EvaluatedRun]) -> list[list[EvaluatedRun]]:
 
 
 def row(group: list[EvaluatedRun], runs: list[EvaluatedRun]) -> dict[str, Any]:
-    """The table's row for one method on one data set.
+    """Returns the table's row for one method on one data set.
 
     Args:
       group: runs that differ only in their seed.
-      runs: all runs, among them those of the baseline.
+      runs: all runs, including those of the baseline.
     """
     first = group[0].results
     name = results.best_log_likelihood(first["estimates"]) or ""  # "" if no subset was evaluated
     bound = "elbo" if "elbo" in first["estimates"] else "elbo_adversary"
-    # log p(x) of a subset is compared with the bound of the same examples.
+    # If log p(x) was estimated for a subset, it is compared with the bound on the same examples.
     bound_beside = "elbo_of_the_same_examples"
     if name == "log_likelihood_quadrature" or bound_beside not in first["estimates"]:
         bound_beside = bound
@@ -166,7 +166,7 @@ def row(group: list[EvaluatedRun], runs: list[EvaluatedRun]) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, in nats per example."""
+    """Returns the rows as a Markdown table, in nats per example."""
     columns = {
         "data": [row["data"] for row in rows],
         "method": [row["method"] for row in rows],
@@ -191,7 +191,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _over_seeds(group: list[EvaluatedRun], name: str) -> dict[str, Any] | None:
-    """Mean over the runs that have the estimate, and its standard error."""
+    """Returns the mean over the runs that have the estimate, and its standard error."""
     estimates = [r.results["estimates"][name] for r in group if name in r.results["estimates"]]
     if not estimates:
         return None
@@ -204,10 +204,10 @@ def _over_seeds(group: list[EvaluatedRun], name: str) -> dict[str, Any] | None:
 
 
 def _interval(group: list[EvaluatedRun], name: str) -> dict[str, Any] | None:
-    """The estimate, or {"lower": ..., "upper": ...} if the runs have an interval.
+    """Returns the estimate, or {"lower": ..., "upper": ...} if the runs have an interval.
 
-    Earlier versions estimated the ELBO of an implicit posterior by nearest neighbours. That has an
-    unknown bias, so it is left out.
+    Earlier versions estimated the ELBO of an implicit posterior by nearest neighbours. Those
+    estimates have an unknown bias, so they are left out.
     """
     ends = {end: _over_seeds(group, f"{name}_{end}") for end in ("lower", "upper")}
     if all(ends.values()):
@@ -221,10 +221,10 @@ def _interval(group: list[EvaluatedRun], name: str) -> dict[str, Any] | None:
 def _paired(
     group: list[EvaluatedRun], baseline: list[EvaluatedRun], name: str
 ) -> dict[str, Any] | None:
-    """Difference of the groups' means over the examples that both evaluated.
+    """Returns the difference of the groups' means over the examples that both evaluated.
 
-    Its variance has two parts: the variance over examples of the differences averaged over seeds,
-    and for each group with several seeds the variance over these.
+    The standard error combines two sources of variance: the variation over examples of the
+    differences averaged over seeds, and the variation over seeds of each group with several seeds.
     """
     sides = [[_example_values(run, name) for run in side] for side in (group, baseline)]
     known = [[v for v in side if v is not None] for side in sides]
@@ -247,7 +247,7 @@ def _paired(
 
 
 def _example_values(run: EvaluatedRun, name: str) -> dict[tuple[int, int], float] | None:
-    """{(hash of the example, number of earlier copies): value}; None if they were not saved."""
+    """Returns {(hash of the example, number of earlier copies): value}, or None if not saved."""
     if name not in run.values or "example" not in run.values:
         return None
     values = run.values[name].tolist()

@@ -1,4 +1,4 @@
-"""Draws a trained run's figures, each as PNG and as PDF."""
+"""Draws the figures of a trained run, each as PNG and as PDF."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from avb_tf.figures import model as model_figures
 from avb_tf.figures import training as training_figures
 
 EXAMPLES = 500
-POSTERIORS = 8  # examples in the figure of exact posteriors (two latents)
+POSTERIORS = 8  # examples in the figure of exact posteriors, for models with two latents
 
 
 def draw(config: ml_collections.ConfigDict, workdir: Path) -> None:

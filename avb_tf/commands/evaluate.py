@@ -1,4 +1,4 @@
-"""Evaluates a trained run: results.json, figures and a table."""
+"""Evaluates a trained run: writes results.json and figures, and prints a table."""
 
 import time
 from pathlib import Path
@@ -17,11 +17,11 @@ from avb_tf.likelihood_estimation import estimates
 from avb_tf.likelihood_estimation.estimates import Estimate
 from avb_tf.settings import run
 
-LOCK = ".evaluate.lock"  # held in the workdir by the process that evaluates
+LOCK = ".evaluate.lock"  # file in the workdir that the evaluating process locks
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Trains, then evaluates; with several workers only the chief evaluates."""
+    """Trains a run and evaluates it; with several workers only the chief evaluates."""
     train.train(config, workdir)
     if replicas.is_chief():
         evaluate(config, workdir)
@@ -31,8 +31,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Evaluates the newest checkpoint and prints it next to the sibling runs.
 
     A bound that uses the adversary is always accompanied by an estimate of log p(x). With two
-    latents log p(x) is exact, and a subset also has KL(q(z|x) || p(z|x)). Otherwise log p(x) of a
-    subset is estimated by AIS, which is itself checked on data simulated from the model.
+    latents log p(x) is exact, and KL(q(z|x) || p(z|x)) is computed for a subset. With more latents
+    AIS estimates log p(x) of a subset, and data simulated from the model check AIS itself.
     `config.eval.budget` sets the sizes. An interrupted evaluation resumes where it stopped.
 
     Raises:
@@ -89,7 +89,7 @@ def _evaluate(config, workdir, model, source) -> None:
 
 
 def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict[str, Figure]]:
-    """All estimates by name, and figures that show how they were obtained."""
+    """Returns all estimates by name, and figures that show how they were obtained."""
     elbo = estimates.bound(model, x)
     name = "elbo" if model.adversary is None else "elbo_adversary"
     by_name = {name: Estimate(elbo, {"draws": estimates.DRAWS})}
@@ -132,14 +132,14 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
         by_name |= estimates.bidirectional(model, sizes["simulated"], chains, directory)
     if own and gap:
         known = [by_name[name].values for name in results.LOG_LIKELIHOODS if name in by_name]
-        # AIS and importance sampling both bound log p(x) from below, so the higher mean is closer.
+        # AIS and importance sampling both bound log p(x) from below: the higher mean is closer.
         best = known[0][:gap] if planar else max((v[:gap] for v in known), key=np.mean)
         by_name |= estimates.inference_gap(model, subset[:gap], best, own.first(gap), directory)
     return by_name, drawn
 
 
 def _bits_per_dim(summaries, dimensions) -> dict:
-    """The estimates in bits per dimension; lower is better."""
+    """Returns the estimates in bits per dimension; lower is better."""
     bits = 1.0 / (np.log(2.0) * dimensions)
     converted = {}
     for name, summary in summaries.items():
@@ -150,7 +150,7 @@ def _bits_per_dim(summaries, dimensions) -> dict:
 
 
 def _warnings(summaries) -> list[str]:
-    """Reasons not to trust some of the estimates."""
+    """Returns reasons not to trust some of the estimates."""
     warnings = []
     best = results.best_log_likelihood(summaries)
     bound = summaries.get("elbo_of_the_same_examples", summaries.get("elbo_adversary"))

@@ -1,6 +1,7 @@
-"""Writes an interactive page of the latent space: one HTML file, no server and no network.
+"""Writes an interactive page of the latent space as one HTML file.
 
-The page contains the decoder's weights and a few lines of JavaScript that run it (`explorer.html`).
+The page needs neither a server nor a network, because it contains the decoder's weights and the
+JavaScript that runs the decoder. `explorer.html` in this folder is its template.
 """
 
 import base64
@@ -27,7 +28,7 @@ _ACTIVATIONS = ("linear", "relu", "tanh", "sigmoid")
 
 
 def explore(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes `explorer.html` of the newest checkpoint.
+    """Writes `explorer.html` for the newest checkpoint.
 
     Raises:
       UserError: there is no checkpoint, the data cannot be used, or the page cannot run the
@@ -36,7 +37,7 @@ def explore(config: ml_collections.ConfigDict, workdir: Path) -> None:
     model = checkpoints.load(workdir)
     if model.likelihood.support != "unit":
         raise UserError(
-            "the explorer shows x in [0, 1], found a model of other numbers; use --mode=figures"
+            "the explorer shows x in [0, 1], found a model of other values; use --mode=figures"
         )
     split = getattr(data.load(config.data, model.likelihood), config.eval.split)
     x = pipeline.examples(split, _EXAMPLES, model.likelihood.binary)
@@ -49,13 +50,13 @@ def explore(config: ml_collections.ConfigDict, workdir: Path) -> None:
 def page(
     model: AVB, x: np.ndarray, labels: np.ndarray | None = None, title: str = "Latent explorer"
 ) -> str:
-    """The page as HTML.
+    """Returns the page as HTML.
 
     Args:
       model: an `AVB`.
-      x: [count, *event], examples on the map.
+      x: [count, *event], the examples on the map.
       labels: [count] or None; they colour the map.
-      title: of the page.
+      title: title of the page.
     Raises:
       UserError: the page cannot run the decoder.
     """
@@ -72,12 +73,12 @@ def page(
         "components": [] if components is None else components.components_.tolist(),
         "scales": [] if components is None else np.sqrt(components.explained_variance_).tolist(),
     }
-    # "</" would end the script, and the title is user input.
+    # "</" in the title, which is user input, would end the script.
     return _TEMPLATE.read_text().replace(_MARK, json.dumps(described).replace("</", "<\\/"))
 
 
 def layers(decoder: keras.Model) -> list[dict[str, Any]]:
-    """The decoder as a list of layers for the page, with their weights.
+    """Returns the decoder as a list of layers for the page, with their weights.
 
     Raises:
       UserError: the decoder is not one of this package's, or the page lacks an activation.
@@ -115,5 +116,5 @@ def _weights(layer) -> dict[str, Any]:
 
 
 def _encoded(array) -> str:
-    """float32, little-endian, base64."""
+    """Encodes an array as little-endian float32 in base64."""
     return base64.b64encode(np.ascontiguousarray(array, "<f4").tobytes()).decode()

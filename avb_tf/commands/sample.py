@@ -1,4 +1,4 @@
-"""Draws samples of a trained run's model."""
+"""Draws samples from the model of a trained run."""
 
 import io
 from pathlib import Path
@@ -11,9 +11,10 @@ from avb_tf.figures import model as model_figures
 
 
 def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes 64 draws of the newest checkpoint, E[x|z] at z ~ p(z): `samples.npy` and a figure.
+    """Writes 64 draws of the newest checkpoint, E[x|z] at z ~ p(z), to `samples.npy`.
 
-    Of a table `samples.csv` has them with its names and categories.
+    Images are also drawn in a figure. Rows of a table are also written to `samples.csv`, with the
+    names and categories of its columns.
 
     Raises:
       UserError: there is no checkpoint.

@@ -20,18 +20,18 @@ from avb_tf.model import AVB
 from avb_tf.optimizers import Adam
 from avb_tf.schedules import DelayedCosine
 
-LOCK = ".train.lock"  # held in the workdir by the process that trains
+LOCK = ".train.lock"  # file in the workdir that the training process locks
 FIGURE_EXAMPLES = 500  # held-out examples in figures and validation curves
 CALL_SECONDS = 1.0  # longest call of the training graph
-SMALL_DATA = 128  # examples up to which a batch may hold them several times, with other noise
-FIRST_STEPS = 10  # steps in one call of a compiled loop, until a step has been timed
+SMALL_DATA = 128  # a batch up to this size may repeat examples, each time with other noise
+FIRST_STEPS = 10  # steps in one call of a compiled loop until a step has been timed
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
     """Trains a run to its last step, from its newest checkpoint if it has one.
 
-    If training diverges, it returns to the newest checkpoint and continues with lower learning
-    rates, at most config.guard.rollbacks times.
+    If training diverges, it returns to a checkpoint and continues with lower learning rates, at
+    most config.guard.rollbacks times.
 
     Raises:
       UserError: the data cannot be used, the parts of the model do not fit each other, the
@@ -50,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> AVB:
 
 def _train(config, workdir, strategy) -> AVB:
     chief = replicas.is_chief()
-    assembly.checked(config.method, **config.model)  # loading the data may take long
+    assembly.checked(config.method, **config.model)  # first, because loading may take long
     source = data.load(config.data, LIKELIHOODS.get(config.model.likelihood))
     _check_batch_size(config, source)
     with strategy.scope():
@@ -69,7 +69,7 @@ def _resumed(config, workdir, strategy, model, source) -> AVB:
     if int(model.step.numpy()) >= config.steps:
         return model
     if replicas.is_chief() and int(model.step.numpy()) == 0:
-        # For a rollback before the first checkpoint.
+        # A rollback before the first regular checkpoint returns to this one.
         checkpoints.save(model, workdir, config.keep_checkpoints)
 
     training = Training(config, workdir, strategy, model, source)
@@ -89,10 +89,10 @@ def _resumed(config, workdir, strategy, model, source) -> AVB:
 
 
 def _check_batch_size(config, source: data.Source) -> None:
-    """Refuses a batch of more examples than there are, or than the memory holds.
+    """Refuses a batch that is larger than the training data or than the memory can hold.
 
-    A step needs more than what is counted here: x, and for each of `draws` z the decoder's output
-    with its gradient.
+    The check counts x and, for each of `draws` draws of z, the decoder's output with its gradient.
+    A step needs more memory than that.
     """
     size = config.batch_size
     if size > (most := max(source.train.size, SMALL_DATA)):
@@ -125,8 +125,9 @@ def _restore(model, strategy, workdir) -> bool:
 def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None:
     """Restores a checkpoint and saves it again with lower learning rates.
 
-    It is the newest one; or the one before if an earlier rollback has not helped, and training
-    diverged within an epoch of the newest. Its weights may have exploded and still be finite.
+    It is usually the newest checkpoint. It is the one before if an earlier rollback has not helped
+    and training diverged within an epoch of the newest, whose weights may have exploded and still
+    be finite.
 
     Raises:
       UserError: config.guard allows no further rollback.
@@ -152,7 +153,7 @@ def _roll_back(config, workdir, strategy, model, error: DivergenceError) -> None
 
 
 class Training:
-    """Callbacks and data of a run; they survive a rollback to a checkpoint.
+    """The callbacks and data of a run, which are kept across rollbacks to a checkpoint.
 
     Args:
       config: the run's config.
@@ -187,7 +188,7 @@ class Training:
             labels = source.validation.labels
             labels = None if labels is None else labels[: len(held_out)]
             self.callbacks = [
-                # First, because the callbacks after it write what it adds to the logs.
+                # The monitor is first, because later callbacks write what it adds to the logs.
                 monitor.Monitor(
                     held_out[: config.monitor.examples],
                     config.monitor.samples,
@@ -200,19 +201,19 @@ class Training:
                 writing.Figures(workdir, config.figures_every, last, held_out, labels),
                 tensorboard.Panels(config, workdir, held_out, labels),
                 tensorboard.Profile(workdir / "logs", config.profile_steps),
-                writer,  # after the logs, so that a resumed run does not write them again
+                writer,  # after the logs: a resumed run must not write the same logs again
             ]
         self.callbacks += [self.terminated]
 
     def to_the_end(self):
         """Trains from the model's current step to config.steps.
 
-        The rest of the current epoch uses few steps per graph call and times them. After that a
-        call has as many steps as fit into `CALL_SECONDS`, because SIGTERM waits for its end.
+        The rest of the current epoch uses few steps per graph call and times them. Later calls have
+        as many steps as fit into `CALL_SECONDS`, because SIGTERM is handled only after a call ends.
         """
         stopwatch = guard.Stopwatch()
         left = self.epoch - self._step % self.epoch
-        # On a GPU the overhead of a call is as large as many steps.
+        # On a GPU the overhead of a call is as long as many steps.
         first = math.gcd(left, FIRST_STEPS) if self.model.loop_is_compiled else 1
         self._fit(first, left, self._step // self.epoch + 1, stopwatch)
         if self._step < self.config.steps:
@@ -236,23 +237,23 @@ class Training:
             steps_per_epoch=steps_per_epoch,
             validation_data=self.validation,
             callbacks=[*self.callbacks, *more],
-            verbose=0,  # `progress` shows the whole run
+            verbose=0,  # `progress.Progress` shows the whole run instead
         )
 
 
 def create(
     config: ml_collections.ConfigDict, event_shape: tuple[int, ...], table: Table | None = None
 ) -> AVB:
-    """The compiled model of a config.
+    """Returns the compiled model of a config.
 
     Args:
-      config: of the run.
+      config: the run's config.
       event_shape: shape of one example.
-      table: whose rows the examples are, or None.
+      table: the table whose rows are the examples, or None.
     Raises:
       UserError: a name is unknown, or the parts do not fit each other.
     """
-    keras.utils.set_random_seed(config.model.seed)  # for the initial weights
+    keras.utils.set_random_seed(config.model.seed)  # seeds the initial weights
     with _computing_in(config.precision):
         model = assembly.build(config.method, table or event_shape, **config.model)
     model.skip_non_finite, model.patience = config.guard.enabled, config.guard.patience
@@ -267,7 +268,7 @@ def create(
         o.adversary_warmup,
         **lowered,
     )
-    # The adversary's optimizer counts its own steps, `adversary_steps` for each primal step.
+    # The adversary's optimizer counts its own steps: `adversary_steps` for each primal step.
     adversary_rate = DelayedCosine(
         o.adversary_learning_rate,
         config.steps * config.model.adversary_steps,
@@ -284,7 +285,7 @@ def create(
 
 @contextlib.contextmanager
 def _computing_in(policy: str):
-    """Layers created inside the block have the dtype policy `policy`."""
+    """Gives the layers created inside the block the dtype policy `policy`."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -294,7 +295,7 @@ def _computing_in(policy: str):
 
 
 def _steps_per_execution(config, seconds_per_step: float) -> int:
-    """The most steps in one graph call that `CALL_SECONDS` and the logging period allow."""
+    """Returns the most steps per graph call that `CALL_SECONDS` and the logging period allow."""
     period = math.gcd(config.steps, min(config.log_every, config.steps))
     most = min(100, CALL_SECONDS / seconds_per_step)
     return max(n for n in range(1, 101) if period % n == 0 and n <= max(1, most))

@@ -1,18 +1,22 @@
-"""The experiments: `--config=digits:avb_ac` runs `digits.py` of this folder by the method `avb_ac`.
+"""The experiments: `--config=digits:avb_ac` runs `digits.py` in this folder with method `avb_ac`.
 
-A file has a function `get_config(method)`, which starts from `configuration.default`.
+Each file has a function `get_config(method)`, which starts from `configuration.default`.
 """
 
 from pathlib import Path
 
 
 def names() -> list[str]:
-    """Those that the package brings."""
+    """Returns the names of the experiments in the package, sorted."""
     return sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py"))
 
 
 def file(name: str) -> Path | None:
-    """The file that `name` means: a path, or an experiment of the package; None for neither."""
+    """Returns the file that `name` denotes, or None.
+
+    Args:
+      name: path of a file, or name of an experiment in the package.
+    """
     if Path(name).is_file():
         return Path(name)
     return Path(__file__).with_name(f"{name}.py") if name in names() else None

@@ -1,4 +1,4 @@
-"""The authors' networks on MNIST's shapes, for timing steps.
+"""The authors' networks for images of MNIST's shape, for timing steps.
 
 avb-tf --config=benchmark:mlp --mode=benchmark
 
@@ -14,6 +14,6 @@ def get_config(networks="mlp"):
     config = configuration.default("avb_ac_paper", latent_dim=8, network=network)
     config.name = f"benchmark-{networks}"
     config.data.name = "mnist"
-    if networks == "conv":  # otherwise the monitor takes a minute of a twenty-minute epoch
+    if networks == "conv":  # the default takes a minute of a twenty-minute epoch
         config.monitor.examples, config.monitor.samples = 16, 64
     return config

@@ -1,9 +1,9 @@
-"""Faces at 64 x 64, 64 latents, convolutional networks: needs an accelerator, not tested.
+"""Faces at 64 x 64 pixels, 64 latents, convolutional networks; needs an accelerator; not tested.
 
   avb-tf --config=celeba:avb_ac --config.data.path=img_align_celeba
 
 The path is a folder of PNG or JPEG files. Batch size, learning rates, number of steps and filters
-are from the authors' CelebA experiment, which uses the prior as contrast (`:avb`).
+are from the authors' CelebA experiment, which uses the prior as the contrast (`:avb`).
 """
 
 from avb_tf import configuration

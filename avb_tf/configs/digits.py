@@ -2,8 +2,8 @@
 
 avb-tf --config=digits:avb_ac --mode=train_and_evaluate
 
-Expect, in 3 minutes on two cores, a test log p(x) by quadrature of -22.54 to -22.60 nats with
-avb_ac and, within 1 minute, -22.67 to -22.69 with vae (three seeds, `make seeds`).
+Expect a test log p(x) by quadrature of -22.54 to -22.60 nats with avb_ac, in 3 minutes on two
+cores, and of -22.67 to -22.69 nats with vae, within 1 minute (three seeds, `make seeds`).
 """
 
 from avb_tf import configuration

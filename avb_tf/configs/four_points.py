@@ -1,9 +1,9 @@
-"""The paper's toy (Section 5.1, Figures 4 and 5): four points in R^4, two latents.
+"""The paper's toy example (Section 5.1, Figures 4 and 5): four points in R^4, two latents.
 
 avb-tf --config=four_points:avb --mode=train_and_evaluate
 
-Expect, in 2 minutes on two cores, a mean log p(x) by quadrature of -1.393 to -1.395 nats with
-avb and, within 1 minute, -1.568 with vae (three seeds, `make seeds`).
+Expect a mean log p(x) by quadrature of -1.393 to -1.395 nats with avb, in 2 minutes on two cores,
+and of -1.568 nats with vae, within 1 minute (three seeds, `make seeds`).
 """
 
 from avb_tf import configuration

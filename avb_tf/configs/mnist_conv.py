@@ -2,10 +2,11 @@
 
   avb-tf --config=mnist_conv:avb_ac_paper --config.data.path=mnist.npz
 
-`avb_ac_paper` is the authors' experiment, weight for weight (docs/reference/published.md lists the
-points). Other methods have convolutions of the same filters. `:avb_ac_paper-32` has 32 latents
-instead of 8, as does `:<method>-32`. The tests run only a few steps of narrow networks. The paper
-reports a log p(x) of -89.6 nats with 8 latents and -80.2 with 32.
+`avb_ac_paper` is the authors' experiment, with as many weights in every part of the networks
+(docs/reference/published.md compares them). Other methods have convolutions with the same
+numbers of filters. `:avb_ac_paper-32`, or `:<method>-32`, has 32 latents instead of 8. The tests
+run only a few steps of narrow networks. The paper reports a log p(x) of -89.6 nats with 8 latents
+and of -80.2 nats with 32.
 """
 
 from avb_tf import configuration

@@ -1,10 +1,11 @@
-"""Posteriors of fixed models, fitted by `avb_tf.fit_posterior`, compared with NUTS and Gaussians.
+"""Posteriors of fixed models: `avb_tf.fit_posterior` compared with NUTS and Gaussians.
 
 avb-tf --config=posteriors:eight_schools --mode=train_and_evaluate
 avb-tf --config=posteriors --config.model=path.py:function
 
-The name after the colon is a function in this file that returns a model. A function in your own
-file may return a pinned TFP joint distribution, a pair (joint, observed), or a `Problem`.
+The name after the colon is a function in this file that returns a model. You may also name a
+function in a file of your own, which returns a pinned TFP joint distribution, a pair (joint,
+observed), or a `Problem`.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ def get_config(model="eight_schools"):
 
 
 def eight_schools():
-    """Stan's model, non-centred: mu, log tau and the standardised effects."""
+    """Eight schools as in Stan, non-centred: mu, log tau and the standardised effects."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
@@ -46,7 +47,7 @@ def eight_schools():
 
 
 def eight_schools_centred():
-    """The same model in mu, log tau and the effects themselves: a funnel where tau is small."""
+    """Eight schools, centred: mu, log tau and the effects; a funnel forms where tau is small."""
     from tensorflow_probability import distributions as tfd
 
     from avb_tf.posteriors.models import Problem
@@ -63,7 +64,7 @@ def eight_schools_centred():
 
 
 def eight_schools_two_modes():
-    """The model of the AVB authors' notebook: tau may be negative, its sign is not identified."""
+    """The AVB authors' notebook model: tau may be negative, and its sign is not identified."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
@@ -155,7 +156,7 @@ def torus():
 
 
 def banana():
-    """A Gaussian of sds 10 and 1, bent: x2 falls as x1^2 rises."""
+    """A bent Gaussian with standard deviations 10 and 1: x2 rises with x1^2."""
     from avb_tf.posteriors.models import Problem
 
     def log_density(x):
@@ -170,7 +171,7 @@ def banana():
 
 
 def funnel():
-    """Neal's funnel: log scale v of sd 3, and nine x of scale exp(v / 2)."""
+    """Neal's funnel: v has standard deviation 3, and nine x have scale exp(v / 2)."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
@@ -234,7 +235,7 @@ def mixture():
 
 
 def logistic_regression():
-    """Ten features of scikit-learn's breast cancer data, the first 150 patients."""
+    """Logistic regression: ten features of the first 150 patients in the breast cancer data."""
     import tensorflow as tf
     from sklearn.datasets import load_breast_cancer
     from tensorflow_probability import distributions as tfd
@@ -281,7 +282,7 @@ def gaussian_process():
 
 
 def autoregression():
-    """An AR(1) of 60 steps, its coefficient between -1 and 1."""
+    """An AR(1) process of 60 steps with a coefficient between -1 and 1."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
 
@@ -339,7 +340,7 @@ def correlated_regression():
 
 
 def _eight_schools(count, seed, centred):
-    """Exact draws: (mu, log tau) from a grid with the effects integrated out, then the effects."""
+    """Draws exactly: (mu, log tau) on a grid with the effects integrated out, then the effects."""
     rng = np.random.default_rng(seed)
 
     def log_density(mu, log_tau):
@@ -369,7 +370,7 @@ def _in_the_plane(log_density, box):
 
 
 def _from_grid(log_density, box, count, rng, points=800):
-    """Draws of a low-dimensional density: a cell of a fine grid, then a uniform point in it."""
+    """Draws from a low-dimensional density: a cell of a fine grid, then a uniform point in it."""
     edges = [np.linspace(low, high, points + 1) for low, high in box]
     centres = [0.5 * (edge[1:] + edge[:-1]) for edge in edges]
     log_p = log_density(*np.meshgrid(*centres, indexing="ij"))

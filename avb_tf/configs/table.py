@@ -1,4 +1,4 @@
-"""A table of one's own, in a CSV or Parquet file: real numbers, counts and categories.
+"""A table of your own in a CSV or Parquet file: real numbers, counts and categories.
 
 avb-tf --config=table:avb_ac --config.data.path=patients.csv \\
   --config.data.columns=visits=poisson,city=category,id=skip --config.data.missing=True \\

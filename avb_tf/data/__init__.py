@@ -1,6 +1,6 @@
 """Data sets by name, one module for each source: x is float32 [batch, *event].
 
-x is in [0, 1] but for a table, and for arrays of a likelihood with another support.
+x is in [0, 1], except for tables and for arrays whose likelihood has another support.
 """
 
 from collections.abc import Callable
@@ -45,8 +45,9 @@ def load(settings: Any, likelihood: Any = None) -> Source:
         or folder, by default the folder named by AVB_TF_DATA_DIR; `seed` for splits that the source
         does not define; `image_size` and `channels` (1 or 3) for a folder of images; `columns` and
         `missing` for a table.
-      likelihood: the model's, which says what numbers an array may hold and which columns a
-        table has; by default numbers are in [0, 1], and a table's columns are those of its file.
+      likelihood: the model's likelihood, or None. It defines which numbers an array may hold and
+        which columns a table has. With None, numbers must be in [0, 1], and a table has the columns
+        of its file.
 
     Raises:
       UserError: the name is unknown, or the data are missing, damaged or unsuitable.

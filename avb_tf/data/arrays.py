@@ -1,4 +1,4 @@
-"""Checks arrays from users' files and cuts missing splits off the training data."""
+"""Checks the arrays in users' files, and cuts missing splits off the training data."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -14,7 +14,7 @@ SPLITS = ("train", "validation", "test")
 class Examples(NamedTuple):
     """The arrays of one split."""
 
-    x: np.ndarray  # [n, *event], uint8 or float in [0, 1]
+    x: np.ndarray  # [n, *event], values as `check_values` allows them
     labels: np.ndarray | None  # integer [n]
 
 
@@ -25,12 +25,12 @@ def check(
 
     Args:
       place: where the arrays came from, for error messages.
-      arrays: x_* are as `check_values` asks, [n, d], [n, h, w] or [n, h, w, c]; y_* are labels,
-        integer [n]. Only x_train is required.
-      support: what x is, as of a `Likelihood`.
+      arrays: x_* are examples [n, d], [n, h, w] or [n, h, w, c], with values that `check_values`
+        allows; y_* are their labels, integer [n]. Only x_train is required.
+      support: kind of values in x, as in `Likelihood.support`.
 
     Returns:
-      Split -> its arrays; [n, h, w] is reshaped to [n, h, w, 1].
+      Name of the split -> its arrays; [n, h, w] is reshaped to [n, h, w, 1].
 
     Raises:
       UserError: an array is missing, unknown, or not as described.
@@ -63,13 +63,13 @@ def check(
 
 
 def source(name: str, place: str, examples: dict[str, Examples], seed: int = 0) -> Source:
-    """A source of checked arrays; a missing validation or test split is a tenth of train.
+    """Returns a source of checked arrays; cuts a tenth off train for each missing split.
 
     Args:
-      name: of the source.
+      name: name of the source.
       place: where the arrays came from, for error messages.
-      examples: split -> its arrays, as `check` returns them.
-      seed: of the cut.
+      examples: name of the split -> its arrays, as `check` returns them.
+      seed: seed of the cut.
     Raises:
       UserError: train is too small to be cut.
     """
@@ -84,15 +84,15 @@ def source(name: str, place: str, examples: dict[str, Examples], seed: int = 0) 
 
 
 def check_values(place: str, x: np.ndarray, support: str = "unit") -> None:
-    """Checks that x holds what a likelihood of that support is of.
+    """Checks that x holds only values that a likelihood with this support can model.
 
     Args:
-      place: its name in messages.
+      place: name of x in error messages.
       x: [n, *event].
       support: "unit": bytes of 0..255, or floats in [0, 1]; "real": finite floats; "count": whole
         numbers of at least 0.
     Raises:
-      UserError: it does not, is empty, or holds NaN.
+      UserError: x has another type, is empty, or holds NaN or values outside the support.
     """
     unit = support == "unit"
     byte = unit and x.dtype == np.uint8
@@ -114,10 +114,10 @@ def check_values(place: str, x: np.ndarray, support: str = "unit") -> None:
         expected = "values in [0, 1]" if unit else "finite values"
         raise UserError(f"{place} contains NaN; expected {expected}; remove or fill them")
     elif not unit and not np.isfinite([low, high]).all():
-        raise UserError(f"{place} runs from {low} to {high}; expected finite values; mend them")
+        raise UserError(f"{place} runs from {low} to {high}; expected finite values; correct them")
     elif support == "count" and (low < 0 or (x != np.rint(x)).any()):
         odd = low if low < 0 else x[x != np.rint(x)][0]
-        raise UserError(f"{place} holds {odd}; expected counts 0, 1, 2, ...; mend it")
+        raise UserError(f"{place} holds {odd}; expected counts 0, 1, 2, ...; correct it")
     elif unit and (low < 0 or high > 1):
         raise UserError(
             f"{place} runs from {low} to {high}; expected [0, 1]; rescale it, or use the "

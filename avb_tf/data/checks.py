@@ -1,4 +1,4 @@
-"""Checks on the x and the weights that the model's methods are given, as on those of a file."""
+"""Checks the x and the weights that users pass to the model's methods."""
 
 import inspect
 import itertools
@@ -16,7 +16,7 @@ from avb_tf.errors import UserError
 
 
 def is_array(x: Any) -> bool:
-    """Whether x is an array, or a list or a data frame that becomes one."""
+    """Returns whether x is an array, or a list or data frame that can become one."""
     return hasattr(x, "__array__") or isinstance(x, (list, tuple, dict))
 
 
@@ -27,14 +27,17 @@ def examples(
     support: str = "unit",
     table: Table | None = None,
 ) -> np.ndarray:
-    """The array of x, once it fits the model; float32 unless it is of numbers in [0, 1].
+    """Returns x as an array after checking that it fits the model.
+
+    The array is float32, except with support "unit", where it keeps its type.
 
     Args:
-      x: [n, *event]; of support "unit" uint8 of 0..255 or float in [0, 1]; a single channel may be
-        missing. Of a table rows, or a pandas data frame.
-      place: its name, for the message.
-      support: what x is, as of a `Likelihood`.
-      table: the columns of x, if it is a table.
+      x: [n, *event], where a single channel may be missing; with support "unit" uint8 of 0..255 or
+        float in [0, 1]. For a table: rows [n, columns], or a pandas data frame.
+      event_shape: shape of one example of the model.
+      place: name of x in error messages.
+      support: kind of values in x, as in `Likelihood.support`.
+      table: the columns of x if it is a table, or None.
     Raises:
       UserError: x has another shape, type or range, or holds NaN.
     """
@@ -46,7 +49,7 @@ def examples(
         x = np.asarray(x)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{place} is no array ({error!s:.100}); {_expected(event_shape)}"
+            f"{place} is not an array ({error!s:.100}); {_expected(event_shape)}"
         ) from error
     check_shape(x.shape, event_shape, place)
     check_values(place, x, support)
@@ -56,8 +59,12 @@ def examples(
 def check_shape(shape: Sequence[int | None], event_shape: Sequence[int], place: str = "x") -> None:
     """Checks that `shape` is [n, *event].
 
+    Args:
+      shape: shape of x.
+      event_shape: shape of one example; if its last size is 1, `shape` may lack that size.
+      place: name of x in error messages.
     Raises:
-      UserError: it is not.
+      UserError: the shape is another one.
     """
     event = tuple(event_shape)
     allowed = [event, event[:-1]] if event[-1:] == (1,) else [event]
@@ -70,10 +77,10 @@ def _expected(event_shape) -> str:
 
 
 def weights(sample_weight: Any, size: int) -> np.ndarray:
-    """The weights of `size` examples, float32 [size].
+    """Returns the weights of `size` examples as float32 [size].
 
     Raises:
-      UserError: they are not numbers of at least 0, one for each example.
+      UserError: they are not finite numbers of at least 0, one for each example.
     """
     array = np.asarray(sample_weight)
     numeric = np.issubdtype(array.dtype, np.number) or array.dtype == bool
@@ -91,9 +98,15 @@ def weights(sample_weight: Any, size: int) -> np.ndarray:
 
 
 def as_examples(x: Any, event_shape: Sequence[int], unit: bool = True) -> tf.Tensor:
-    """x as float32 [batch, *event]: bytes scaled to [0, 1], a missing single channel added.
+    """Returns x as float32 [batch, *event], and adds a single channel if it is missing.
 
-    Unless `unit`, bytes are numbers like all others.
+    Args:
+      x: [batch, *event], or without a single channel.
+      event_shape: shape of one example.
+      unit: whether x is in [0, 1], so that bytes are divided by 255. Otherwise bytes are converted
+        to float32 unchanged.
+    Raises:
+      UserError: x has another shape.
     """
     x = tf.convert_to_tensor(x)
     x = decoded(x) if unit else tf.cast(x, tf.float32)
@@ -105,10 +118,12 @@ def as_examples(x: Any, event_shape: Sequence[int], unit: bool = True) -> tf.Ten
 
 
 def inputs(x: Any, check: Callable[[Any], Any]) -> Any:
-    """x as Keras's methods take it, once `check` has seen it all or, of a stream, its first batch.
+    """Returns x in a form that Keras's methods accept, after `check` has passed it.
+
+    `check` sees all of an array, and only the first batch of a stream.
 
     Raises:
-      UserError: as `check` does.
+      UserError: `check` refuses x.
     """
     if is_array(x):
         return check(x)
@@ -123,7 +138,7 @@ def inputs(x: Any, check: Callable[[Any], Any]) -> Any:
         first = next(x, None)
         if first is not None:
             batches = itertools.chain([first], x)
-            x = (batch for batch in batches)  # Keras takes generators alone
+            x = (batch for batch in batches)  # Keras accepts generators, but not `itertools.chain`
     if first is not None:
         check(keras.utils.unpack_x_y_sample_weight(first)[0])
     return x

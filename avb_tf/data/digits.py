@@ -4,11 +4,11 @@ import numpy as np
 
 from avb_tf.data.source import Source, array_split
 
-_SHUFFLE_SEED = 0  # defines the splits: results of other splits are not comparable
+_SHUFFLE_SEED = 0  # defines the splits: results on different splits are not comparable
 
 
 def load() -> Source:
-    """1297 training, 200 validation and 300 test images, event [8, 8, 1], with labels 0..9."""
+    """Loads 1297 training, 200 validation and 300 test images, event [8, 8, 1], labels 0..9."""
     from sklearn.datasets import load_digits  # slow to import, used only here
 
     pixels, labels = load_digits(return_X_y=True)

@@ -6,6 +6,6 @@ from avb_tf.data.source import Source, array_split
 
 
 def load() -> Source:
-    """One-hot vectors in R^4, event [4]; all three splits are the same four examples."""
+    """Returns one-hot vectors in R^4, event [4]; all three splits are the same four examples."""
     points = array_split(np.eye(4), np.arange(4))
     return Source("four_points", (4,), points, points, points)

@@ -1,4 +1,4 @@
-"""A folder of PNG, JPEG and WebP files, decoded on the fly, so it may be larger than memory."""
+"""A folder of PNG, JPEG and WebP files, decoded batch by batch: it may be larger than memory."""
 
 import math
 import os
@@ -12,20 +12,20 @@ from PIL import Image
 from avb_tf.data.source import Source, Split, cut, data_path
 from avb_tf.errors import UserError
 
-_LARGEST = 10**8  # pixels of an image, which takes 300 MB while it is decoded
+_LARGEST = 10**8  # most pixels of an image: it takes 300 MB while it is decoded
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
 def load(path: str, seed: int, image_size: int, channels: int) -> Source:
-    """The central square of each image, event [image_size, image_size, channels].
+    """Loads the central square of each image, event [image_size, image_size, channels].
 
-    Every file is decoded once at the start; unreadable files are skipped with a warning. Images are
-    turned upright as their EXIF orientation says.
+    Every file is decoded once at the start, and unreadable files are skipped with a warning. Images
+    are turned upright according to their EXIF orientation.
 
     Args:
-      path: a folder, searched recursively, links to folders included.
-      seed: of the cut into 80 % train, 10 % validation and 10 % test.
+      path: a folder, which is searched recursively and through links to folders.
+      seed: seed of the cut into 80 % train, 10 % validation and 10 % test.
       image_size: height and width in pixels after resizing.
       channels: 1 for grey, 3 for colour.
 
@@ -73,17 +73,17 @@ def _decode(file: tf.Tensor, channels: int) -> tf.Tensor:
 
 
 def _orientation(file: bytes) -> int:
-    """The EXIF orientation, 1 to 8; 1, upright, where there is none. Reads the header alone."""
+    """Reads the EXIF orientation, 1 to 8, from the header; 1, upright, if there is none."""
     try:
         with Image.open(os.fsdecode(file)) as image:
             value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # Pillow raises many kinds on damaged metadata
+    except Exception:  # Pillow raises many exception types on damaged metadata
         return 1
     return value if value in range(1, 9) else 1
 
 
 def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-    """An image [height, width, channels] of that EXIF orientation, turned upright."""
+    """Turns an image [height, width, channels] with this EXIF orientation upright."""
 
     def when(orientations, change, image):
         return tf.cond(
@@ -96,7 +96,7 @@ def _upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 
 
 def _files(folder: str) -> list[bytes]:
-    """Sorted names of the images below a folder, each real folder once."""
+    """Returns the sorted paths of the images below a folder, visiting each real folder once."""
     files, visited = [], set()
     for directory, inner, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(directory)) in visited:  # a link may point upwards
@@ -109,7 +109,10 @@ def _files(folder: str) -> list[bytes]:
 
 
 def _decodable(folder: str, channels: int) -> list[bytes]:
-    """Sorted names of the readable images; each is decoded in full, if its header allows it."""
+    """Returns the sorted paths of the readable images.
+
+    Every image is decoded in full, unless its header shows more than `_LARGEST` pixels.
+    """
     if not (files := _files(folder)):
         raise UserError(
             f"{folder} holds no .png, .jpg, .jpeg or .webp file; expected a folder of images"
@@ -136,11 +139,11 @@ def _decodable(folder: str, channels: int) -> list[bytes]:
 
 
 def _is_small(file: bytes) -> bool:
-    """Whether an image is small enough to be decoded, by its header; False if it has none."""
+    """Returns whether the header shows a size small enough to decode; False without a header."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(os.fsdecode(file)) as image:
                 return math.prod(image.size) <= _LARGEST
-    except Exception:  # Pillow raises many kinds on a damaged header
+    except Exception:  # Pillow raises many exception types on a damaged header
         return False

@@ -1,4 +1,4 @@
-"""MNIST from a local file, or downloaded by Keras."""
+"""MNIST, from a local file or downloaded by Keras."""
 
 import gzip
 import math
@@ -19,18 +19,18 @@ _IDX_FILES = {  # array -> name and rank
     "x_test": ("t10k-images", 3),
     "y_test": ("t10k-labels", 1),
 }
-_LARGEST = 2**28  # bytes of a file that are read; MNIST has a fifth of it
+_LARGEST = 2**28  # most bytes to read from a file; MNIST has a fifth of that
 _EXPECTED = "mnist.npz or the four IDX files (train-images-idx3-ubyte and so on, or their .gz)"
 
 
 def load(path: str) -> Source:
-    """Grey images, event [28, 28, 1], with labels 0..9.
+    """Loads grey images, event [28, 28, 1], with labels 0..9.
 
     The last twelfth of the training examples, 5000 of 60000, is the validation split.
 
     Args:
-      path: mnist.npz, or a folder that holds it or the four IDX files. If it is empty and the
-        default folder holds neither, Keras downloads MNIST.
+      path: mnist.npz, or a folder that holds it or the four IDX files. If `path` is empty, the
+        folder named by AVB_TF_DATA_DIR is searched; if it holds neither, Keras downloads MNIST.
 
     Raises:
       UserError: the file is missing, damaged or not MNIST, or the download fails.
@@ -58,10 +58,11 @@ def load(path: str) -> Source:
 
 
 def load_4x4(path: str) -> Source:
-    """MNIST in 4 x 4 binary pixels, event [4, 4, 1]: 1 if the mean of 7 x 7 exceeds a quarter.
+    """Loads MNIST in 4 x 4 binary pixels, event [4, 4, 1].
 
-    The training images have 715 distinct patterns with an entropy of 4.06 nats. The 16 most common
-    patterns cover two thirds of the images, so a model can give each its own region of z.
+    A pixel is 1 if the mean of its 7 x 7 original pixels exceeds a quarter. The training images
+    have 715 distinct patterns with an entropy of 4.06 nats. The 16 most common patterns cover two
+    thirds of the images, so a model can give each of them its own region of z.
 
     Args:
       path: as for `load`.
@@ -81,7 +82,7 @@ def load_4x4(path: str) -> Source:
 
 
 def _read(place: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file or folder; empty if the folder holds no part of MNIST."""
+    """Reads the arrays of a file or folder; returns {} if the folder holds no part of MNIST."""
     if not place.is_dir():
         return npz.read(place)
     if (place / "mnist.npz").exists():

@@ -11,12 +11,12 @@ from avb_tf.errors import UserError
 
 
 def load(path: str, seed: int, support: str = "unit") -> Source:
-    """A source of the file's arrays: x_train and optionally other splits and labels.
+    """Returns a source of the file's arrays: x_train and optionally other splits and labels.
 
     Args:
       path: an .npz file, or a folder with exactly one; `arrays.check` describes the arrays.
-      seed: of the tenths cut off train for a missing validation or test split.
-      support: what x is, as of a `Likelihood`.
+      seed: seed for cutting a tenth off train for each missing validation or test split.
+      support: kind of values in x, as in `Likelihood.support`.
 
     Raises:
       UserError: the file cannot be read, or an array is not as described.
@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """Reads all arrays of an .npz file without unpickling anything.
 
     Raises:
-      UserError: the file is missing or damaged, holds pickled objects or is not an .npz.
+      UserError: the file is missing or damaged, holds pickled objects, or is not an .npz file.
     """
     if path.suffix == ".npy":
         raise UserError(
@@ -49,8 +49,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
         )
     try:
         return archives.read_arrays(path)
-    except Exception as error:  # numpy, zipfile, zlib and tokenize raise different kinds
+    except Exception as error:  # numpy, zipfile, zlib and tokenize raise different types
         raise UserError(
             f"{path} cannot be read ({error}); expected an .npz of plain arrays; "
-            "save it anew with numpy.savez"
+            "save it again with numpy.savez"
         ) from error

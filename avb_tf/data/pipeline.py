@@ -1,13 +1,16 @@
-"""Batches of a split as tf.data, a function of the step alone: a resumed run sees the same ones."""
+"""Batches of a split as tf.data datasets.
+
+Each batch is a function of the step alone, so a resumed run sees the same batches.
+"""
 
 import numpy as np
 import tensorflow as tf
 
 from avb_tf.data.source import Split
 
-_AHEAD = 4  # batches that are ready before they are asked for
-_END = 2**62  # the last step of a stream that does not end
-_BLOCK = 4096  # examples ordered in one go, in whole epochs: an op per epoch of 4 would be slow
+_AHEAD = 4  # batches to prefetch
+_END = 2**62  # the last step of an endless stream
+_BLOCK = 4096  # examples to order in one op, in whole epochs: one op per tiny epoch is slow
 
 
 def training_batches(
@@ -19,15 +22,20 @@ def training_batches(
     shuffle: bool = True,
     context: tf.distribute.InputContext | None = None,
 ) -> tf.data.Dataset:
-    """Batches of the steps first_step, ..., last_step - 1: float32 [batch_size, *event].
+    """Returns the batches of steps first_step, ..., last_step - 1: float32 [batch_size, *event].
 
-    Each epoch visits each example once, in its own order; batches run on across epochs.
+    Each epoch visits each example once. A batch may continue into the next epoch.
 
     Args:
-      seed: of the orders.
-      shuffle: whether each epoch has an order of its own, or all have that of the data.
-      context: where several replicas share each batch: this worker's part of it, in one element
-        [batch_size / replicas, *event] for each of its replicas.
+      split: the examples.
+      batch_size: examples in a batch, over all replicas.
+      seed: seed of the orders.
+      first_step: step of the first batch.
+      last_step: step after the last batch; by default the stream is endless.
+      shuffle: whether each epoch has its own random order; if False, every epoch has the order of
+        the data.
+      context: the worker's context if several replicas share each batch. The dataset then holds
+        this worker's part, as one element [batch_size / replicas, *event] for each of its replicas.
     """
     indices = training_indices(split.size, batch_size, seed, first_step, shuffle, context)
     context = context or tf.distribute.InputContext()
@@ -44,11 +52,15 @@ def training_indices(
     shuffle: bool = True,
     context: tf.distribute.InputContext | None = None,
 ) -> tf.data.Dataset:
-    """Indices of the examples in `training_batches`, without an end: int64 [batch_size].
+    """Returns an endless dataset of the indices in `training_batches`: int64 [batch_size].
 
     Args:
       size: number of examples.
-      context: as of `training_batches`; the elements are then [batch_size / replicas].
+      batch_size: examples in a batch, over all replicas.
+      seed: seed of the orders.
+      first_step: step of the first batch.
+      shuffle: as in `training_batches`.
+      context: as in `training_batches`; the elements are then [batch_size / replicas].
     """
     context = context or tf.distribute.InputContext()
     own = batch_size // context.num_input_pipelines
@@ -78,11 +90,14 @@ def training_indices(
 def evaluation_batches(
     split: Split, batch_size: int, binary: bool, seed: int = 0
 ) -> tf.data.Dataset:
-    """All examples in order: float32 [batch_size, *event], the last batch perhaps smaller.
+    """Returns all examples in order: float32 [batch_size, *event]; the last batch may be smaller.
 
     Args:
-      binary: whether to draw x from Bernoulli(x), once for each example by (seed, index), so that
-        every batch size and every evaluation gives the same x.
+      split: the examples.
+      batch_size: examples in a batch.
+      binary: whether to replace x by a draw from Bernoulli(x). The draw depends only on the seed
+        and the index of the example, so every batch size and every evaluation gives the same x.
+      seed: seed of these draws.
     """
 
     def example(index: tf.Tensor) -> tf.Tensor:
@@ -95,10 +110,10 @@ def evaluation_batches(
 
 
 def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """The dataset without tf.data's tuning of itself.
+    """Returns the dataset without tf.data's autotuning.
 
-    The tuning thread sleeps the longer the longer it has run, and the end of an iterator waits
-    for it: up to ten seconds at the end of a `fit` of a minute.
+    The longer the autotuning thread has run, the longer it sleeps, and the end of an iterator waits
+    for it. That wait takes up to ten seconds at the end of a `fit` that lasts a minute.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -106,7 +121,14 @@ def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def examples(split: Split, count: int, binary: bool, seed: int = 0) -> np.ndarray:
-    """The first `count` examples of `evaluation_batches`, or all there are: [count, *event]."""
+    """Returns the first examples of `evaluation_batches`, [count, *event].
+
+    Args:
+      split: the examples.
+      count: most examples to return; fewer if the split has fewer.
+      binary: as in `evaluation_batches`.
+      seed: as in `evaluation_batches`.
+    """
     batches = evaluation_batches(split, count, binary, seed)
     return batches.take(1).get_single_element().numpy()
 

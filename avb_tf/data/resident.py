@@ -1,4 +1,4 @@
-"""Examples that stay on the device: a step gathers its batch there, by indices from the host."""
+"""Examples that stay on the device, where each step gathers its batch by indices from the host."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,35 +8,44 @@ import tensorflow as tf
 from avb_tf.data import pipeline
 from avb_tf.data.source import Split, gather
 
-MEGABYTES = 4096  # of examples as they are stored, up to which they are kept on the device
-CAPACITY = 100  # steps that a call has room for, unless it takes more of them
-STRIDE = 10  # steps after which a compiled loop asks whether there are more, if calls allow it
+MEGABYTES = 4096  # largest stored size of examples that are kept on the device
+CAPACITY = 100  # steps for which the indices of a call have room, unless a call has more
+STRIDE = 10  # steps between checks for the end of a compiled loop, if it divides every call
 
 
 class Resident(NamedTuple):
-    """The examples of a run on its devices, and the batches of its steps as indices of them."""
+    """The examples of a run on its devices, and the batches of its steps as indices into them."""
 
-    rows: Any  # those of `source.Stored`, a copy for each replica
+    rows: Any  # as in `source.Stored`, a copy for each replica
     decode: Callable[[Any], Any]  # as in `source.Stored`
     stride: int  # divides the number of steps of each call
-    # Dataset of the calls: (indices int64 [capacity, batch / replicas], number of steps), for each
-    # replica of a strategy.
+    # Dataset with an element for each call: (indices int64 [capacity, batch / replicas], number of
+    # steps), for each replica of a strategy.
     calls: Any
 
     def read(self, rows: Any, indices: tf.Tensor, step: tf.Tensor) -> Any:
-        """The batch [batch / replicas, *event] of a call's `step`, in a replica of this `rows`."""
+        """Returns the batch [batch / replicas, *event] of one step of a call.
+
+        Args:
+          rows: this replica's copy of the rows.
+          indices: the call's indices, int64 [capacity, batch / replicas].
+          step: number of the step in the call, from 0.
+        """
         return self.decode(gather(rows, tf.gather(indices, step)))
 
 
 def traced(resident: Resident | None, compiled: bool) -> tuple:
-    """What of it is a constant of the graph that reads it; only a compiled loop has a stride."""
+    """Returns the fields that are constants of the graph that reads the examples.
+
+    Only a compiled loop has a stride.
+    """
     if resident is None:
         return ()
     return (resident.decode, resident.stride) if compiled else (resident.decode,)
 
 
 def fits(split: Split, megabytes: float = MEGABYTES) -> bool:
-    """Whether the examples are in memory and take at most `megabytes`."""
+    """Returns whether the examples are in memory and take at most `megabytes`."""
     if split.stored is None:
         return False
     tensors = tf.nest.flatten(split.stored.rows)
@@ -53,10 +62,20 @@ def put(
     steps_per_epoch: int,
     steps_per_call: int,
 ) -> Resident:
-    """Copies the examples to each device of `strategy`, as bytes where they are bytes.
+    """Copies the examples to each device of `strategy`; bytes stay bytes.
 
     The batches are those of `pipeline.training_batches`. A call takes `steps_per_call` of them, or
-    as many as are left of its epoch.
+    as many as are left in its epoch.
+
+    Args:
+      split: the examples, which must be in memory (`fits`).
+      strategy: the model's strategy.
+      batch_size: examples in a batch, over all replicas.
+      seed: seed of the orders.
+      first_step: step of the first batch.
+      shuffle: whether each epoch has its own random order.
+      steps_per_epoch: steps in an epoch of `fit`.
+      steps_per_call: steps in a call of the training graph.
     """
     stored: Any = split.stored
     capacity = max(CAPACITY, steps_per_call)

@@ -1,4 +1,4 @@
-"""The types that every source returns, and functions that several sources share."""
+"""The types that every source returns, and functions that several sources use."""
 
 import os
 from collections.abc import Callable
@@ -16,7 +16,7 @@ class Stored(NamedTuple):
     """Examples in memory in their stored form, and the function that decodes them.
 
     Attributes:
-      rows: [size, ...], in host memory; with weights, a pair of x and weights [size].
+      rows: [size, ...], in host memory; with weights, the pair of these rows and weights [size].
       decode: rows [n, ...] -> x, float32 [n, *event], or (x, None, weights); TensorFlow
         operations only.
     """
@@ -31,7 +31,8 @@ class Split:
 
     Attributes:
       size: number of examples.
-      read: indices, int64 [n] -> x, float32 [n, *event]; TensorFlow operations only.
+      read: indices, int64 [n] -> x, float32 [n, *event], or (x, None, weights); TensorFlow
+        operations only.
       labels: int64 [size], or None.
       stored: the examples in memory, or None if they are read from files.
     """
@@ -52,7 +53,7 @@ class Source:
       train: examples to train on.
       validation: held-out examples to watch during training.
       test: held-out examples for the final evaluation.
-      table: the columns of x, or None if it is no table.
+      table: the columns of x, or None if x is not a table.
     """
 
     name: str
@@ -64,21 +65,21 @@ class Source:
 
 
 def data_path(path: str) -> str:
-    """Returns `path`; if it is empty, the folder named by AVB_TF_DATA_DIR, or ''."""
+    """Returns `path`, or if it is empty the folder named by AVB_TF_DATA_DIR, or else ''."""
     return path or os.environ.get("AVB_TF_DATA_DIR", "")
 
 
 def array_split(
     x: np.ndarray, labels: np.ndarray | None = None, weights: np.ndarray | None = None
 ) -> Split:
-    """A split of an array in memory; uint8 is converted to float only when it is read.
+    """Returns a split of an array in memory; uint8 is converted to float only when it is read.
 
     Args:
       x: [size, *event], uint8 in 0..255 or float.
       labels: integer [size], or None.
-      weights: of the examples in training, float32 [size], or None.
+      weights: weights of the examples in training, float32 [size], or None.
     """
-    with tf.device("CPU:0"):  # tf.data runs there; from a GPU every batch would be copied back
+    with tf.device("CPU:0"):  # tf.data runs on the CPU: from a GPU each batch would be copied back
         rows = tf.constant(x if x.dtype == np.uint8 else x.astype(np.float32))
         rows = rows if weights is None else (rows, tf.constant(weights))
     decode = decoded if weights is None else _decoded_and_weighted
@@ -91,7 +92,7 @@ def array_split(
 
 
 def gather(rows: Any, indices: tf.Tensor) -> Any:
-    """The rows at `indices`, of each tensor."""
+    """Returns the rows at `indices` of each tensor."""
     return tf.nest.map_structure(lambda tensor: tf.gather(tensor, indices), rows)
 
 
@@ -101,7 +102,7 @@ def _decoded_and_weighted(rows: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor,
 
 
 def decoded(rows: tf.Tensor) -> tf.Tensor:
-    """Rows as float32 in [0, 1]; uint8 in 0..255 is divided by 255."""
+    """Returns rows as float32; divides uint8 in 0..255 by 255."""
     return tf.cast(rows, tf.float32) / (255.0 if rows.dtype == tf.uint8 else 1.0)
 
 
@@ -111,7 +112,7 @@ def cut(size: int, held_out: int, seed: int, place: str) -> list[np.ndarray]:
     Args:
       size: number of examples.
       held_out: number of tenths to cut off.
-      seed: of the shuffle.
+      seed: seed of the shuffle, at least 0.
       place: where the examples came from, for error messages.
 
     Returns:

@@ -1,7 +1,8 @@
-"""A table's columns: their kinds and scales, and the numbers that stand for a user's values.
+"""The columns of a table: their kinds and scales, and how users' values become numbers.
 
 Rows are float32 [n, columns] in the user's units. A category is a code 0, 1, ..., and NaN stands
-for a missing value. `columns` has the likelihood of these rows and the layer that reads them.
+for a missing value. The module `avb_tf.columns` has the likelihood of these rows and the layer that
+reads them.
 """
 
 import sys
@@ -19,7 +20,7 @@ REAL, COUNTS = ("gaussian", "student_t"), ("poisson", "negative_binomial")
 KINDS = (*REAL, *COUNTS, "bernoulli", "category", "exposure")
 SKIP = "skip"  # a column that is left out
 _MOST_CATEGORIES = 1000
-_FEWEST_DIGITS = 1e5  # largest mean of a column in standard deviations: float32 has 7 digits
+_FEWEST_DIGITS = 1e5  # largest mean in standard deviations, because float32 has 7 digits
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class Column:
     """One column of a table.
 
     Attributes:
-      name: its name.
+      name: name of the column.
       kind: one of `KINDS`.
-      shift: the column's mean; of counts the mean for an exposure of 1, of an exposure that of its
-        log; else 0.
-      scale: its standard deviation; of counts that of log(1 + x), of an exposure that of its log;
-        else 1.
-      categories: the values that the codes of a category stand for; else ().
+      shift: for real numbers the mean, for counts the mean per unit of exposure, for an exposure
+        the mean of its log; 0 for other kinds.
+      scale: for real numbers the standard deviation, for counts the standard deviation of
+        log(1 + x), for an exposure the standard deviation of its log; 1 for other kinds.
+      categories: for categories the values that the codes 0, 1, ... stand for; () for other kinds.
     """
 
     name: str
@@ -55,10 +56,10 @@ class Table:
         model.fit(frame, epochs=20)
         filled = frame.fillna(model.reconstruct(frame, samples=100))
 
-    `print(table)` shows the columns. A saved model holds its table, `model.table`.
+    `print(table)` shows the columns. A saved model keeps its table as `model.table`.
 
     Attributes:
-      columns: in the order of the model's x.
+      columns: the columns, in the order of the model's x.
       missing: whether values may be missing (NaN).
       skipped: names of the columns that are left out.
     """
@@ -71,22 +72,23 @@ class Table:
     def of(
         cls, x: Any, kinds: Mapping[str, str] | str = "", missing: bool = False, place: str = "x"
     ) -> "Table":
-        """The table that describes x.
+        """Returns the table that describes x.
 
         Args:
-          x: a pandas data frame, or an array [n, columns], whose columns are named "0", "1", ...
-            and whose categories are codes 0, 1, ...
-          kinds: column -> kind, or one kind for all columns; "*" stands for all that have no name
-            here. Real numbers: gaussian or student_t, with a learned scale. Counts: poisson or
-            negative_binomial. Zeros and ones: bernoulli. One of several values: category.
-            exposure: a column that the rates of all counts are multiplied by; it is not modelled.
-            skip: left out. Without a kind a column of zeros and ones is bernoulli, a pandas
-            Categorical a category, and any other column of numbers gaussian.
+          x: a pandas data frame, or an array [n, columns]. The columns of an array are named "0",
+            "1", ..., and its categories are codes 0, 1, ...
+          kinds: column -> kind, or one kind for all columns; "*" stands for all columns that are
+            not named here. Real numbers: gaussian or student_t, with a learned scale. Counts:
+            poisson or negative_binomial. Zeros and ones: bernoulli. One of several values:
+            category. exposure: a column that multiplies the rates of all counts and is not
+            modelled. skip: a column that is left out. Without a kind, a column of zeros and ones is
+            bernoulli, a pandas Categorical is a category, and any other column of numbers is
+            gaussian.
           missing: whether values may be missing (NaN).
-          place: name of x in messages.
+          place: name of x in error messages.
         Raises:
           UserError: a name or kind is unknown, or a column has values that its kind cannot have, or
-            only one value.
+            has only one distinct value.
         """
         values = _columns(x, place)
         kinds = {"*": kinds} if isinstance(kinds, str) else kinds
@@ -118,11 +120,11 @@ class Table:
         return cls(columns, missing, skipped)
 
     def array(self, x: Any, place: str = "x") -> np.ndarray:
-        """x as the model takes it, float32 [n, columns].
+        """Returns x in the form that the model takes, float32 [n, columns].
 
         Args:
           x: a data frame with the table's columns, in any order, or an array [n, columns].
-          place: its name in messages.
+          place: name of x in error messages.
         Raises:
           UserError: a column is missing, or has values that its kind cannot have.
         """
@@ -141,11 +143,11 @@ class Table:
         return np.stack(numbers, -1).astype(np.float32)
 
     def frame(self, rows: Any, index: Any = None) -> Any:
-        """Rows [n, columns] as a pandas data frame with the table's names and categories.
+        """Returns rows as a pandas data frame with the table's names and categories.
 
         Args:
-          rows: as `array` returns them, such as `model.sample(5)`.
-          index: of the frame.
+          rows: [n, columns], as `array` returns them, such as `model.sample(5)`.
+          index: index of the frame.
         """
         import pandas
 
@@ -158,12 +160,12 @@ class Table:
         return pandas.DataFrame(columns, index=index)
 
     def get_config(self) -> dict[str, Any]:
-        """Plain values, for `.keras` files."""
+        """Returns plain values, for `.keras` files."""
         return asdict(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Table":
-        """The table that `get_config` described."""
+        """Returns the table that `get_config` described."""
         columns = [Column(**{**c, "categories": tuple(c["categories"])}) for c in config["columns"]]
         return cls(tuple(columns), bool(config["missing"]), tuple(config["skipped"]))
 
@@ -177,10 +179,12 @@ class Table:
 
 
 def kinds_of(text: str) -> dict[str, str] | str:
-    """The kinds that `config.data.columns` names: "poisson", or "visits=poisson,city=category".
+    """Parses `config.data.columns`, such as "poisson" or "visits=poisson,city=category".
 
+    Returns:
+      Column -> kind, or one kind for all columns.
     Raises:
-      UserError: the text is of another form.
+      UserError: the text has another form.
     """
     if "=" not in text:
         return text.strip()
@@ -193,13 +197,13 @@ def kinds_of(text: str) -> dict[str, str] | str:
 
 
 def is_frame(x: Any) -> bool:
-    """Whether x is a pandas data frame; pandas is not imported for that."""
+    """Returns whether x is a pandas data frame, without importing pandas."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(x, pandas.DataFrame)
 
 
 def _columns(x, place) -> dict[str, Any]:
-    """Name -> values of a column: a pandas Series, or float64 [n]."""
+    """Returns name -> values of the column, a pandas Series or float64 [n]."""
     if is_frame(x):
         names = [str(name) for name in x.columns]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -210,7 +214,9 @@ def _columns(x, place) -> dict[str, Any]:
     try:
         rows = np.asarray(x)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{place} is no array ({error!s:.100}); expected [n, columns]") from error
+        raise UserError(
+            f"{place} is not an array ({error!s:.100}); expected [n, columns]"
+        ) from error
     numeric = np.issubdtype(rows.dtype, np.number) or rows.dtype == bool
     if rows.ndim != 2 or not rows.size or not numeric or np.iscomplexobj(rows):
         raise UserError(
@@ -221,7 +227,7 @@ def _columns(x, place) -> dict[str, Any]:
 
 
 def _described(name, values, kind, missing, exposure, place) -> Column:
-    """The column, with its scale and its categories."""
+    """Returns the description of a column, with its scale and its categories."""
     dtype = getattr(values, "dtype", None)
     if kind == "" and hasattr(dtype, "categories"):
         kind = "category"
@@ -232,7 +238,7 @@ def _described(name, values, kind, missing, exposure, place) -> Column:
         column = Column(name, kind := "bernoulli")
     if len(np.unique(known)) < 2 and kind != "exposure":
         raise UserError(
-            f"{place}: column '{name}' has less than two values; expected more; leave it out, "
+            f"{place}: column '{name}' has fewer than two values; expected more; leave it out, "
             f"{{'{name}': 'skip'}}"
         )
     if column.kind in REAL:
@@ -255,7 +261,7 @@ def _described(name, values, kind, missing, exposure, place) -> Column:
 
 
 def _categories(values, kind, name, place) -> tuple[Any, ...]:
-    """The categories of a column of that kind, plain Python values."""
+    """Returns the categories of a column of this kind as plain Python values."""
     dtype = getattr(values, "dtype", None)
     if isinstance(values, np.ndarray):
         if kind != "category":
@@ -290,10 +296,10 @@ def _check_number(count, name, place):
 
 
 def _numbers(column: Column, values, missing, place) -> np.ndarray:
-    """The column's values as float64 [n], NaN where one is missing, once they suit its kind.
+    """Returns the column's values as float64 [n], with NaN for missing values.
 
     Raises:
-      UserError: they do not.
+      UserError: a value does not suit the column's kind, or is missing and must not be.
     """
     if column.kind == "category" and not isinstance(values, np.ndarray):
         numbers = _codes(column, values, place)
@@ -319,12 +325,14 @@ def _numbers(column: Column, values, missing, place) -> np.ndarray:
         fits["category"] = (np.isin(known, codes) | absent, f"a code below {len(codes)}")
     if column.kind in fits:
         suits, expected = fits[column.kind]
-        _refuse(~suits, None, column, values, place, f"{expected}, as it is {column.kind}")
+        _refuse(
+            ~suits, None, column, values, place, f"{expected}, because its kind is {column.kind}"
+        )
     return numbers
 
 
 def _as_numbers(column, values, place) -> np.ndarray:
-    """A column of numbers as float64 [n]."""
+    """Returns a column of numbers as float64 [n]."""
     if isinstance(values, np.ndarray):
         return values
     from pandas.api import types
@@ -344,7 +352,7 @@ def _as_numbers(column, values, place) -> np.ndarray:
 
 
 def _codes(column, values, place) -> np.ndarray:
-    """The codes of a column of categories, float64 [n]."""
+    """Returns the codes of a column of categories, float64 [n]."""
     import pandas
 
     codes = pandas.Index(list(column.categories), dtype=object).get_indexer(
@@ -357,7 +365,7 @@ def _codes(column, values, place) -> np.ndarray:
 
 
 def _refuse(bad: np.ndarray, has: str | None, column, values, place, expected: str):
-    """Raises `UserError` of the first row that is bad."""
+    """Raises a UserError about the first bad row, if there is one."""
     if not bad.any():
         return
     row = int(np.argmax(bad))

@@ -1,4 +1,4 @@
-"""Tables in CSV and Parquet files. Nothing in them is ever unpickled."""
+"""Tables in CSV and Parquet files. The readers never unpickle anything."""
 
 import csv
 from pathlib import Path
@@ -12,14 +12,15 @@ SUFFIXES = (".csv", ".parquet")
 
 
 def load(path: str, seed: int, columns: str, missing: bool, table: Table | None = None) -> Source:
-    """A source of a table's rows, 80 % train, 10 % validation and 10 % test.
+    """Returns a source of a table's rows, 80 % train, 10 % validation and 10 % test.
 
     Args:
       path: a .csv or .parquet file.
-      seed: of the cut.
-      columns: kinds, as `table.kinds_of` reads them.
+      seed: seed of the cut.
+      columns: the columns' kinds, as `table.kinds_of` parses them.
       missing: whether values may be missing.
-      table: of a trained model, whose columns the file has; by default that of the train rows.
+      table: the table of a trained model, whose columns the file must have. By default the train
+        rows define the table.
     Raises:
       UserError: the file cannot be read, or a column is not as described.
     """
@@ -32,7 +33,7 @@ def load(path: str, seed: int, columns: str, missing: bool, table: Table | None 
     train, validation, test = cut(len(frame), 2, seed, place)
     if table is None:
         kinds = kinds_of(columns)
-        # Categories are those of all rows: a rare one may not be among the train rows.
+        # All rows define the categories, because a rare category may be absent from the train rows.
         whole = Table.of(frame, kinds, missing, place)
         types = {
             column.name: pandas.CategoricalDtype(list(column.categories))
@@ -46,16 +47,18 @@ def load(path: str, seed: int, columns: str, missing: bool, table: Table | None 
 
 
 def read(path: Path) -> Any:
-    """The file as a pandas data frame.
+    """Reads the file as a pandas data frame.
 
     Raises:
-      UserError: it is missing, empty or damaged, or its rows differ in length.
+      UserError: the file is missing, empty or damaged, or its rows differ in length.
     """
     import pandas
 
     readers = {".csv": _read_csv, ".parquet": pandas.read_parquet}
     if path.suffix.lower() not in readers:
-        raise UserError(f"{path} is no .csv or .parquet file; expected one; name it so")
+        raise UserError(
+            f"{path} is not a .csv or .parquet file; expected one of these; rename or convert it"
+        )
     try:
         frame = readers[path.suffix.lower()](path)
     except UserError:
@@ -64,7 +67,7 @@ def read(path: Path) -> Any:
         raise UserError(
             f"{path} needs pyarrow, which is not installed; pip install 'avb_tf[parquet]'"
         ) from error
-    except Exception as error:  # pandas, csv and pyarrow raise different kinds
+    except Exception as error:  # pandas, csv and pyarrow raise different exception types
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read ({reason:.150}); expected a table") from error
     if not len(frame):
@@ -73,7 +76,10 @@ def read(path: Path) -> Any:
 
 
 def _read_csv(path: Path):
-    """A CSV file whose rows all have the length of the header; pandas would fill short ones."""
+    """Reads a CSV file and checks that every row is as long as the header.
+
+    pandas would fill short rows without an error.
+    """
     import pandas
 
     with path.open(newline="", encoding="utf-8-sig") as file:

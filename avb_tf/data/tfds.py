@@ -9,9 +9,10 @@ def load(name: str, path: str, seed: int) -> Source:
     """Reads the features `image` and `label` of the splits train, validation and test into memory.
 
     Args:
-      name: its name in tensorflow_datasets, such as "fashion_mnist".
-      path: the data folder of tensorflow_datasets; if empty, its default.
-      seed: of the tenths cut off train for a missing validation or test split.
+      name: name of the data set in tensorflow_datasets, such as "fashion_mnist".
+      path: the data folder of tensorflow_datasets; if empty, the folder named by AVB_TF_DATA_DIR,
+        or the default folder of tensorflow_datasets.
+      seed: seed for cutting a tenth off train for each missing validation or test split.
 
     Raises:
       UserError: the package or the data set is missing, or the images differ in shape.
@@ -31,7 +32,7 @@ def load(name: str, path: str, seed: int) -> Source:
         content = {f"x_{split}": data[split]["image"].numpy() for split in splits}
         if "label" in builder.info.features:
             content |= {f"y_{split}": data[split]["label"].numpy() for split in splits}
-    except Exception as error:  # each data set raises different kinds
+    except Exception as error:  # each data set raises different exception types
         reason = f"{type(error).__name__}: {error}".splitlines()[0]  # the rest lists all data sets
         raise UserError(
             f"'tfds:{name}' cannot be read ({reason}); expected a data set of tensorflow_datasets "

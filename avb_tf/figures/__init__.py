@@ -12,12 +12,12 @@ from avb_tf import files
 def save(
     figures: Mapping[str, Figure], directory: Path, formats: Sequence[str] = ("png",)
 ) -> list[Path]:
-    """Writes each figure in every format, atomically.
+    """Writes each figure in every format, each file atomically.
 
     Args:
       figures: file name without suffix -> figure.
-      directory: created if missing.
-      formats: of "png" and "pdf".
+      directory: folder for the files; created if missing.
+      formats: any of "png" and "pdf".
     Returns:
       The paths of the files.
     """
@@ -31,12 +31,12 @@ def save(
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """Returns the figure as the bytes of a PNG file."""
     return rendered(figure, "png")
 
 
 def rendered(figure: Figure, kind: str) -> bytes:
-    """The figure as a file of kind "png" or "pdf"."""
+    """Returns the figure as the bytes of a file of kind "png" or "pdf"."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=120)
     return buffer.getvalue()

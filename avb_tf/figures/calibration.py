@@ -1,4 +1,4 @@
-"""Simulation-based calibration: ranks, coverage, posterior predictive and recovery."""
+"""The figure of simulation-based calibration: ranks, posterior predictive, coverage, recovery."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -28,16 +28,16 @@ def check(
     coordinates: Sequence[str],
     recovery: Recovery,
 ) -> Figure:
-    """Panels of ranks, of coverage, of the posterior predictive, and of each coordinate.
+    """Draws ranks, posterior predictive, coverage, and the recovery of each coordinate.
 
     Args:
-      ranks: name -> [possible ranks], share of the ranks of this kind up to each.
-      outcomes: the same of new data among predicted ones.
-      band: largest deviation of uniform ranks with probability 95%.
-      levels: [levels], of central intervals.
-      coverage: [levels, dim], share of parameters in them.
-      coordinates: a name for each of dim.
-      recovery: of the last coordinates.
+      ranks: name -> [possible ranks], the share of this name's ranks up to each possible rank.
+      outcomes: the same for new data among predicted data.
+      band: half-width of the band that contains uniform ranks with probability 95%.
+      levels: levels of central intervals, [levels].
+      coverage: share of parameters in them, [levels, dim].
+      coordinates: a name for each dimension.
+      recovery: parameters and posteriors; the last coordinates are drawn.
     """
     shown = range(len(coordinates))[-_SHOWN:]
     rows = 1 + -(-len(shown) // _COLUMNS)
@@ -74,7 +74,7 @@ def _ranks(axes, shares: Mapping[str, np.ndarray], band: float):
         uniform = np.arange(1, len(share) + 1) / len(share)
         axes.plot(uniform, _difference(share), linewidth=1.0, label=name)
     axes.axhspan(-band, band, color="0.9", zorder=0, label="95% of uniform ranks")
-    axes.set_ylabel("distribution function less the uniform one")
+    axes.set_ylabel("distribution function minus the uniform one")
     axes.legend(fontsize=6, ncols=2)
 
 

@@ -1,4 +1,4 @@
-"""The figure of a comparison."""
+"""The figure that compares methods."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ _COLOURS = matplotlib.color_sequences["tab10"]
 
 
 def log_likelihoods(rows: list[dict[str, Any]]) -> Figure:
-    """log p(x) and the bound of each method, a panel for each data set.
+    """Draws log p(x) and the bound of each method, with a panel for each data set.
 
     Args:
-      rows: as `commands.compare.row` makes them.
+      rows: rows as `commands.compare.row` returns them.
     """
     data = list(dict.fromkeys(row["data"] for row in rows))
     tallest = max(sum(row["data"] == name for row in rows) for name in data)

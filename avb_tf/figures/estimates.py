@@ -16,7 +16,7 @@ _LEVELS = {  # estimates drawn as horizontal lines: label, colour and style
 def convergence(
     curve: Sequence[int], bounds: np.ndarray, levels: Mapping[str, np.ndarray]
 ) -> Figure:
-    """Importance-weighted bounds against their number of samples, with other estimates as lines.
+    """Draws importance-weighted bounds against their number of samples, other estimates as lines.
 
     Args:
       curve: numbers of samples.
@@ -43,7 +43,7 @@ def convergence(
 
 
 def weights(log_weights: Mapping[str, np.ndarray]) -> Figure:
-    """Histograms of log w - log mean w, over all draws of all examples.
+    """Draws histograms of log w - log mean w over all draws of all examples.
 
     Args:
       log_weights: sampler -> [draws, examples].
@@ -68,7 +68,7 @@ def weights(log_weights: Mapping[str, np.ndarray]) -> Figure:
 
 
 def annealing(acceptance: np.ndarray) -> Figure:
-    """Acceptance rate by temperature: the mean over examples, and the central 90% of them.
+    """Draws the acceptance rate by temperature: the mean and the central 90% of the examples.
 
     Args:
       acceptance: [temperatures, examples].

@@ -1,4 +1,4 @@
-"""Figures of a model."""
+"""Figures of one or more trained models."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ _CONTENT = np.array([0.5, 0.9])  # shares of the posterior's mass inside the con
 
 
 def of_model(model: AVB, x: np.ndarray, labels: np.ndarray | None = None) -> dict[str, Figure]:
-    """All figures of one model by name.
+    """Draws all figures of one model, and returns them by name.
 
-    Images are drawn for events of rank 3, the latent space for two latents.
+    Images are drawn only if x has rank 3, and the latent space only for models with two latents.
 
     Args:
       model: a trained model.
@@ -38,11 +38,11 @@ def of_model(model: AVB, x: np.ndarray, labels: np.ndarray | None = None) -> dic
 
 
 def image_grid(images: np.ndarray, title: str, columns: int = 8) -> Figure:
-    """Images row by row.
+    """Draws images in a grid, row by row.
 
     Args:
       images: [count, height, width, channels] in [0, 1].
-      title: of the figure.
+      title: title of the figure.
       columns: images in a row.
     """
     rows = -(-len(images) // columns)
@@ -63,7 +63,7 @@ def image_grid(images: np.ndarray, title: str, columns: int = 8) -> Figure:
 
 
 def reconstructions(model: AVB, x: np.ndarray, columns: int = 8) -> Figure:
-    """Examples, with a reconstruction E[x'|z] for one z ~ q(z|x) below each.
+    """Draws examples, and below each a reconstruction E[x'|z] for one z ~ q(z|x).
 
     Args:
       model: a trained model.
@@ -79,12 +79,12 @@ def reconstructions(model: AVB, x: np.ndarray, columns: int = 8) -> Figure:
 
 
 def interpolations(model: AVB, first: np.ndarray, last: np.ndarray, steps: int = 8) -> Figure:
-    """E[x|z] along straight lines in z, one row for each pair of `first` and `last`.
+    """Draws E[x|z] along straight lines in z, one row for each pair of `first` and `last`.
 
     Args:
       model: a trained model.
-      first: [count, *event], start of each line.
-      last: [count, *event], end of each line.
+      first: [count, *event]; each line starts at the posterior mean of one of these.
+      last: [count, *event]; each line ends at the posterior mean of one of these.
       steps: images in a row.
     """
     z, share = (
@@ -97,7 +97,7 @@ def interpolations(model: AVB, first: np.ndarray, last: np.ndarray, steps: int =
 
 
 def manifold(model: AVB, side: int = 16) -> Figure:
-    """E[x|z] over quantiles of the prior of two latents."""
+    """Draws E[x|z] over a grid of `side` x `side` quantiles of the prior of two latents."""
     quantiles = ndtri((np.arange(side) + 0.5) / side)
     z = np.stack(np.meshgrid(quantiles, -quantiles), -1).reshape(-1, 2)
     images = np.asarray(model.decode(z))
@@ -107,13 +107,13 @@ def manifold(model: AVB, side: int = 16) -> Figure:
 def latent_spaces(
     models: Mapping[str, AVB], x: np.ndarray, labels: np.ndarray | None = None, draws: int = 2000
 ) -> Figure:
-    """Draws of q(z|x) for all x, a panel for each model.
+    """Plots draws of q(z|x) for all x, with a panel for each model.
 
     Args:
       models: name -> model with two latents.
       x: [count, *event].
       labels: [count] or None; they colour the draws.
-      draws: number of draws in a panel, roughly.
+      draws: approximate number of draws in a panel.
     """
     figure = Figure((4.2 * len(models) + 0.8, 4.2), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(models), sharex=True, sharey=True))
@@ -135,12 +135,12 @@ def latent_spaces(
 
 
 def posteriors(models: Mapping[str, AVB], x: np.ndarray, cells: int = 120) -> Figure:
-    """The exact p(z|x), shaded, and draws of q(z|x): a row for each model, a column for each x.
+    """Plots the exact p(z|x), shaded, and draws of q(z|x): a row per model, a column per x.
 
     Args:
       models: name -> model with two latents.
       x: [count, *event].
-      cells: points along each side of the grid that p(z|x) is computed on.
+      cells: points along each side of the grid on which p(z|x) is computed.
     """
     figure = Figure((2.1 * len(x) + 0.6, 2.2 * len(models)), layout="constrained")
     panels = figure.subplots(len(models), len(x), squeeze=False)
@@ -167,7 +167,7 @@ def posteriors(models: Mapping[str, AVB], x: np.ndarray, cells: int = 120) -> Fi
 
 
 def _levels(density) -> list:
-    """Contour levels of `density` on a uniform grid that enclose `_CONTENT` of its mass."""
+    """Returns levels of `density`, on a uniform grid, that enclose `_CONTENT` of its mass."""
     values = np.sort(density.ravel())[::-1]
     mass = np.cumsum(values) / values.sum()
     inside = [values[np.searchsorted(mass, c)] for c in _CONTENT[::-1]]

@@ -8,18 +8,19 @@ from matplotlib.figure import Figure
 
 _COLOURS = matplotlib.color_sequences["tab10"]
 _POINTS = 1000  # draws of each set in a panel
-_COORDINATES = 6  # drawn at most; the last ones, which tend to be scales and means
+_COORDINATES = 6  # most coordinates drawn: the last ones, which tend to be scales and means
 
 
 def pairs(
     draws: Mapping[str, np.ndarray], coordinates: Sequence[str], title: str | None = None
 ) -> Figure:
-    """Every pair of coordinates of several sets of draws, their densities on the diagonal.
+    """Plots each pair of coordinates of several sets of draws, with densities on the diagonal.
 
     Args:
-      draws: name -> [n, dim]; the first is drawn on top. Axes span the last one's central 99.8%.
-      coordinates: a name for each of dim.
-      title: of the legend.
+      draws: name -> [n, dim]. The first set is drawn on top, and the axes span the central 99.8% of
+        the last set.
+      coordinates: names of the dim coordinates.
+      title: title of the legend.
     """
     shown = list(range(len(coordinates)))[-_COORDINATES:]
     last = list(draws.values())[-1]

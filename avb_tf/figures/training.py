@@ -12,12 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import TENSORS, Even
 BOUND = "importance_bound"  # logged by `callbacks.monitor`
 DIFFERENCE = "elbo_minus_importance_bound"
 _COLOURS = matplotlib.color_sequences["tab10"]
-_MARKED = 30  # points of a curve that are shown as such, at most
-_CLOSE = 6.0  # nats below the best value that the second panel shows
+_MARKED = 30  # a curve with at most this many points shows each as a dot
+_CLOSE = 6.0  # the second panel shows this many nats below the best value
 
 
 def read(workdir: Path, tag: str = BOUND, side: str = "validation") -> np.ndarray:
-    """Steps and values of a logged scalar, [points, 2]; [0, 2] if it was not logged.
+    """Returns the steps and values of a logged scalar, [points, 2]; [0, 2] if it was not logged.
 
     If a resumed run logged a step twice, the later value counts.
 
@@ -38,7 +38,7 @@ def read(workdir: Path, tag: str = BOUND, side: str = "validation") -> np.ndarra
 
 
 def draw(curves: Mapping[str, np.ndarray], methods: Mapping[str, str]) -> Figure:
-    """The importance-weighted bound of every run against the step; a second panel zooms in.
+    """Draws the importance-weighted bound of every run against the step; a second panel zooms in.
 
     Args:
       curves: run -> [points, 2], as `read` returns them, not empty.
@@ -64,10 +64,10 @@ def draw(curves: Mapping[str, np.ndarray], methods: Mapping[str, str]) -> Figure
 
 
 def of_run(workdir: Path) -> Figure | None:
-    """The bounds and the adversary's metrics of a run against the step; None without logs.
+    """Draws a run's bounds and its adversary's metrics against the step; returns None without logs.
 
-    The ELBO is compared with the importance-weighted bound on the same examples, in a panel of its
-    own; validation has more examples than that.
+    A separate panel compares the ELBO with the importance-weighted bound on the same examples,
+    because the validation data have more examples than that bound uses.
     """
     sides = ("train", "validation")
     elbo = {side: read(workdir, "elbo", side) for side in sides}

@@ -1,1 +1,1 @@
-"""log p(x) of a trained model, without the adversary."""
+"""Estimates of log p(x) of a trained model, which do not use the adversary."""

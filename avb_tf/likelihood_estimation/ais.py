@@ -4,13 +4,14 @@ Forward chains from a tractable start bound log p(x) from below. Reverse chains 
 of p(z|x) bound it from above; only data simulated from the model have such a draw (bidirectional
 Monte Carlo: Grosse, Ghahramani and Adams, 2015). All chains of all examples run in one call.
 
-The transitions are our own Hamiltonian Monte Carlo. Along the path
+The transitions are Hamiltonian Monte Carlo, implemented here. Along the path
 
     log start(z) + beta * excess(z),   excess(z) = log p(x, z) - log start(z)
 
 neither the excess nor its gradient depends on beta. Both stay valid when the temperature changes,
-so a leapfrog step costs one evaluation. TFP's kernel caches the density at one beta: keeping the
-cache biases the chain, and renewing it costs one more evaluation per temperature.
+so a leapfrog step costs one evaluation. TFP's kernel is not used, because it caches the density at
+one beta: keeping the cache biases the chain, and renewing it costs one more evaluation per
+temperature.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,12 @@ from tensorflow_probability import distributions as tfd
 from avb_tf import proposal
 from avb_tf.likelihood_estimation import joint
 
-ROWS = 800  # chains of all examples in a call, which keep the processor busy
-_LARGEST = 2**21  # numbers of x for all chains of a chunk, to bound the memory
-PILOT_CHAINS = 8  # enough to estimate the mean acceptance
-INITIAL_STEP = 0.3  # in coordinates where the start is standard normal
-TARGET_ACCEPTANCE = 0.7
-_ADAPTATION = 0.2  # change of the log step size per unit of excess acceptance
+ROWS = 800  # chains of all examples in a call; enough to keep the processor busy
+_LARGEST = 2**21  # numbers in the decoded x of all chains of a chunk, to bound the memory
+PILOT_CHAINS = 8  # enough to estimate the mean acceptance rate
+INITIAL_STEP = 0.3  # step size in coordinates where the start is standard normal
+TARGET_ACCEPTANCE = 0.7  # acceptance rate
+_ADAPTATION = 0.2  # change of the log step size per unit of acceptance rate above the target
 
 
 class Chains(NamedTuple):
@@ -36,12 +37,12 @@ class Chains(NamedTuple):
 
     log_weights: np.ndarray  # [chains, batch], in nats
     z: np.ndarray  # [chains, batch, latent], final states
-    acceptance: np.ndarray  # [K, batch], mean over chains at each temperature
+    acceptance: np.ndarray  # [K, batch], acceptance rate at each temperature, mean over chains
     step_size: np.ndarray  # [K, batch], at each temperature
 
 
 class Bidirectional(NamedTuple):
-    """Weights of chains for x simulated from a model."""
+    """Weights of forward and reverse chains for x simulated from a model."""
 
     x: np.ndarray  # [batch, *event]
     forward: np.ndarray  # [chains, batch], log weights for `lower_bound`
@@ -57,45 +58,52 @@ class _State(NamedTuple):
 
 
 def sigmoid_schedule(temperatures: int, width: float = 4.0) -> np.ndarray:
-    """Inverse temperatures from 0 to 1, [temperatures + 1], dense at both ends."""
+    """Returns inverse temperatures from 0 to 1, [temperatures + 1], dense at both ends.
+
+    Args:
+      temperatures: number of steps.
+      width: the schedule is a sigmoid on [-width, width], rescaled to end at 0 and 1.
+    """
     s = 1.0 / (1.0 + np.exp(-np.linspace(-width, width, temperatures + 1)))
     return ((s - s[0]) / (s[-1] - s[0])).astype(np.float32)
 
 
 class Annealer:
-    """Chains along (1 - beta) log start(z) + beta log p(x, z), in one compiled graph.
+    """Annealed chains along (1 - beta) log start(z) + beta log p(x, z), in one compiled graph.
 
         anneal = Annealer(log_joint)
         chains = anneal(x, start, sigmoid_schedule(100), z, step_size)  # z ~ start
         lower_bound(chains.log_weights)  # [batch], nats
 
     Args:
-      log_joint: x [batch, ...], z [chains, batch, latent] -> log p(x, z), [chains, batch].
-      leapfrog_steps: in each transition.
+      log_joint: function of x [batch, ...] and z [chains, batch, latent] that returns log p(x, z),
+        [chains, batch].
+      leapfrog_steps: leapfrog steps in each transition.
     """
 
     def __init__(self, log_joint: Callable, leapfrog_steps: int = 10):
         self.log_joint = log_joint
         self.leapfrog_steps = leapfrog_steps
-        # One graph serves pilot, forward and reverse chains of any number.
+        # One graph serves pilot, forward and reverse chains in any number.
         self._compiled = tf.function(self._anneal, reduce_retracing=True)
 
     def __call__(self, x, start, betas, z, step_size, adapt: bool = False, seed=(0, 0)) -> Chains:
-        """Chains from betas[0] to betas[-1].
+        """Runs chains from betas[0] to betas[-1].
 
-        With ascending betas and z ~ start, the mean of exp(log_weights) is p(x) in expectation;
-        with descending ones and z ~ p(z|x) it is 1 / p(x). This holds for fixed step sizes, not
-        while they adapt: run once with `adapt`, then again with the resulting step sizes.
+        With ascending betas and z ~ start, the expectation of exp(log_weights) is p(x). With
+        descending betas and z ~ p(z|x), it is 1 / p(x). Both hold only for fixed step sizes, so
+        run the chains once with `adapt`, then again with the resulting step sizes.
 
         Args:
           x: [batch, ...].
-          start: Gaussian with `loc` and `scale`, batch [batch], event [latent]; chains move in the
-            coordinates that it whitens, so that one step size serves all latents of an example.
-          betas: [K + 1], monotone.
+          start: Gaussian with `loc` and `scale`, batch [batch], event [latent]. The chains move in
+            coordinates where it is standard normal, so that one step size serves all latents of an
+            example.
+          betas: [K + 1], inverse temperatures, monotone.
           z: [chains, batch, latent], initial states.
-          step_size: of the leapfrog integrator, [K, batch].
-          adapt: whether step sizes adapt to the acceptance along the way.
-          seed: of momenta and acceptances, two integers.
+          step_size: [K, batch], step size of the leapfrog integrator at each temperature.
+          adapt: whether the step sizes adapt to the acceptance rate while the chains run.
+          seed: seed of momenta and acceptances, two integers.
         """
         outputs = self._compiled(
             tf.convert_to_tensor(x),
@@ -124,7 +132,7 @@ class Annealer:
             with tf.GradientTape() as tape:
                 tape.watch(w)
                 value = tf.ensure_shape(excess(w), w.shape[:-1])
-            # A loop needs static shapes, and broadcasting loses the one of a batch of 1.
+            # A loop needs static shapes, and broadcasting loses the static size of a batch of 1.
             return _State(w, value, tf.ensure_shape(tape.gradient(value, w), w.shape))
 
         temperatures = tf.shape(step_size)[0]
@@ -140,7 +148,7 @@ class Annealer:
             before, beta = state.excess, tf.where(reverse, betas[i], betas[i + 1])
             key = tf.random.fold_in(seed, i)
             state, acceptance = _transition(evaluated, state, beta, size, self.leapfrog_steps, key)
-            # A forward chain is weighted before it moves, a reverse one after.
+            # A forward chain is weighted before it moves, a reverse chain after it has moved.
             log_weights += (betas[i + 1] - betas[i]) * tf.where(reverse, state.excess, before)
             log_scaling += adaptation * (acceptance - TARGET_ACCEPTANCE)
             acceptances, sizes = acceptances.write(i, acceptance), sizes.write(i, size)
@@ -148,11 +156,15 @@ class Annealer:
 
 
 def _transition(evaluated, state: _State, beta, size, leapfrog_steps: int, key):
-    """One HMC step on -|w|^2 / 2 + beta * excess(w): the new state and the mean acceptance."""
+    """Takes one HMC step on -|w|^2 / 2 + beta * excess(w).
+
+    Returns:
+      (the new state, the acceptance rate [batch], mean over chains).
+    """
     step = size[tf.newaxis, :, tf.newaxis]
     momentum = tf.random.stateless_normal(tf.shape(state.w), key)
     moved, p = state, momentum + 0.5 * step * (beta * state.gradient - state.w)
-    # The trajectory uses the gradient alone, so the graph prunes the energies inside it.
+    # The trajectory uses only the gradient, so the graph prunes the densities along the trajectory.
     w, gradient = state.w, state.gradient
     for _ in tf.range(leapfrog_steps - 1):
         w += step * p
@@ -178,18 +190,20 @@ def _transition(evaluated, state: _State, beta, size, leapfrog_steps: int, key):
 
 
 class AnnealedSampler:
-    """AIS of a model: bounds on log p(x) from below and, for simulated x, from above.
+    """AIS of a model, which bounds log p(x) from below and, for simulated x, from above.
 
         sampler = AnnealedSampler(model, temperatures=100, chains=32)
         lower_bound(sampler.forward(x).log_weights)  # [batch], nats
 
-    The start is a Gaussian with the moments of q(z|x), widened (`proposal.widened_gaussian`). A
-    pilot run of a few chains adapts the step sizes of each example; they are then fixed and all
-    chains run anew.
+    The chains start from a widened Gaussian with the moments of q(z|x)
+    (`proposal.widened_gaussian`). A pilot run of a few chains adapts the step sizes of each
+    example. Then all chains run from new starts with these step sizes, which stay fixed.
 
     Args:
-      model: an `AVB`; its weights may change afterwards, its parts may not.
-      temperatures, chains, leapfrog_steps: sizes; the bounds tighten with the first two.
+      model: an `AVB`. Its weights may change afterwards, but its parts must not.
+      temperatures: number of temperatures; more tighten the bounds.
+      chains: chains for each example; more tighten the bounds.
+      leapfrog_steps: leapfrog steps of Hamiltonian Monte Carlo at each temperature.
     """
 
     def __init__(self, model: Any, temperatures: int, chains: int, leapfrog_steps: int = 10):
@@ -199,14 +213,14 @@ class AnnealedSampler:
         self._start = tf.function(self._moments, reduce_retracing=True)
 
     def forward(self, x, seed: int = 0) -> Chains:
-        """Forward chains for x [batch, *event]; their `lower_bound` bounds log p(x)."""
+        """Runs forward chains for x [batch, *event]; their `lower_bound` bounds log p(x)."""
         return self._forward(tf.convert_to_tensor(x), seed)[0]
 
     def bidirectional(self, count: int, seed: int = 0) -> Bidirectional:
-        """Forward and reverse chains for `count` x simulated from the model.
+        """Runs forward and reverse chains for `count` x simulated from the model.
 
-        The z that generated an x is an exact draw of p(z|x). All reverse chains of the x start
-        there.
+        The z that generated an x is an exact draw of p(z|x). All reverse chains of this x start
+        from it.
         """
         z = self.model.prior.sample(count, seed=(seed, 10))
         outputs = self.model.averaged_decoder(z)
@@ -236,15 +250,23 @@ kept_sampler = joint.kept_for_the_last_model(AnnealedSampler)
 
 
 def examples_at_once(model: Any, rows: int) -> int:
-    """Examples in a chunk with `rows` z for each, as the memory allows."""
+    """Returns the number of examples in a chunk with `rows` z for each, bounded by the memory."""
     return max(1, min(ROWS // rows, _LARGEST // (rows * int(np.prod(model.event_shape)))))
 
 
 def lower_bound(log_weights) -> np.ndarray:
-    """log p(x), [batch], from forward weights [chains, batch]: a lower bound in expectation."""
+    """Returns a lower bound on log p(x) in expectation, [batch], in nats.
+
+    Args:
+      log_weights: [chains, batch], log weights of forward chains.
+    """
     return np.logaddexp.reduce(log_weights.astype(np.float64), 0) - np.log(len(log_weights))
 
 
 def upper_bound(log_weights) -> np.ndarray:
-    """log p(x), [batch], from reverse weights [chains, batch]: an upper bound in expectation."""
+    """Returns an upper bound on log p(x) in expectation, [batch], in nats.
+
+    Args:
+      log_weights: [chains, batch], log weights of reverse chains.
+    """
     return -lower_bound(log_weights)

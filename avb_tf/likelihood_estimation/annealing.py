@@ -1,4 +1,4 @@
-"""log p(x) by AIS with its error and diagnostics, as `AVB.log_likelihood` returns it."""
+"""Estimates log p(x) by AIS, with errors and diagnostics, for `AVB.log_likelihood`."""
 
 from typing import Any, NamedTuple
 
@@ -9,20 +9,21 @@ from avb_tf.likelihood_estimation import ais, chunks
 
 
 class LogLikelihood(NamedTuple):
-    """log p(x) in nats by annealed importance sampling, a lower bound in expectation.
+    """Estimates of log p(x) in nats by annealed importance sampling, lower bounds in expectation.
 
         log_p = model.log_likelihood(x)
-        print(log_p)  # the mean with its standard error, what it rests on, and warnings
+        print(log_p)  # the mean with its standard error, diagnostics and warnings
         log_p.values, log_p.errors  # of each example
 
     Attributes:
-      values: [examples].
-      errors: [examples], the standard error of each value over its chains.
+      values: [examples], the estimates.
+      errors: [examples], the standard error of each value, estimated from its chains; NaN with
+        a single chain.
       effective_sample_size: [examples], from 1 to the number of chains.
       pareto_k: [examples]; above 0.7 a value and its error cannot be trusted. NaN with fewer than
         25 chains.
-      acceptance: [temperatures], the share of accepted transitions.
-      chains: their number for each example.
+      acceptance: [temperatures], the acceptance rate, mean over chains and examples.
+      chains: number of chains for each example.
     """
 
     values: np.ndarray
@@ -34,12 +35,12 @@ class LogLikelihood(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Over the examples."""
+        """Mean of the values over the examples."""
         return float(self.values.mean())
 
     @property
     def standard_error(self) -> float:
-        """Of the mean as an estimate for all x like these; NaN for one example."""
+        """Standard error of the mean, from the spread of the examples; NaN for one example."""
         spread = self.values.std(ddof=1) if len(self.values) > 1 else np.nan
         return float(spread / np.sqrt(len(self.values)))
 
@@ -74,12 +75,14 @@ class LogLikelihood(NamedTuple):
 def log_likelihood(
     model: Any, x: Any, temperatures: int, chains: int, leapfrog_steps: int, verbose: bool
 ) -> LogLikelihood:
-    """log p(x) of each example.
+    """Estimates log p(x) of each example by AIS.
 
     Args:
       model: an `AVB`.
       x: [examples, *event].
-      temperatures, chains, leapfrog_steps: as of `ais.AnnealedSampler`.
+      temperatures: number of temperatures.
+      chains: chains for each example.
+      leapfrog_steps: leapfrog steps at each temperature.
       verbose: whether to show a progress bar.
     """
     sampler = ais.kept_sampler(
@@ -94,7 +97,8 @@ def log_likelihood(
     ]
     log_weights = np.concatenate([part.log_weights for part in parts], -1)
     effective = diagnostics.effective_sample_size(log_weights)
-    variance = (1.0 / effective - 1.0 / chains) * chains / max(1, chains - 1)  # of the mean weight
+    # Of the mean weight, relative to its square.
+    variance = (1.0 / effective - 1.0 / chains) * chains / (chains - 1 if chains > 1 else np.nan)
     return LogLikelihood(
         ais.lower_bound(log_weights),
         np.sqrt(np.maximum(variance, 0.0)),

@@ -1,4 +1,4 @@
-"""Long estimates in chunks of examples; each finished chunk is saved to disk."""
+"""Computes long estimates in chunks of examples and saves each finished chunk to disk."""
 
 import hashlib
 import io
@@ -18,7 +18,13 @@ _Item = TypeVar("_Item")
 
 
 def fingerprint(model: Any, x, settings: dict[str, Any]) -> str:
-    """A hash of everything that an estimate depends on: weights, examples and settings."""
+    """Returns a hash of everything that an estimate depends on.
+
+    Args:
+      model: an `AVB`, of which the averaged weights count.
+      x: [count, *event], the examples.
+      settings: settings of the estimate, as plain JSON values.
+    """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     weights = model.averaged_encoder.weights + model.averaged_decoder.weights
     for array in (*weights, x):
@@ -34,16 +40,18 @@ def run(
     label: str,
     size: int,
 ) -> tuple[Any, float]:
-    """The results of `compute` for `count` examples, and the seconds it took over all calls.
+    """Returns the results of `compute` for `count` examples, and its seconds over all calls.
 
-    Chunks that an earlier call finished in `directory` are read, not computed again: an interrupted
-    evaluation continues where it stopped, with the same results.
+    Chunks that an earlier call finished in `directory` are read instead of computed again. An
+    interrupted evaluation therefore continues where it stopped, with the same results.
 
     Args:
-      record: a NamedTuple of arrays whose last axis is over examples.
-      compute: (index of the chunk, its examples) -> record; a function of these alone.
-      directory: for the chunks of this estimate alone (see `fingerprint`).
-      label: says what is computed, above the progress bar.
+      record: class of the results, a NamedTuple of arrays with the examples on the last axis.
+      compute: function of (index of the chunk, slice of its examples) that returns a `record`; the
+        result must depend only on these two.
+      count: number of examples.
+      directory: folder of the chunks of this estimate, not shared with others (`fingerprint`).
+      label: description of the estimate, printed above the progress bar.
       size: examples in a chunk.
     """
     files.make_directory(directory)
@@ -67,7 +75,7 @@ def run(
 
 
 def tracked(items: Sequence[_Item], label: str) -> Iterator[_Item]:
-    """The items, with a line that says what is computed and a bar with the remaining time."""
+    """Yields the items and shows `label` with a progress bar of the remaining time."""
     if not items:
         return
     print(label)
@@ -78,10 +86,10 @@ def tracked(items: Sequence[_Item], label: str) -> Iterator[_Item]:
 
 
 def _read(file: Path, record: Any, count: int) -> dict[str, np.ndarray] | None:
-    """A finished chunk, or None where there is none or it is damaged."""
+    """Returns the arrays of a finished chunk, or None if it is missing or damaged."""
     try:
         arrays = archives.read_arrays(file)
-    except Exception:  # zipfile, zlib and numpy raise many kinds on a damaged file
+    except Exception:  # zipfile, zlib and numpy raise many types on a damaged file
         return None
     whole = arrays.keys() == {*record._fields, "seconds"} and arrays["seconds"].shape == (1,)
     fits = whole and all(arrays[name].shape[-1:] == (count,) for name in record._fields)

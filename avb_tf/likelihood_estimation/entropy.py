@@ -1,18 +1,19 @@
 """Bounds on the log density of draws that have no known density, after adding Gaussian noise.
 
-Let w be draws of a distribution with about mean 0 and covariance I, and
+Let w be draws of a distribution with mean 0 and covariance I, approximately, and let
 
-    v = sqrt(1 - s^2) w + s u,   u ~ N(0, I),
+    v = sqrt(1 - s^2) w + s u,   u ~ N(0, I).
 
-which keeps mean and covariance and leaves a Gaussian as it is. v has a density whatever w is: the
-mixture q(v) = E_w[N(v; sqrt(1 - s^2) w, s^2 I)]. For v made from w_0, and further independent draws
-w_1..w_K, write N_k for the component of w_k at v. Then, in expectation over all draws,
+This map preserves mean and covariance, and it does not change a Gaussian. v has a density for any
+distribution of w: the mixture q(v) = E_w[N(v; sqrt(1 - s^2) w, s^2 I)]. Let v be made from w_0, let
+w_1..w_K be further independent draws, and let N_k be the density at v of the component of w_k.
+Then, in expectation over all draws,
 
     E log (N_1 + .. + N_K) / K  <=  E log q(v)  <=  E log (N_0 + .. + N_K) / (K + 1).
 
-The left is Jensen's inequality. The excess of the right is a KL divergence: from w_0..w_K given v,
-their order forgotten, to K + 1 independent draws. Both sides approach E log q(v) as K grows (Yin
-and Zhou, 2018; Molchanov, Kharitonov, Sobolev and Vetrov, 2019).
+The left inequality is Jensen's. The gap on the right is a KL divergence: from the distribution of
+the unordered draws w_0..w_K given v to that of K + 1 independent draws. Both bounds approach
+E log q(v) as K grows (Yin and Zhou, 2018; Molchanov, Kharitonov, Sobolev and Vetrov, 2019).
 """
 
 import math
@@ -23,35 +24,44 @@ import scipy.linalg
 import scipy.spatial
 from scipy.special import logsumexp
 
-OVERLAPPING = 200  # components within the noise of a point; more tighten the bounds
-_RADIUS = 6.5  # noise scales beyond which components of at most two dimensions are bounded
-_PAIRS = 2**21  # distances at a time
+OVERLAPPING = 200  # components within one noise scale of a point; more tighten the bounds
+# Distance in noise scales beyond which components are bounded instead of summed, in at most two
+# dimensions.
+_RADIUS = 6.5
+_PAIRS = 2**21  # distances computed at a time, to bound the memory
 
 
 class Bounds(NamedTuple):
-    """Bounds of the same quantity from below and from above."""
+    """Lower and upper bounds on the same quantity."""
 
     lower: np.ndarray
     upper: np.ndarray
 
 
 def noise_scale(components: int, dimensions: int) -> float:
-    """s for which a point of unit density has `OVERLAPPING` of the components within s^dimensions.
+    """Returns s such that a volume s^dimensions at unit density has `OVERLAPPING` components.
 
-    More components allow a smaller s: the smoothed distribution then approaches the original one.
+    More components allow a smaller s, with which the smoothed distribution is closer to the
+    original one.
     """
     return min(0.99, (OVERLAPPING / components) ** (1.0 / dimensions))
 
 
 def smoothed(w, noise, scale: float) -> np.ndarray:
-    """v of the module's docstring, for w and noise [draws, n]."""
+    """Returns v, the draws w with noise added, as in the module's docstring.
+
+    Args:
+      w: [draws, n].
+      noise: [draws, n], standard normal.
+      scale: s, above 0 and below 1.
+    """
     return math.sqrt(1.0 - scale**2) * w + scale * noise
 
 
 def log_density_bounds(own, others, noise, scale: float) -> Bounds:
-    """Bounds on log q(v) in nats at v = `smoothed(own, noise, scale)`, [draws] each.
+    """Returns bounds on log q(v) in nats at v = `smoothed(own, noise, scale)`, [draws] each.
 
-    They hold for the mean over all draws, not for each of them.
+    The bounds hold in expectation over the draws, not for each draw.
 
     Args:
       own: w_0 for each v, [draws, n].
@@ -69,15 +79,18 @@ def log_density_bounds(own, others, noise, scale: float) -> Bounds:
 
 
 def at_smoothed_points(pilot, own, others, noise) -> tuple[np.ndarray, Bounds]:
-    """Points of the smoothed distribution and bounds on its log density there, in any coordinates.
+    """Returns points of the smoothed distribution and bounds on its log density at them.
 
-    The noise is added in coordinates that whiten the pilot draws, with the scale `noise_scale`.
+    The draws may have any mean and covariance. The noise is added in coordinates that whiten the
+    pilot draws, with the scale `noise_scale`.
 
     Args:
-      pilot: draws for the moments, independent of the others, [count, n].
-      own, others, noise: as in `log_density_bounds`.
+      pilot: [count, n], draws for the moments, independent of the other draws.
+      own: [draws, n], the draws to which noise is added.
+      others: [K, n], further draws, independent of `own`.
+      noise: [draws, n], standard normal.
     Returns:
-      (points [draws, n], `Bounds` of [draws] in nats).
+      (points [draws, n], `Bounds` of [draws] in nats). The bounds hold in expectation.
     """
     mean, covariance = pilot.mean(0), np.atleast_2d(np.cov(pilot.T))
     floor = 1e-9 * np.trace(covariance) + 1e-12
@@ -93,7 +106,11 @@ def at_smoothed_points(pilot, own, others, noise) -> tuple[np.ndarray, Bounds]:
 
 
 def _log_sums(points, centres):
-    """log sum_k exp(-|point - centre_k|^2 / 2), [points]: a part of it, and a bound on the rest."""
+    """Returns log sum_k exp(-|point - centre_k|^2 / 2) in two parts.
+
+    Returns:
+      (log of the part that is computed [points], upper bound on the log of the rest).
+    """
     if points.shape[1] > 2:
         return _all_pairs(points, centres), -np.inf
     tree = scipy.spatial.KDTree(centres)

@@ -1,4 +1,4 @@
-"""Estimates of log p(x) and of bounds on it: their names, values and settings."""
+"""All estimates of log p(x) and of bounds on it, with their names, values and settings."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,28 +17,28 @@ from avb_tf.likelihood_estimation.inference_gap import (
 )
 from avb_tf.model import AVB
 
-DRAWS = 64  # z for each x in the bound
-SAMPLES = 5000  # importance samples of the tightest bound
+DRAWS = 64  # z for each x in the ELBO
+SAMPLES = 5000  # importance samples in the tightest bound
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2500, SAMPLES)  # each divides SAMPLES
 REPORTED = (1, 100, SAMPLES)
-_KEPT_WEIGHTS = 500  # importance weights of each example, for figures
+_KEPT_WEIGHTS = 500  # importance weights of each example that are kept for figures
 _EXAMPLES_SMOOTHED = 5  # in a chunk
-_COMPUTED = {  # directory of finished chunks -> what its progress bar says
+_COMPUTED = {  # directory of finished chunks -> label of its progress bar
     "smoothed": "ELBO of the posterior with a little noise",
     "importance": "log p(x) by importance sampling",
     "ais": "log p(x) by annealed importance sampling",
     "bidirectional": "check of annealed importance sampling on simulated data",
     "gap": "best Gaussian posterior of each example",
 }
-_AGGREGATE_REPEATS, _AGGREGATE_POINTS = 4, 500  # of q(z)
-_AGGREGATE_BATCH = 500  # x at a time
-_STAGES = 10  # parts of an annealing whose acceptance is reported
+_AGGREGATE_REPEATS, _AGGREGATE_POINTS = 4, 500  # of the estimate of KL(q(z) || p(z))
+_AGGREGATE_BATCH = 500  # x encoded at a time
+_STAGES = 10  # stages of the annealing for which acceptance rates are reported
 
 _importance_sampler = joint.kept_for_the_last_model(importance.ImportanceSampler)
 
 
 class Estimate(NamedTuple):
-    """Values of one quantity, one for each example."""
+    """Values of one quantity, one value for each example."""
 
     values: np.ndarray  # [examples], in nats
     settings: dict[str, Any]
@@ -64,14 +64,14 @@ class AnnealedWeights(NamedTuple):
 
 
 class BidirectionalWeights(NamedTuple):
-    """Results of AIS from both sides; the last axis is over examples."""
+    """Log weights of forward and reverse AIS; the last axis is over examples."""
 
     forward: np.ndarray  # [chains, examples]
     reverse: np.ndarray  # [chains, examples]
 
 
 class BestBounds(NamedTuple):
-    """Bounds on log p(x) of Gaussians optimised for each x, [examples] each."""
+    """ELBOs in nats of Gaussians optimised for each x, [examples] each."""
 
     diagonal: np.ndarray
     full: np.ndarray
@@ -80,7 +80,7 @@ class BestBounds(NamedTuple):
 class OwnBounds(NamedTuple):
     """The ELBO of a model's posterior in nats, as an interval or as a value.
 
-    Both ends are equal where the density is known.
+    Both ends are the same array if the model has no adversary.
     """
 
     lower: np.ndarray  # [repeats, examples]
@@ -93,13 +93,18 @@ class OwnBounds(NamedTuple):
         return self.lower is self.upper
 
     def first(self, count: int) -> "OwnBounds":
-        """The bounds of the first `count` examples."""
+        """Returns the bounds of the first `count` examples."""
         lower = self.lower[:, :count]
         upper = lower if self.exact else self.upper[:, :count]
         return OwnBounds(lower, upper, self.settings)
 
     def below(self, name: str, values) -> dict[str, Estimate]:
-        """`values` [examples] less the ELBO: one estimate, or `<name>_lower` and `<name>_upper`."""
+        """Returns `values` minus the ELBO: one estimate, or `<name>_lower` and `<name>_upper`.
+
+        Args:
+          name: name of the estimate.
+          values: [examples], in nats.
+        """
         ends = {name: self.lower} if self.exact else {
             f"{name}_lower": self.upper, f"{name}_upper": self.lower,
         }  # fmt: skip
@@ -110,13 +115,13 @@ class OwnBounds(NamedTuple):
 
 
 def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
-    """The bound on log p(x) in nats, [count], with the model's own T, over `DRAWS` z for each x.
+    """Returns the ELBO in nats with the model's own T, [count], the mean over `DRAWS` z for each x.
 
     Args:
-      model: any.
+      model: any `AVB`.
       x: [count, *event].
       batch_size: examples computed at a time.
-      seed: of the noise.
+      seed: seed of the noise.
     """
     terms = _terms(model)
     means = []
@@ -130,7 +135,13 @@ def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
 
 
 def exact(model: AVB, x, grid: int) -> dict[str, Estimate]:
-    """log p(x) by quadrature, which two latents allow."""
+    """Computes log p(x) by quadrature, which is possible for two latents.
+
+    Args:
+      model: an `AVB` with latent_dim 2.
+      x: [count, *event].
+      grid: points along each side of the grid; half as many show the error.
+    """
     parts = chunks.tracked(
         np.array_split(x, -(-len(x) // 500)), f"log p(x) of {len(x)} examples by quadrature"
     )
@@ -144,16 +155,17 @@ def exact(model: AVB, x, grid: int) -> dict[str, Estimate]:
 
 
 def latent_space(model: AVB, x, batch_size: int = 100, seed: int = 0) -> dict[str, Estimate]:
-    """Reconstruction error and KL(q(z) || p(z)) in nats, as in Table 1 of the paper.
+    """Estimates the reconstruction error and KL(q(z) || p(z)) in nats, as in Table 1 of the paper.
 
-    The reconstruction error is -E_q[log p(x|z)]. q(z) is the average of q(z|x) over the given x; it
-    has no density, so the KL is an interval for q(z) with a little noise (`entropy`).
+    The reconstruction error is -E_q[log p(x|z)]. q(z) is the average of q(z|x) over the given x.
+    Its density is unknown, so the KL divergence is an interval for q(z) with a little noise added
+    (`entropy`).
 
     Args:
-      model: any.
+      model: any `AVB`.
       x: [count, *event].
       batch_size: examples computed at a time.
-      seed: of the draws.
+      seed: seed of the draws.
     """
     terms, encode = _terms(model), tf.function(model.encode, reduce_retracing=True)
     errors = []
@@ -165,7 +177,7 @@ def latent_space(model: AVB, x, batch_size: int = 100, seed: int = 0) -> dict[st
     generator, latents = np.random.default_rng(seed), model.encoder.latent_dim
 
     def draws(count):
-        """z of x drawn with replacement, [count, latent]."""
+        """Draws z for x that are drawn with replacement, [count, latent]."""
         parts = []
         for _ in range(0, count, _AGGREGATE_BATCH):
             rows = generator.integers(len(x), size=_AGGREGATE_BATCH)
@@ -195,17 +207,17 @@ def latent_space(model: AVB, x, batch_size: int = 100, seed: int = 0) -> dict[st
 
 
 def own_bounds(model: AVB, x, elbo, directory: Path) -> OwnBounds:
-    """The ELBO of the model's posterior without the adversary.
+    """Returns the ELBO of the model's posterior without the adversary.
 
-    Where the density is known it is `elbo`. Elsewhere it is an interval for q with a little noise
-    added (`inference_gap.smoothed_bounds`): the smoothed q is a posterior like any other, so the
-    lower end is a lower bound on log p(x) too.
+    For a model without an adversary it is `elbo`. Otherwise it is an interval, for q with a little
+    noise added (`inference_gap.smoothed_bounds`). The smoothed q is a posterior like any other, so
+    the lower end is also a lower bound on log p(x).
 
     Args:
-      model: any.
+      model: any `AVB`.
       x: [count, *event].
       elbo: [count], the model's own bound.
-      directory: for finished chunks.
+      directory: folder of finished chunks.
     """
     if model.adversary is None:
         each = elbo[np.newaxis]
@@ -229,7 +241,7 @@ def own_bounds(model: AVB, x, elbo, directory: Path) -> OwnBounds:
 
 
 def smoothed_elbo(own: OwnBounds) -> dict[str, Estimate]:
-    """The interval itself, where it is one."""
+    """Returns the two ends of the interval as estimates, or none if `own` is exact."""
     if own.exact:
         return {}
     return {
@@ -239,14 +251,28 @@ def smoothed_elbo(own: OwnBounds) -> dict[str, Estimate]:
 
 
 def posterior_divergence(own: OwnBounds, log_likelihood) -> dict[str, Estimate]:
-    """KL(q(z|x) || p(z|x)) in nats: exact log p(x) [count] less the ELBO of the posterior."""
+    """Returns KL(q(z|x) || p(z|x)) in nats: exact log p(x) minus the ELBO of the posterior.
+
+    Args:
+      own: the ELBO of the model's posterior.
+      log_likelihood: [count], exact log p(x) of the same examples.
+    """
     return own.below("kl_q_exact_posterior", log_likelihood)
 
 
 def importance_weighted(
     model: AVB, x, repeats: int, directory: Path
 ) -> tuple[dict[str, Estimate], ImportanceWeights]:
-    """Bounds with 1, 100 and 5000 importance samples, and their weights."""
+    """Estimates the bounds with 1, 100 and 5000 importance samples.
+
+    Args:
+      model: any `AVB`.
+      x: [count, *event].
+      repeats: number of independent groups of 5000 importance samples.
+      directory: folder of finished chunks.
+    Returns:
+      (the estimates by name, the results of importance sampling).
+    """
     sampler = _importance_sampler(model)
 
     def compute(index, part):
@@ -277,13 +303,15 @@ def importance_weighted(
 def annealed(
     model: AVB, x, sizes: dict[str, int], directory: Path
 ) -> tuple[dict[str, Estimate], AnnealedWeights]:
-    """The lower bound by AIS, and its weights.
+    """Estimates the lower bound on log p(x) by AIS.
 
     Args:
-      model: any.
+      model: any `AVB`.
       x: [count, *event].
       sizes: temperatures, chains and leapfrog_steps.
-      directory: for finished chunks.
+      directory: folder of finished chunks.
+    Returns:
+      (the estimate by name, the results of AIS).
     """
     sampler = ais.kept_sampler(model, **sizes)
 
@@ -312,10 +340,19 @@ def annealed(
 def bidirectional(
     model: AVB, count: int, sizes: dict[str, int], directory: Path
 ) -> dict[str, Estimate]:
-    """AIS from below and from above for `count` examples simulated from the model, and the gap.
+    """Estimates bounds by AIS from below and from above for examples simulated from the model.
 
-    log p(x) of the simulated x lies between the two, so on data like them AIS is at most the gap
-    below the truth (Grosse et al., 2015). The values are not comparable with those of test data.
+    In expectation, log p(x) of the simulated x lies between the two bounds, so AIS underestimates
+    log p(x) of such data by at most the gap. The values cannot be compared with those of test data.
+
+    Args:
+      model: any `AVB`.
+      count: number of simulated examples.
+      sizes: temperatures, chains and leapfrog_steps.
+      directory: folder of finished chunks.
+    Returns:
+      The lower bound, the upper bound and the gap between them by name.
+    Source: Grosse, Ghahramani and Adams (2015).
     """
     sampler = ais.kept_sampler(model, **sizes)
 
@@ -347,23 +384,24 @@ def bidirectional(
 def inference_gap(
     model: AVB, x, log_likelihood, own: OwnBounds, directory: Path
 ) -> dict[str, Estimate]:
-    """log p(x) minus the ELBO, split into amortisation and shape.
+    """Splits the inference gap, log p(x) minus the ELBO, into amortisation and shape.
 
-    gap_inference = gap_amortisation + gap_shape. No Gaussian of full covariance closes gap_shape,
-    even if it is optimised for the one x. gap_amortisation is what the best Gaussian gains on q; it
-    is negative where q is better than any Gaussian. `gap_amortisation_diagonal` is what the best
-    diagonal Gaussian gains: the amortisation gap of a diagonal q.
+    gap_inference = gap_amortisation + gap_shape. gap_shape is the gap that remains for the best
+    Gaussian of full covariance, optimised for each x alone. gap_amortisation is the ELBO of that
+    Gaussian minus the ELBO of q; it is negative if q is better than any Gaussian.
+    `gap_amortisation_diagonal` is the same for the best diagonal Gaussian, which gives the
+    amortisation gap of a diagonal q.
 
-    Where `own` is an interval, the gaps that contain it are intervals too: `gap_inference_lower`
-    and `gap_inference_upper`. They are those of the smoothed posterior.
+    If `own` is an interval, the gaps that depend on it are intervals too, such as
+    `gap_inference_lower` and `gap_inference_upper`. They are the gaps of the smoothed posterior.
 
     Args:
-      model: any.
+      model: any `AVB`.
       x: [count, *event].
-      log_likelihood: [count], the best estimate of log p(x). If it is a lower bound, so are the
-        lower ends and `gap_shape`.
-      own: the ELBO of the model's posterior, of the same examples.
-      directory: for finished chunks.
+      log_likelihood: [count], the best estimate of log p(x). If it is a lower bound, `gap_shape`
+        and `gap_inference` (or its lower end) are lower bounds too.
+      own: the ELBO of the model's posterior for the same examples.
+      directory: folder of finished chunks.
     Source: Cremer, Li and Duvenaud (2018).
     """
     best = best_gaussians(model)
@@ -396,7 +434,7 @@ def _run(record, compute, model, x, settings, directory, name, size=None):
 
 
 def _groups(bound, log_weights, groups: int = 4) -> np.ndarray:
-    """`bound` by each of up to four groups of chains, [groups, examples]."""
+    """Returns `bound` computed from each of up to `groups` groups of chains, [groups, examples]."""
     return np.stack([bound(g) for g in np.array_split(log_weights, min(groups, len(log_weights)))])
 
 

@@ -7,21 +7,22 @@ from avb_tf import proposal
 from avb_tf.likelihood_estimation import joint
 from avb_tf.model import AVB
 
-_CHUNK = 2**23  # numbers in the largest intermediate tensor
+_CHUNK = 2**23  # numbers in the tensor of all E[x|z] that one call computes
 
 
 class ImportanceSampler:
-    """log p(x, z) - log q'(z|x) for z ~ q'(z|x), in one compiled graph.
+    """Sampler of log weights log p(x, z) - log q'(z|x), z ~ q'(z|x), in one compiled graph.
 
         sampler = ImportanceSampler(model)
         bounds(sampler.log_weights(x, draws=5000), samples=5000)  # [batch], nats
 
-    The proposal q' is the model's own q(z|x) where the encoder gives a `log_prob` with
-    E_q[p(x, z) / exp(log_prob)] = p(x): its density, or the stand-in of an auxiliary encoder.
-    Otherwise q' is a Gaussian with q's moments, widened (`proposal.widened_gaussian`).
+    The proposal q' is the model's own q(z|x) if the encoder gives a `log_prob`. It is the density
+    of q or the substitute of an auxiliary encoder, and both satisfy
+    E_q[p(x, z) / exp(log_prob)] = p(x). Otherwise q' is a widened Gaussian with q's moments
+    (`proposal.widened_gaussian`).
 
     Args:
-      model: any; its weights may change afterwards, its parts may not.
+      model: any `AVB`. Its weights may change afterwards, but its parts must not.
     """
 
     def __init__(self, model: AVB):
@@ -33,13 +34,20 @@ class ImportanceSampler:
 
     @property
     def proposal(self) -> str:
-        """q' in words."""
+        """Description of q'."""
         return "q" if self.exact else proposal.DESCRIPTION
 
     def log_weights(self, x, draws: int, seed: int = 0) -> np.ndarray:
-        """[draws, batch] in nats, for x [batch, *event]; the draws are independent."""
+        """Returns log weights in nats of independent draws, [draws, batch].
+
+        Args:
+          x: [batch, *event].
+          draws: number of draws for each x.
+          seed: the same seed gives the same draws.
+        """
         x = tf.convert_to_tensor(x, tf.float32)
         per_call = max(1, _CHUNK // (len(x) * int(np.prod(self.model.event_shape))))
+        per_call = min(per_call, draws)
         calls = -(-draws // per_call)
         moments = () if self.exact else self._moments(x)
         log_weights = [
@@ -68,10 +76,13 @@ class ImportanceSampler:
 
 
 def bounds(log_weights, samples: int) -> np.ndarray:
-    """The bound with `samples` importance samples, [batch]: the mean over groups of this size.
+    """Returns the bound with `samples` importance samples in nats, [batch].
+
+    It is the mean of the bounds of all groups of `samples` draws.
 
     Args:
-      log_weights: [draws, batch], `draws` a multiple of `samples`.
+      log_weights: [draws, batch]; the number of draws must be a multiple of `samples`.
+      samples: number of importance samples in the bound.
     """
     groups = log_weights.reshape(-1, samples, log_weights.shape[-1])
     return np.mean(np.logaddexp.reduce(groups.astype(np.float64), 1), 0) - np.log(samples)

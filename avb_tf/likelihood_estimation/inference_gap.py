@@ -1,8 +1,8 @@
-"""The gap between log p(x) and a model's bound, split into amortisation and shape.
+"""The gap between log p(x) and a model's ELBO, split into amortisation and shape.
 
-Cremer, Li and Duvenaud (2018) split the gap by the best bound that a family of posteriors reaches
-when it is optimised for one x alone. Here the families are the Gaussians of diagonal and of full
-covariance. The bound of a posterior without a density comes as an interval (`entropy`).
+Cremer, Li and Duvenaud (2018) split the gap at the best ELBO that a family of posteriors reaches
+if it is optimised for each x alone. Here the families are the Gaussians of diagonal and of full
+covariance. The ELBO of a posterior without a known density is an interval (`entropy`).
 """
 
 import math
@@ -15,21 +15,21 @@ from avb_tf import proposal
 from avb_tf.likelihood_estimation import entropy, joint
 from avb_tf.model import AVB
 
-PAIRS = 8  # of antithetic draws for each start of each x in a step
-DRAWS_PER_STEP = 5 * 2 * PAIRS  # of each x, from all starts
-FRESH_DRAWS = 2000  # for the reported bound
+PAIRS = 8  # antithetic pairs of draws for each start of each x in a step
+DRAWS_PER_STEP = 5 * 2 * PAIRS  # draws for each x in a step, from all five starts
+FRESH_DRAWS = 2000  # draws for the reported ELBO
 REPEATS = 4  # independent intervals for each x
-COMPONENTS = 20_000  # draws of q whose mixture is the density, for each x and repeat
-PLANAR_COMPONENTS = 4_000_000  # the same with two latents, shared by all x
-POINTS = 30_000  # z at which the density is bounded, for each repeat, shared by all x
-_MOMENT_DRAWS = 4096  # of q, for the coordinates in which the noise is added
+COMPONENTS = 20_000  # draws of q that are components of the smoothed density, for each x and repeat
+PLANAR_COMPONENTS = 4_000_000  # with two latents: the components of all x together, in each repeat
+POINTS = 30_000  # z at which the density is bounded, of all x together, in each repeat
+_MOMENT_DRAWS = 4096  # draws of q for the coordinates in which the noise is added
 _DRAWS_PER_CALL = 10_000
-_RATE = 0.05  # of Adam, in coordinates that whiten the start; falls to 0 as a cosine
-_BATCH = 250  # draws at a time
+_RATE = 0.05  # learning rate in coordinates that whiten the start; falls to 0 as a cosine
+_BATCH = 250  # draws computed at a time
 
 
 class Gaussians(NamedTuple):
-    """A Gaussian for each x and its bound on log p(x)."""
+    """A Gaussian for each x and its ELBO."""
 
     loc: np.ndarray  # [batch, latent]
     scale_tril: np.ndarray  # [batch, latent, latent]
@@ -37,19 +37,19 @@ class Gaussians(NamedTuple):
 
 
 class BestGaussian:
-    """The Gaussian q(z) of the largest E_q[log p(x, z) - log q(z)], for each x by itself.
+    """Optimiser of a Gaussian q(z) for each x: it maximises E_q[log p(x, z) - log q(z)].
 
         best = BestGaussian(model, full=True)
         best(x, loc, scale_tril).bound  # [batch], in nats
 
-    Adam optimises means and Cholesky factors from several starts, all x in one compiled loop. It
-    uses path gradients (Roeder, Wu and Duvenaud, 2017), whose noise vanishes where q is the
-    posterior. Fresh draws select the best start, and more fresh draws give its bound.
+    Adam optimises means and Cholesky factors from several starts, for all x in one compiled loop.
+    It uses path gradients (Roeder, Wu and Duvenaud, 2017), because their noise vanishes if q is the
+    exact posterior. Fresh draws select the best start, and further fresh draws estimate its ELBO.
 
     Args:
-      model: any; its weights may change afterwards, its parts may not.
-      full: whether the covariance is full, or diagonal.
-      steps: of Adam.
+      model: any `AVB`. Its weights may change afterwards, but its parts must not.
+      full: whether the covariance is full or diagonal.
+      steps: steps of Adam.
     """
 
     def __init__(self, model: AVB, full: bool, steps: int = 300):
@@ -58,13 +58,14 @@ class BestGaussian:
         self._draw = tf.function(self._log_weights, reduce_retracing=True)
 
     def __call__(self, x, loc, scale_tril, seed: int = 0) -> Gaussians:
-        """The best for x [batch, *event].
+        """Returns the best Gaussian for each x.
 
         Args:
           x: [batch, *event].
-          loc: [starts, batch, latent].
-          scale_tril: [starts, batch, latent, latent]; diagonal for the diagonal family.
-          seed: of the draws.
+          loc: [starts, batch, latent], means of the starts.
+          scale_tril: [starts, batch, latent, latent], Cholesky factors of the starts; they must be
+            diagonal if `full` is False.
+          seed: seed of the draws.
         """
         x = tf.convert_to_tensor(x)
         loc, scale_tril = self._climb(x, loc, scale_tril, tf.constant([seed, 0]))
@@ -75,12 +76,12 @@ class BestGaussian:
         return Gaussians(loc, scale_tril, bound[0])
 
     def _bound(self, x, loc, scale_tril, draws, seed):
-        """[starts, batch]."""
+        """Estimates the ELBO in nats, [starts, batch]."""
         keys = [tf.constant([1000 * seed[0] + i, seed[1]]) for i in range(draws // _BATCH)]
         return np.mean([self._draw(x, loc, scale_tril, key).numpy() for key in keys], 0)
 
     def _log_weights(self, x, loc, scale_tril, seed):
-        """Means over `_BATCH` draws of log p(x, z) - log q(z), [starts, batch]."""
+        """Returns the mean of log p(x, z) - log q(z) over `_BATCH` draws, [starts, batch]."""
         shape = tf.concat([[_BATCH], tf.shape(loc)], 0)
         noise = tf.random.stateless_normal(shape, seed)
         z = loc + tf.linalg.matvec(scale_tril, noise)
@@ -89,13 +90,14 @@ class BestGaussian:
         return tf.reduce_mean(self._log_joint(x, z) - log_q, 0)
 
     def _log_joint(self, x, z):
-        """log p(x, z), [draws, starts, batch, latent] -> [draws, starts, batch]."""
+        """Returns log p(x, z), [draws, starts, batch]; z is [draws, starts, batch, latent]."""
         flat = tf.reshape(z, tf.concat([[-1], tf.shape(z)[2:]], 0))
         return tf.reshape(joint.log_joint(self.model, x, flat), tf.shape(z)[:-1])
 
     def _optimise(self, x, loc, scale_tril, seed):
-        """Adam on the mean and the Cholesky factor, in coordinates that whiten each start."""
-        # Row i: row i of the factor, with the logarithm of its diagonal, then entry i of the mean.
+        """Runs Adam on mean and Cholesky factor, in coordinates that whiten each start."""
+        # Row i of the parameters is row i of the factor, with the log of its diagonal entry,
+        # followed by entry i of the mean.
         first = tf.zeros(tf.concat([tf.shape(scale_tril)[:-1], [loc.shape[-1] + 1]], 0))
         parameters, mean, square = first, first, first
         for i in tf.range(self.steps):
@@ -127,7 +129,7 @@ class BestGaussian:
         return loc + tf.linalg.matvec(scale_tril, w_loc), scale_tril @ w_scale
 
     def _unpack(self, parameters):
-        """[..., latent, latent + 1] -> mean [..., latent], factor [..., latent, latent]."""
+        """Splits [..., latent, latent + 1] into mean [..., latent] and factor, without the log."""
         square, w_loc = parameters[..., :-1], parameters[..., -1]
         w_scale = tf.linalg.diag(tf.exp(tf.linalg.diag_part(square)))
         if self.full:
@@ -137,10 +139,16 @@ class BestGaussian:
 
 @joint.kept_for_the_last_model
 def best_gaussians(model: AVB, steps: int = 300):
-    """x [batch, *event], seed -> the best of diagonal and of full covariance, as `Gaussians`.
+    """Returns a function that finds the best diagonal and the best full Gaussian for each x.
 
-    Starts: q's moments; its mean at half the width; two draws of q at half the width, for a
-    posterior with several modes. The full Gaussian also starts from the best diagonal one.
+    The function takes x [batch, *event] and a seed, and returns two `Gaussians`. The optimisation
+    has four starts: q's moments, q's mean with half the standard deviations, and two draws of q
+    with half the standard deviations, for a posterior with several modes. The full Gaussian also
+    starts from the best diagonal one.
+
+    Args:
+      model: any `AVB`.
+      steps: steps of Adam.
     """
     diagonal, full = BestGaussian(model, False, steps), BestGaussian(model, True, steps)
 
@@ -163,9 +171,10 @@ def best_gaussians(model: AVB, steps: int = 300):
 
 
 def smoothing_sizes(latents: int, examples: int) -> dict[str, int]:
-    """Draws for each of `examples` x in a repeat: of the mixture, and points to evaluate it at.
+    """Returns the number of components and of points for each of `examples` x in a repeat.
 
-    With two latents few examples get more components, as sharp edges need little noise.
+    With two latents, fewer examples get more components each, because sharp edges need little
+    noise.
     """
     components = COMPONENTS
     if latents <= 2:
@@ -175,13 +184,14 @@ def smoothing_sizes(latents: int, examples: int) -> dict[str, int]:
 
 @joint.kept_for_the_last_model
 def smoothed_bounds(model: AVB):
-    """x [batch, *event], sizes, seed -> bounds on the ELBO of q with a little noise added.
+    """Returns a function that bounds the ELBO of q with a little noise added.
 
-    The function returns `entropy.Bounds` of [REPEATS, batch] in nats. In coordinates that whiten q
-    the noise has the scale `entropy.noise_scale`, and keeps mean and covariance. The smoothed
-    posterior is a posterior like any other, so its ELBO is at most log p(x), and so is the lower
-    end of the interval in expectation. The interval holds in expectation over all draws; repeats
-    are independent.
+    The function takes x [batch, *event], the sizes of `smoothing_sizes` and a seed. It returns
+    `entropy.Bounds` of [REPEATS, batch] in nats; the repeats are independent. In coordinates that
+    whiten q, the noise has the scale `entropy.noise_scale`, and it preserves mean and covariance.
+
+    The bounds hold in expectation over all draws. The smoothed posterior is a posterior like any
+    other, so its ELBO is at most log p(x), and the lower bound is at most log p(x) in expectation.
     """
 
     @tf.function(reduce_retracing=True)
@@ -193,14 +203,14 @@ def smoothed_bounds(model: AVB):
         return joint.log_joint(model, x, z[:, tf.newaxis])[:, 0]
 
     def draws(x, count, seed):
-        """[count, latent]; calls of one size, so that one graph serves all counts."""
+        """Draws from q(z|x), [count, latent], in calls of equal size that share one graph."""
         calls = -(-count // _DRAWS_PER_CALL)
         size = min(count, _DRAWS_PER_CALL)
         parts = [draw(x, tf.constant(size), tf.constant(seed + i)).numpy() for i in range(calls)]
         return np.concatenate(parts)[:count].astype(np.float64)
 
     def interval(x, components, points, seed):
-        """One repeat for x [1, *event]."""
+        """Returns one repeat of both bounds for x [1, *event]."""
         pilot, z = draws(x, _MOMENT_DRAWS, seed), draws(x, points + components, seed + 1)
         noise = np.random.default_rng(seed).standard_normal((points, z.shape[1]))
         v, log_q = entropy.at_smoothed_points(pilot, z[:points], z[points:], noise)

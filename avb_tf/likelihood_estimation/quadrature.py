@@ -1,4 +1,4 @@
-"""Exact numbers for two latents: integrals over z on a grid."""
+"""Exact values for models with two latents, by integration over z on a grid."""
 
 import numpy as np
 import tensorflow as tf
@@ -12,13 +12,13 @@ _CHUNK = 2**24  # numbers in the largest intermediate tensor
 
 
 def log_likelihood(model: AVB, x, grid: int = 400) -> np.ndarray:
-    """log p(x) in nats, [batch], by the midpoint rule on grid x grid points of z.
+    """Returns log p(x) in nats, [batch], by the midpoint rule on grid x grid points of z.
 
     Args:
-      model: with latent_dim 2.
+      model: an `AVB` with latent_dim 2.
       x: [batch, *event].
-      grid: points along a side; the error is negligible where their distance, 12 / grid, is well
-        below the width of the posteriors. Compare two sizes to see the error.
+      grid: points along each side. The error is negligible if their distance, 12 / grid, is well
+        below the width of the posteriors. To see the error, compare two sizes.
     Raises:
       UserError: the model does not have two latents.
     """
@@ -36,17 +36,18 @@ def log_likelihood(model: AVB, x, grid: int = 400) -> np.ndarray:
 
 
 def posterior_on_grid(model: AVB, x, mean, scale, log_evidence: float, cells: int, half_width=5.0):
-    """log p(z|x) of one x at the centres of a grid in the coordinates z = mean + scale @ w.
+    """Returns log p(z|x) of one x at the cell centres of a grid over w, z = mean + scale @ w.
 
     Args:
-      model: with latent_dim 2.
+      model: an `AVB` with latent_dim 2.
       x: [*event].
-      mean, scale: [2] and [2, 2].
-      log_evidence: log p(x).
-      cells: along each side.
-      half_width: of the grid in w.
+      mean: [2], centre of the grid.
+      scale: [2, 2], matrix of the coordinates.
+      log_evidence: log p(x) in nats.
+      cells: cells along each side.
+      half_width: half the width of the grid in w.
     Returns:
-      (z [cells, cells, 2], log p(z|x) [cells, cells]).
+      (z [cells, cells, 2], log p(z|x) [cells, cells] in nats).
     """
     w, _ = _grid(cells, half_width)
     z = (mean + w @ np.transpose(scale)).astype(np.float32)
@@ -55,7 +56,7 @@ def posterior_on_grid(model: AVB, x, mean, scale, log_evidence: float, cells: in
 
 
 def _grid(cells: int, half_width: float):
-    """Centres of cells x cells squares, [cells^2, 2], and the area of one."""
+    """Returns the centres of cells x cells squares, [cells^2, 2], and the area of one square."""
     width = 2.0 * half_width / cells
     side = -half_width + width * (np.arange(cells) + 0.5)
     first, second = np.meshgrid(side, side, indexing="ij")
@@ -63,6 +64,6 @@ def _grid(cells: int, half_width: float):
 
 
 def _log_joint(model, x, z):
-    """log p(x_i, z_j), [batch, points]."""
+    """Returns log p(x_i, z_j) in nats, [batch, points]."""
     outputs = model.averaged_decoder(z)
     return pairwise_log_likelihood(model.likelihood, outputs, x) + model.prior.log_prob(z)

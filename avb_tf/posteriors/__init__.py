@@ -1,1 +1,1 @@
-"""The posterior of a user's own model: fits, baselines and their comparison."""
+"""Posteriors of users' own models: fits, baselines and their comparison."""

@@ -1,8 +1,8 @@
-"""What a user would reach for otherwise, on the same target: Gaussian VI and NUTS, both TFP's.
+"""Baselines on the same target: Gaussian variational inference and NUTS, both from TFP.
 
-All work in the coordinates of a `Start`, which spares them the search for location and scale and
-makes heavy tails Gaussian. XLA
-runs long chains several times faster than TensorFlow, where it knows all ops of the model.
+Both work in the coordinates of a `Start`, so that they need not find location and scale, and heavy
+tails are Gaussian. XLA runs long chains several times faster than TensorFlow, if it supports all
+ops of the model.
 """
 
 from collections.abc import Callable
@@ -19,37 +19,39 @@ from avb_tf import diagnostics
 from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import Target
 
-R_HAT_LIMIT = 1.01  # above it chains have not mixed (Vehtari et al., 2021)
-_VI_DRAWS = 32  # of a step
+R_HAT_LIMIT = 1.01  # chains with a larger R-hat have not mixed (Vehtari et al., 2021)
+_VI_DRAWS = 32  # draws in each step of variational inference
 _Result = TypeVar("_Result")
 
 
 class Chains(NamedTuple):
-    """What NUTS found."""
+    """Draws of NUTS and their convergence diagnostics."""
 
     u: np.ndarray  # [draws, dim], unconstrained, all chains one after the other
     r_hat: float  # the largest of any coordinate
-    effective_sample_size: float  # the smallest
+    effective_sample_size: float  # the smallest of any coordinate
 
 
 def gaussian(
     target: Target, start: Start, full_rank: bool, draws: int, steps: int = 2000, seed: int = 0
 ) -> np.ndarray:
-    """Draws [draws, dim] of the Gaussian of least KL(q || posterior) in unconstrained space.
+    """Returns draws [draws, dim] of the Gaussian that minimises KL(q || posterior).
+
+    The Gaussian is fitted in the coordinates of `start`; its draws are unconstrained parameters.
 
     Args:
       target: the posterior.
-      start: where the Gaussian begins; a mean-field one takes its scales, not its correlations.
-      full_rank: with every correlation, or with none (mean-field).
-      draws: of the result.
-      steps: of Adam, its rate falling from 0.05 to 0.
-      seed: of everything.
+      start: coordinates of the Gaussian; a mean-field one uses its scales, not its correlations.
+      full_rank: whether the Gaussian has a full covariance; if not, a diagonal one (mean-field).
+      draws: number of draws returned.
+      steps: number of Adam steps; the learning rate falls from 0.05 to 0.
+      seed: seed of the optimisation and of the draws.
     """
     if not full_rank:
         start = start._replace(scale_tril=np.diag(start.deviations))
 
     def fitted(jit_compile):
-        tf.random.set_seed(seed)  # the surrogate starts anywhere
+        tf.random.set_seed(seed)  # TFP initialises the surrogate from the global seed
         surrogate = tfp.experimental.vi.build_affine_surrogate_posterior(
             [target.dim], "tril" if full_rank else "diag", dtype=target.dtype
         )
@@ -59,7 +61,7 @@ def gaussian(
             tf_keras.optimizers.Adam(tf_keras.optimizers.schedules.CosineDecay(0.05, steps)),
             steps,
             sample_size=_VI_DRAWS,
-            seed=tf.constant([seed, 0]),  # a whole number would be without effect in XLA
+            seed=tf.constant([seed, 0]),  # XLA would ignore an integer seed
             jit_compile=jit_compile,
         )
         return surrogate
@@ -71,15 +73,15 @@ def gaussian(
 def nuts(
     target: Target, start: Start, draws: int, chains: int = 4, adaptation: int = 500, seed: int = 0
 ) -> Chains:
-    """`draws` of each chain after windowed adaptation of step size and mass matrix.
+    """Runs NUTS after windowed adaptation of the step size and the mass matrix.
 
     Args:
       target: the posterior.
-      start: whose coordinates the chains move in, from N(0, 1) each.
-      draws: of each chain.
-      chains: that run side by side.
-      adaptation: transitions before the draws.
-      seed: of everything.
+      start: coordinates in which the chains move; each chain starts at a draw of N(0, I).
+      draws: number of draws of each chain.
+      chains: number of parallel chains.
+      adaptation: number of warm-up transitions before the draws.
+      seed: seed of the initial states and of the transitions.
     """
     log_density = _standardised(target, start)
 
@@ -105,7 +107,7 @@ def nuts(
 
 
 def _by_xla(run: Callable[[bool], _Result]) -> _Result:
-    """`run(jit_compile)` with XLA, or without where the model has an op that XLA does not know."""
+    """Calls `run(jit_compile)` with XLA, or without it if XLA does not support an op."""
     try:
         return run(True)
     except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
@@ -113,7 +115,7 @@ def _by_xla(run: Callable[[bool], _Result]) -> _Result:
 
 
 class _Density(tfd.Distribution):
-    """A log density as the distribution that TFP's windowed adaptation asks for."""
+    """A log density as a TFP distribution, which TFP's windowed adaptation requires."""
 
     def __init__(self, log_density, target):
         super().__init__(target.dtype, tfd.NOT_REPARAMETERIZED, False, True, parameters={})
@@ -142,6 +144,8 @@ class _Density(tfd.Distribution):
 
 
 def _standardised(target, start):
+    """Returns the target's log density as a function of standardised z [..., dim]."""
+
     def log_density(z):
         u, volume = start.place(tf.reshape(z, [-1, target.dim]), target.dtype)
         return tf.reshape(target.log_density(u) + volume, tf.shape(z)[:-1])

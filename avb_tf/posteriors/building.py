@@ -1,4 +1,4 @@
-"""The models of a fit: AVB over standardised z, and the chart's trainer before it."""
+"""The models of a fit: AVB over standardised z, and the model that trains the chart before it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,21 +12,21 @@ from avb_tf.posteriors.sampler import Chart, GatedEncoder, NormalEncoder, Plain,
 from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import Target, value_and_gradient
 
-NOWHERE = -1e4  # nats, for the average where the density is not finite
+NOWHERE = -1e4  # nats: the log density where it is not finite, so that averages stay finite
 
 
 def avb(
     target: Target, start: Start, seed: int, settings: dict[str, Any], charted: bool, emerged=1.0
 ) -> AVB:
-    """The model of z, where u = start.place(chart(z)).
+    """Returns the AVB model over z, where u = start.place(chart(z)).
 
     Args:
       target: the posterior.
-      start: coordinates in which it is standard.
-      seed: of the noise in training.
-      settings: of the fit.
-      charted: whether there is a chart.
-      emerged: how far the posterior has emerged from N(0, I), in [0, 1].
+      start: coordinates in which the posterior has mean 0 and covariance I.
+      seed: seed of the noise and of the minibatches in training.
+      settings: settings of the fit.
+      charted: whether there is a chart; if not, it is the identity.
+      emerged: weight of the posterior in the annealed target, in [0, 1]; N(0, I) has the rest.
     """
     s = settings
     encoder = GatedEncoder(target.dim, s["noise_dim"], s["blocks"], s["width"])
@@ -38,18 +38,26 @@ def avb(
 def chart_trainer(
     target: Target, start: Start, seed: int, settings: dict[str, Any], emerged
 ) -> AVB:
-    """A VAE whose decoder is the chart, with nothing for the encoder to learn."""
+    """Returns a VAE that trains the chart: the chart is its decoder, and q(z) is fixed to N(0, I).
+
+    Args:
+      target: the posterior.
+      start: coordinates in which the posterior has mean 0 and covariance I.
+      seed: seed of the noise and of the minibatches in training.
+      settings: settings of the fit.
+      emerged: weight of the posterior in the annealed target, in [0, 1]; N(0, I) has the rest.
+    """
     chart = Chart(target.dim, settings["chart_steps"], settings["chart_width"])
     encoder = NormalEncoder(target.dim)
     return _model(target, start, seed, settings, encoder, chart, None, emerged)
 
 
 def _model(target, start, seed, settings, encoder, decoder, adversary, emerged):
-    """The AVB whose log p(x, z) is `emerged` parts the model's and the rest a Gaussian."""
+    """Returns the AVB with log p(x, z) = emerged * (the model's) + (1 - emerged) * log N(0, I)."""
     density = density_of(target, start, target.estimator(seed))
 
     class Joint:
-        """p(x, z) as a distribution of x, which is fixed and within the density."""
+        """p(x, z) as a distribution of x: the data are part of the density, so x is ignored."""
 
         def __init__(self, outputs):
             self.outputs = outputs
@@ -77,9 +85,15 @@ def _model(target, start, seed, settings, encoder, decoder, adversary, emerged):
 
 
 def density_of(target: Target, start: Start, log_density) -> Callable[[Any], Any]:
-    """log p(data, z) in nats, of standardised z [n, dim] -> [n], by that of u [n, dim].
+    """Returns the function from standardised z [n, dim] to log p(data, z) in nats, [n].
 
-    Where the model's density is not finite, z is drawn towards the centre instead.
+    Where the model's density or its gradient is not finite, the gradient is -z, which pulls z
+    towards the centre.
+
+    Args:
+      target: the posterior.
+      start: coordinates in which the posterior has mean 0 and covariance I.
+      log_density: unconstrained u [n, dim] -> log density [n] in nats.
     """
 
     def of_z(z):

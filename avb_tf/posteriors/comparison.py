@@ -1,4 +1,4 @@
-"""How far two sets of draws are from the same distribution."""
+"""Distances between the distributions of two sets of draws."""
 
 from collections.abc import Mapping
 
@@ -15,16 +15,16 @@ _MMD_DRAWS = 1000
 
 
 def c2st(draws, reference, seed: int = 0) -> float:
-    """Accuracy of a classifier between two sets of draws: 1/2 where they are alike.
+    """Returns the accuracy of a classifier between two sets of draws: 1/2 if they are alike.
 
-    A network of two layers of 10 dim each on standardised draws, 5-fold cross-validated
-    (Lueckmann, Boelts, Greenberg, Goncalves and Macke, 2021). Its noise is about 0.02 with 2,000
-    draws on either side.
+    The classifier is a network of two layers of 10 dim units each on standardised draws. It is
+    scored by 5-fold cross-validation (Lueckmann, Boelts, Greenberg, Goncalves and Macke, 2021). The
+    noise of the score is about 0.02 with 2,000 draws of each kind.
 
     Args:
-      draws: [n, dim].
-      reference: [n, dim].
-      seed: of the classifier and its folds.
+      draws: draws to compare, [n, dim].
+      reference: draws of the reference, [n, dim].
+      seed: seed of the classifier and its folds.
     """
     x = np.concatenate([draws, reference])
     y = np.repeat([0, 1], [len(draws), len(reference)])
@@ -32,21 +32,22 @@ def c2st(draws, reference, seed: int = 0) -> float:
     network = MLPClassifier((width, width), max_iter=1000, random_state=seed, early_stopping=False)
     folds = KFold(5, shuffle=True, random_state=seed)
     x = (x - reference.mean(0)) / reference.std(0)
-    # Products this small take ten times as long on several threads.
+    # Matrix products of this size take ten times as long on several threads.
     with threadpoolctl.threadpool_limits(1):
         return float(cross_val_score(network, x, y, cv=folds).mean())
 
 
 def sliced_wasserstein(draws, reference, seed: int = 0) -> float:
-    """Sliced 2-Wasserstein distance in coordinates where the reference has covariance I.
+    """Returns the sliced 2-Wasserstein distance in coordinates where the reference is white.
 
-    So that a thin direction counts as much as a wide one. 0.05 to 0.13 between halves of the same
-    2,000 to 4,000 draws of ten dimensions.
+    The reference has covariance I in these coordinates, so that a narrow direction counts as much
+    as a wide one. The distance is 0.05 to 0.13 between halves of the same 2,000 to 4,000 draws of
+    ten dimensions.
 
     Args:
-      draws: [n, dim].
-      reference: [m, dim].
-      seed: of the projections.
+      draws: draws to compare, [n, dim].
+      reference: draws of the reference, [m, dim].
+      seed: seed of the projections.
     """
     factor = np.linalg.cholesky(np.atleast_2d(np.cov(reference.T)))
     white = [np.linalg.solve(factor, (x - reference.mean(0)).T).T for x in (draws, reference)]
@@ -54,14 +55,15 @@ def sliced_wasserstein(draws, reference, seed: int = 0) -> float:
 
 
 def mmd2(draws, reference) -> float:
-    """Unbiased squared maximum mean discrepancy, Gaussian kernel of the median distance.
+    """Returns the unbiased squared maximum mean discrepancy with a Gaussian kernel.
 
-    Gretton, Borgwardt, Rasch, Schoelkopf and Smola (2012), Lemma 6, over the first draws in
-    standardised coordinates. 0 on average where the distributions are the same.
+    The median squared distance sets the kernel's width. The estimate uses the first 1,000 draws of
+    each set in standardised coordinates; its mean is 0 if the distributions are the same. Source:
+    Gretton, Borgwardt, Rasch, Schoelkopf and Smola (2012), Lemma 6.
 
     Args:
-      draws: [n, dim].
-      reference: [m, dim].
+      draws: draws to compare, [n, dim].
+      reference: draws of the reference, [m, dim].
     """
     x, y = [((v - reference.mean(0)) / reference.std(0))[:_MMD_DRAWS] for v in (draws, reference)]
     squared = ot.dist(np.concatenate([x, y]))
@@ -73,9 +75,10 @@ def mmd2(draws, reference) -> float:
 
 
 def compare(draws, reference) -> dict[str, float]:
-    """All measures between two sets of draws [n, dim], by name, both in unconstrained space.
+    """Returns all measures between two sets of unconstrained draws [n, dim], by name.
 
-    `largest_mean_difference` is in sds of the reference, `largest_sd_difference` relative to them.
+    `largest_mean_difference` is in standard deviations of the reference, and
+    `largest_sd_difference` is relative to the standard deviations of the reference.
     """
     sd = reference.std(0)
     return {
@@ -88,7 +91,7 @@ def compare(draws, reference) -> dict[str, float]:
 
 
 def table(methods: Mapping[str, Mapping[str, float]]) -> str:
-    """Measures of several methods as Markdown, a row for each method."""
+    """Returns the measures of several methods as a Markdown table, a row for each method."""
     names = list(next(iter(methods.values())))
     columns = [["unconstrained", *methods]]
     columns += [[n, *(f"{measures[n]:.3f}" for measures in methods.values())] for n in names]

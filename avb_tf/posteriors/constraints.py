@@ -2,9 +2,9 @@
 
     bijector = constraints.checked("R", tfd.LKJ(3, 1.0))  # from R^3
 
-TFP's own bijectors are taken, except for those that are wrong or do not work: correlation matrices
-(a log determinant that is off), Wishart matrices (a softplus applied twice), simplexes
-(`SoftmaxCentered` fails on current numpy), intervals with one infinite end (NaN).
+This module uses TFP's bijectors except for those that are wrong or fail. It replaces the bijectors
+of correlation matrices (wrong log determinant), Wishart matrices (softplus applied twice),
+simplexes (`SoftmaxCentered` fails with current numpy) and intervals with one infinite end (NaN).
 """
 
 import numpy as np
@@ -15,10 +15,10 @@ from tensorflow_probability import distributions as tfd
 from avb_tf.errors import UserError
 from avb_tf.posteriors.target import first_line, value_and_gradient
 
-_DRAWS = 512  # of the prior, which have to survive the inverse and back
+_DRAWS = 512  # draws of the prior that the inverse and the bijector must reproduce
 _MANY = 2048  # draws that check a density against its own draws
-_STANDARD_ERRORS = 7.0  # by which it may be off
-_LARGEST_JACOBIAN = 64  # rows of a Jacobian that is computed to check a log determinant
+_STANDARD_ERRORS = 7.0  # largest deviation that this check accepts
+_LARGEST_JACOBIAN = 64  # rows of the largest Jacobian computed to check a log determinant
 _SIMPLEXES = (tfd.Dirichlet, tfd.FlatDirichlet, tfd.RelaxedOneHotCategorical)
 _SPHERES = (tfd.VonMisesFisher, tfd.PowerSpherical, tfd.SphericalUniform)
 _WISHARTS = (tfd.WishartTriL, tfd.WishartLinearOperator)
@@ -30,9 +30,9 @@ class CorrelationOuterProduct(tfb.Bijector):
         bijector = tfb.Chain([CorrelationOuterProduct(), tfb.CorrelationCholesky()])
         bijector.forward(tf.zeros([3]))  # the identity, [3, 3]
 
-    TFP's `CholeskyOuterProduct` counts the diagonal of L as free, which it is not here. The volume
-    is that of the strictly lower entries, by which the density of `tfd.LKJ` is defined:
-    dR_ij / dL_ij = L_jj for i > j, and the Jacobian is triangular.
+    TFP's `CholeskyOuterProduct` counts the diagonal of L as free, but here the other entries
+    determine it. The log determinant is that of the strictly lower entries, because the density of
+    `tfd.LKJ` is defined over them: dR_ij / dL_ij = L_jj for i > j, and the Jacobian is triangular.
     """
 
     def __init__(self, name="correlation_outer_product"):
@@ -58,8 +58,12 @@ class CorrelationOuterProduct(tfb.Bijector):
 class VolumeOf(tfb.Bijector):
     """The identity with another bijector's log determinant.
 
-    For distributions of Cholesky factors whose `log_prob` is the density of the matrix, as TFP's
-    with `input_output_cholesky` is.
+    TFP's distributions with `input_output_cholesky` need it: their draws are Cholesky factors, but
+    their `log_prob` is the density of the matrix.
+
+    Args:
+      bijector: the bijector from the Cholesky factor to the matrix.
+      name: name of this bijector.
     """
 
     def __init__(self, bijector, name="volume_of"):
@@ -78,38 +82,39 @@ class VolumeOf(tfb.Bijector):
 
 
 def simplex():
-    """From R^n to n + 1 probabilities: stick-breaking, uniform at 0."""
+    """Returns the bijector from R^n to n + 1 probabilities: stick-breaking, uniform at 0."""
     return tfb.IteratedSigmoidCentered()
 
 
 def cholesky_factor():
-    """From R^(n (n + 1) / 2) to lower triangular [n, n] with a positive diagonal."""
+    """Returns the bijector from R^(n (n + 1) / 2) to triangles [n, n] with a positive diagonal."""
     return tfb.FillScaleTriL(diag_bijector=tfb.Softplus(), diag_shift=None)
 
 
 def covariance():
-    """From R^(n (n + 1) / 2) to positive definite [n, n]."""
+    """Returns the bijector from R^(n (n + 1) / 2) to positive definite matrices [n, n]."""
     return tfb.Chain([tfb.CholeskyOuterProduct(), cholesky_factor()])
 
 
 def correlation_factor():
-    """From R^(n (n - 1) / 2) to Cholesky factors of correlation matrices.
+    """Returns the bijector from R^(n (n - 1) / 2) to Cholesky factors of correlation matrices.
 
-    `CorrelationCholesky` alone has tails as heavy as Student's t with 2 degrees of freedom for a
-    uniform correlation; after sinh, r = tanh(u), they are exponential.
+    With `CorrelationCholesky` alone, a uniform correlation has tails as heavy as those of Student's
+    t with 2 degrees of freedom. With sinh before it, r = tanh(u) and the tails are exponential.
     """
     return tfb.Chain([tfb.CorrelationCholesky(), tfb.Sinh()])
 
 
 def correlation():
-    """From R^(n (n - 1) / 2) to correlation matrices [n, n]."""
+    """Returns the bijector from R^(n (n - 1) / 2) to correlation matrices [n, n]."""
     return tfb.Chain([CorrelationOuterProduct(), correlation_factor()])
 
 
 def interval(low, high):
-    """From R to (low, high) where one end is infinite, or None where none is known to be.
+    """Returns the bijector from R to (low, high) if an end is infinite.
 
-    TFP's sigmoid between limits gives NaN there.
+    TFP's sigmoid gives NaN in this case. The result is None if both ends are finite or if an end is
+    not known statically; TFP's bijector serves then.
     """
     low, high = (tf.get_static_value(end) for end in (low, high))
     if low is None or high is None:
@@ -125,15 +130,16 @@ def interval(low, high):
 
 
 def of_distribution(distribution):
-    """The bijector from R^n to the support of a distribution, or None where there is none.
+    """Returns the bijector from R^n to the support of a distribution, or None if it has none.
 
-    Ours replaces TFP's at any depth, such as in `tfd.Sample(tfd.Dirichlet(...), 3)`.
+    The bijectors of this module replace TFP's at any depth, such as in
+    `tfd.Sample(tfd.Dirichlet(...), 3)`.
     """
     return _corrected(distribution).experimental_default_event_space_bijector()
 
 
 def _own(distribution):
-    """Our bijector for a distribution's support, or None where TFP's is right."""
+    """Returns this module's bijector for a distribution's support, or None if TFP's is right."""
     if isinstance(distribution, _SIMPLEXES):
         return simplex()
     if isinstance(distribution, tfd.ExpRelaxedOneHotCategorical):
@@ -160,7 +166,7 @@ def _own(distribution):
 
 
 def _blocks(components):
-    """The bijectors of a `tfd.Blockwise`, side by side, or None where one changes sizes."""
+    """Returns the joined bijectors of a `tfd.Blockwise`, or None if one is not elementwise."""
     bijectors = [of_distribution(component) for component in components]
     if any(one is None or one.forward_min_event_ndims != 0 for one in bijectors):
         return None
@@ -169,19 +175,19 @@ def _blocks(components):
 
 
 def _shared(components):
-    """The bijector that all components of a mixture have, or None where their supports differ."""
+    """Returns the bijector that all components of a mixture share, or None if supports differ."""
     bijectors = [of_distribution(component) for component in components]
     alike = all(type(one) is type(bijectors[0]) for one in bijectors)
     if not alike or bijectors[0] is None:
         return None
-    # A bijector with a batch, such as that of Uniform(0, [1, 2]), differs between components.
+    # A bijector with a batch shape, such as for Uniform(0, [1, 2]), differs between components.
     free = [tf.TensorShape(one.experimental_batch_shape()).rank == 0 for one in bijectors]
     known = not any(tf.nest.flatten([_limits(one) for one in bijectors]))
     return bijectors[0] if all(free) and known else None
 
 
 def _limits(bijector):
-    """The numbers that a bijector was built from, other than flags and names."""
+    """Returns which parameters of a bijector are numbers, that is neither None, flags nor names."""
     return [
         value is not None and not isinstance(value, bool | str)
         for value in bijector.parameters.values()
@@ -189,7 +195,7 @@ def _limits(bijector):
 
 
 def _corrected(distribution):
-    """The distribution with our bijectors in place of TFP's."""
+    """Returns the distribution with this module's bijectors instead of TFP's."""
     bijector = _own(distribution)
     if bijector is not None:
         methods = {"_default_event_space_bijector": lambda self: bijector}
@@ -204,22 +210,23 @@ def _corrected(distribution):
 
 
 def checked(name: str, distribution):
-    """The bijector from R^n to a distribution's support, after checks.
+    """Returns the bijector from R^n to a distribution's support, after checks.
 
-    Draws of the prior have to survive the inverse and back, and the volume has to be right: by
-    automatic differentiation where the bijector works on each number by itself; where numbers
-    depend on each other, as in a matrix, the density has to be that of its own draws.
+    The bijector must reproduce draws of the prior from their inverse. Its log determinant must be
+    right as well. For an elementwise bijector it is compared with automatic differentiation; for
+    one whose numbers depend on each other, such as a matrix, the density is tested against its own
+    draws.
 
     Args:
-      name: of the parameter, for the message.
-      distribution: of a single draw.
+      name: name of the parameter, for the message.
+      distribution: distribution of a single draw.
     Raises:
-      UserError: there is none, or it is wrong.
+      UserError: the distribution has no bijector, or the bijector is wrong.
     """
     kind = f"'{name}' ({type(distribution).__name__})"
     if isinstance(distribution, _SPHERES):
         raise UserError(
-            f"{kind} lies on a sphere, to which no R^n is mapped one to one; expected an angle, or "
+            f"{kind} lies on a sphere, which has no one-to-one map from R^n; expected an angle, or "
             "a Gaussian vector that the model normalises"
         )
     try:
@@ -229,7 +236,7 @@ def checked(name: str, distribution):
             _check_volume(kind, distribution, bijector)
     except UserError:
         raise
-    except Exception as error:  # bijectors and distributions raise many kinds
+    except Exception as error:  # bijectors and distributions raise exceptions of any type
         raise UserError(
             f"the bijector of {kind} fails ({type(error).__name__}: {first_line(error)}); expected "
             "one from R^n to its support: give a log density with `bijector`"
@@ -243,15 +250,20 @@ def checked(name: str, distribution):
 
 
 def _draws(distribution, count):
-    """Draws of the prior, [count, ...], or None where it has a density alone."""
+    """Returns draws of the prior, [count, ...], or None if it cannot be sampled."""
     try:
         draws = distribution.sample(count, seed=(0, 1)).numpy()
-    except Exception:  # whatever a user's own distribution raises
+    except Exception:  # a user's own distribution may raise anything
         return None
     return draws if np.isfinite(draws).any() else None
 
 
 def _check_inverse(kind, distribution, bijector):
+    """Checks that the bijector reproduces draws of the distribution from their inverse.
+
+    Raises:
+      UserError: it does not.
+    """
     draws = _draws(distribution, _DRAWS)
     if draws is None:
         return
@@ -259,7 +271,7 @@ def _check_inverse(kind, distribution, bijector):
     back = np.asarray(bijector.forward(tf.constant(free)), np.float64)
     drawn = np.isfinite(draws).reshape(_DRAWS, -1).all(1)
     outside = drawn & np.isnan(free).reshape(_DRAWS, -1).any(1)
-    inside = drawn & np.isfinite(free).reshape(_DRAWS, -1).all(1)  # not at the edge of a float
+    inside = drawn & np.isfinite(free).reshape(_DRAWS, -1).all(1)  # inverses that did not overflow
     wrong = True
     if inside.any():
         scale = np.abs(draws[inside]) + np.std(draws[inside], 0) + 1e-6
@@ -272,6 +284,11 @@ def _check_inverse(kind, distribution, bijector):
 
 
 def _check_volume(kind, distribution, bijector):
+    """Checks the bijector's log determinant, by the distribution's draws or by differentiation.
+
+    Raises:
+      UserError: the log determinant is wrong.
+    """
     shape = bijector.inverse_event_shape(distribution.event_shape)
     if bijector.forward_min_event_ndims != 0:
         size = shape.num_elements()
@@ -285,10 +302,10 @@ def _check_volume(kind, distribution, bijector):
 
 
 def _check_own_draws(kind, distribution, bijector, draws):
-    """Holds a density against its own draws by what is true of any density.
+    """Tests a density against its own draws by two identities that hold for every density.
 
-    E[score] = 0 and E[u score] = -1 for each coordinate of unconstrained u. Where the values are
-    redundant, as in a simplex, this depends on no convention about their volume.
+    E[score] = 0 and E[u score] = -1 for each coordinate of unconstrained u. For redundant values,
+    such as those of a simplex, the test needs no convention about their volume.
     """
     free = np.asarray(bijector.inverse(draws))
     ranks = bijector.inverse_event_ndims(distribution.event_shape.rank)
@@ -300,21 +317,21 @@ def _check_own_draws(kind, distribution, bijector, draws):
     score = np.asarray(value_and_gradient(log_density, tf.constant(free))[1], np.float64)
     free, score = (v.reshape(len(draws), -1) for v in (free.astype(np.float64), score))
     usable = np.isfinite(free).all(1) & np.isfinite(score).all(1)
-    if usable.mean() < 0.99:  # draws at the edge of a float, without which the means are biased
+    if usable.mean() < 0.99:  # many draws overflow, and means without them would be biased
         return
     for moment, expected in ((score, 0.0), (free * score, -1.0)):
         error = moment[usable].std(0) / np.sqrt(usable.sum()) + 1e-3
         off = np.abs(moment[usable].mean(0) - expected) / error
         if off.max() > _STANDARD_ERRORS:
             raise UserError(
-                f"the bijector of {kind} has a log determinant under which the density is not that "
-                f"of its own draws, by {off.max():.0f} standard errors; expected one that fits: "
-                "give a log density with `bijector`"
+                f"the bijector of {kind} has a wrong log determinant: the density is not that of "
+                f"its own draws, by {off.max():.0f} standard errors; expected one that fits: give "
+                "a log density with `bijector`"
             )
 
 
 def _check_log_determinant(kind, distribution, bijector, free):
-    """Compares with automatic differentiation at unconstrained `free`."""
+    """Compares the log determinant at unconstrained `free` with automatic differentiation."""
     ranks = bijector.inverse_event_ndims(distribution.event_shape.rank)
     stated = np.sum(bijector.forward_log_det_jacobian(free, event_ndims=ranks))
     with tf.GradientTape(persistent=True) as tape:
@@ -338,10 +355,10 @@ def _check_log_determinant(kind, distribution, bijector, free):
 
 
 def _independent(image, count):
-    """Which entries of a constrained value determine it, as a mask of the flat value, or None.
+    """Returns a mask of the entries that determine a constrained value, flat, or None if unknown.
 
-    They are those by which TFP's densities are defined: all but the last of a simplex, the lower
-    triangle of a matrix, without its diagonal where that is given by the rest.
+    TFP defines densities over these entries: all but the last of a simplex, and the lower triangle
+    of a matrix, without its diagonal if the other entries determine the diagonal.
     """
     mask = np.ones(image.shape, bool)
     if mask.sum() == count:

@@ -1,8 +1,9 @@
-"""The evidence by a bridge: its variance is finite wherever two sets of draws overlap.
+"""The evidence by bridge sampling, whose variance is finite wherever two sets of draws overlap.
 
-Plain importance sampling from a density that is too narrow somewhere has an infinite variance, and
-its standard error does not show it. Source: Meng and Wong (1996); the error is that of
-Fruehwirth-Schnatter (2004), with chains in place of draws, so that autocorrelation counts.
+Importance sampling from a density that is too narrow somewhere has an infinite variance, and its
+standard error does not show it. Source: Meng and Wong (1996). The standard error follows
+Fruehwirth-Schnatter (2004), but is computed over chains instead of draws, so that it includes
+autocorrelation.
 """
 
 from typing import NamedTuple
@@ -10,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 _ROUNDS = 100
-_UNKNOWN = 0.5  # nats: a larger error says that the two sides hardly overlap
+_UNKNOWN = 0.5  # nats: with a larger standard error, the two sets of draws hardly overlap
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error; NaN and infinity where it is unknown."""
+    """A number and its standard error; NaN and infinity if it is unknown."""
 
     value: float
     standard_error: float
@@ -29,11 +30,12 @@ UNKNOWN = Estimate(float("nan"), float("inf"))
 
 
 def bridge(at_proposal: np.ndarray, at_states: np.ndarray) -> Estimate:
-    """Log evidence in nats, from both sides.
+    """Returns the log evidence in nats, by a bridge between a proposal g and the posterior p.
 
     Args:
-      at_proposal: [n], log p - log g at independent draws of a normalised g, p not normalised.
-      at_states: [chains, kept], the same at states of chains of p, which did not make g.
+      at_proposal: log p - log g at independent draws of g, [n]; g is normalised, p is not.
+      at_states: log p - log g at states of chains of p, [chains, kept]; g must not have been
+        fitted to these chains.
     """
     chains, kept = at_states.shape
     at_states = at_states.ravel()
@@ -55,7 +57,7 @@ def bridge(at_proposal: np.ndarray, at_states: np.ndarray) -> Estimate:
     means = by_chain.mean(1)
     halves = by_chain[:, : kept // 2].mean() - by_chain[:, kept // 2 :].mean()
     variance = of_g.var(ddof=1) / len(of_g) / of_g.mean() ** 2
-    # Chains that still move as one are not at rest: their drift is an error too.
+    # A drift that all chains share means that they have not converged, so it counts as an error.
     spread = max(means.var(ddof=1) / chains, halves**2 / 4.0)
     variance += spread / of_p.mean() ** 2
     error = float(np.sqrt(variance))
@@ -63,12 +65,12 @@ def bridge(at_proposal: np.ndarray, at_states: np.ndarray) -> Estimate:
 
 
 def _sigmoid(log_ratio, share):
-    """ratio / (share ratio + 1 - share), without overflow."""
+    """Returns ratio / (share * ratio + 1 - share), without overflow."""
     return 1.0 / (share + (1.0 - share) * np.exp(np.minimum(-log_ratio, 700.0)))
 
 
 def average(estimates: list[Estimate]) -> Estimate:
-    """Of independent estimates of the same number, equally weighted; unknown if one is."""
+    """Returns the mean of independent estimates of the same number, unknown if one of them is."""
     values, errors = np.array(estimates).T
     if not np.isfinite(errors).all():
         return UNKNOWN

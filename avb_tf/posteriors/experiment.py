@@ -1,4 +1,4 @@
-"""A posterior's config -> a fit, and its comparison with what users would reach for otherwise."""
+"""A posterior's config -> a fit, and its comparison with the usual alternatives."""
 
 import hashlib
 import io
@@ -22,13 +22,13 @@ from avb_tf.posteriors.result import META, PosteriorFit
 from avb_tf.serving import layout
 
 FIT = "fit"
-LOCK = ".train.lock"  # held in the workdir by the process that fits or evaluates
+LOCK = ".train.lock"  # the process that fits holds this lock in the workdir
 _CHAINS = 4
-_SEED = 123  # of the reference and of draws for the comparison
+_SEED = 123  # seed of the reference and of the draws for the comparison
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Both, in this order."""
+    """Fits the posterior, then evaluates the fit."""
     train(config, workdir)
     evaluate(config, workdir)
 
@@ -37,10 +37,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Fits the posterior, unless the workdir has the fit already, and prints the verdict.
 
     Raises:
-      UserError: a model that cannot be loaded or fitted.
+      UserError: the model cannot be loaded or fitted.
     """
     problem = load_problem(config.model)
-    models.of_problem(problem)  # a mistake in it comes before anything is written
+    models.of_problem(problem)  # raises for a wrong model before anything is written
     configuration.save(config, workdir)
     with files.locked(workdir / LOCK):
         fit = _trained(config, workdir, problem)
@@ -50,8 +50,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def _trained(config, workdir, problem) -> PosteriorFit:
-    """The fit of the workdir, or a new one."""
-    if (workdir / FIT / META).exists():  # written last
+    """Returns the fit of the workdir, or fits the posterior and saves the fit there."""
+    if (workdir / FIT / META).exists():  # `save` writes this file last, so the fit is complete
         return load_posterior(workdir / FIT)
     fit = fit_posterior(
         problem.model,
@@ -70,13 +70,13 @@ def _trained(config, workdir, problem) -> PosteriorFit:
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """The fit beside Gaussian variational inference and NUTS, each against the reference.
+    """Compares the fit, Gaussian variational inference and NUTS with the reference.
 
-    The reference is exact where the model's file brings exact draws, and NUTS at four times the
-    length otherwise. Writes `results.json`, `posterior.nc` for arviz, and pair plots.
+    The reference is exact if the model's file provides exact draws, and a NUTS run of four times
+    the length otherwise. Writes `results.json`, `posterior.nc` for arviz, and pair plots.
 
     Raises:
-      UserError: no fit.
+      UserError: the workdir has no fit.
     """
     fit = _fit(workdir)
     problem = load_problem(config.model)
@@ -116,20 +116,20 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """2,000 draws of the fit as `posterior.nc`, for arviz.
+    """Writes 2,000 draws of the fit as `posterior.nc`, for arviz.
 
     Raises:
-      UserError: no fit.
+      UserError: the workdir has no fit.
     """
     del config
     print(_write_draws(_fit(workdir).to_arviz(), workdir))
 
 
 def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """The fit as `export/<version>/`, for TensorFlow Serving.
+    """Exports the fit as `export/<version>/`, for TensorFlow Serving.
 
     Raises:
-      UserError: no fit, or the version exists or cannot be written.
+      UserError: the workdir has no fit, or the version exists or cannot be written.
     """
     fit, plain = _fit(workdir), configuration.resolve(config)
     name = config.name or workdir.name
@@ -152,10 +152,10 @@ def _fit(workdir: Path) -> PosteriorFit:
 
 
 def load_problem(name: str) -> models.Problem:
-    """What the function "path.py:function" returns, as a `Problem`.
+    """Calls the function "path.py:function" and returns its model as a `Problem`.
 
     Raises:
-      UserError: no such file or function, or one that raises.
+      UserError: the file or the function does not exist, or one of them raises.
     """
     problem = returned(name)
     if isinstance(problem, tuple):
@@ -164,34 +164,34 @@ def load_problem(name: str) -> models.Problem:
 
 
 def returned(name: str) -> Any:
-    """What the function "path.py:function" returns.
+    """Calls the function "path.py:function" and returns what it returns.
 
     Raises:
-      UserError: no such file or function, or one that raises.
+      UserError: the file or the function does not exist, or one of them raises.
     """
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"config.model names '{path}', which is no file; expected path.py:function")
     try:
         namespace = runpy.run_path(path)
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # a user's code may raise anything
         raise UserError(f"{path} raised {type(error).__name__}: {error}") from error
     if not callable(namespace.get(function)):
         raise UserError(f"{path} has no function '{function}'; expected one that returns a model")
     try:
         return namespace[function]()
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # a user's code may raise anything
         raise UserError(f"{name} raised {type(error).__name__}: {error}") from error
 
 
 def _others(problem, target, begun: start.Start, config, stem: Path):
-    """The baselines and the reference that fits of a model are compared with, and their measures.
+    """Returns the baselines and the reference of a model, and the measures of the baselines.
 
-    All seeds share them, so they are kept beside `stem`.
+    Fits of all seeds share them, so they are stored in `stem`.npz and `stem`.json.
 
     Returns:
-      Draws [eval.draws, dim] by name, "reference" among them; and a record of what they are, with
-      the measures of all others.
+      Draws [eval.draws, dim] by name, including "reference"; and a record that describes them and
+      has the measures of all others.
     """
     settings = config.eval
     asked = {k: settings[k] for k in ("draws", "gaussian_steps", "nuts_draws")}
@@ -235,11 +235,11 @@ def _others(problem, target, begun: start.Start, config, stem: Path):
 
 
 def _kept(arrays: Path, record: Path, asked: dict):
-    """What an earlier call kept for the same settings; None if it is missing or damaged."""
+    """Returns what an earlier call stored for the same settings; None if missing or damaged."""
     try:
         known = json.loads(record.read_text())
         return (archives.read_arrays(arrays), known) if known["settings"] == asked else None
-    except Exception:  # JSON, zipfile and numpy raise many kinds on a damaged file
+    except Exception:  # JSON, zipfile and numpy raise exceptions of many types on a damaged file
         return None
 
 
@@ -252,7 +252,7 @@ def _exact(problem, target, count, seed):
 
 
 def _measured(draws, seconds, reference):
-    """Measures by name of draws, and then of the measure."""
+    """Returns the measures of each set of draws: label of the draws -> measure -> value."""
     measures = {}
     for label, u in draws.items():
         print(f"comparing {label} with the reference", flush=True)
@@ -261,7 +261,7 @@ def _measured(draws, seconds, reference):
 
 
 def _statistics(problem, target, draws) -> dict[str, dict[str, float]]:
-    """The statistics of the model's file: name -> label of the draws -> value."""
+    """Returns the statistics that the model's file defines: name -> label of the draws -> value."""
     if problem.statistics is None:
         return {}
     values = {}

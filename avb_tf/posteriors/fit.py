@@ -1,10 +1,10 @@
-"""`fit_posterior`: AVB where the model is fixed and the encoder has only noise to read.
+"""`fit_posterior`: AVB for a fixed model, with an encoder that reads only noise.
 
-The same bound, model class and training step as everywhere: x is one example that stays the same,
-its many draws are the samples, and log p(x, z) is the model's own density, so that the prior is in
-it and E_q[log r] is minus the entropy of r. A model goes one way:
+The bound, the model class and the training step are those of all other models. Here x is a single
+constant example with many samples of z. log p(x, z) is the model's own density, which includes the
+prior, so that E_q[log r] is minus the entropy of r. These are the stages of a fit:
 
-    model -> target -> start -> chart -> AVB upon the chart -> the better of both -> verdict
+    model -> target -> start -> chart -> AVB on the chart -> the better of the two -> verdict
 """
 
 import contextlib
@@ -30,12 +30,13 @@ from avb_tf.settings.posterior import STEPS, resolved
 
 FAR = 10.0  # nats, see `divergence`
 CLOSE, FOLLOWED = 0.3, 3.0  # nats of `divergence`, see `helps`
-TIE = 0.02  # in total variation, about the error of two distances
-START_SHARE = 0.35  # of the seconds, for the start
-SHORT, SHORT_SHARE = 15.0, 0.75  # below so many seconds no network can be built and trained
-VERDICT_SHARE = 0.1  # for the verdict
-TRACED = 5.0  # how many times as long a model takes to be traced as to be built
-SLOWER = 1.5  # how many times as long AVB takes to be traced as the chart's trainer
+TIE = 0.02  # total variation: about the error of the difference of two distances
+START_SHARE = 0.35  # share of the seconds that the start may take
+# Fewer seconds than SHORT do not suffice to train a network, so the start gets SHORT_SHARE of them.
+SHORT, SHORT_SHARE = 15.0, 0.75
+VERDICT_SHARE = 0.1  # share of the seconds reserved for the verdict
+TRACED = 5.0  # time to trace a model, relative to the time to build it
+SLOWER = 1.5  # time to trace AVB, relative to the time to trace the chart's trainer
 
 
 def fit_posterior(
@@ -59,26 +60,27 @@ def fit_posterior(
         fit.sample(1000)
 
     Args:
-      model: a TFP joint distribution, pinned or with `observed`; or a log density, a function of
-        one tensor, or of several by name or in order as `shape` says.
-      observed: values of parts of the joint, a dict by name or a sequence with None where unknown.
-      steps: of training; 3000 where `seconds` is not given either.
-      seconds: that the call may take, all included; how far training comes is then up to the
-        machine, and the fit no function of `seed` alone. Where they do not suffice to build and
-        train networks, the fit is a Gaussian.
-      seed: of the whole fit. TensorFlow's global seed is set.
-      shape: of the log density's argument, or a dict or sequence of them.
-      bijector: from R^n to the log density's support, in the structure of `shape`.
-      dtype: of the log density's argument.
-      batch_size: for much data: rows of `observed`, a dict of arrays [rows, ...], that a step of
-        training sees; `model` is then a function from rows of them to the joint pinned on these.
-        The start and the verdict see all.
-      verbose: shows a progress bar.
-      **settings: changes to `settings.posterior.SETTINGS`, none of which should need one.
+      model: a TFP joint distribution, either pinned or given with `observed`; or a log density, a
+        function of one tensor or of several, which are passed by name or in order as in `shape`.
+      observed: observed values of the joint's parts: a dict by name, or a sequence with None for
+        unobserved parts.
+      steps: number of training steps; 3000 if `seconds` is not given either.
+      seconds: time that the whole call may take. The number of training steps then depends on the
+        machine, so the fit is not determined by `seed` alone. If the time does not suffice to build
+        and train networks, the fit is a Gaussian.
+      seed: seed of the whole fit. TensorFlow's global seed is set.
+      shape: shape of the log density's argument, or a dict or sequence of shapes.
+      bijector: bijector from R^n to the log density's support, in the structure of `shape`.
+      dtype: dtype of the log density's argument.
+      batch_size: number of rows of the data in each training step, for large data. `observed` is
+        then a dict of arrays [rows, ...], and `model` a function from such rows to the joint
+        distribution pinned on them. The start and the verdict use all rows.
+      verbose: whether to show a progress bar.
+      **settings: changes to `settings.posterior.SETTINGS`; the defaults should suffice.
     Returns:
-      The fit; the verdict on it is `diagnostics()`.
+      The fit; `diagnostics()` has the verdict on it.
     Raises:
-      UserError: a model that cannot be fitted, and what to do about it.
+      UserError: the model cannot be fitted; the message says what to do about it.
     """
     began = time.monotonic()
     if (steps is not None and steps < 1) or (seconds is not None and seconds <= 0):
@@ -95,14 +97,17 @@ def fit_posterior(
     with seeded(seed):
         fit = _trained(target, start, seed, resolved_settings, clock)
     if seconds:
-        fit.diagnostics()  # it is part of what the seconds are for
+        fit.diagnostics()  # the seconds include the verdict
     fit.seconds = clock.elapsed()
     return fit
 
 
 @contextlib.contextmanager
 def seeded(seed: int):
-    """Keras's initial weights come from global generators; a caller's go on as if unused."""
+    """Seeds the global generators that Keras draws initial weights from.
+
+    The state of Python's and numpy's generators is restored on exit.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     keras.utils.set_random_seed(seed)
     try:
@@ -113,22 +118,22 @@ def seeded(seed: int):
 
 
 def _trained(target, start, seed, settings, clock) -> PosteriorFit:
-    """The chart, AVB upon it, and the better of both."""
+    """Trains the chart, then AVB on the chart, and returns the better of the two fits."""
     emerged = tf.Variable(0.0, trainable=False)
     chart = _charted(target, start, seed, settings, clock, emerged)
     charted = not isinstance(chart, Plain)
-    # Where the adversary was no match for the posterior, the fit is better off with the chart
-    # alone, N(0, I) going in; there T is exactly 0 and the weights are exact.
+    # If the adversary cannot follow the posterior, the chart alone, applied to N(0, I), is the
+    # better fit: T is exactly 0 there, so the importance weights are exact.
     alone = _fit(target, start, seed, {**settings, "blocks": 0}, chart)
-    if target.dim > starting.LARGEST:  # no adversary follows there
+    if target.dim > starting.LARGEST:  # no adversary can follow in so many dimensions
         return alone
     began = clock.elapsed()
     fit = _fit(target, start, seed, settings, chart, 1.0 if charted else emerged)
     tracing = SLOWER * clock.traced or TRACED * (clock.elapsed() - began)
     if clock.left() < tracing:
         return alone
-    # The chart stays as it is: moving with the encoder, the two undid each other's scales, and
-    # the adversary lost both.
+    # The chart is frozen: trained together, the chart and the encoder undid each other's scales,
+    # and the adversary could follow neither.
     fit.model.decoder.trainable = False
     annealed = None if charted else emerged
     history = training.train(fit.model, settings, clock, 1.0, settings["learning_rate"], annealed)
@@ -138,7 +143,7 @@ def _trained(target, start, seed, settings, clock) -> PosteriorFit:
 
 
 def _fit(target, start, seed, settings, chart, emerged=1.0) -> PosteriorFit:
-    """An untrained fit upon a chart: N(0, I) goes in."""
+    """Returns an untrained fit on a chart, whose input is N(0, I)."""
     model = building.avb(target, start, seed, settings, not isinstance(chart, Plain), emerged)
     for network in (model.decoder, model.averaged_decoder):
         network.set_weights(chart.get_weights())
@@ -146,11 +151,10 @@ def _fit(target, start, seed, settings, chart, emerged=1.0) -> PosteriorFit:
 
 
 def _charted(target, start, seed, settings, clock, emerged) -> Chart | Plain:
-    """A chart that takes N(0, I) to near the posterior, or a plain one where that is better.
+    """Returns a chart that maps N(0, I) close to the posterior, or the identity if that is better.
 
-    It minimises KL(q || p), which may lose modes; the chains of the start have them, so the
-    symmetrised divergence over q's draws and the chains' tells which of the two is closer to the
-    posterior.
+    The chart minimises KL(q || p), which may lose modes. The start's chains still have these modes,
+    so the symmetrised divergence over q's draws and the chains' states decides between the two.
     """
     wanted = settings["chart_steps"] and settings["chart_share"]
     if not wanted or target.dim > starting.LARGEST:
@@ -178,45 +182,52 @@ def _charted(target, start, seed, settings, clock, emerged) -> Chart | Plain:
 
 
 def helps(by_chart: float, by_plain: float) -> bool:
-    """Whether AVB is better off upon a chart, by its `divergence` and that of the plain Gaussian.
+    """Returns whether AVB should be trained on the chart, given the divergence with and without it.
 
-    What a Gaussian contrast can follow is learned better without a chart than upon a bad one, such
-    as a flow's of a ring, which has a seam.
+    A posterior that a Gaussian contrast can follow is learned better without a chart than on a bad
+    one, such as a flow that has to cut a ring at a seam.
+
+    Args:
+      by_chart: `divergence` in nats of the chart applied to N(0, I).
+      by_plain: `divergence` in nats of N(0, I) itself.
     """
     return by_chart < by_plain and (by_chart < CLOSE or by_plain > FOLLOWED)
 
 
 def divergence(at_p: np.ndarray, at_q: np.ndarray) -> float:
-    """E_p[log p - log q] + E_q[log q - log p], in which p's normaliser cancels.
+    """Returns E_p[log p - log q] + E_q[log q - log p], in which p's normaliser cancels.
 
-    No draw counts more than `FAR` nats: a single one in a tail, where a chart's inverse is
-    anything, says nothing about modes, of which a lost one is many draws.
+    Values are clipped to within `FAR` nats of the median at q's draws. A single draw in a tail,
+    where a chart's inverse is unreliable, then has little effect, while a lost mode still counts
+    because it holds many draws.
 
     Args:
-      at_p: [n], log p - log q at draws of p.
-      at_q: [m], the same at draws of q.
+      at_p: log p - log q at draws of p, [n].
+      at_q: log p - log q at draws of q, [m].
     """
     low, high = np.median(at_q) - FAR, np.median(at_q) + FAR
     return float(np.clip(at_p, low, high).mean() - np.clip(at_q, low, high).mean())
 
 
 def load_posterior(path: Path | str) -> PosteriorFit:
-    """A fit as `PosteriorFit.save` wrote it, without the model's own code.
+    """Loads a fit that `PosteriorFit.save` wrote, without the model's own code.
 
-    Load only what comes from somebody you trust: the directory holds the model as a TensorFlow
+    Load only directories from sources that you trust: the model is stored as a TensorFlow
     SavedModel, a program that may read and write files.
 
     Raises:
-      UserError: it is not a saved fit, or damaged.
+      UserError: the directory is not a saved fit, or it is damaged.
     """
     path = Path(path)
     with files.loading(path, "PosteriorFit.save"):
         meta = json.loads((path / META).read_text())
         target = targets.load(path / MODEL)
-        before = "z" in meta  # an earlier version kept it there
+        before = "z" in meta  # an earlier version stored the start in the JSON file
         start = starting.of_record(meta) if before else starting.load(path / START)
         avb = building.avb(target, start, meta["seed"], meta["settings"], meta["charted"])
         avb.load_weights(path / WEIGHTS)
-        return PosteriorFit(
+        fit = PosteriorFit(
             target, start, avb, meta["seconds"], meta["seed"], meta["settings"], meta["history"]
         )
+        fit.steps = meta.get("steps", fit.steps)  # earlier versions did not store it
+        return fit

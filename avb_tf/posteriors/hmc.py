@@ -1,7 +1,7 @@
-"""Hamiltonian Monte Carlo for many short parallel chains, whitened by what they know together.
+"""Hamiltonian Monte Carlo for many short parallel chains, whitened by their common covariance.
 
-In numpy around one compiled function of the density and its gradient: TFP's kernels in a graph
-take half a minute to trace, more than these chains take to run.
+The chains run in numpy and call one compiled function for the density and its gradient. TFP's
+kernels take half a minute to trace in a graph, which is longer than these chains take to run.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Scores = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 class Chains(NamedTuple):
-    """States of parallel chains."""
+    """States of parallel chains after each transition."""
 
     states: np.ndarray  # [transitions, chains, dim]
     log_density: np.ndarray  # [transitions, chains]
@@ -26,14 +26,17 @@ class Chains(NamedTuple):
 
 
 def scores(log_density, dtype) -> Scores:
-    """x [n, dim] -> log density [n] and its gradient [n, dim], in float64."""
+    """Returns the function from x [n, dim] to the log density [n] and its gradient [n, dim].
+
+    The result is in float64; `log_density` is evaluated in `dtype`.
+    """
 
     @tf.function(autograph=False, reduce_retracing=True)
     def function(x):
         return value_and_gradient(log_density, x)
 
     def evaluate(x):
-        with np.errstate(over="ignore"):  # far away, where the density is not finite
+        with np.errstate(over="ignore"):  # x overflows far out, where the density is not finite
             x = np.asarray(x, dtype.as_numpy_dtype)
         density, gradient = function(tf.constant(x))
         return np.asarray(density, np.float64), np.asarray(gradient, np.float64)
@@ -52,21 +55,22 @@ def run_chains(
     adapt: bool = False,
     jumps: Mixture | None = None,
 ) -> Chains:
-    """Transitions of all chains at once.
+    """Runs transitions of all chains in parallel.
 
     Args:
-      scores: x [n, dim] -> log density and gradient.
-      x: [chains, dim], where they start, of finite density.
-      root: symmetric [dim, dim], x @ inverse(root) has unit covariance, roughly; or [dim], its
-        diagonal.
-      transitions: of each chain.
-      leapfrogs: of each transition.
-      step_size: in whitened coordinates, one for all or [chains, 1].
-      rng: of all draws.
-      adapt: moves each chain's step size towards an acceptance of 3/4; the chains are then not
-        exact.
-      jumps: proposals that do not depend on the state, one after each transition: chains move
-        between modes, so that each has as many as its mass.
+      scores: function from x [n, dim] to the log density [n] and its gradient [n, dim].
+      x: initial states, [chains, dim]; their density must be finite.
+      root: symmetric square root of a rough covariance, [dim, dim], or its diagonal, [dim]; chains
+        move in the whitened coordinates x @ inverse(root).
+      transitions: number of transitions of each chain.
+      leapfrogs: number of leapfrog steps in each transition.
+      step_size: step size in whitened coordinates, a number for all chains or [chains, 1].
+      rng: source of random numbers.
+      adapt: whether to move each chain's step size towards an acceptance rate of 3/4; the chains
+        do not sample the density exactly while they adapt.
+      jumps: mixture for independent proposals, one after each transition, or None. The proposals
+        do not depend on the state, so chains jump between modes, and each mode gets a share of the
+        chains equal to its mass.
     """
 
     def whitened(v):
@@ -77,11 +81,11 @@ def run_chains(
     step_size = np.broadcast_to(step_size, [len(x), 1]).copy()
     history = []
     for _ in range(transitions):
-        step = step_size * rng.uniform(0.7, 1.3)  # of random length, so that no chain orbits
+        step = step_size * rng.uniform(0.7, 1.3)  # random, so that no trajectory is periodic
         momentum = rng.normal(size=x.shape)
         energy = density - 0.5 * (momentum**2).sum(-1)
         new_x, new_density, new_score = x, density, score
-        with np.errstate(all="ignore"):  # a divergent trajectory is one that is not accepted
+        with np.errstate(all="ignore"):  # a divergent trajectory overflows and is rejected
             for _ in range(leapfrogs):
                 momentum = momentum + 0.5 * step * whitened(new_score)
                 new_x = new_x + step * whitened(momentum)
@@ -93,7 +97,7 @@ def run_chains(
         x = np.where(accepted[:, np.newaxis], new_x, x)
         density = np.where(accepted, new_density, density)
         score = np.where(accepted[:, np.newaxis], new_score, score)
-        if adapt:  # up to a trajectory of length 2: beyond a quarter turn chains come back
+        if adapt:  # trajectories are at most 2 long: after a quarter turn they turn back
             step_size *= np.where(acceptance > 0.75, 1.1, 1.0 / 1.2)[:, np.newaxis]
             step_size = np.minimum(step_size, 2.0 / leapfrogs)
         if jumps is not None and proposed is not None:
@@ -105,7 +109,7 @@ def run_chains(
 
 
 def _jump(scores, jumps, state, rng):
-    """An independent proposal for each chain, accepted by Metropolis and Hastings' rule."""
+    """Makes one independent Metropolis-Hastings proposal for each chain."""
     x, density, _, proposed = state
     new_x = jumps.draw(len(x), rng)
     new = (new_x, *scores(new_x), jumps.log_density(new_x))
@@ -119,6 +123,6 @@ def _jump(scores, jumps, state, rng):
 
 
 def root(covariance):
-    """The symmetric square root, of a matrix that rounding may have left indefinite."""
+    """Returns the symmetric square root of a matrix that rounding may have made indefinite."""
     values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
     return (vectors * np.sqrt(np.maximum(values, 1e-15 * values[-1]))) @ vectors.T

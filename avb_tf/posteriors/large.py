@@ -1,9 +1,9 @@
-"""The start of a posterior of hundreds of dimensions: no covariance in full.
+"""The start of a posterior of hundreds of dimensions, without a full covariance.
 
-A Gaussian with a diagonal covariance is fitted by its bound on the evidence, not by the highest
-density, which in a hierarchical model is where all effects are equal. Chains from its draws then
-give means, scales, and the few directions of correlations that stand out of the noise of as many
-states.
+A Gaussian with a diagonal covariance is fitted by its bound on the evidence. It is not placed at
+the highest density, which in a hierarchical model is where all effects are equal. Chains from its
+draws then give means, scales, and those directions of correlation that exceed the sampling noise of
+a covariance of that many states.
 """
 
 import time
@@ -11,28 +11,34 @@ import time
 import numpy as np
 
 from avb_tf.errors import UserError
-from avb_tf.posteriors import hmc
+from avb_tf.posteriors import hmc, sampling
 
 CHAINS = 64
-ROUNDS = 12  # of the chains, with the scales of all taken anew after each
-TRANSITIONS = 12  # in a round
-LEAPFROGS = 8  # in a transition
-KEPT = 16, 64  # states of each chain, at least and at most
+ROUNDS = 12  # warm-up rounds; the scales are estimated again from all chains after each
+TRANSITIONS = 12  # transitions in a round
+LEAPFROGS = 8  # leapfrog steps in a transition
+KEPT = 16, 64  # fewest and most states kept of each chain
 THINNED = 4  # transitions from one kept state to the next
-RANK = 20  # directions of correlations, at most
-_ROWS = 512  # evaluations at once
-_DRAWS = 16  # of a step of the Gaussian
-_STEPS = 1500  # of the Gaussian, at most
-_RATE = 0.1  # of Adam, in standard deviations, falling to a hundredth
+RANK = 20  # most directions of correlation
+_ROWS = 512  # evaluations of the gradient in a batch
+_DRAWS = 16  # draws in each step that fits the Gaussian
+_LEAST, _STEPS = 20, 1500  # fewest and most steps that fit the Gaussian
+_RATE = 0.1  # Adam's first learning rate, in standard deviations; it falls to a hundredth of it
 
 
-def gaussian(scores, dim: int, points: np.ndarray, rng, deadline: float):
-    """The Gaussian of a diagonal covariance with the best bound, from any of points [n, dim].
+def gaussian(scores, points: np.ndarray, rng, deadline: float):
+    """Fits a Gaussian with a diagonal covariance from each point, and returns the best one.
 
-    Adam moves the mean in units of the standard deviations, and the logarithms of these.
+    Adam moves the mean in units of the standard deviations, and the logarithms of the standard
+    deviations. The Gaussian with the highest bound on the evidence is the best one.
 
+    Args:
+      scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
+      points: first means, [n, dim].
+      rng: source of random numbers.
+      deadline: value of `time.monotonic` at which the fits end; each point gets an equal share.
     Returns:
-      Mean [dim] and standard deviations [dim], or None where the density is finite nowhere near.
+      Mean [dim] and standard deviations [dim], or None if the density is not finite near any point.
     """
     best, highest = None, -np.inf
     began = time.monotonic()
@@ -45,13 +51,16 @@ def gaussian(scores, dim: int, points: np.ndarray, rng, deadline: float):
 
 
 def _mean_field(scores, mean, rng, deadline):
+    """Fits a Gaussian from a first mean: returns its mean, its scales and a smoothed bound."""
     log_scale = np.log(_scales(scores, mean))
-    moments = np.zeros([2, 2, len(mean)])  # Adam's, of both gradients
+    moments = np.zeros([2, 2, len(mean)])  # Adam's moments of both gradients
     bound, began = -np.inf, time.monotonic()
     for step in range(1, _STEPS + 1):
-        share = max(step / _STEPS, (time.monotonic() - began) / (deadline - began))
-        if share > 1.0:
+        passed = time.monotonic() - began
+        share = max(step / _STEPS, passed / max(deadline - began, 1e-9))
+        if share > 1.0 and step > _LEAST:
             break
+        share = min(share, 1.0)
         half = rng.normal(size=[_DRAWS // 2, len(mean)])
         noise = np.concatenate([half, -half])
         scale = np.exp(log_scale)
@@ -75,7 +84,7 @@ def _mean_field(scores, mean, rng, deadline):
 
 
 def _scales(scores, x):
-    """1 / sqrt of the curvature along each coordinate, by differences of the gradient, [dim]."""
+    """Returns 1 / sqrt(curvature) along each coordinate, [dim], by differences of the gradient."""
     dim = len(x)
     scale = np.ones(dim)
     size = np.full(dim, 1e-2)
@@ -94,22 +103,26 @@ def _scales(scores, x):
 
 
 def states(scores, dim: int, points: np.ndarray, rng, deadline: float) -> np.ndarray:
-    """States of chains [chains, kept, dim].
+    """Returns states of short chains, [chains, kept, dim], that start from a fitted Gaussian.
 
+    Args:
+      scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
+      dim: dimensions of u.
+      points: first means of the Gaussian, [n, dim]; see `gaussian`.
+      rng: source of random numbers.
+      deadline: value of `time.monotonic` at which the chains should end.
     Raises:
-      UserError: the density is finite nowhere near.
+      UserError: the density is not finite near any point.
     """
     began = time.monotonic()
-    best = gaussian(scores, dim, points, rng, began + 0.4 * (deadline - began))
+    best = gaussian(scores, points, rng, began + 0.4 * (deadline - began))
     if best is None:
-        raise UserError(
-            "the log density is not finite wherever the fit started; expected a finite number near "
-            "0 in unconstrained space: check the model at a plausible value of its parameters"
-        )
+        raise UserError(sampling.NOT_FINITE)
     mean, scale = best
     draws = mean + scale * rng.normal(size=[CHAINS, dim])
-    density = scores(draws)[0]
-    usable = np.flatnonzero(np.isfinite(density))
+    usable = np.flatnonzero(np.isfinite(scores(draws)[0]))
+    if not len(usable):
+        raise UserError(sampling.NOT_FINITE)
     draws = draws[rng.choice(usable, CHAINS)]
     step_size: float | np.ndarray = 0.1
     for _ in range(ROUNDS):
@@ -129,10 +142,12 @@ def states(scores, dim: int, points: np.ndarray, rng, deadline: float) -> np.nda
 
 
 def directions(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where states z [n, dim] of unit variances vary by more or less than chance.
+    """Returns the directions along which states vary by more than independent noise would.
 
-    Chance is the edge of the Marchenko-Pastur law for as many independent states.
+    The limit is 1.1 times the upper edge of the Marchenko-Pastur law for n independent states.
 
+    Args:
+      z: states of mean 0 and unit variances, [n, dim].
     Returns:
       Orthonormal directions [dim, rank], and standard deviations along them [rank].
     """
@@ -140,7 +155,7 @@ def directions(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     left, values, _ = np.linalg.svd(z.T / np.sqrt(count), full_matrices=False)
     edge = 1.0 + np.sqrt(dim / count)
     rank = min(RANK, int((values > 1.1 * edge).sum()))
-    # The noise adds to a large eigenvalue l about l (dim / count) / (l - 1).
+    # Sampling noise adds about l (dim / count) / (l - 1) to a large eigenvalue l.
     squares = values[:rank] ** 2
     for _ in range(3):
         true = np.maximum(squares, 1.0 + 1e-6)

@@ -1,4 +1,4 @@
-"""Gaussians matched to a density by its scores."""
+"""Gaussians matched to a density by its scores, the gradients of the log density."""
 
 import time
 
@@ -7,25 +7,26 @@ import numpy as np
 from avb_tf.posteriors import hmc
 
 UPDATES = 100
-_FAR = 1e12  # standard deviations of a Gaussian that has run away
+_FAR = 1e12  # standard deviation at which a Gaussian counts as divergent
 
 
 def match(scores, mean, covariance, rng, updates=UPDATES, deadline=np.inf):
-    """A Gaussian whose score is close to the density's: (mean, root of its covariance), or None.
+    """Fits a Gaussian whose score is close to the density's.
 
-    Batch and match (Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei and Saul, 2024), whose
-    updates are in closed form and affine invariant. Where the density is finite at too few of the
-    draws the Gaussian shrinks towards its mean first.
+    If the density is finite at fewer than half of the draws, the Gaussian first shrinks towards its
+    mean. The updates have a closed form and are affine invariant. Source: "Batch and match" (Cai,
+    Modi, Pillaud-Vivien, Margossian, Gower, Blei and Saul, 2024).
 
     Args:
-      scores: u [n, dim] -> log density and gradient.
-      mean: [dim], of the first Gaussian.
-      covariance: [dim, dim], of the first.
-      rng: of all draws.
-      updates: at most.
-      deadline: of `time.monotonic`, after which there are no more.
+      scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
+      mean: mean of the first Gaussian, [dim].
+      covariance: covariance of the first Gaussian, [dim, dim].
+      rng: source of random numbers.
+      updates: largest number of updates.
+      deadline: value of `time.monotonic` after which no further update begins.
     Returns:
-      None where the density is not finite at its draws, or the Gaussian runs away.
+      The mean [dim] and the symmetric root of the covariance [dim, dim]; or None if the density is
+      not finite at the draws or the Gaussian diverges.
     """
     dim = len(mean)
     count = max(128, 4 * dim)
@@ -40,7 +41,7 @@ def match(scores, mean, covariance, rng, updates=UPDATES, deadline=np.inf):
             covariance = covariance / 4.0
             continue
         u, score = u[finite], score[finite]
-        rate = count * dim / (1.0 + step)  # of the proximal step; it falls as the steps go
+        rate = count * dim / (1.0 + step)  # learning rate of the proximal step, which decays
         shrink = rate / (1.0 + rate)
         u_mean, score_mean = u.mean(0), score.mean(0)
         pull = rate * _covariance(score) + shrink * np.outer(score_mean, score_mean)
@@ -59,7 +60,7 @@ def _covariance(x):
 
 
 def _solve(spread, pull):
-    """The positive definite S with S pull S + S = spread."""
+    """Returns the positive definite solution S of S pull S + S = spread."""
     root = hmc.root(spread)
     inner = root @ pull @ root
     values, vectors = np.linalg.eigh(0.5 * (inner + inner.T))

@@ -1,7 +1,7 @@
-"""Mixtures of Student t distributions: a density that is known, near a set of draws.
+"""Mixtures of Student t distributions, fitted to draws, whose density is known.
 
-They stand in for a posterior where an exact density is needed: as proposals of jumps between
-modes, as what an unknown mode would exceed, and as one side of a bridge to the evidence.
+They replace a posterior where an exact density is needed: as the proposal of jumps between modes,
+as the known density that a mode not yet found would exceed, and as the proposal of bridge sampling.
 """
 
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-DEGREES = 5.0  # of freedom: tails heavier than a Gaussian's, with a finite covariance
-_LARGEST_WORK = 2 * 10**5  # components times squared dimensions
-_ROUNDS = 4  # of expectation maximisation
+DEGREES = 5.0  # degrees of freedom: tails heavier than a Gaussian's, and a finite covariance
+_LARGEST_WORK = 2 * 10**5  # largest product of components and squared dimensions
+_ROUNDS = 4  # rounds of expectation maximisation
 
 
 class Mixture(NamedTuple):
-    """Components of equal degrees of freedom.
+    """A mixture of Student t distributions with the same degrees of freedom.
 
     mixture = Mixture(np.ones(1), np.zeros([1, 2]), np.eye(2)[np.newaxis])
     mixture.log_density(mixture.draw(10, np.random.default_rng(0)))  # [10]
@@ -24,10 +24,10 @@ class Mixture(NamedTuple):
     weights: np.ndarray  # [components], which sum to 1
     means: np.ndarray  # [components, dim]
     roots: np.ndarray  # [components, dim, dim], lower triangular: covariance = root root^T
-    degrees: float = DEGREES  # infinity: Gaussians
+    degrees: float = DEGREES  # degrees of freedom; infinity: Gaussians
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Independent draws, [count, dim]."""
+        """Returns independent draws, [count, dim]."""
         component = rng.choice(len(self.weights), count, p=self.weights)
         noise = rng.normal(size=[count, self.means.shape[1]])
         if np.isfinite(self.degrees):
@@ -38,12 +38,15 @@ class Mixture(NamedTuple):
         return self.means[component] + moved
 
     def _scale(self, chi_square):
-        """The roots are those of covariances, not of t's scale matrices."""
+        """Returns the factor of the noise, given that the roots are those of covariances.
+
+        The scale matrix of a Student t differs from its covariance by (degrees - 2) / degrees.
+        """
         return (self.degrees - 2.0) / chi_square
 
     def log_densities(self, x: np.ndarray) -> np.ndarray:
-        """Of each component by itself, with its weight, in nats, [components, n]."""
-        # One product for all components: solving for each by itself takes ten times as long.
+        """Returns log(weight * density) of each component in nats, [n, dim] -> [components, n]."""
+        # One product serves all components: solving for each separately takes ten times as long.
         white = (x - self.means[:, np.newaxis]) @ np.swapaxes(np.linalg.inv(self.roots), 1, 2)
         kernels = self._log_kernel((white**2).sum(-1), x.shape[1])
         volumes = np.log(np.diagonal(self.roots, axis1=1, axis2=2)).sum(1)
@@ -51,7 +54,7 @@ class Mixture(NamedTuple):
 
     @property
     def log_peak(self) -> float:
-        """Log density of a component of unit covariance at its mean, in nats."""
+        """Log density in nats, at its mean, of a component with covariance I."""
         return float(self._log_kernel(0.0, self.means.shape[1]))
 
     def _log_kernel(self, squares, dim):
@@ -63,24 +66,29 @@ class Mixture(NamedTuple):
         return constant - 0.5 * (nu + dim) * np.log1p(squares / (nu - 2.0))
 
     def log_density(self, x: np.ndarray) -> np.ndarray:
-        """In nats, [n, dim] -> [n]."""
+        """Returns the log density of the mixture in nats, [n, dim] -> [n]."""
         return np.logaddexp.reduce(self.log_densities(x))
 
 
 def largest(dim: int) -> int:
-    """How many components are affordable in `dim` dimensions."""
+    """Returns the largest number of components that is affordable in `dim` dimensions."""
     return int(np.clip(_LARGEST_WORK // dim**2, 1, 64))
 
 
 def of_gaussians(gaussians, degrees=np.inf) -> Mixture:
-    """Equal weights of Gaussians, given as (mean, symmetric root of the covariance)."""
+    """Returns the mixture of Gaussians, given as (mean, root), with equal weights.
+
+    Args:
+      gaussians: pairs of a mean [dim] and the symmetric root of a covariance [dim, dim].
+      degrees: degrees of freedom of the components; infinity for Gaussians.
+    """
     means = np.stack([mean for mean, _ in gaussians])
     roots = np.stack([lower(root @ root.T) for _, root in gaussians])
     return Mixture(np.full(len(means), 1.0 / len(means)), means, roots, degrees)
 
 
 def lower(covariance: np.ndarray) -> np.ndarray:
-    """The Cholesky factor of a matrix that rounding may have left indefinite."""
+    """Returns the Cholesky factor of a matrix that rounding may have made indefinite."""
     values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
     root = vectors * np.sqrt(np.maximum(values, max(1e-15 * values[-1], 1e-300)))
     factor = np.linalg.qr(root.T)[1].T
@@ -88,11 +96,11 @@ def lower(covariance: np.ndarray) -> np.ndarray:
 
 
 def fitted(x: np.ndarray, initial: Mixture) -> Mixture:
-    """A mixture fitted to draws x [n, dim] by expectation maximisation from `initial`.
+    """Fits a mixture to draws x [n, dim] by expectation maximisation from `initial`.
 
-    A component shrinks towards the covariance it came with, as if that had been seen on dim + 2
-    draws, so that one of few draws stays a proper density. None loses all of its weight: a mode
-    that a few draws miss can still be jumped to.
+    The covariance of a component shrinks towards its initial covariance, which counts as dim + 2
+    draws, so that a component with few draws stays a proper density. Every component keeps some
+    weight, so that chains can still jump to a mode that the draws miss.
     """
     count, dim = x.shape
     trust = dim + 2.0

@@ -1,4 +1,4 @@
-"""What a user may hand in, as a `Target`: a TFP joint distribution, a log density, minibatches."""
+"""Converts users' models to a `Target`: TFP joint distributions, log densities and minibatches."""
 
 import dataclasses
 import functools
@@ -23,21 +23,22 @@ _PINNED = tfp.experimental.distributions.JointDistributionPinned
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What a model file's function may return: a model, and what a comparison can use besides.
+    """A model with optional facts for a comparison; a model file's function may return it.
 
     Attributes:
-      model: a joint distribution, one already pinned, or a log density; with `batch_size`, a
-        function from rows of `observed` to the joint pinned on them.
-      observed: of a joint not yet pinned: a dict by name, or a sequence with None where unknown;
-        with `batch_size`, a dict of arrays [rows, ...].
-      shape: of a log density's argument, or a dict or sequence of them for several.
-      bijector: of a log density, from R^n to its support, in the structure of `shape`.
-      dtype: of a log density's argument.
-      exact: (count, seed) -> independent draws of the posterior, [count, ...] in the structure of
-        its parameters, where they can be had; a comparison prefers them to NUTS.
-      statistics: (parameters of draws, [count, ...]) -> numbers by name that a comparison shows.
-      log_evidence: log p(data) in nats, where it is known.
-      batch_size: rows in each step of training; None: all.
+      model: a joint distribution, a pinned joint distribution, or a log density; with `batch_size`,
+        a function from rows of `observed` to the joint distribution pinned on them.
+      observed: observed values of a joint distribution that is not pinned: a dict by name, or a
+        sequence with None for unobserved parts; with `batch_size`, a dict of arrays [rows, ...].
+      shape: shape of a log density's argument, or a dict or sequence of shapes for several.
+      bijector: bijector from R^n to a log density's support, in the structure of `shape`.
+      dtype: dtype of a log density's argument.
+      exact: function from (count, seed) to independent draws of the posterior, [count, ...] in the
+        structure of its parameters, or None; a comparison uses them as reference instead of NUTS.
+      statistics: function from the parameters of draws, [count, ...], to numbers by name that a
+        comparison shows, or None.
+      log_evidence: log p(data) in nats, or None if it is not known.
+      batch_size: number of rows in each training step; None: all.
     """
 
     model: Any
@@ -54,10 +55,19 @@ class Problem:
 def make(
     model, observed=None, shape=None, bijector=None, dtype="float32", batch_size=None
 ) -> Target:
-    """The `Target` of a model; the arguments are those of `Problem`.
+    """Returns the `Target` of a model.
 
+    Args:
+      model: a joint distribution, a pinned joint distribution, or a log density; with `batch_size`,
+        a function from rows of `observed` to the joint distribution pinned on them.
+      observed: observed values of a joint distribution that is not pinned: a dict by name, or a
+        sequence with None for unobserved parts; with `batch_size`, a dict of arrays [rows, ...].
+      shape: shape of a log density's argument, or a dict or sequence of shapes for several.
+      bijector: bijector from R^n to a log density's support, in the structure of `shape`.
+      dtype: dtype of a log density's argument.
+      batch_size: number of rows in each training step; None: all.
     Raises:
-      UserError: what is not a model, or names, parameters or shapes that do not fit it.
+      UserError: `model` is not a model, or names, parameters or shapes do not fit it.
     """
     if batch_size is not None:
         return of_batches(model, observed, batch_size)
@@ -76,21 +86,24 @@ def make(
     if observed is not None:
         raise UserError("a log density takes no `observed`; expected it to hold its data itself")
     if shape is None:
-        raise UserError("a log density came without `shape`; expected its argument's, such as [2]")
+        raise UserError(
+            "a log density came without `shape`; expected the shape of its argument, such as [2]"
+        )
     return of_log_density(model, shape, bijector, tf.as_dtype(dtype))
 
 
 def of_problem(problem: Problem) -> Target:
-    """The `Target` of a `Problem`; raises as `make` does."""
+    """Returns the `Target` of a `Problem`; raises the same errors as `make`."""
     p = problem
     return make(p.model, p.observed, p.shape, p.bijector, p.dtype, p.batch_size)
 
 
 def pin(joint, observed):
-    """The joint given what was observed.
+    """Returns the joint distribution pinned on the observed values.
 
     Raises:
-      UserError: names that it does not have, or nothing observed of a joint not pinned.
+      UserError: the joint lacks an observed name, or all or none of its parts are observed, or a
+        value does not fit its part.
     """
     if observed is None and isinstance(joint, _PINNED):
         return joint
@@ -115,13 +128,13 @@ def pin(joint, observed):
         )
     if set(observed) == set(names):
         raise UserError(
-            f"all parts are observed, {', '.join(names)}; expected one at least that is not: it is "
-            "what the posterior is of"
+            f"all parts are observed, {', '.join(names)}; expected at least one that is not: the "
+            "fit is for its posterior"
         )
     _check_observed(joint, observed)
     try:
         return joint.experimental_pin(**observed)
-    except Exception as error:  # whatever TFP or a user's joint raises
+    except Exception as error:  # TFP or a user's joint may raise anything
         raise UserError(
             f"the joint cannot be conditioned ({type(error).__name__}: {first_line(error)}); "
             "expected values that fit it: check the joint by itself, such as by `joint.sample()`"
@@ -129,10 +142,10 @@ def pin(joint, observed):
 
 
 def _check_observed(joint, observed):
-    """Refuses an observed value that has a NaN or lacks dimensions of its part.
+    """Checks that no observed value has a NaN or a shape that does not fit its part.
 
     Raises:
-      UserError: the first of them, by name.
+      UserError: a value fails the check; the message names the first one.
     """
     for name, value in observed.items():
         value = np.asarray(value)
@@ -144,7 +157,7 @@ def _check_observed(joint, observed):
             )
         try:
             shapes = joint._model_flatten(joint.event_shape)
-        except Exception:  # a joint that fails here is told where it is read
+        except Exception:  # `of_joint` reports a joint that fails here
             return
         shape = dict(zip(joint._flat_resolve_names(), shapes, strict=True))[name]
         if not isinstance(shape, tf.TensorShape) or shape.rank is None:
@@ -158,10 +171,13 @@ def _check_observed(joint, observed):
 
 
 def of_joint(pinned, of_batch=None) -> Target:
-    """The `Target` of a pinned joint, and of its minibatches if they are given.
+    """Returns the `Target` of a pinned joint.
 
+    Args:
+      pinned: the pinned joint distribution.
+      of_batch: function from a random generator to the log density of a minibatch, or None.
     Raises:
-      UserError: a part without a default bijector, or one that `Target` refuses.
+      UserError: a part has no default bijector, or `Target` refuses a parameter.
     """
     try:
         check_continuous(pinned.dtype)
@@ -170,7 +186,7 @@ def of_joint(pinned, of_batch=None) -> Target:
         bijector.inverse_event_shape(shapes)
     except UserError:
         raise
-    except Exception as error:  # whatever TFP or a user's joint raises
+    except Exception as error:  # TFP or a user's joint may raise anything
         raise UserError(
             f"the joint cannot be read ({type(error).__name__}: {first_line(error)}); expected "
             "distributions of known shapes: check them one by one, such as by `joint.sample()`"
@@ -186,19 +202,19 @@ def of_joint(pinned, of_batch=None) -> Target:
         functools.partial(_prior, pinned),
     )
     if not isinstance(pinned.dtype, Mapping):
-        target.names = list(pinned._flat_resolve_names())  # as `observed` has them
+        target.names = list(pinned._flat_resolve_names())  # the names that `observed` uses
     return target
 
 
 def _bijector(pinned):
-    """From unconstrained parameters to those of a joint, pinned or not, each part's checked.
+    """Returns the bijector from unconstrained parameters to those of a joint, after checks.
 
-    TFP's composition of the parts' bijectors, with `constraints.of_distribution` for each: a part's
-    support may depend on another part.
+    TFP composes the bijectors of the parts, since a part's support may depend on another part; each
+    of them comes from `constraints.of_distribution`.
     """
     parts = pinned._get_single_sample_distributions()
     for name, part in zip(pinned._flat_resolve_names(), parts, strict=True):
-        if not isinstance(part, tfd.JointDistribution):  # one within another is told by `Target`
+        if not isinstance(part, tfd.JointDistribution):  # `Target` refuses nested joints
             constraints.checked(name, part)
     if pinned.use_vectorized_map:
         return joint_distribution_pinned._DefaultJointBijectorAutoBatchedWithPins(
@@ -208,7 +224,7 @@ def _bijector(pinned):
 
 
 def _prior(pinned, count, seed):
-    """Draws of the prior in the structure of the pinned joint's parameters, [count, ...]."""
+    """Returns draws of the prior, [count, ...], in the structure of the pinned parameters."""
     joint = pinned.distribution
     drawn = joint._model_flatten(joint.sample(count, seed=(seed, 0)))
     by_name = dict(zip(joint._flat_resolve_names(), drawn, strict=True))
@@ -216,9 +232,10 @@ def _prior(pinned, count, seed):
 
 
 def structured(pinned, values: Mapping[str, Any]) -> Structure:
-    """Values by name in the structure of a pinned joint's parameters.
+    """Packs values by name into the structure of a pinned joint's parameters.
 
-    `tf.nest` sorts the keys of a dict, which the joint has in the order of their dependence.
+    A dict keeps the joint's order, in which parts follow those that they depend on; `tf.nest` would
+    sort its keys.
     """
     if isinstance(pinned.dtype, Mapping):
         return {name: values[name] for name in pinned.dtype}
@@ -227,16 +244,18 @@ def structured(pinned, values: Mapping[str, Any]) -> Structure:
 
 
 def of_batches(model: Any, data, batch_size: int) -> Target:
-    """The `Target` of all rows of `data`, whose `estimator` sees `batch_size` of them at a time.
+    """Returns the `Target` of all rows of `data`; its `estimator` uses a minibatch at each call.
 
-    Rows are drawn independently and their likelihood is scaled by all over `batch_size`.
+    The rows of a minibatch are drawn independently with replacement, and their likelihood is scaled
+    by rows / batch_size.
 
     Args:
-      model: a function from rows of `data` to the joint pinned on them.
+      model: a function from rows of `data` to the joint distribution pinned on them.
       data: a dict of arrays [rows, ...].
-      batch_size: rows of a minibatch.
+      batch_size: number of rows in a minibatch.
     Raises:
-      UserError: what is not this, or parameters that depend on how many rows there are.
+      UserError: an argument does not fit this description, or the parameters depend on the number
+        of rows.
     """
     if not isinstance(data, Mapping) or not callable(model) or batch_size < 1:
         raise UserError(
@@ -245,16 +264,18 @@ def of_batches(model: Any, data, batch_size: int) -> Target:
             "a pinned joint, and a dict of arrays"
         )
     data = {name: tf.convert_to_tensor(value) for name, value in data.items()}
-    lengths = {name: len(value) for name, value in data.items()}
+    lengths = {name: value.shape[0] if value.shape.rank else 0 for name, value in data.items()}
     rows = next(iter(lengths.values()), 0)
     if not rows or set(lengths.values()) != {rows}:
-        raise UserError(f"observed has rows {lengths}; expected as many of each, and at least one")
+        raise UserError(
+            f"observed has rows {lengths}; expected as many of each part, and at least one"
+        )
     few = {name: value[:1] for name, value in data.items()}
     whole: Any
     one: Any
     try:
         whole, one = model(data), model(few)
-    except Exception as error:  # whatever a user's code raises
+    except Exception as error:  # a user's code may raise anything
         dtypes = {name: value.dtype.name for name, value in data.items()}
         raise UserError(
             f"the model fails on rows of observed ({type(error).__name__}: {first_line(error)}); "
@@ -268,14 +289,14 @@ def of_batches(model: Any, data, batch_size: int) -> Target:
     if whole.event_shape != one.event_shape:
         raise UserError(
             f"the parameters' shapes are {whole.event_shape} with all rows and {one.event_shape} "
-            "with one; expected parameters that all rows share: minibatches know no others"
+            "with one; expected parameters that all rows share: minibatches support no others"
         )
 
     sizes = {name: np.shape(pin)[:1] for name, pin in whole.pins.items()}
     if other := [name for name, size in sizes.items() if size != (rows,)]:
         raise UserError(
-            f"'{other[0]}' is pinned to {np.shape(whole.pins[other[0]])} of {rows} rows; expected "
-            "all that is observed to have them, for it is scaled by rows / batch_size"
+            f"'{other[0]}' is pinned to shape {np.shape(whole.pins[other[0]])}; expected {rows} "
+            "rows, as the likelihood of every observed part is scaled by rows / batch_size"
         )
 
     def of_batch(generator):
@@ -295,10 +316,17 @@ def of_batches(model: Any, data, batch_size: int) -> Target:
 
 
 def of_log_density(log_density, shape, bijector, dtype) -> Target:
-    """The `Target` of a function of one tensor, or of several by name or in order.
+    """Returns the `Target` of a log density, a function of one tensor or of several.
 
+    Args:
+      log_density: function of the parameters; several are passed by name if `shape` is a dict, and
+        in order if it is a sequence of shapes.
+      shape: shape of the parameter, or a dict or sequence of shapes for several.
+      bijector: bijector from R^n to the support, in the structure of `shape`; a dict may leave out
+        unconstrained parameters. None: all are unconstrained.
+      dtype: `tf.DType` of the parameters.
     Raises:
-      UserError: a bijector that does not fit the shape.
+      UserError: the bijector does not fit the shape.
     """
     call = log_density
     if isinstance(shape, numbers.Integral):
@@ -317,7 +345,7 @@ def of_log_density(log_density, shape, bijector, dtype) -> Target:
     if isinstance(bijector, Mapping) and isinstance(shapes, dict):
         if unknown := sorted(set(bijector) - set(shapes)):
             raise UserError(
-                f"bijector '{unknown[0]}' is of no parameter; expected some of {', '.join(shapes)}"
+                f"bijector '{unknown[0]}' is for no parameter; expected some of {', '.join(shapes)}"
             )
         bijector = {name: bijector.get(name, tfb.Identity()) for name in shapes}
     if bijector is None:
@@ -326,6 +354,6 @@ def of_log_density(log_density, shape, bijector, dtype) -> Target:
         bijector = tfb.JointMap(bijector)
     try:
         bijector.inverse_event_shape(shapes)
-    except Exception as error:  # bijectors raise many kinds
+    except Exception as error:  # bijectors raise exceptions of any type
         raise UserError(f"`bijector` does not fit `shape`: {first_line(error)}") from error
     return Target(call, bijector, shapes, dtypes)

@@ -1,4 +1,4 @@
-"""All fitted posteriors below a directory in one table: the verdict beside what was measured."""
+"""A table of all fitted posteriors below a directory, with the verdicts and the measures."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ LABELS = ("fit", "fit, refined", "full-rank VI", "mean-field VI", "NUTS", "exact
 
 
 def find(directory: Path) -> list[dict[str, Any]]:
-    """The results of all evaluated posteriors below `directory`, by model and seed."""
+    """Returns the results of all evaluated posteriors below `directory`, by model and seed."""
     fits = []
     for file in directory.rglob(results.FILE):
         try:
@@ -24,7 +24,7 @@ def find(directory: Path) -> list[dict[str, Any]]:
 
 
 def write(directory: Path, fits: list[dict[str, Any]]) -> None:
-    """`posteriors.md` and `posteriors.json`, and the table on the terminal."""
+    """Writes `posteriors.md` and `posteriors.json`, and prints the table."""
     table = markdown(fits)
     files.write_atomically(directory / "posteriors.json", json.dumps(fits, indent=2) + "\n")
     files.write_atomically(directory / "posteriors.md", table + "\n")
@@ -33,7 +33,10 @@ def write(directory: Path, fits: list[dict[str, Any]]) -> None:
 
 
 def markdown(fits: list[dict[str, Any]]) -> str:
-    """A row for each model and seed: C2ST / whitened sliced W2 of every method, and seconds."""
+    """Returns a Markdown table with a row for each model and seed.
+
+    It has C2ST / whitened sliced W2 of every method, and the seconds of the fit and of NUTS.
+    """
     columns = {
         "model": [one["model"] for one in fits],
         "seed": [str(one["seed"]) for one in fits],

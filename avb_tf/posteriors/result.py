@@ -1,4 +1,4 @@
-"""`PosteriorFit`: draws, evidence, how far to believe them, and what to do where one should not."""
+"""`PosteriorFit`: draws, evidence, the verdict on them, and their refinement if it is needed."""
 
 import json
 from pathlib import Path
@@ -19,33 +19,33 @@ from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import Structure, Target
 from avb_tf.posteriors.verdict import Diagnostics
 
-META, WEIGHTS, MODEL = "fit.json", "fit.weights.h5", "model"  # what a saved fit consists of
+META, WEIGHTS, MODEL = "fit.json", "fit.weights.h5", "model"  # the files of a saved fit
 START = "start.npz"
 _DIAGNOSTIC_DRAWS = 4000
-_DIAGNOSTIC_SEED = 2**30  # of draws that no `sample` is likely to ask for
+_DIAGNOSTIC_SEED = 2**30  # so large that no call of `sample` is likely to use it
 
 
 class Draws(NamedTuple):
-    """Draws of q with what the model and q say of them, in nats."""
+    """Draws with their log densities under the model and under q, in nats."""
 
     u: np.ndarray  # [n, dim], unconstrained
-    log_density: np.ndarray  # [n], log p(data, parameters), of u
-    log_q: np.ndarray  # [n], log r + T, of u
+    log_density: np.ndarray  # [n], log p(data, parameters) as a density of u
+    log_q: np.ndarray  # [n], log r + T as a density of u
 
     @property
     def log_weights(self):
-        """[n], whose exponentials average to the evidence."""
+        """Log importance weights, [n]: the mean of their exponentials estimates the evidence."""
         return self.log_density - self.log_q
 
 
 class Refinement(NamedTuple):
-    """Chains that started from a fit, after their last step."""
+    """The last states of chains that started from a fit, with their diagnostics."""
 
     parameters: Structure  # [chains, ...], in the model's structure
-    u: np.ndarray  # [chains, dim], the same unconstrained
-    r_hat: np.ndarray  # [dim], rank-normalised, of the steps that were kept
-    effective_sample_size: np.ndarray  # [dim], of all chains and kept steps together
-    acceptance: float
+    u: np.ndarray  # [chains, dim], the same states, unconstrained
+    r_hat: np.ndarray  # [dim], rank-normalised, over the steps that were kept
+    effective_sample_size: np.ndarray  # [dim], over all chains and kept steps together
+    acceptance: float  # mean acceptance rate of the kept steps
 
 
 class PosteriorFit:
@@ -54,12 +54,12 @@ class PosteriorFit:
     Attributes:
       target: the model in unconstrained space.
       model: the `AVB` over z, where u = start.place(chart(z)).
-      start: coordinates in which the posterior is standard, from before the fit.
-      seconds: that the fit took, all included.
-      steps: of AVB's training, after the chart's.
-      seed: of the fit.
-      settings: of the fit.
-      history: the bound in nats and its terms, by name, as training went.
+      start: coordinates in which the posterior has mean 0 and covariance I, found before the fit.
+      seconds: time that the whole fit took.
+      steps: number of AVB's training steps, without those of the chart.
+      seed: seed of the fit.
+      settings: settings of the fit.
+      history: the bound in nats and its terms during training, by name.
     """
 
     def __init__(
@@ -80,21 +80,21 @@ class PosteriorFit:
         self._drawn: Draws | None = None
 
     def sample(self, n: int, seed: int = 0) -> Structure:
-        """`n` draws of the posterior, in the model's own structure and dtypes, [n, ...]."""
+        """Returns `n` draws of the posterior in the model's own structure and dtypes, [n, ...]."""
         return self.constrain(self._z(n, seed))
 
     def constrain(self, z) -> Structure:
-        """The model's parameters for the sampler's z, [n, dim] -> [n, ...]."""
+        """Maps the sampler's z [n, dim] to the model's parameters [n, ...]."""
         return self.target.constrain(self._charted(z)[0])
 
     def unconstrained(self, n: int, seed: int = 0) -> np.ndarray:
-        """`n` draws before the constraint, [n, dim], the space of the fit and of comparisons."""
+        """Returns `n` draws in unconstrained space, [n, dim], where fits are compared."""
         return np.asarray(self._charted(self._z(n, seed))[0], np.float64)
 
     def draws(self, n: int, seed: int = 0) -> Draws:
-        """`n` draws with the log densities of the model and of q.
+        """Returns `n` draws with the log densities of the model and of q.
 
-        log q = log r + T is what the adversary has learned, not exact.
+        log q = log r + T is not exact, because the adversary has learned T.
         """
         return self._described(self._z(n, seed))
 
@@ -102,12 +102,12 @@ class PosteriorFit:
     def log_evidence(self) -> Estimate:
         """log p(data) in nats, by a bridge between a mixture of known density and the chains.
 
-        Unknown, that is NaN with an infinite error, where the two hardly overlap.
+        It is unknown, that is NaN with an infinite error, if the two hardly overlap.
         """
         return self.start.log_evidence
 
     def diagnostics(self) -> Diagnostics:
-        """Whether to believe the fit, from 4,000 draws kept for it and the start's chains."""
+        """Returns the verdict on the fit, from 4,000 draws of their own and the start's chains."""
         if self._diagnosed is None:
             z = self._z(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED)
             r = self._contrast()
@@ -127,22 +127,23 @@ class PosteriorFit:
         return self._diagnosed
 
     def overlap(self) -> float:
-        """Total variation between q and the posterior, as far as the adversary's T is right."""
+        """Returns the total variation between q and the posterior, if the adversary is right."""
         drawn, chains = self._at_draws(), self._chains()
         return verdict.total_variation(drawn.log_weights, chains.log_weights)[0]
 
     def refine(self, steps: int = 100, chains: int = 1000, seed: int = 0) -> Refinement:
-        """Hamiltonian Monte Carlo from the fit's draws, with jumps between modes.
+        """Runs Hamiltonian Monte Carlo from the fit's draws, with jumps between modes.
 
-        A posterior p is min(p, q), which draws of q make up if each is taken with probability
-        min(1, p / q), and what q lacks, which the start's chains make up with probabilities
-        max(0, 1 - q / p): so the chains here begin in every mode by its mass. The first half of
-        the steps sets the step size and is thrown away.
+        The initial states follow p = min(p, q) + max(0, p - q). Draws of q, each taken with
+        probability min(1, p / q), make up the first term. States of the start's chains, each taken
+        with probability max(0, 1 - q / p), make up the second, which q lacks. The chains therefore
+        start in every mode in proportion to its mass. The first half of the steps adapts the step
+        size and is discarded.
 
         Args:
-          steps: transitions of each chain, of 8 leapfrogs.
-          chains: parallel chains, of which the last states are the draws returned.
-          seed: of draws and chains.
+          steps: number of transitions of each chain, of 8 leapfrog steps each.
+          chains: number of parallel chains; their last states are the draws returned.
+          seed: seed of the draws and the chains.
         """
         rng = np.random.default_rng(seed)
         drawn, states = self.draws(2 * chains, seed + 1), self._chains()
@@ -154,7 +155,7 @@ class PosteriorFit:
         v = self.start.tails.inverse(np.concatenate([drawn.u, states.u])[rows])
         scores = hmc.scores(starting.of_tails(self.target, self.start.tails), self.target.dtype)
         root, half = hmc.root(np.cov(v.T)), (steps + 1) // 2
-        # Without jumps a chain stays in the mode where it begins.
+        # Without jumps, a chain stays in the mode where it starts.
         jumps = None
         if self.target.dim <= starting.LARGEST:
             jumps = mixture.fitted(v, sampling.around(v, rng))
@@ -171,9 +172,9 @@ class PosteriorFit:
         )
 
     def to_arviz(self, draws: int = 2000, seed: int = 0):
-        """`arviz.InferenceData` with posterior, log density, sample stats and observed data.
+        """Returns `arviz.InferenceData` with draws, log densities, log weights and observed data.
 
-        The draws are independent and make one chain. `.to_netcdf(path)` writes it.
+        The draws are independent and form one chain. `.to_netcdf(path)` writes the result.
         """
         drawn = self.draws(draws, seed)
         parameters = self.target.constrain(tf.constant(drawn.u, self.target.dtype))
@@ -184,20 +185,20 @@ class PosteriorFit:
         )
 
     def plot(self, draws: int = 2000, seed: int = 0):
-        """Every pair of the last six numbers of the parameters at most: a matplotlib figure."""
+        """Returns a matplotlib figure of all pairs of at most the last six parameter entries."""
         values = map(np.asarray, tf.nest.flatten(self.sample(draws, seed)))
         columns: dict[str, np.ndarray] = {}
         for name, value in zip(self.target.names, values, strict=True):
             for i in np.ndindex(*value.shape[1:]):
                 column = value[:, *i]
-                # A correlation matrix has ones, and every other entry twice.
+                # A correlation matrix has constant entries, and has every other entry twice.
                 known = any(np.array_equal(column, other) for other in columns.values())
                 if np.ptp(column) > 0 and not known:
                     columns[f"{name}{list(i)}" if i else name] = column
         return pairs({"fit": np.stack(list(columns.values()), -1)}, list(columns))
 
     def save(self, path) -> None:
-        """Writes the fit, for `avb_tf.load_posterior`: a directory, nothing in it pickled.
+        """Writes the fit as a directory without pickled files; `avb_tf.load_posterior` reads it.
 
         Raises:
           UserError: the path cannot be written.
@@ -206,6 +207,7 @@ class PosteriorFit:
         meta = {
             "seed": self.seed,
             "seconds": self.seconds,
+            "steps": self.steps,
             "settings": self.settings,
             "history": self.history,
             "charted": isinstance(self.model.decoder, Chart),
@@ -218,20 +220,20 @@ class PosteriorFit:
     def export(self, directory, **settings) -> Path:
         """Writes `<directory>/<version>/` for TensorFlow Serving, with the signature `sample`.
 
-        The settings are those of `serving.writing.export_posterior`. Needs the extra [serving].
+        The settings are those of `serving.writing.export_posterior`. It needs the extra [serving].
         """
         from avb_tf.serving import writing
 
         return writing.export_posterior(self, directory, **settings)
 
     def _at_draws(self) -> Draws:
-        """The draws kept for the verdict."""
+        """Returns the draws reserved for the verdict, made once."""
         if self._drawn is None:
             self._drawn = self.draws(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED)
         return self._drawn
 
     def _classified(self, z, drawn: Draws, chains: Draws) -> float:
-        """The distance by classifiers, which see standardised coordinates and the log density."""
+        """Returns the distance by classifiers of standardised coordinates and the log density."""
         outputs = np.asarray(self.model.averaged_decoder(z))[:, :-1]
         return verdict.classified(
             np.column_stack([outputs, drawn.log_density]),
@@ -240,45 +242,63 @@ class PosteriorFit:
         )
 
     def _z(self, n, seed):
-        """[n, dim]; by the averaged encoder, each a function of its own noise."""
+        """Returns draws z [n, dim] of the averaged encoder."""
         return self.model.averaged_encoder.z(self._noise(n, seed))
 
     def _noise(self, n, seed):
         return tf.random.stateless_normal([n, self.model.encoder.noise_dim], [seed, 0])
 
     def _contrast(self):
-        """r, the Gaussian of q's moments."""
+        """Returns r, the Gaussian with q's mean and covariance."""
         noise = self._noise(1, 0)[:, tf.newaxis]
         return contrast.full_contrast(self.model.averaged_encoder(tf.zeros([1, 1]), noise))
 
     def _t(self, z, r):
-        """T at z [n, dim]."""
+        """Returns T at z, [n, dim] -> [n]."""
         adversary: Any = self.model.adversary
         return adversary(tf.zeros([1, 1]), contrast.whiten(z[:, tf.newaxis], r))[:, 0]
 
-    def _described(self, z, highest=np.inf) -> Draws:
-        """The draws of given z [n, dim], with T cut off at `highest`."""
-        r = self._contrast()
-        u, volume = self._charted(z)
-        log_q = r.log_prob(z[:, tf.newaxis])[:, 0] + np.minimum(self._t(z, r), highest) - volume
-        density = self.target.log_density(u)
-        u, density, log_q = (np.asarray(v, np.float64) for v in (u, density, log_q))
-        # Outside the model's support, and beyond what the chart's inverse reaches.
-        density, log_q = (np.where(np.isnan(v), -np.inf, v) for v in (density, log_q))
-        return Draws(u, density, log_q)
+    def _described(self, z) -> Draws:
+        """Returns the `Draws` at draws z [n, dim] of q."""
+        u, _ = self._charted(z)
+        # NaN arises outside the model's support and where the chart overflows. Both count as places
+        # where the posterior has no mass.
+        density, log_q = self._log_density(u), self._log_q(z)
+        return Draws(
+            np.asarray(u, np.float64),
+            np.where(np.isnan(density), -np.inf, density),
+            np.where(np.isfinite(log_q), log_q, np.inf),
+        )
 
     def _chains(self) -> Draws:
-        """The states of the start's chains, as q sees them.
+        """Returns the states of the start's chains as `Draws`, with q's density at them.
 
-        Beyond the draws of q and r nothing has trained T, which might make up for any distance
-        there: it counts for no more than at q's draws.
+        T is not trained far from the draws of q and r, where a large value could hide any distance.
+        It is therefore limited to the largest value at q's draws. Where the chart's inverse
+        overflows, q has no mass.
         """
         chart: Any = self.model.averaged_decoder
         highest = np.max(self._t(self._z(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED), self._contrast()))
-        return self._described(chart.inverse(tf.constant(self.start.z, tf.float32)), highest)
+        u, _ = self.start.place(self.start.z, self.target.dtype)
+        log_q = self._log_q(chart.inverse(tf.constant(self.start.z, tf.float32)), highest)
+        return Draws(
+            np.asarray(u, np.float64),
+            self._log_density(u),
+            np.where(np.isfinite(log_q), log_q, -np.inf),
+        )
+
+    def _log_density(self, u):
+        """Returns log p(data, parameters) in nats as a density of u, [n, dim] -> [n]."""
+        return np.asarray(self.target.log_density(u), np.float64)
+
+    def _log_q(self, z, highest=np.inf):
+        """Returns log q in nats, a density of u, at z [n, dim] -> [n], with T at most `highest`."""
+        r, (_, volume) = self._contrast(), self._charted(z)
+        log_q = r.log_prob(z[:, tf.newaxis])[:, 0] + np.minimum(self._t(z, r), highest) - volume
+        return np.asarray(log_q, np.float64)
 
     def _charted(self, z):
-        """u for z [n, dim], and log |du / dz|."""
+        """Returns u [n, dim] for z [n, dim], and log |du / dz| [n]."""
         outputs = self.model.averaged_decoder(tf.cast(z, tf.float32))
         u, volume = self.start.place(outputs[:, :-1], self.target.dtype)
         return u, outputs[:, -1] + tf.cast(volume, tf.float32)

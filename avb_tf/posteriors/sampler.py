@@ -1,4 +1,4 @@
-"""The networks of a fixed model's posterior: noise -> z, and a chart that takes z to parameters."""
+"""The networks of a fixed model's posterior: noise -> z, and a chart from z to parameters."""
 
 import math
 
@@ -14,19 +14,25 @@ _register = keras.saving.register_keras_serializable("avb_tf")
 
 
 class NormalEncoder(Encoder):
-    """z ~ N(0, I), whatever x: its density is known and nothing in it is learned."""
+    """z ~ N(0, I) for every x, with a known density and no weights."""
 
     def __init__(self, latent_dim: int, **kwargs):
         super().__init__(**kwargs)
         self.latent_dim = self.noise_dim = latent_dim
 
     def parameters(self, x, training=False):
-        """The same for every x."""
+        """Returns mean 0 and scale I, the same for every x [batch, ...]."""
         zeros = tf.zeros([tf.shape(x)[0], self.latent_dim])
         return zeros, tf.linalg.diag(tf.ones_like(zeros))
 
     def draw(self, parameters, noise, training=False):
-        """The noise itself."""
+        """Returns the noise itself as z, with its log density.
+
+        Args:
+          parameters: mean [batch, latent] and scale [batch, latent, latent].
+          noise: [samples, batch, latent].
+          training: ignored.
+        """
         mean, scale_tril = parameters
         log_prob = tfd.MultivariateNormalTriL(mean, scale_tril).log_prob(noise)
         return Posterior(noise, mean, scale_tril, log_prob=log_prob)
@@ -36,11 +42,17 @@ class NormalEncoder(Encoder):
 class GatedEncoder(Encoder):
     """z from noise by blocks z <- A z * exp(s) + t, where s and t are networks of z and more noise.
 
-    Sums bend and split q; products narrow it, as the neck of a funnel asks. Every block is the
-    identity at first, so that training starts from N(0, I). Unlike a flow's, its blocks need no
-    inverse and may fold, and the noise beside z lets one z go several ways. Bounded units leave q
-    Gaussian tails: with unbounded ones single draws went hundreds of standard deviations away and
-    took the contrast's moments with them.
+    Shifts t bend and split q; gains exp(s) narrow it, as the neck of a funnel requires. Every block
+    starts as the identity, so that training starts from N(0, I). Unlike the steps of a flow, the
+    blocks need no inverse and may fold space, and the additional noise lets equal z move to
+    different places. Bounded hidden units preserve q's Gaussian tails: with unbounded ones, single
+    draws moved hundreds of standard deviations away and distorted the contrast's moments.
+
+    Args:
+      latent_dim: dimensions of z.
+      noise_dim: dimensions of the additional noise.
+      blocks: number of blocks.
+      width: units of each hidden layer.
     """
 
     def __init__(self, latent_dim: int, noise_dim: int, blocks: int, width: int, **kwargs):
@@ -52,20 +64,27 @@ class GatedEncoder(Encoder):
         self.gates = [dense(2 * latent_dim, kernel_initializer="zeros") for _ in count]
 
     def parameters(self, x, training=False):
-        """Nothing: x is fixed."""
+        """Returns no parameters, because x is fixed."""
         return ()
 
     def draw(self, parameters, noise, training=False):
-        """z for noise [samples, 1, noise_dim], with its moments."""
+        """Returns z with its moments.
+
+        Args:
+          parameters: ignored.
+          noise: [samples, 1, noise_dim].
+          training: whether to take the moments of these draws; if not, they are those of z for
+            fixed noise.
+        """
         z = self.z(noise)
-        if not self.stacks:  # z is the noise: no estimate of its moments is as exact
+        if not self.stacks:  # z is the noise itself, whose moments are known exactly
             zeros = tf.zeros([1, self.latent_dim])
             return Posterior(z, zeros, tf.linalg.diag(zeros + 1.0))
         moments_of = z if training else self.z(tf.constant(fixed_noise(self.noise_dim)))
         return Posterior(z, *moments_of_draws(moments_of))
 
     def z(self, noise):
-        """[..., noise_dim] -> [..., latent]."""
+        """Returns z for noise, [..., noise_dim] -> [..., latent]."""
         z, more = tf.split(noise, [self.latent_dim, self.noise_dim - self.latent_dim], -1)
         for mixing, stack, gate in zip(self.mixing, self.stacks, self.gates, strict=True):
             z = mixing(z)
@@ -78,9 +97,15 @@ class GatedEncoder(Encoder):
 class Chart(Restorable, keras.layers.Layer):
     """An invertible map of R^dim in autoregressive steps, with its log Jacobian determinant.
 
-    It stands where a model of data has its decoder, and takes what bends and narrows in a posterior
-    upon itself, so that q and its Gaussian contrast live where the posterior is round. The
-    identity at first. Steps alternate in order: each coordinate may scale every other.
+    The chart takes the place of the decoder in a model of data. It models the bends and narrow
+    parts of a posterior, so that q and its Gaussian contrast work in coordinates where the
+    posterior is nearly Gaussian. It starts as the identity. The order of the coordinates is
+    reversed after each step, so that each coordinate may scale every other.
+
+    Args:
+      dim: dimensions of z.
+      steps: number of autoregressive steps.
+      width: units of each hidden layer.
     """
 
     def __init__(self, dim: int, steps: int, width: int, **kwargs):
@@ -88,7 +113,7 @@ class Chart(Restorable, keras.layers.Layer):
         self.steps = [MADE(dim, 2, width, 2) for _ in range(steps)]
 
     def call(self, z):
-        """z [..., dim] -> [..., dim + 1]: coordinates, and log |their derivative by z|."""
+        """Returns the coordinates u of z and log |du / dz|, [..., dim] -> [..., dim + 1]."""
         volume = tf.zeros(tf.shape(z)[:-1])
         for step in self.steps:
             scale, shift = step(z, tf.zeros([]))
@@ -100,11 +125,11 @@ class Chart(Restorable, keras.layers.Layer):
         return tf.concat([z, volume[..., tf.newaxis]], -1)
 
     def inverse(self, u):
-        """z [n, dim] for coordinates u [n, dim], one after the other."""
+        """Returns z [n, dim] for coordinates u [n, dim], by one pass for each dimension."""
         z = tf.reverse(u, [-1]) if len(self.steps) % 2 else u
         for step in reversed(self.steps):
             moved, z = tf.reverse(z, [-1]), tf.zeros_like(z)
-            for _ in range(u.shape[-1]):  # each pass gets one more coordinate right
+            for _ in range(u.shape[-1]):  # each pass solves for one more coordinate
                 scale, shift = step(z, tf.zeros([]))
                 z = (moved - shift) / _gain(scale, 5.0)[0]
         return z
@@ -112,24 +137,24 @@ class Chart(Restorable, keras.layers.Layer):
 
 @_register
 class Plain(Restorable, keras.layers.Layer):
-    """A chart that changes nothing."""
+    """A chart that is the identity."""
 
     def call(self, z):
-        """z [..., dim] -> [..., dim + 1]: z, and 0."""
+        """Returns z and a log determinant of 0, [..., dim] -> [..., dim + 1]."""
         return tf.concat([z, tf.zeros_like(z[..., :1])], -1)
 
     def inverse(self, u):
-        """The same."""
+        """Returns u itself."""
         return u
 
 
 def log_normal(z):
-    """log N(z; 0, I) in nats, [..., dim] -> [...]."""
+    """Returns log N(z; 0, I) in nats, [..., dim] -> [...]."""
     constant = 0.5 * z.shape[-1] * math.log(2.0 * math.pi)
     return -0.5 * tf.reduce_sum(z**2, -1) - constant
 
 
 def _gain(x, limit):
-    """A factor, exp(x) near x = 0, between exp(-limit) and exp(limit), and its logarithm."""
+    """Returns a gain between exp(-limit) and exp(limit), about exp(x) near 0, and its logarithm."""
     log_gain = limit * tf.tanh(x / limit)
     return tf.exp(log_gain), log_gain

@@ -12,10 +12,10 @@ from avb_tf.posteriors.evidence import Estimate
 from avb_tf.posteriors.mixture import Mixture
 
 CHAINS = 256
-ROUNDS = 5  # of the chains, with the covariance of all taken anew after each
-TRANSITIONS = 16  # in a round
-LEAPFROGS = 6  # in a transition
-KEPT = 16  # states of each chain, of the exact round at the end
+ROUNDS = 5  # warm-up rounds; the covariance is estimated again from all chains after each
+TRANSITIONS = 16  # transitions in a round
+LEAPFROGS = 6  # leapfrog steps in a transition
+KEPT = 16  # states kept of each chain, from the exact round at the end
 THINNED = 2  # transitions from one kept state to the next
 NOT_FINITE = (
     "the log density is not finite wherever the fit started; expected a finite number near 0 in "
@@ -24,24 +24,28 @@ NOT_FINITE = (
 
 
 class Sampled(NamedTuple):
-    """States of chains after an exact round, and what their density is like."""
+    """States of chains from an exact round, a mixture close to their density, and the evidence."""
 
     states: np.ndarray  # [chains, kept, dim]
     mixture: Mixture
     log_evidence: Estimate
-    log_normaliser: float  # the evidence, roughly, where that is unknown
+    log_normaliser: float  # nats: the log evidence, or a rough estimate if it is unknown
 
 
 def weighed(scores, proposal: Mixture, rng) -> np.ndarray:
-    """Draws [CHAINS, dim] of a mixture, resampled in proportion to the posterior.
+    """Returns draws of a mixture, [CHAINS, dim], resampled by their importance weights.
 
-    A draw's weight is p over the density of all components together (the balance heuristic of
-    Veach and Guibas, 1995): a mode counts by its mass, not by how many components are on it, and a
-    component that went astray does not count. Where too few draws would carry the weight it is
-    flattened.
+    The weight of a draw is p over the density of the whole mixture (the balance heuristic of Veach
+    and Guibas, 1995). A mode therefore counts by its mass and not by the number of components on
+    it, and components far from the posterior do not count. If the effective sample size is too
+    small, the weights are flattened.
 
+    Args:
+      scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
+      proposal: the mixture.
+      rng: source of random numbers.
     Raises:
-      UserError: the density is finite at no draw.
+      UserError: the density is not finite at any draw.
     """
     u = proposal.draw(16 * CHAINS, rng)
     log_weights = scores(u)[0] - proposal.log_density(u)
@@ -56,7 +60,7 @@ def weighed(scores, proposal: Mixture, rng) -> np.ndarray:
 
 
 def around(draws, rng) -> Mixture:
-    """Components at some of the draws, half as wide as all together."""
+    """Returns a mixture with components at some of the draws, half as wide as all draws."""
     count = min(8, mixture.largest(draws.shape[1]))
     means = draws[rng.choice(len(draws), count, replace=False)]
     root = 0.5 * mixture.lower(np.cov(draws.T))
@@ -64,7 +68,15 @@ def around(draws, rng) -> Mixture:
 
 
 def sampled(scores, draws, proposal: Mixture, rng, deadline: float) -> Sampled:
-    """Short chains from draws [CHAINS, dim], and an exact round at their end."""
+    """Runs short adaptive chains, and an exact round without adaptation at their end.
+
+    Args:
+      scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
+      draws: initial states, [CHAINS, dim].
+      proposal: a mixture near the posterior, for jumps between its components.
+      rng: source of random numbers.
+      deadline: value of `time.monotonic` after which no further adaptive round begins.
+    """
     step_size: float | np.ndarray = 0.3
     jumps = _components(draws, proposal, rng)
     for _ in range(ROUNDS):
@@ -87,7 +99,11 @@ def sampled(scores, draws, proposal: Mixture, rng, deadline: float) -> Sampled:
 
 
 def _described(scores, states, density, jumps, rng):
-    """A mixture near the chains' states, and the evidence by bridges from halves of the chains."""
+    """Returns a mixture close to the chains' states, the evidence and a rough log normaliser.
+
+    The evidence is the mean of two bridges. For each, the mixture is fitted to one half of the
+    chains and compared with the states of the other half.
+    """
     dim, half = states.shape[-1], len(states) // 2
     estimates = []
     for fitted, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
@@ -105,7 +121,7 @@ def _described(scores, states, density, jumps, rng):
 
 
 def _components(draws, proposal, rng) -> Mixture:
-    """The components of a proposal that have draws, and some more for the shape."""
+    """Returns the components of a proposal that have draws, and more at the draws themselves."""
     joint = proposal.log_densities(draws)
     mass = np.exp(joint - np.logaddexp.reduce(joint)).mean(1)
     more = around(draws, rng)
@@ -122,7 +138,7 @@ def _components(draws, proposal, rng) -> Mixture:
 
 
 def _typical(scores, draws, rng):
-    """Draws [n, dim] with those that have lost their way put in the place of others."""
+    """Returns draws [n, dim], with those of very low density replaced by copies of others."""
     density = scores(draws)[0]
     low, middle, high = np.quantile(density[np.isfinite(density)], [0.25, 0.5, 0.75])
     typical = np.flatnonzero(density > middle - 10.0 - 6.0 * (high - low))

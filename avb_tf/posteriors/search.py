@@ -1,7 +1,7 @@
-"""Where the modes of a posterior are: optimisation from many places, and a wide look around.
+"""Search for the modes of a posterior: optimisation from many points, and a wide random search.
 
-Newton's method needs no tuning, since its steps do not depend on the units of the parameters: a
-posterior ten thousand times narrower than its prior is found as any other.
+Newton's method needs no tuning, since its steps do not depend on the units of the parameters. It
+finds a posterior ten thousand times narrower than its prior as easily as any other.
 """
 
 import time
@@ -14,33 +14,40 @@ from scipy import special
 from avb_tf.posteriors import mixture
 from avb_tf.posteriors.mixture import Mixture
 
-WIDTHS = (0.5, 2.0, 5.0, 15.0, 50.0)  # standard deviations around 0 of the first points
-_POINTS = 4096  # first points in all
-_ROWS = 4096  # evaluations of the gradient in an iteration, which limit the starts
+WIDTHS = (0.5, 2.0, 5.0, 15.0, 50.0)  # standard deviations of the first points around 0
+_POINTS = 4096  # number of first points of all widths together
+_ROWS = 4096  # evaluations of the gradient in an iteration, which limit the number of starts
 _ITERATIONS = 30
-_LENGTHS = np.array([1.0, 0.3, 0.1, 0.02, 1e-3, 1e-5])  # of Newton's step
+_LENGTHS = np.array([1.0, 0.3, 0.1, 0.02, 1e-3, 1e-5])  # relative lengths of Newton's step
 _CLIMBS = np.array([10.0, 1.0, 0.1, 1e-2, 1e-3])  # lengths of a step along the gradient
-_MODES = 60
-_MASS_DRAWS = 256  # for the mass of a mode
-_LOOK = 2**15  # points in a batch of the wide look
-_SEEN = 64  # points of a look, those that exceed the mixture most
-_COMPARED = 256  # of them with the mixture, the densest for their distance
-REACH = 12.0  # standard deviations of its widest points, roughly
+_MODES = 60  # most modes returned
+_MASS_DRAWS = 256  # draws that estimate the mass of a mode
+_LOOK = 2**15  # points in a batch of the wide search
+_SEEN = 64  # most points returned, those that exceed the mixture most
+_COMPARED = 256  # points of a batch compared with the mixture, the densest for their distance
+REACH = 12.0  # radius that the widest points reach, roughly, in standard deviations
 
 
 class Modes(NamedTuple):
-    """Local maxima, the one of the largest mass by Laplace's approximation first."""
+    """Local maxima in descending order of their mass by Laplace's approximation."""
 
     x: np.ndarray  # [modes, dim]
-    roots: np.ndarray  # [modes, dim, dim], symmetric, of the covariances there
+    roots: np.ndarray  # [modes, dim, dim], symmetric roots of the covariances at the modes
     log_mass: np.ndarray  # [modes], in nats
 
 
 def first_points(log_density, prior: np.ndarray, dim: int, rng, count: int) -> np.ndarray:
-    """Starts of the optimisation, [at most count, dim]: 0, the best of many points, and others.
+    """Returns starts of the optimisation, [at most count, dim]: 0, and good points of many.
 
-    The points are of several widths around 0 and the prior's draws. The best are taken at several
-    temperatures: the cold ones are near the highest modes, the hot ones anywhere.
+    Candidates are normal draws of several widths around 0, and the prior's draws. They are chosen
+    at several temperatures: at low ones near the highest modes, at high ones anywhere.
+
+    Args:
+      log_density: function from x [n, dim] to the log density [n] in nats.
+      prior: draws of the prior, [m, dim].
+      dim: dimensions of x.
+      rng: source of random numbers.
+      count: largest number of starts.
     """
     each = _POINTS // len(WIDTHS)
     wide = [width * rng.normal(size=[each, dim]) for width in WIDTHS]
@@ -53,26 +60,33 @@ def first_points(log_density, prior: np.ndarray, dim: int, rng, count: int) -> n
     share = max(1, (count - 1) // 4)
     rows = []
     for temperature in (1.0, 10.0, 100.0, np.inf):
-        # Gumbel noise: draws without replacement in proportion to density^(1 / temperature).
+        # Gumbel noise draws without replacement in proportion to density^(1 / temperature).
         rows += list(np.argsort(-density / temperature - rng.gumbel(size=len(density)))[:share])
     return np.concatenate([np.zeros([1, dim]), points[list(dict.fromkeys(rows))]])
 
 
 def starts(dim: int) -> int:
-    """How many places to optimise from."""
+    """Returns the number of points from which to optimise."""
     return int(np.clip(_ROWS // dim, 8, 256))
 
 
 def climb(scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray:
-    """Newton's method from all of x [n, dim] at once, to local maxima, [n, dim].
+    """Climbs from all points at once to local maxima by Newton's method.
 
-    The step is along the Newton direction, with the curvature's absolute values, or along the
-    gradient, whichever length of either is highest.
+    Each iteration tries several lengths of a step along the Newton direction, which uses the
+    absolute values of the curvature, and along the gradient, and takes the highest point.
+
+    Args:
+      scores: function from x [n, dim] to the log density [n] and its gradient [n, dim].
+      x: first points, [n, dim].
+      deadline: value of `time.monotonic` after which no further iteration begins.
+    Returns:
+      The last points, [at most n, dim]; first points where the density is not finite are left out.
     """
     density, score = scores(x)
     usable = np.isfinite(density) & np.isfinite(score).all(1)
     x, density, score = x[usable], density[usable], score[usable]
-    size = np.full(x.shape, 1e-2)  # of the difference for the Hessian, by coordinate
+    size = np.full(x.shape, 1e-2)  # step of the finite differences, by coordinate
     active = np.ones(len(x), bool)
     for _ in range(_ITERATIONS):
         if not active.any() or time.monotonic() > deadline:
@@ -105,7 +119,7 @@ def climb(scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray:
 
 
 def _hessians(scores, x, score, size):
-    """Of the log density at x [n, dim], [n, dim, dim], by differences of the gradient."""
+    """Returns Hessians of the log density at x, [n, dim, dim], by differences of the gradient."""
     count, dim = x.shape
     moved = x[:, np.newaxis] + size[:, :, np.newaxis] * np.eye(dim)
     other = scores(moved.reshape(-1, dim))[1].reshape(count, dim, dim)
@@ -115,10 +129,10 @@ def _hessians(scores, x, score, size):
 
 
 def _roots(hessians):
-    """R with R R^T the inverse of the absolute curvature, [n, dim, dim].
+    """Returns R, [n, dim, dim], where R R^T is the inverse of the absolute curvature.
 
-    Scaled by the diagonal first, or rounding would take the units of parameters for a flat
-    direction.
+    The Hessians are first scaled by their diagonals. Otherwise, parameters of very different units
+    would look like flat directions because of rounding.
     """
     diagonal = np.abs(np.einsum("nii->ni", hessians))
     largest = np.maximum(diagonal.max(1, keepdims=True), 1e-12)
@@ -130,9 +144,9 @@ def _roots(hessians):
 
 
 def modes(scores, x: np.ndarray) -> Modes:
-    """The distinct ones among local maxima x [n, dim], with Laplace's approximation at each.
+    """Returns the distinct modes among local maxima x [n, dim], with Laplace's approximations.
 
-    Two are one mode if the second is within half a standard deviation a dimension of the first.
+    Two maxima count as one mode if their Mahalanobis distance is less than sqrt(dim) / 2.
     """
     density, score = scores(x)
     dim = x.shape[1]
@@ -159,7 +173,7 @@ def modes(scores, x: np.ndarray) -> Modes:
 
 
 def _laplace(scores, x, score):
-    """Precision and root of the covariance at a mode, by two rounds of differences."""
+    """Returns the precision and the covariance's root at a mode, by two rounds of differences."""
     size = np.full([1, len(x)], 1e-2)
     for _ in range(2):
         root = _roots(_hessians(scores, x[np.newaxis], score[np.newaxis], size))[0]
@@ -170,15 +184,15 @@ def _laplace(scores, x, score):
 
 
 def masses(scores, modes: Modes, log_normaliser: float, rng) -> np.ndarray:
-    """The share of the posterior at each mode, [modes], by importance sampling.
+    """Returns the share of the posterior at each mode, [modes], by importance sampling.
 
     Laplace's approximation is far off at a pole, such as the neck of a hierarchical model.
 
     Args:
-      scores: as of `climb`.
-      modes: as `modes` returns them.
-      log_normaliser: of the log density, in nats.
-      rng: of the draws.
+      scores: function from x [n, dim] to the log density [n] and its gradient [n, dim].
+      modes: the modes, from the function `modes`.
+      log_normaliser: log normaliser of the density, in nats.
+      rng: source of random numbers.
     """
     shares = []
     for mode, root in zip(modes.x, modes.roots, strict=True):
@@ -190,14 +204,14 @@ def masses(scores, modes: Modes, log_normaliser: float, rng) -> np.ndarray:
 
 
 class Look(NamedTuple):
-    """What a wide look saw.
+    """Results of a wide search.
 
     Attributes:
-      x: [n, dim], points that exceed the mixture, those that do most first.
-      points: that were looked at.
-      lacking: share of the posterior where the mixture has less than a tenth of its density, from
-        below: each batch counts its densest points alone.
-      where: [n, dim], draws of that share.
+      x: points that exceed the mixture, in descending order of the excess, [n, dim].
+      points: number of points that were tried.
+      lacking: share of the posterior where the mixture has less than a tenth of the posterior's
+        density. It is a lower bound, because each batch counts only its densest points.
+      where: draws of that share of the posterior, [m, dim].
     """
 
     x: np.ndarray
@@ -207,18 +221,20 @@ class Look(NamedTuple):
 
 
 def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: int) -> Look:
-    """Points around a mixture where the density is higher than it says.
+    """Searches widely around a mixture for points where the density exceeds the mixture's.
 
-    A mode of less than a thousandth of the space shows in no gradient: only points that fall on it
-    do. They are drawn, compared and forgotten in one graph.
+    Gradients do not lead to a mode that takes up less than a thousandth of the space; only points
+    that fall on it reveal it. One graph draws the points of a batch and compares them, and keeps
+    only the densest.
 
     Args:
-      log_density: [n, dim] -> [n], normalised by `known`'s estimate of the evidence.
-      dtype: of its argument.
-      known: a mixture near what is known of the posterior.
-      deadline: of `time.monotonic`.
-      most: points, at most.
-      seed: of the points.
+      log_density: function from x [n, dim] to the log density [n] in nats, normalised by an
+        estimate of the evidence.
+      dtype: dtype of x.
+      known: a mixture close to the known part of the posterior.
+      deadline: value of `time.monotonic` after which no further batch begins.
+      most: largest number of points.
+      seed: seed of the points.
     """
     dim = known.means.shape[1]
     mean = known.weights @ known.means
@@ -228,7 +244,7 @@ def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: i
     root = np.linalg.cholesky(covariance + 1e-12 * np.trace(covariance) * np.eye(dim) / dim)
     inverses = np.linalg.inv(known.roots)
     log_scales = np.log(known.weights) + np.linalg.slogdet(inverses)[1] + known.log_peak
-    white = inverses.reshape(-1, dim).T  # x @ white, less its value at the means, is standardised
+    white = inverses.reshape(-1, dim).T  # x @ white - offsets is standardised in each component
     offsets = np.einsum("kij,kj->ki", inverses, known.means)
 
     widest = max(2.0, REACH / np.sqrt(dim))
@@ -240,7 +256,8 @@ def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: i
         x = tf.constant(mean, dtype) + tf.matmul(tf.cast(noise, dtype), tf.constant(root.T, dtype))
         density = tf.cast(log_density(x), dtype)
         density = tf.where(tf.math.is_finite(density), density, -np.inf)
-        # Only the densest points for their distance are worth a look at all components.
+        # Comparing points with all components is expensive, so only the densest are compared.
+        # Density counts relative to the distance from the centre.
         distance = tf.cast(tf.math.log1p(0.5 * tf.reduce_sum(noise**2, -1)), dtype)
         rows = tf.math.top_k(density + 0.5 * (dim + 3.0) * distance, _COMPARED, sorted=False)[1]
         x, density = tf.gather(x, rows), tf.gather(density, rows)
@@ -270,7 +287,7 @@ def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: i
     mass = np.concatenate([[0.0], *weights])
     lacking = mass.sum() / max(1, points)
     draws = np.zeros([0, dim])
-    # A share that rests on a few points is no more than a place to look at.
+    # A share that rests on a few points is too noisy to draw from.
     if lacking > 0 and mass.sum() ** 2 / (mass**2).sum() > 20.0:
         rng = np.random.default_rng(seed)
         rows = rng.choice(len(mass) - 1, _SEEN, p=mass[1:] / mass.sum())
@@ -279,7 +296,10 @@ def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: i
 
 
 def _log_wide(dim, widest):
-    """Log density by radius of the look's points, in standard coordinates, as a function."""
+    """Returns the function from a radius to the log density of the wide search's points.
+
+    Radius and density are in standardised coordinates.
+    """
     radii = np.linspace(0.0, 10.0 * widest * np.sqrt(dim), 4000)
     widths = np.linspace(1.0, widest, 400)
     each = -0.5 * (radii[:, np.newaxis] / widths) ** 2 - dim * np.log(widths)

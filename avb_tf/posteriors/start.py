@@ -1,16 +1,17 @@
-"""Where a fit starts: rough draws of the posterior, and coordinates in which it is standard.
+"""The start of a fit: rough draws of the posterior, and coordinates in which it is standard.
 
-A fit learns shape; location, scale, correlation, modes and tails it is given. They come from stages
-that need no tuning, since none depends on the units of the parameters:
+The start provides location, scale, correlation, modes and tails, so that the fit has to learn only
+the shape. The stages need no tuning, since none depends on the units of the parameters:
 
  1. Newton's method from many points, and Gaussians matched to the density's scores (`search`,
     `matching`);
- 2. draws of all Gaussians, weighed so that each mode counts by its mass;
- 3. heavy tails are made Gaussian, coordinate by coordinate (`tails`), and an improper posterior is
-    refused;
+ 2. draws of all Gaussians, weighted so that each mode counts by its mass;
+ 3. a transform that makes heavy tails Gaussian, coordinate by coordinate (`tails`); an improper
+    posterior is refused;
  4. short chains of Hamiltonian Monte Carlo, which jump between modes (`hmc`, `mixture`);
- 5. a wide look for modes that no gradient points to; with what it sees, 2 to 4 are done again;
- 6. the evidence, by a bridge from the mixture to the chains (`evidence`).
+ 5. a wide random search for modes that no gradient points to; if it finds any, stages 2 and 4 run
+    again with them;
+ 6. the evidence, by a bridge between a mixture and the chains (`evidence`).
 """
 
 import time
@@ -28,15 +29,15 @@ from avb_tf.posteriors.mixture import Mixture
 from avb_tf.posteriors.tails import Tails
 from avb_tf.posteriors.target import Target
 
-MATCHES = 3  # Gaussians from around 0, beside those from the modes
-LARGEST = 200  # dimensions of a covariance in full
-LARGEST_OF_ALL = 2000  # dimensions
-AGAIN = 2  # times that the chains run with what a look saw, at most
+MATCHES = 3  # Gaussians matched from around 0, in addition to those matched from the modes
+LARGEST = 200  # most dimensions for a full covariance
+LARGEST_OF_ALL = 2000  # most dimensions of a posterior
+AGAIN = 2  # most times that the chains run again with the findings of the wide search
 LACKING = 0.03  # share of the posterior that the chains may lack
-LOOK_SHARE = 0.6  # of the start's seconds, spent on the wide look
-LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, where no seconds are given
-LOOK_POINTS = 2**13  # of the wide look for each step of training, where no seconds are given
-LOOK_SECONDS = 0.02  # that it may take for each of them
+LOOK_SHARE = 0.6  # share of the start's seconds for the wide search
+LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, if no seconds are given
+LOOK_POINTS = 2**13  # points of the wide search per training step, if no seconds are given
+LOOK_SECONDS = 0.02  # most seconds of the wide search per training step, likewise
 _RUNS_AWAY = (
     "the fit runs away: the log density does not fall as parameters grow; expected a proper "
     "posterior: look for a parameter without a prior"
@@ -44,36 +45,37 @@ _RUNS_AWAY = (
 
 
 class Start(NamedTuple):
-    """Coordinates in which a posterior is standard, and chains that have been in its modes.
+    """Coordinates in which a posterior is standard, and states of chains that visited its modes.
 
-        u, volume = start.place(z)  # parameters before the constraint, and log |du / dz|
+        u, volume = start.place(z, tf.float32)  # unconstrained parameters, and log |du / dz|
 
-    u = tails(mean + scale @ z) has z of mean 0 and covariance I. The scale is a triangle up to
-    `LARGEST` dimensions; above, it is diagonal, after a stretch along a few directions.
+    In u = tails(mean + scale @ z), z has mean 0 and covariance I over the chains' states. Up to
+    `LARGEST` dimensions the scale is a triangle. Above, it is a stretch along a few directions,
+    followed by a diagonal scale.
     """
 
     mean: np.ndarray  # [dim]
     scale_tril: np.ndarray  # [dim, dim], lower triangular; or [dim], a diagonal
     z: np.ndarray  # [chains * kept, dim], the chains' states standardised, chain after chain
     tails: Tails
-    chains: int
+    chains: int  # number of chains
     log_evidence: Estimate = evidence.UNKNOWN
-    points: int = 0  # that were looked at for further modes
+    points: int = 0  # number of points that were searched for further modes
     directions: np.ndarray = np.zeros([0, 0])  # [dim, rank], orthonormal
     stretch: np.ndarray = np.zeros(0)  # [rank], standard deviations along them, before the scale
-    lacking: float = 0.0  # share of the posterior that was seen, and that the chains lack
+    lacking: float = 0.0  # share of the posterior that the search found and the chains lack
 
     @property
     def deviations(self) -> np.ndarray:
-        """Standard deviations of v before the tails, [dim]."""
+        """Standard deviations of v = mean + scale @ z, before the tails, [dim]."""
         if self.scale_tril.ndim == 2:
             return np.linalg.norm(self.scale_tril, axis=1)
         return self.scale_tril * np.sqrt(1.0 + self.directions**2 @ (self.stretch**2 - 1.0))
 
     def place(self, z, dtype):
-        """u and log |du / dz| in nats for z [n, dim], by TensorFlow in `dtype`.
+        """Returns u [n, dim] and log |du / dz| [n] in nats for z [n, dim], in `dtype`.
 
-        In the model's precision: far from 0 float32 has few digits left.
+        `dtype` should be the model's, because float32 has few significant digits far from 0.
         """
         mean, factor = (tf.constant(v, dtype) for v in (self.mean, self.scale_tril))
         z = tf.cast(z, dtype)
@@ -89,7 +91,7 @@ class Start(NamedTuple):
         return u, of_tails + float(volume)
 
     def save(self, path) -> None:
-        """Writes a `.npz` file, for `load`; nothing in it is pickled."""
+        """Writes a `.npz` file without pickled arrays; `load` reads it."""
         np.savez(
             path,
             mean=self.mean,
@@ -103,7 +105,7 @@ class Start(NamedTuple):
 
 
 def load(path) -> Start:
-    """A start as `Start.save` wrote it."""
+    """Loads a start that `Start.save` wrote."""
     arrays = archives.read_arrays(path)
     location, scale, *weight = arrays["tails"]
     chains, value, error, points, lacking = arrays["numbers"].tolist()
@@ -122,18 +124,23 @@ def load(path) -> Start:
 
 
 def of_record(record: dict) -> Start:
-    """A start as versions before `Start.save` wrote it into JSON, with 4 states of each chain."""
+    """Returns the start from the JSON record of earlier versions, with 4 states of each chain."""
     mean, scale_tril, z = (np.array(record[name]) for name in ("mean", "scale_tril", "z"))
     z = np.swapaxes(z.reshape(4, -1, len(mean)), 0, 1).reshape(-1, len(mean))
     return Start(mean, scale_tril, z, tailing.light(len(mean)), len(z) // 4)
 
 
 def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int = 50) -> Start:
-    """Rough draws of the posterior, in `seconds`, or else at the expense of `steps` of training.
+    """Finds rough draws of the posterior and coordinates in which it is standard.
 
+    Args:
+      target: the posterior.
+      seed: seed of all random numbers.
+      seconds: time that the start may take, or None.
+      steps: number of training steps, which sets the effort of the search if `seconds` is None.
     Raises:
-      UserError: a density that is finite nowhere near, or does not fall as parameters grow, or is
-        of more than `LARGEST_OF_ALL` dimensions.
+      UserError: the density is not finite at any point tried, or does not fall as parameters grow,
+        or the posterior has more than `LARGEST_OF_ALL` dimensions.
     """
     if target.dim > LARGEST_OF_ALL:
         raise UserError(
@@ -185,9 +192,10 @@ def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int
 
 
 def _find_large(target, seed, seconds) -> Start:
-    """The start where a covariance in full is out of reach; modes are sought from 0 and the prior.
+    """Finds the start of a posterior that is too large for a full covariance.
 
-    The evidence is unknown: no mixture of known density comes close enough.
+    The chains start from a Gaussian that is fitted from 0 and from the prior's draws. The evidence
+    is unknown, because no mixture of known density comes close enough.
     """
     rng = np.random.default_rng(seed)
     scores = hmc.scores(target.log_density, target.dtype)
@@ -206,10 +214,10 @@ def _find_large(target, seed, seconds) -> Start:
 
 
 def _gaussians(target, scores, rng, deadline) -> Mixture:
-    """Gaussians at the modes, and matched to the density from there and from around 0.
+    """Returns Gaussians at the modes, and others matched to the density from modes and around 0.
 
     Raises:
-      UserError: there is none, for the density is finite nowhere near.
+      UserError: there are none, because the density is not finite at any point tried.
     """
     dim, count = target.dim, search.starts(target.dim)
     prior = target.prior_draws(1024, int(rng.integers(2**31)))
@@ -230,10 +238,11 @@ def _gaussians(target, scores, rng, deadline) -> Mixture:
 
 
 def _tails(scores, draws, gaussians, rng) -> Tails:
-    """How heavy the density is far out along each coordinate.
+    """Returns tails as heavy as the density's far out along each coordinate.
 
     Raises:
-      UserError: its integral diverges there, or along what the draws vary in most.
+      UserError: the density's integral diverges along a coordinate, along the direction in which a
+        Gaussian is widest, or in a cone.
     """
     density = scores(draws)[0]
     x = draws[density.argmax()]
@@ -241,14 +250,17 @@ def _tails(scores, draws, gaussians, rng) -> Tails:
     scale = np.maximum(scale, 1e-12 * (1.0 + np.abs(x)))
     slopes = tailing.slopes(lambda u: scores(u)[0], x, np.diag(scale))
     noise = rng.normal(size=[8, len(x)])
-    # Around a pole the draws' scales say nothing of where the density falls.
+    # Around a pole, the draws' scales do not show where the density falls.
     if all(_diverges(scores, x, s, gaussians, noise) for s in (scale, np.maximum(scale, 1.0))):
         raise UserError(_RUNS_AWAY)
     return tailing.of_slopes(slopes, np.median(draws, 0), scale)
 
 
 def _diverges(scores, x, scale, gaussians, noise) -> bool:
-    """Whether the integral does, along a coordinate or a flat direction, or in a cone."""
+    """Returns whether the density's integral diverges along a line or in a cone.
+
+    The lines are the coordinates and the direction in which each Gaussian is widest.
+    """
     length = np.linalg.norm(scale)
     flat = np.stack([np.linalg.svd(root)[0][:, 0] * length for root in gaussians.roots])
     lines = (np.diag(scale), 1), (flat, 1), (noise * scale, len(x))
@@ -259,7 +271,7 @@ def _diverges(scores, x, scale, gaussians, noise) -> bool:
 
 
 def of_tails(target, tails):
-    """The target's log density as a function of v, u = tails(v)."""
+    """Returns the target's log density as a function of v, where u = tails(v)."""
 
     def log_density(v):
         u, volume = tails.forward(v)
@@ -269,7 +281,7 @@ def of_tails(target, tails):
 
 
 def _moved(proposal: Mixture, tails: Tails) -> Mixture:
-    """The components of a mixture of u, at their means in v."""
+    """Returns a mixture of u in the coordinates v, with each component linearised at its mean."""
     if not tails.heavy.any():
         return proposal
     step = 1e-3 * tails.scale
@@ -281,7 +293,7 @@ def _moved(proposal: Mixture, tails: Tails) -> Mixture:
 
 
 def _estimated(tails, sampled, dtype, rng):
-    """Tails as heavy as those of the chains' states, and draws in their coordinates."""
+    """Returns tails as heavy as those of the chains' states, and draws in their coordinates."""
     v = sampled.states.reshape(-1, sampled.states.shape[-1])
     u = np.asarray(tails.forward(tf.constant(v, dtype))[0], np.float64)
     estimate = tailing.estimated(u)
@@ -292,10 +304,11 @@ def _estimated(tails, sampled, dtype, rng):
 
 
 def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
-    """The mixture with what a look saw beside it, if anything; and the share that it lacks.
+    """Returns the mixture with added components, and the share of the posterior that it lacked.
 
-    New modes are those that Newton's method reaches from the points seen. What is no mode of its
-    own, such as tails around a pole, becomes a component as wide as its draws.
+    Newton's method leads from the points that the wide search found to new modes. A region without
+    a mode of its own, such as the tails around a pole, becomes a component as wide as the draws
+    from it. The mixture is None if there is nothing to add.
     """
     known = sampled.mixture
     means, roots, lacking = [], [], 0.0

@@ -1,8 +1,8 @@
-"""Coordinates in which heavy tails are Gaussian ones.
+"""Coordinates in which heavy tails are Gaussian.
 
-A Gaussian through a smooth network has Gaussian tails, and a posterior with the tails of a Student
-t would be fitted by none, nor explored by short chains. Where the density falls like a power, its
-coordinate is v, Gaussian in the tails, with
+A Gaussian through a smooth network has Gaussian tails. It cannot fit a posterior with the tails of
+a Student t, and short chains cannot explore such a posterior. If the density falls like a power of
+a coordinate u, the coordinate is replaced by v, which is Gaussian in the tails, with
 
     u = location + scale * sign(v) (erfc(|v| / sqrt 2)^-weight - 1) / weight
 
@@ -17,13 +17,13 @@ import tensorflow as tf
 from scipy import special
 from tensorflow_probability import distributions as tfd
 
-_LIGHT = 0.06  # weight below which a tail is left alone: t with 16 degrees of freedom
-_HEAVIEST = 2.0
-_DISTANCES = 10.0 ** np.arange(2.0, 6.0)  # in scales, where slopes are measured
+_LIGHT = 0.06  # tails of lower weight stay as they are: t with about 17 degrees of freedom
+_HEAVIEST = 2.0  # largest weight: t with half a degree of freedom
+_DISTANCES = 10.0 ** np.arange(2.0, 6.0)  # distances between which slopes are measured, in scales
 
 
 class Tails(NamedTuple):
-    """Of each coordinate.
+    """A transform of each coordinate from Gaussian tails to heavy ones.
 
     tails = Tails(np.zeros(1), np.ones(1), np.full([2, 1], 0.5))  # as heavy as t with 2 degrees
     u, volume = tails.forward(tf.constant([[3.0]]))
@@ -31,15 +31,15 @@ class Tails(NamedTuple):
 
     location: np.ndarray  # [dim]
     scale: np.ndarray  # [dim]
-    weight: np.ndarray  # [2, dim], of the lower and the upper tail; 0: the identity
+    weight: np.ndarray  # [2, dim], of the lower and the upper tail; both 0: the identity
 
     @property
     def heavy(self) -> np.ndarray:
-        """[dim], whether a coordinate is transformed."""
+        """Whether each coordinate is transformed, [dim]."""
         return np.any(self.weight > 0, axis=0)
 
     def forward(self, v):
-        """u and log |du / dv| for v [..., dim]: [..., dim] and [...]."""
+        """Returns u [..., dim] and log |du / dv| [...] in nats for v [..., dim]."""
         if not self.heavy.any():
             return v, tf.zeros(tf.shape(v)[:-1], v.dtype)
         location, scale, heavy = (tf.constant(x, v.dtype) for x in self._flat())
@@ -54,7 +54,7 @@ class Tails(NamedTuple):
         return tf.where(is_heavy, u, v), tf.reduce_sum(log_slope, -1)
 
     def inverse(self, u: np.ndarray) -> np.ndarray:
-        """v for u [n, dim], in float64."""
+        """Returns v for u [n, dim], in float64."""
         location, scale, heavy = self._flat()
         lower, upper = self._safe()
         y = (u - location) / scale
@@ -67,31 +67,31 @@ class Tails(NamedTuple):
         return self.location, self.scale, self.heavy.astype(np.float64)
 
     def _safe(self):
-        """Weights, with a light tail beside a heavy one as light as is told apart."""
+        """Returns weights above 0, as they are divisors; a light tail gets a small weight."""
         return np.maximum(self.weight, 0.5 * _LIGHT)
 
 
 def _log_erfc(size):
-    """log erfc(size / sqrt 2), size >= 0."""
+    """Returns log erfc(size / sqrt 2) for size >= 0."""
     normal = tfd.Normal(tf.zeros([], size.dtype), tf.ones([], size.dtype))
     return np.log(2.0) + normal.log_cdf(-size)
 
 
 def light(dim: int) -> Tails:
-    """No coordinate transformed."""
+    """Returns the identity as `Tails`."""
     return Tails(np.zeros(dim), np.ones(dim), np.zeros([2, dim]))
 
 
 def slopes(log_density, x: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """d log p / d log distance, far out along lines, both ways.
+    """Returns d log p / d log distance, far out along lines, at both ends.
 
     Args:
-      log_density: [n, dim] -> [n], in nats.
-      x: [dim], where the lines cross.
-      directions: [lines, dim], each a standard deviation long, roughly.
+      log_density: function from x [n, dim] to the log density [n] in nats.
+      x: point where the lines cross, [dim].
+      directions: directions of the lines, [lines, dim], each about a standard deviation long.
     Returns:
-      [2, lines, distances - 1], from one distance to the next, against the direction first; minus
-      infinity where the density is not finite.
+      Slopes from each distance to the next, [2, lines, distances - 1], first at the end opposite to
+      the direction; minus infinity where the density is not finite.
     """
     signs = np.array([-1.0, 1.0])[:, np.newaxis, np.newaxis, np.newaxis]
     points = x + signs * _DISTANCES[:, np.newaxis] * directions[:, np.newaxis]
@@ -103,31 +103,44 @@ def slopes(log_density, x: np.ndarray, directions: np.ndarray) -> np.ndarray:
 
 
 def improper(slopes: np.ndarray, dim: int = 1) -> np.ndarray:
-    """[lines], whether the density's integral diverges at either end of a line.
+    """Returns whether the density's integral diverges at either end of each line, [lines].
 
     Args:
-      slopes: as `slopes` gives them.
-      dim: of the cone around a line in which the density falls alike; 1 for a line by itself.
+      slopes: slopes from the function `slopes`, [2, lines, distances - 1].
+      dim: dimensions of the cone around a line in which the density falls alike; 1 for a line
+        alone.
     """
     return (slopes[..., -2:].max(-1) > -1.02 * dim).any(0)
 
 
 def of_slopes(slopes: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:
-    """Tails as heavy as the density's own along each coordinate."""
-    power = -slopes[..., 0] - 1.0  # of u in P(|u| > distance), near the bulk
+    """Returns tails as heavy as the density's own along each coordinate.
+
+    Args:
+      slopes: slopes along the coordinates from the function `slopes`, [2, dim, distances - 1].
+      location: centre of each coordinate, [dim].
+      scale: scale of each coordinate, [dim].
+    """
+    power = -slopes[..., 0] - 1.0  # P(|u| > distance) ~ distance^-power, near the bulk
     far = -slopes[..., -1] - 1.0
     power = np.where(np.isfinite(far) & (far < 50.0), np.minimum(power, far), np.inf)
     return of_weights(1.0 / np.maximum(power, 1e-3), location, scale)
 
 
 def of_weights(weight, location, scale) -> Tails:
-    """Tails of given weights [2, dim], light ones left alone."""
+    """Returns tails of the weights; weights of light tails become 0, and none exceeds 2.
+
+    Args:
+      weight: weights of the lower and the upper tails, [2, dim].
+      location: centre of each coordinate, [dim].
+      scale: scale of each coordinate, [dim].
+    """
     weight = np.where(weight < _LIGHT, 0.0, np.minimum(weight, _HEAVIEST))
     return Tails(location, scale, weight)
 
 
 def estimated(u: np.ndarray) -> Tails:
-    """Tails of draws u [n, dim], by Hill's estimator on a twentieth of the draws of each side."""
+    """Returns tails of draws u [n, dim], by Hill's estimator on a twentieth of them at each end."""
     location = np.median(u, 0)
     scale = np.subtract(*np.quantile(u, [0.75, 0.25], axis=0)) / 1.35
     y = (u - location) / np.maximum(scale, 1e-300)

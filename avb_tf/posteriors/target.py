@@ -1,7 +1,7 @@
 """A posterior as a log density over unconstrained vectors.
 
-Whatever the model is (see `models`), a fit sees a function of u [..., dim] in R^dim, Jacobian
-included, and a map from u to the model's own parameters.
+For every kind of model (see `models`), a fit uses a log density of u [..., dim] in R^dim, which
+includes the log Jacobian determinant, and a map from u to the model's own parameters.
 """
 
 import functools
@@ -17,37 +17,40 @@ import tensorflow as tf
 from avb_tf.errors import UserError
 
 RECORD = "record.json"
-Structure = Any  # a tensor for each parameter: one tensor, a dict, a sequence or a named tuple
+Structure = Any  # the parameters: one tensor, or a dict, a sequence or a named tuple of tensors
 
 
 class Target:
     """The posterior's log density, up to its normaliser, over unconstrained vectors.
 
     Attributes:
-      dim: of u.
-      dtype: of u: float64 where a parameter of the model is.
-      names: of the parameters, in the order of their parts in u.
-      structure: the parameters' structure, with names of dtypes in their place.
-      observed: what the model was conditioned on, by name, for the record.
+      dim: dimensions of u.
+      dtype: dtype of u, the widest of the parameters' dtypes.
+      names: names of the parameters, in the order of their parts in u.
+      sizes: number of entries of u for each parameter, in the same order.
+      observed: values on which the model was conditioned, by name, for reports.
     """
 
     def __init__(
         self, log_prob, bijector, shapes, dtypes, observed=None, of_batch=None, prior=None
     ):
-        """From a density and the bijector to its support.
+        """Builds the target from a log density and the bijector to its support.
 
         Args:
-          log_prob: parameters in their structure -> log density in nats: of one draw alone, a
-            scalar; of a batch alone, [n]; or of either, by broadcasting.
-          bijector: from unconstrained parameters to these, in their structure.
-          shapes: of the parameters, a structure of `tf.TensorShape`.
-          dtypes: of the parameters, likewise.
-          observed: a dict of arrays.
-          of_batch: generator of random numbers -> a function like `log_prob`, unbiased for it.
-          prior: (count, seed) -> draws of the prior, [count, ...] in the parameters' structure.
+          log_prob: function from parameters in their structure to the log density in nats. It may
+            accept only one draw and return a scalar, accept only batches and return [n], or accept
+            both by broadcasting.
+          bijector: bijector from unconstrained to constrained parameters, in their structure.
+          shapes: shapes of the parameters, a structure of `tf.TensorShape`.
+          dtypes: dtypes of the parameters, in the same structure.
+          observed: values on which the model was conditioned, a dict of arrays.
+          of_batch: function from a random generator to a function like `log_prob` that estimates it
+            without bias from a minibatch, or None.
+          prior: function from (count, seed) to draws of the prior, [count, ...] in the parameters'
+            structure, or None.
         Raises:
-          UserError: a parameter that is discrete or whose shape is not known, or a density that
-            does not give one number for a draw.
+          UserError: a parameter is discrete or is itself a structure, or the density does not give
+            one number for a draw.
         """
         self._log_prob, self._bijector, self._dtypes = log_prob, bijector, dtypes
         self._of_batch, self._prior = of_batch, prior
@@ -65,15 +68,18 @@ class Target:
         self._lift = self._lifted()
 
     def log_density(self, u):
-        """log p(data, parameters) + log |d parameters / du| in nats, [n, dim] -> [n]."""
+        """Returns log p(data, parameters) + log |d parameters / du| in nats, [n, dim] -> [n]."""
         return self._lift(self._log_density, u)
 
     def log_density_by(self, log_prob, u):
-        """As `log_density`, of another function `log_prob` of the same parameters."""
+        """Returns `log_density` for another function `log_prob` of the same parameters."""
         return self._lift(functools.partial(self._log_density, log_prob=log_prob), u)
 
     def estimator(self, seed: int):
-        """A function like `log_density`, unbiased for it, of a new minibatch at every call."""
+        """Returns an unbiased estimator of `log_density` that uses a new minibatch at every call.
+
+        Without minibatches, it is `log_density` itself.
+        """
         if self._of_batch is None:
             return self.log_density
         generator, of_batch = tf.random.Generator.from_seed(seed), self._of_batch
@@ -84,19 +90,19 @@ class Target:
         return estimate
 
     def constrain(self, u):
-        """The model's parameters, [n, dim] -> [n, ...] in the model's structure and dtypes."""
+        """Maps u to parameters in the model's structure and dtypes, [n, dim] -> [n, ...]."""
         return self._lift(self._parameters, u)
 
     def log_volume(self, u):
-        """log |d parameters / du| in nats, [n, dim] -> [n]."""
+        """Returns log |d parameters / du| in nats, [n, dim] -> [n]."""
         return self._lift(self._log_volume, u)
 
     def unconstrain(self, parameters):
-        """The inverse of `constrain`."""
+        """Applies the inverse of `constrain`, and returns an array [n, dim]."""
         return self.free(parameters).numpy()
 
     def free(self, parameters):
-        """The inverse of `constrain`, as a tensor [n, dim]."""
+        """Applies the inverse of `constrain`, and returns a tensor [n, dim]."""
         typed = tf.nest.map_structure(tf.cast, parameters, self._dtypes)
         flat = tf.nest.flatten(self._bijector.inverse(typed))
         parts = zip(flat, self.sizes, strict=True)
@@ -105,17 +111,17 @@ class Target:
         )
 
     def prior_draws(self, count: int, seed: int) -> np.ndarray:
-        """Unconstrained draws of the prior, [at most count, dim]; none where it is not known."""
+        """Returns unconstrained draws of the prior, [at most count, dim]; none if it is unknown."""
         if self._prior is None:
             return np.zeros([0, self.dim])
         try:
             u = np.asarray(self.unconstrain(self._prior(count, seed)), np.float64)
-        except Exception:  # a joint may have a density that cannot be drawn from
+        except Exception:  # a part of a joint may have a density but no sampler
             return np.zeros([0, self.dim])
         return u[np.isfinite(u).all(1)]
 
     def coordinates(self) -> list[str]:
-        """A name for each entry of u, such as "theta[3]"."""
+        """Returns a name for each entry of u, such as "theta[3]"."""
         labels = []
         for name, shape in zip(self.names, self._free_shapes, strict=True):
             labels += [f"{name}{list(i)}" if i else name for i in np.ndindex(*map(int, shape))]
@@ -140,7 +146,7 @@ class Target:
         (Path(path) / RECORD).write_text(json.dumps(record) + "\n")
 
     def _free(self, u):
-        """u [..., dim] in the parameters' structure, still unconstrained."""
+        """Returns u [..., dim] in the parameters' structure, still unconstrained."""
         leading = list(tf.unstack(tf.shape(u)))[:-1]
         dtypes = tf.nest.flatten(self._dtypes)
         shaped = [
@@ -165,10 +171,13 @@ class Target:
         return tf.cast(volume, self.dtype)
 
     def _lifted(self):
-        """How functions of this model are taken over a batch: (function, u [n, dim]) -> [n, ...].
+        """Returns the way to apply this model to a batch: (function, u [n, dim]) -> [n, ...].
+
+        It applies functions to the batch directly if they broadcast, and otherwise by
+        `tf.vectorized_map` or, as the last resort, in a loop.
 
         Raises:
-          UserError: the density is neither of one draw nor of a batch.
+          UserError: the density accepts neither one draw nor a batch.
         """
         try:
             self._check_one_draw()
@@ -184,19 +193,25 @@ class Target:
             try:
                 if self._agrees(lift):
                     return lift
-            except Exception as error:  # whatever a user's code raises
+            except Exception as error:  # a user's code may raise anything
                 cause = error
         raise UserError(
             f"the log density fails at several draws ({type(cause).__name__}: "
-            f"{first_line(cause)}); expected TensorFlow's operations, that do what they do to one"
+            f"{first_line(cause)}); expected TensorFlow's operations, with the same result for "
+            "each draw as for that draw alone"
         ) from cause
 
     def _check_one_draw(self):
+        """Checks that the density of one draw is a scalar with a gradient.
+
+        Raises:
+          UserError: it is not.
+        """
         try:
             density, gradient = _compiled_gradient(self._log_density)(
                 tf.zeros([self.dim], self.dtype)
             )
-        except Exception as error:  # whatever a user's code raises
+        except Exception as error:  # a user's code may raise anything
             raise UserError(
                 f"the log density fails at one draw ({type(error).__name__}: "
                 f"{first_line(error)}); expected TensorFlow's operations on parameters of dtypes "
@@ -210,28 +225,28 @@ class Target:
             )
         if gradient is None:
             raise UserError(
-                "the log density has no gradient; expected TensorFlow's operations on the "
-                "parameters, which it depends on"
+                "the log density has no gradient; expected one that depends on the parameters, by "
+                "TensorFlow's operations"
             )
 
     def _takes_batches_alone(self) -> bool:
-        """Whether the density maps [n, dim] to [n], row by row, though it refuses one draw."""
+        """Returns whether the density maps [n, dim] to [n] row by row, though it refuses [dim]."""
         u = self._trial_draws()
         try:
             density, gradient = _compiled_gradient(self._log_density)(u)
             rows = [self._log_density(row[tf.newaxis]) for row in u]
-        except Exception:  # whatever a user's code raises
+        except Exception:  # a user's code may raise anything
             return False
         alike = density.shape == (3,) and all(row.shape == (1,) for row in rows)
         return alike and gradient is not None and _close(density, tf.concat(rows, 0))
 
     def _broadcasts(self, function) -> bool:
-        """Whether `function` of a batch is what it is of each draw."""
+        """Returns whether `function` gives the same for a batch as for each draw alone."""
         u = self._trial_draws()
         singles = [tf.nest.flatten(function(one)) for one in u]
         try:
             batch = tf.nest.flatten(function(u))
-        except Exception:  # whatever a user's code raises
+        except Exception:  # a user's code may raise anything
             return False
         return all(
             part.shape == (3, *single[0].shape) and _close(part, tf.stack(single))
@@ -239,7 +254,7 @@ class Target:
         )
 
     def _agrees(self, lift) -> bool:
-        """Whether density and gradient of a batch, of a size not known in advance, are right."""
+        """Returns whether `lift` gives the right density and gradient for any batch size."""
         u = self._trial_draws()
         batch = tf.TensorSpec([None, self.dim], self.dtype)
         together = _compiled_gradient(functools.partial(lift, self._log_density), [batch])(u)
@@ -251,12 +266,12 @@ class Target:
 
 
 def value_and_gradient(function, x):
-    """`function` of x and its gradient by x, dense; None where there is none."""
+    """Returns `function(x)` and its dense gradient by x, or None if it does not depend on x."""
     with tf.GradientTape() as tape:
         tape.watch(x)
         value = function(x)
     gradient = tape.gradient(value, x)
-    # Indexing gives IndexedSlices, which neither numpy nor `tf.where` take.
+    # The gradient of indexing is IndexedSlices, which neither numpy nor `tf.where` accept.
     return value, None if gradient is None else tf.convert_to_tensor(gradient)
 
 
@@ -286,7 +301,7 @@ def _in_a_loop(function, u):
 
 
 class _Loaded:
-    """What `Target.save` kept of a model; what it cannot do is `unconstrain`."""
+    """A target that `Target.save` wrote; it has no `unconstrain`."""
 
     def __init__(self, path):
         record = json.loads((Path(path) / RECORD).read_text())
@@ -316,10 +331,10 @@ load = _Loaded
 
 
 def check_continuous(dtypes) -> None:
-    """Refuses discrete parameters.
+    """Checks that no parameter is discrete.
 
     Raises:
-      UserError: the first of them, by name.
+      UserError: a parameter is discrete; the message names the first one.
     """
     for name, dtype in zip(_names(dtypes), tf.nest.flatten(dtypes), strict=True):
         if not dtype.is_floating:
@@ -330,33 +345,33 @@ def check_continuous(dtypes) -> None:
 
 
 def _names(structure) -> list[str]:
-    """The parameters' names: "x" for a lone tensor, "x0", "x1", ... for a plain sequence.
+    """Returns the parameters' names: "x" for one tensor, "x0", "x1", ... for a plain sequence.
 
     Raises:
-      UserError: a parameter that is itself a structure.
+      UserError: a parameter is itself a structure.
     """
     if hasattr(structure, "_fields"):
         names = list(structure._fields)
     elif isinstance(structure, Mapping):
-        names = sorted(structure)  # as tf.nest orders them
+        names = sorted(structure)  # the order of tf.nest
     elif isinstance(structure, Sequence):
         names = [f"x{i}" for i in range(len(structure))]
     else:
         names = ["x"]
     if (parts := len(tf.nest.flatten(structure))) != len(names):
         raise UserError(
-            f"{', '.join(names)} have {parts} parts; expected parameters that are tensors: take a "
-            "joint within a joint apart"
+            f"{', '.join(names)} have {parts} parts; expected parameters that are tensors: flatten "
+            "a joint within a joint"
         )
     return names
 
 
 def _ranks_and_shapes(shapes, dtypes):
-    """Structure of ranks, and list of shapes."""
+    """Returns the ranks in the structure of `dtypes`, and a list of the shapes."""
     flat = [tf.TensorShape(shape) for shape in tf.nest.flatten(shapes)]
     return tf.nest.pack_sequence_as(dtypes, [shape.rank for shape in flat]), flat
 
 
 def first_line(error) -> str:
-    """Of what somebody else's code raised."""
+    """Returns the first line of an exception's message, at most 200 characters."""
     return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -1,4 +1,4 @@
-"""The training of a fit: as many steps as its time allows, with rates that fall over it."""
+"""The training of a fit: as many steps as the time allows, with decaying learning rates."""
 
 import time
 from typing import Any
@@ -12,47 +12,47 @@ from avb_tf.data import pipeline
 from avb_tf.errors import UserError
 from avb_tf.model import AVB
 
-CHUNK = 25  # steps between looks at the clock
+CHUNK = 25  # steps between readings of the clock
 
 
 class Clock:
-    """How much of a fit is over, by steps and by seconds, with its progress bar.
+    """The progress of a fit, by steps and by seconds, with its progress bar.
 
         clock = Clock(steps=None, seconds=60.0, began=time.monotonic(), verbose=False)
         clock.progress()  # in [0, 1]
 
     Args:
-      steps: of training, or None.
-      seconds: of the whole fit, or None.
-      began: when the fit did, by `time.monotonic`.
-      verbose: shows the bar.
+      steps: number of training steps, or None.
+      seconds: seconds that the whole fit may take, or None.
+      began: value of `time.monotonic` when the fit began.
+      verbose: whether to show the progress bar.
     """
 
     def __init__(self, steps: int | None, seconds: float | None, began: float, verbose: bool):
         self.steps, self.seconds, self.began = steps, seconds, began
         self.step = 0
-        self.training_ends = seconds or 0.0  # seconds after which only the verdict is left
+        self.training_ends = seconds or 0.0  # seconds after which only the verdict remains
         self.training_began = 0.0
-        self.traced = 0.0  # seconds until the first steps of the last training were over
+        self.traced = 0.0  # seconds that the first steps of the last training took, with tracing
         self.bar = keras.utils.Progbar(
             100, verbose=int(verbose), unit_name="percent", stateful_metrics=["elbo"]
         )
 
     def elapsed(self) -> float:
-        """Seconds since the fit began."""
+        """Returns the seconds since the fit began."""
         return time.monotonic() - self.began
 
     def left(self) -> float:
-        """Seconds of training that are left; infinity without a limit."""
+        """Returns the seconds of training that are left; infinity without a limit."""
         return self.training_ends - self.elapsed() if self.seconds else np.inf
 
     def start_training(self, reserve: float) -> None:
-        """From here to `reserve` seconds before the end."""
+        """Sets the time of training: from now until `reserve` seconds before the end of the fit."""
         self.training_began = self.elapsed()
         self.training_ends = max(0.0, (self.seconds or 0.0) - reserve)
 
     def progress(self) -> float:
-        """Of the training, in [0, 1]."""
+        """Returns the share of the training that is over, in [0, 1]."""
         by_steps = self.step / self.steps if self.steps else 0.0
         span = max(1e-9, self.training_ends - self.training_began)
         by_time = (self.elapsed() - self.training_began) / span if self.seconds else 0.0
@@ -65,16 +65,17 @@ def train(
     """Trains until a share of the whole training is over.
 
     Args:
-      model: to be trained.
-      settings: of the fit.
-      clock: of the fit.
-      until: the share of the training after which it ends, in [0, 1].
-      rate: the highest learning rate of the primal step.
-      emerged: variable of how far the posterior has emerged from N(0, I), or None.
+      model: model to train.
+      settings: settings of the fit.
+      clock: clock of the fit.
+      until: share of the whole training at which this training ends, in [0, 1].
+      rate: highest learning rate of the primal step.
+      emerged: variable for the weight of the posterior in the annealed target, which rises from 0
+        to 1, or None.
     Returns:
-      The terms of the bound as they went, by name.
+      The bound's terms during training, by name.
     Raises:
-      UserError: the bound is not finite any more.
+      UserError: the bound or its gradient is no longer finite.
     """
     clip = settings["clip_norm"]
     model.compile(
@@ -89,7 +90,7 @@ def train(
 
 
 class _Pace(keras.callbacks.Callback):
-    """Learning rates by the share of this training that is over, its end, and a watch over it."""
+    """Sets the learning rates, ends the training in time, and stops it if it diverges."""
 
     def __init__(self, settings, clock, until, rate, emerged):
         super().__init__()
@@ -99,7 +100,10 @@ class _Pace(keras.callbacks.Callback):
         self.began, self.first = clock.elapsed(), True
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Half a cosine; the adversary keeps moving until the encoder rests."""
+        """Sets the rates along half a cosine.
+
+        The adversary's rate falls only to a tenth, so that it follows the encoder until the end.
+        """
         share = (self.clock.progress() - self.since) / max(1e-9, self.until - self.since)
         cosine = 0.5 * (1.0 + np.cos(np.pi * min(1.0, share)))
         rate = self.rate * (0.01 + 0.99 * cosine)
@@ -112,11 +116,16 @@ class _Pace(keras.callbacks.Callback):
         self.model.optimizer.learning_rate = rate
 
     def on_epoch_end(self, epoch, logs: Any = None):
-        """Stops at the end, and where the bound is lost."""
+        """Updates the progress, and stops at the end of the training.
+
+        Raises:
+          UserError: all steps of a chunk were skipped, as the bound or its gradient is not finite.
+        """
         if int(self.model.skipped_in_a_row.numpy()) >= CHUNK:
             raise UserError(
-                f"the bound or its gradient is not finite since step {self.clock.step}; expected "
-                "finite ones: check the model's density far from its mode, or lower learning_rate"
+                f"the bound or its gradient has not been finite since step {self.clock.step}; "
+                "expected finite ones: check the model's density far from its mode, or lower "
+                "learning_rate"
             )
         if self.first:
             self.clock.traced, self.first = self.clock.elapsed() - self.began, False

@@ -1,12 +1,12 @@
-"""How far a fit is from the posterior, and whether to believe it.
+"""The distance between a fit and the posterior, and the verdict on the fit.
 
-Two independent measurements of the total variation between q and the posterior are taken, and the
+Two independent estimates of the total variation between q and the posterior are made, and the
 larger one counts:
 
- - the overlap of both densities, over draws of q and over the start's chains. It rests on T, which
-   an adversary that has lost the fit gets wrong;
- - a classifier that tells draws of q from states of the chains, scored on draws that it has not
-   seen. It knows nothing of T.
+ - the overlap of both densities, over draws of q and over states of the start's chains. It depends
+   on T, which is wrong if the adversary can no longer follow the fit;
+ - the accuracy of a classifier between draws of q and states of the chains, on held-out draws. It
+   does not depend on T.
 """
 
 import dataclasses
@@ -21,31 +21,34 @@ from sklearn.neural_network import MLPClassifier
 from avb_tf import diagnostics as weighing
 
 TRUSTED, REFINABLE = 0.1, 0.4  # distances, see `diagnose`
-R_HAT_LIMIT = 1.1  # of the start's short chains; those that have not mixed are no reference
-_IMPOSSIBLE = -0.2  # nats, below what errors do to an estimate of KL(q || posterior)
+R_HAT_LIMIT = 1.1  # short chains of a larger R-hat have not mixed and are no reference
+_IMPOSSIBLE = -0.2  # nats: sampling errors do not make an estimate of KL(q || posterior) so low
 _LEVELS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
-_EQUAL = 0.99  # effective sample size, as a share: the tail of equal weights has any shape
-_COORDINATES = 40  # of many, that R-hat and gradient boosting see
-_FAR = 8.0  # standard deviations, beyond which a classifier's inputs are cut off
+# Effective sample size, as a share, above which Pareto k is ignored: the tail of nearly equal
+# weights may have any shape.
+_EQUAL = 0.99
+_COORDINATES = 40  # most coordinates used for R-hat and gradient boosting
+_FAR = 8.0  # standard deviations at which a classifier's inputs are clipped
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnostics:
-    """Whether to believe a fit. Printed, it is the verdict in one line.
+    """The verdict on a fit and the numbers behind it. `print` shows the verdict in one line.
 
     Attributes:
-      pareto_k: of the importance weights; above 0.7 they cannot be trusted.
-      effective_sample_size: of the weights, as a share of the draws.
-      distance: total variation between q and the posterior, 0 to 1: the largest of the overlap's,
-        the classifier's, and the share that the chains are known to lack.
-      classified: the distance that the classifier sees.
-      missing: share of the posterior where q has less than a tenth of the density it should.
+      pareto_k: Pareto k of the importance weights; above 0.7 the weights cannot be trusted.
+      effective_sample_size: effective sample size of the weights, as a share of the draws.
+      distance: total variation between q and the posterior, 0 to 1: the largest of the estimates
+        by the overlap and by the classifier, and of the share that the chains are known to lack.
+      classified: the classifier's estimate of the distance.
+      missing: share of the posterior where q has less than a tenth of the posterior's density.
       kl: KL(q || posterior) in nats.
-      adversary_accuracy: between q and its Gaussian contrast: 1/2 for a Gaussian q.
-      r_hat: of the start's chains, the largest of any coordinate.
-      points: that were looked at for modes, within 12 standard deviations.
+      adversary_accuracy: accuracy of the adversary between q and its Gaussian contrast: 1/2 for a
+        Gaussian q.
+      r_hat: largest R-hat of any coordinate, over the start's chains.
+      points: number of points that were searched for modes, within about 12 standard deviations.
       verdict: "trust", "use with refinement" or "do not trust".
-      reason: in one line.
+      reason: reason for the verdict, in one line.
     """
 
     pareto_k: float
@@ -65,15 +68,15 @@ class Diagnostics:
 
 
 def total_variation(at_q: np.ndarray, at_p: np.ndarray) -> tuple[float, float]:
-    """Total variation distance between q and p, and the log normaliser of p.
+    """Returns the total variation distance between q and p, and the log normaliser of p.
 
-    The overlap of both, 1 - distance = int min(p, q), is an expectation under either, and that both
-    agree fixes the normaliser (a bridge, Meng and Wong, 1996). Draws of q alone would see neither a
-    mode that q lacks nor its mass.
+    The overlap, 1 - distance = int min(p, q), is an expectation under q and also under p. The
+    normaliser is the value for which both estimates agree (a bridge; Meng and Wong, 1996). Draws of
+    q alone would not show a mode that q lacks.
 
     Args:
-      at_q: [n], log p - log q at draws of q, p not normalised.
-      at_p: [m], the same at draws of p.
+      at_q: log p - log q at draws of q, [n]; p need not be normalised.
+      at_p: log p - log q at draws of p, [m].
     """
     finite = np.concatenate([at_q, at_p])[np.isfinite(np.concatenate([at_q, at_p]))]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
@@ -87,9 +90,12 @@ def total_variation(at_q: np.ndarray, at_p: np.ndarray) -> tuple[float, float]:
 
 
 def largest_r_hat(states: np.ndarray) -> float:
-    """The largest rank-normalised split R-hat of any coordinate of states [chains, kept, dim].
+    """Returns the largest rank-normalised split R-hat of any coordinate.
 
-    In many dimensions that of the coordinates whose chains differ most.
+    In many dimensions it is computed only for the 40 coordinates whose chains differ most.
+
+    Args:
+      states: states of chains, [chains, kept, dim].
     """
     between = states.mean(1).var(0) / np.maximum(states.var(1).mean(0), 1e-300)
     widest = np.argsort(-between)[:_COORDINATES]
@@ -97,19 +103,19 @@ def largest_r_hat(states: np.ndarray) -> float:
 
 
 def classified(q: np.ndarray, p: np.ndarray, chains: int, seed: int = 0) -> float:
-    """Total variation between q and p as far as classifiers see it, about 0 where they are alike.
+    """Returns the total variation between q and p as estimated by classifiers.
 
-    Gradient boosting and a small network learn from a half of the draws and are scored on the
-    other; the better one counts. The best classifier is right with probability 1/2 + distance / 2,
-    so each bounds the distance from below, but for the error of its score, 0.03 for 2,000
-    draws on either side.
+    Gradient boosting and a small network learn from one half of the draws and are scored on the
+    other half; the better one counts. The best possible classifier is right with probability
+    1/2 + distance / 2. Each score is therefore a lower bound of the distance, up to an error of
+    0.03 for 2,000 draws of each kind. If q and p are alike, the estimate is about 0.
 
     Args:
-      q: [n, features], draws of q.
-      p: [chains * kept, features], states of chains of p, chain after chain. No chain is in both
+      q: draws of q, [n, features].
+      p: states of chains of p, chain after chain, [chains * kept, features]. No chain is in both
         halves.
-      chains: of p.
-      seed: of classifiers and halves.
+      chains: number of chains.
+      seed: seed of the classifiers and the halves.
     """
     rng = np.random.default_rng(seed)
     of_chain = np.repeat(np.arange(chains), len(p) // chains)
@@ -124,7 +130,8 @@ def classified(q: np.ndarray, p: np.ndarray, chains: int, seed: int = 0) -> floa
     mask = np.concatenate([rng.permutation(len(q)) % 2 == 0, np.isin(of_chain, learned)])
     x = np.concatenate([limited(q), limited(p)])
     y = np.repeat([0, 1], [len(q), len(p)])
-    # In many dimensions boosting sees the coordinates that differ most, and the last feature.
+    # In many dimensions, boosting uses the coordinates that differ most and the last feature, which
+    # is the log density.
     quantiles = [np.quantile(x[mask & (y == side)], _LEVELS, axis=0) for side in (0, 1)]
     differing = np.argsort(-np.abs(quantiles[0] - quantiles[1]).max(0))[:_COORDINATES]
     columns = np.union1d(differing, [x.shape[1] - 1])
@@ -133,7 +140,7 @@ def classified(q: np.ndarray, p: np.ndarray, chains: int, seed: int = 0) -> floa
     accuracies = []
     for classifier, inputs in ((boosting, x[:, columns]), (network, x)):
         with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1, "blas"):
-            warnings.simplefilter("ignore", ConvergenceWarning)  # it stops after 40 passes
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the network stops after 40 epochs
             classifier.fit(inputs[mask], y[mask])
         right = np.asarray(classifier.predict(inputs[~mask])) == y[~mask]
         sides = [right[y[~mask] == side].mean() for side in (0, 1)]
@@ -150,11 +157,19 @@ def diagnose(
     points: int = 0,
     lacking: float = 0.0,
 ) -> Diagnostics:
-    """The verdict on log p(data, z) - log q(z) at draws of q [n] and of the posterior [m].
+    """Returns the verdict on a fit.
 
-    Those of the posterior are rough, the start's chains; what matters is that they are where q is
-    not. `lacking` is the share of the posterior that was seen and that the chains lack; the other
-    arguments are those of `Diagnostics`.
+    The draws of the posterior may be rough, such as states of short chains, but they must cover
+    regions that q lacks.
+
+    Args:
+      at_q: log p(data, z) - log q(z) at draws of q, [n], in nats.
+      at_p: log p(data, z) - log q(z) at draws of the posterior, [m], in nats.
+      adversary_accuracy: accuracy of the adversary between q and its Gaussian contrast.
+      classified: the classifier's estimate of the distance.
+      r_hat: largest R-hat of the chains whose states are the draws of the posterior.
+      points: number of points that were searched for modes.
+      lacking: share of the posterior that the search found and the chains lack.
     """
     k = float(weighing.pareto_k(at_q))
     size = float(weighing.effective_sample_size(at_q)) / len(at_q)
@@ -163,12 +178,12 @@ def diagnose(
     missing = float(np.mean(at_p - log_evidence > np.log(10.0)))
     kl = float(log_evidence - at_q.mean())
     reason = f"fit and posterior differ by {distance:.2f} in total variation"
-    if kl < _IMPOSSIBLE:  # then log q = log r + T is wrong, and with it all of the above
+    if kl < _IMPOSSIBLE:  # then log q = log r + T is wrong, and so are the numbers above
         distance, reason = 1.0, f"the adversary has lost the fit, whose KL would be {kl:.2f} nats"
     if missing > TRUSTED:
         reason += f", {missing:.2f} of it where the fit has next to nothing"
     if lacking > 0.05:
-        reason += f", {lacking:.2f} of it seen where the chains that this rests on have not been"
+        reason += f", {lacking:.2f} of it in regions that the reference chains have not visited"
     rare = k > weighing.PARETO_K_LIMIT and size < _EQUAL
     mixed = r_hat < R_HAT_LIMIT
     if distance <= TRUSTED and not rare and mixed:
@@ -178,7 +193,7 @@ def diagnose(
         if rare:
             reason = f"some draws are rarer than they should be, Pareto k {k:.2f}; {reason}"
         if not mixed:
-            reason = f"the chains that it rests on have not mixed, R-hat {r_hat:.2f}; {reason}"
+            reason = f"the reference chains have not mixed, R-hat {r_hat:.2f}; {reason}"
     else:
         verdict = "do not trust"
         reason += "; more steps may help"

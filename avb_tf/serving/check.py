@@ -15,7 +15,7 @@ from avb_tf.serving.protos import ModelServerConfig, PredictionLog, from_tensor
 from avb_tf.serving.saved_model import RunError, SavedModel, Signature
 
 BATCHES = (1, 5, 64)
-TOLERANCE = 1e-5  # between a row's answers in two batches; relative for values above 1
+TOLERANCE = 1e-5  # largest difference between a row's answers in two batches; relative above 1
 
 
 def serve_check(config: Any, workdir: Path) -> None:
@@ -34,8 +34,8 @@ def check(directory: Path, version: int) -> str:
     """Checks `<directory>/<version>` and the server's configs; returns a Markdown table.
 
     Args:
-      directory: of the versions.
-      version: to check.
+      directory: folder that holds the versions.
+      version: number of the version to check.
     Raises:
       UserError: a server could not serve it.
     """
@@ -49,7 +49,7 @@ def check(directory: Path, version: int) -> str:
         finally:
             model.close()
     except (RunError, OSError, OpError, text_format.ParseError, ValueError) as error:
-        raise UserError(f"{servable} would not serve: {error}; export the model anew") from error
+        raise UserError(f"{servable} would not serve: {error}; export the model again") from error
     header = ["signature", "inputs", "outputs", *[f"ms, {n} rows" for n in BATCHES], "repeats"]
     table = [header, ["---"] * len(header), *rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in table]
@@ -68,10 +68,10 @@ def check_signature(model: SavedModel, name: str) -> list[str]:
 
     Args:
       model: a loaded export.
-      name: of the signature.
+      name: name of the signature.
     Raises:
-      ValueError: the signature breaks a promise of `signatures`: an answer has the wrong number
-        of rows, contains NaN or depends on the batch, or the same seeds give other draws.
+      ValueError: the signature breaks a promise of `signatures`: an answer has the wrong number of
+        rows, contains NaN or depends on the batch, or the same seeds give different draws.
     """
     signature = model.signatures[name]
     requests = {rows: _request(signature, rows) for rows in BATCHES}
@@ -97,7 +97,10 @@ def check_signature(model: SavedModel, name: str) -> list[str]:
 
 
 def _request(signature: Signature, rows: int) -> dict[str, np.ndarray]:
-    """Random zeros and ones, valid for every model; a larger request begins with a smaller one."""
+    """Returns random zeros and ones, which every model accepts.
+
+    The first rows of a larger request are the rows of a smaller one.
+    """
     request = {}
     for name, tensor in signature.inputs.items():
         scale = 255 if tensor.dtype == np.uint8 else 1
@@ -124,13 +127,13 @@ def _described(tensors) -> str:
 
 
 def replay(model: SavedModel, servable: Path) -> int:
-    """Runs the warmup requests, as a server does on loading, and returns their number.
+    """Runs the warmup requests, as a server does when it loads, and returns their number.
 
     Args:
       model: a loaded export.
-      servable: directory of the version.
+      servable: folder of the version.
     Raises:
-      ValueError: there are none, or more than a server replays.
+      ValueError: there are no requests, or more than a server replays.
     """
     reader = PyRecordReader_New(str(servable / layout.EXTRA / layout.WARMUP))
     count = 0
@@ -149,7 +152,7 @@ def replay(model: SavedModel, servable: Path) -> int:
 
 
 def _batching_parameters():
-    """An empty BatchingParameters message; TensorFlow Serving's Python package lacks it."""
+    """Returns an empty BatchingParameters message, which TensorFlow Serving's package lacks."""
     file = descriptor_pb2.FileDescriptorProto(
         name="avb_tf/batching_parameters.proto",
         dependency=["google/protobuf/wrappers.proto"],

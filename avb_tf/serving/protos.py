@@ -1,4 +1,4 @@
-"""TensorFlow Serving's messages, and conversion of arrays to tensors, without TensorFlow.
+"""TensorFlow Serving's messages and the conversion of arrays to tensors, without TensorFlow.
 
 The official package converts with `tf.make_tensor_proto`, which imports all of TensorFlow;
 `to_tensor` and `from_tensor` need only protobuf and numpy.
@@ -20,7 +20,7 @@ from avb_tf.errors import UserError
 
 @contextlib.contextmanager
 def _bare_tensorflow() -> Iterator[None]:
-    """Replaces `tensorflow` by a package without its `__init__`; its messages need no more."""
+    """Replaces `tensorflow` by a package without its `__init__`, which the messages do not need."""
     spec = importlib.util.find_spec("tensorflow")
     if "tensorflow" in sys.modules or spec is None:
         yield
@@ -31,7 +31,7 @@ def _bare_tensorflow() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules["tensorflow"]  # a later import loads all of TensorFlow
+        del sys.modules["tensorflow"]  # so that a later import loads all of TensorFlow
 
 
 def _message(module: str, name: str) -> Any:
@@ -53,7 +53,7 @@ except ImportError as error:
         "pip install 'avb_tf[serving]'"
     ) from error
 
-# TensorFlow's numbers of the types, their numpy types, and the fields for repeated values.
+# TensorFlow's type numbers, the numpy types, and the fields that hold repeated values.
 _FLOAT, _DOUBLE, _UINT8, _INT64 = 1, 2, 4, 9
 DTYPES = {
     _FLOAT: np.dtype(np.float32),
@@ -65,7 +65,7 @@ _FIELDS = {_FLOAT: "float_val", _DOUBLE: "double_val", _UINT8: "int_val", _INT64
 
 
 def to_tensor(array: npt.ArrayLike) -> Any:
-    """The `TensorProto` of an array of float32, float64, uint8 or int64.
+    """Returns the `TensorProto` of an array of float32, float64, uint8 or int64.
 
     Raises:
       UserError: the array has another type.
@@ -82,7 +82,7 @@ def to_tensor(array: npt.ArrayLike) -> Any:
 
 
 def from_tensor(tensor: Any) -> np.ndarray:
-    """The array of a `TensorProto`.
+    """Returns the array in a `TensorProto`.
 
     Raises:
       UserError: the type is unknown, or the values do not fill the shape.
@@ -95,7 +95,7 @@ def from_tensor(tensor: Any) -> np.ndarray:
         values = np.frombuffer(content, dtype)
     else:
         values = np.array(getattr(tensor, _FIELDS[tensor.dtype]), dtype)
-    # Python's integers do not overflow for huge sizes.
+    # The product uses Python's integers, which do not overflow for huge sizes.
     count = 1
     for size in shape:
         count *= size

@@ -1,7 +1,7 @@
 """Loads a SavedModel with the C library of the TensorFlow wheel, through ctypes.
 
-TensorFlow Serving uses the same runtime. Neither TensorFlow's Python package, Keras nor the code
-that made the model is needed.
+TensorFlow Serving uses the same runtime. The loader needs neither TensorFlow's Python package nor
+Keras nor the code that made the model.
 """
 
 import ctypes
@@ -15,15 +15,15 @@ import numpy as np
 from avb_tf import files
 from avb_tf.serving.protos import DTYPES, MetaGraphDef
 
-INVALID_ARGUMENT = 3  # status code of TensorFlow and gRPC
+INVALID_ARGUMENT = 3  # a status code of TensorFlow and gRPC
 
 
 class RunError(RuntimeError):
-    """An error of the runtime.
+    """An error that the TensorFlow runtime reports.
 
     Args:
       code: TensorFlow's status code.
-      message: its explanation.
+      message: explanation of the error.
     """
 
     def __init__(self, code: int, message: str):
@@ -35,9 +35,9 @@ class Tensor(NamedTuple):
     """An input or output of a signature.
 
     Attributes:
-      name: in the graph, "operation:index".
-      dtype: of its values.
-      shape: -1 stands for any size.
+      name: name in the graph, "operation:index".
+      dtype: type of the values.
+      shape: sizes; -1 stands for any size.
     """
 
     name: str
@@ -75,14 +75,14 @@ class SavedModel:
         model = SavedModel("runs/digits-avb_ac/export/1")
         model.run("encode", {"x": x})  # {"z": ..., "mean": ...}
 
-    Load only what comes from somebody you trust: a SavedModel is a program that may read and write
-    files.
+    Load a SavedModel only from a source that you trust, because it is a program that may read and
+    write files.
 
     Args:
-      directory: of one version of the export.
+      directory: folder of one version of the export.
     Raises:
       UserError: a file was changed or damaged since the export.
-      RunError: it cannot be loaded.
+      RunError: the SavedModel cannot be loaded.
     """
 
     def __init__(self, directory: Path | str):
@@ -101,15 +101,15 @@ class SavedModel:
         self.signatures = {
             name: Signature(_tensors(definition.inputs), _tensors(definition.outputs))
             for name, definition in sorted(definitions.signature_def.items())
-            if definition.method_name  # the initialiser has none
+            if definition.method_name  # the initialiser's signature has none
         }
 
     def run(self, signature: str, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Runs a signature and returns all its outputs.
 
         Args:
-          signature: its name.
-          inputs: input -> array.
+          signature: name of the signature.
+          inputs: name of the input -> array.
         Raises:
           RunError: the signature or an input is unknown, or the graph rejects the values.
         """
@@ -157,7 +157,7 @@ class SavedModel:
         if array.dtype not in numbers:
             known = ", ".join(map(str, numbers))
             raise RunError(INVALID_ARGUMENT, f"an input of {array.dtype}; expected one of {known}")
-        array = np.asarray(array, order="C")  # `ascontiguousarray` makes a scalar an array of one
+        array = np.asarray(array, order="C")  # `ascontiguousarray` would add an axis to a scalar
         sizes = (ctypes.c_int64 * array.ndim)(*array.shape)
         tensor = _C.TF_AllocateTensor(numbers[array.dtype], sizes, array.ndim, array.nbytes)
         ctypes.memmove(_C.TF_TensorData(tensor), array.ctypes.data, array.nbytes)
@@ -194,7 +194,7 @@ def _tensors(described) -> dict[str, Tensor]:
 
 
 def _load_library() -> ctypes.CDLL:
-    """The C library, with the argument types of the functions used here."""
+    """Loads the C library and declares the argument types of the functions used here."""
     spec: Any = importlib.util.find_spec("tensorflow")
     library = ctypes.CDLL(str(Path(spec.origin).with_name("libtensorflow_cc.so.2")))
     pointer, size, text = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p

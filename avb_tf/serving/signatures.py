@@ -1,10 +1,10 @@
 """The signatures of a served model: TensorFlow functions with named inputs and outputs.
 
 Every input and output has one row per example, and each output row depends only on its own input
-row. A server may therefore batch requests freely, and both REST formats work. Random draws use the
-row's own seed in signatures named `*_seeded`, and otherwise the machine's entropy, so that a
-restarted server does not repeat its draws. Expectations over noise use fixed Sobol points, the
-same for all rows.
+row. A server may therefore batch requests freely, and both REST formats work. In signatures named
+`*_seeded`, random draws use the row's own seed. In other signatures they use the machine's entropy,
+so that a restarted server does not repeat its draws. Expectations over noise use fixed Sobol
+points, which are the same for all rows.
 """
 
 import functools
@@ -20,18 +20,18 @@ from avb_tf.errors import UserError
 from avb_tf.likelihoods import log_likelihood
 
 ELBO_DRAWS = 64  # draws of z for each x in the bound
-_CHUNK = 32  # draws that are decoded at once, to limit the memory
+_CHUNK = 32  # draws to decode at once, to limit the memory
 _POSTERIOR, _PRIOR = 0, 1  # independent streams of one seed
 
 
 def of_model(model: Any, importance_samples: int, max_batch: int) -> dict[str, Callable]:
-    """All signatures of an `AVB` by name, each a `tf.function` from tensors to a dict of tensors.
+    """Returns an `AVB`'s signatures by name, each a `tf.function` of tensors to a dict of tensors.
 
     A signature of x in [0, 1] has a variant named `*_uint8` for images with values 0..255.
 
     Args:
       model: an `AVB`; the signatures use its averaged networks.
-      importance_samples: draws of z in `log_likelihood`.
+      importance_samples: draws of z for each x in `log_likelihood`.
       max_batch: most rows in a request.
     """
     density = functools.partial(importance_weighted, samples=importance_samples)
@@ -67,7 +67,7 @@ def of_model(model: Any, importance_samples: int, max_batch: int) -> dict[str, C
 
 
 def of_posterior(fit: Any, max_batch: int) -> dict[str, Callable]:
-    """The signatures of a `PosteriorFit`: draws, one output for each parameter of the model.
+    """Returns the signatures of a `PosteriorFit`: draws, with one output for each parameter.
 
     Args:
       fit: a `PosteriorFit`.
@@ -87,14 +87,14 @@ def of_posterior(fit: Any, max_batch: int) -> dict[str, Callable]:
 
 
 def of_amortised(fit: Any, draws: int, max_batch: int) -> dict[str, Callable]:
-    """The signatures of an `AmortisedFit`: a row of a request is a data set.
+    """Returns the signatures of an `AmortisedFit`; a row of a request is a data set.
 
     Args:
       fit: an `AmortisedFit`.
-      draws: of the posterior, for each data set.
-      max_batch: most rows in a request.
+      draws: number of draws of the posterior of each data set.
+      max_batch: largest number of rows in a request.
     Raises:
-      UserError: parts of the model that have the same name here.
+      UserError: two parts of the model have the same name, or one is called "seed".
     """
     model, q = fit.simulation, fit.q
     observed, names = list(model.shapes), list(model.names)
@@ -124,7 +124,7 @@ def of_amortised(fit: Any, draws: int, max_batch: int) -> dict[str, Callable]:
         u = model.unconstrain(tf.nest.pack_sequence_as(example, parameters))
         log_q = q.log_prob_given(tf.cast(u, tf.float32), given(parts))
         log_q -= tf.cast(model.log_volume(u), tf.float32)
-        # Parameters outside their support.
+        # NaN occurs for parameters outside their support.
         return {"log_prob": tf.where(tf.math.is_nan(log_q), -np.inf, log_q)}
 
     example = model.constrain(tf.zeros([1, model.dim], model.dtype))
@@ -143,16 +143,16 @@ def of_amortised(fit: Any, draws: int, max_batch: int) -> dict[str, Callable]:
 
 
 def _of_support(likelihood: Any, x: tf.Tensor):
-    """Raises an error in the graph where x is not what the likelihood is of."""
+    """Makes the graph fail if x lies outside the support of the likelihood."""
     message = {
         "unit": "x outside [0, 1]; images of 0..255 go to *_uint8",
         "table": "x that the table's columns cannot have",
-        "count": "x that is no count",
+        "count": "x that is not a count",
     }
     valid = {
         "unit": lambda: tf.reduce_all((x >= 0.0) & (x <= 1.0)),  # false for NaN
         "table": lambda: likelihood.valid(x),
-        "count": lambda: tf.reduce_all((x >= 0.0) & (x == tf.round(x))),
+        "count": lambda: tf.reduce_all((x >= 0.0) & tf.math.is_finite(x) & (x == tf.round(x))),
         "real": lambda: tf.reduce_all(tf.math.is_finite(x)),
     }[likelihood.support]()
     tf.debugging.Assert(valid, [message.get(likelihood.support, "x that is not finite")])
@@ -165,13 +165,13 @@ def signature(
     valid: Callable[[tf.Tensor], None] = lambda x: None,
     data: Sequence[str] = ("x",),
 ) -> Callable:
-    """`function` as a `tf.function` that rejects invalid values and too many rows.
+    """Wraps `function` in a `tf.function` that rejects invalid values and too many rows.
 
     Args:
       function: tensors -> dict of tensors.
-      specs: of its inputs.
+      specs: specs of the function's inputs.
       max_batch: most rows in a request.
-      valid: raises an error for an x that the model is not of.
+      valid: adds an assertion to the graph that fails for an x that the model cannot have.
       data: names of the inputs that `valid` checks; all others have to be finite.
     """
 
@@ -188,7 +188,7 @@ def signature(
 
 
 def of_bytes(function: Callable) -> Callable:
-    """A variant of a signature that takes x, its first input, as uint8 in 0..255."""
+    """Returns a variant of a signature that takes x, its first input, as uint8 in 0..255."""
     x, *rest = function.input_signature
 
     def serve(x, *others):
@@ -199,7 +199,7 @@ def of_bytes(function: Callable) -> Callable:
 
 
 def _checked(tensor, spec, data, valid):
-    """The tensor, once its shape and values are checked against its spec."""
+    """Returns the tensor after checking its shape and values against its spec."""
     tensor = tf.ensure_shape(tensor, spec.shape)  # the runtime itself accepts any shape
     if spec.name in data:
         valid(tensor)
@@ -209,45 +209,57 @@ def _checked(tensor, spec, data, valid):
     return tensor
 
 
-# One function for each signature. x is [batch, *event], seed is [batch].
+# One function for each signature.
 
 
 def encode(model: Any, x: tf.Tensor, seed: tf.Tensor):
-    """z ~ q(z|x) and q's mean, each [batch, latent]."""
+    """Returns z ~ q(z|x) and the mean of q(z|x), each [batch, latent].
+
+    Args:
+      model: an `AVB`.
+      x: [batch, *event].
+      seed: int64 [batch].
+    """
     return {"z": _draw(model, x, seed), "mean": _mean(model, x)}
 
 
 def reconstruct(model: Any, x: tf.Tensor, seed: tf.Tensor):
-    """E[x'|z] for z ~ q(z|x), [batch, *event]."""
+    """Returns E[x'|z] for z ~ q(z|x), [batch, *event].
+
+    Args:
+      model: an `AVB`.
+      x: [batch, *event].
+      seed: int64 [batch].
+    """
     return {"reconstruction": model.decode(_draw(model, x, seed))}
 
 
 def reconstruct_mean(model: Any, x: tf.Tensor):
-    """E[x'|z] at the mean of q(z|x), [batch, *event]."""
+    """Returns E[x'|z] at the mean of q(z|x), [batch, *event], for x [batch, *event]."""
     return {"reconstruction": model.decode(_mean(model, x))}
 
 
 def decode(model: Any, z: tf.Tensor):
-    """E[x|z] for z [batch, latent], [batch, *event]."""
+    """Returns E[x|z], [batch, *event], for z [batch, latent]."""
     return {"x": model.decode(z)}
 
 
 def sample(model: Any, seed: tf.Tensor):
-    """E[x|z] for z ~ p(z), [batch, *event]."""
+    """Returns E[x|z] for z ~ p(z), [batch, *event], for seeds int64 [batch]."""
     return {"x": model.decode(normal(seed, _PRIOR, model.encoder.latent_dim))}
 
 
 def elbo(model: Any, x: tf.Tensor):
-    """The bound on log p(x) in nats, [batch], with the adversary's T if the model has one."""
+    """Returns the bound on log p(x) in nats, [batch], with the adversary's T if there is one."""
     noise = _points(ELBO_DRAWS, model.encoder.noise_dim, x)
     return {"elbo": tf.reduce_mean(model.terms(x, noise).elbo, 0)}
 
 
 def importance_weighted(model: Any, x: tf.Tensor, samples: int):
-    """log p(x) in nats by importance sampling, [batch], without the adversary.
+    """Estimates log p(x) in nats by importance sampling, [batch], without the adversary.
 
     The proposal is q(z|x) if its density is known, and otherwise `proposal.widened_gaussian`, as in
-    the evaluation. In expectation a lower bound (Burda et al., 2016).
+    the evaluation. The estimate is a lower bound in expectation (Burda et al., 2016).
 
     Args:
       model: an `AVB`.
@@ -259,7 +271,7 @@ def importance_weighted(model: Any, x: tf.Tensor, samples: int):
     gaussian = None if exact else proposal.widened_gaussian(encoder, x)
 
     def weigh(noise):
-        """log p(x, z) - log q(z), [chunk, batch], for noise [chunk, dim]."""
+        """Returns log p(x, z) - log q(z), [chunk, batch], for noise [chunk, dim]."""
         noise = _over(noise, x)
         if gaussian is None:
             posterior = encoder(x, noise)
@@ -283,7 +295,7 @@ def importance_weighted(model: Any, x: tf.Tensor, samples: int):
 
 
 def normal(seed: tf.Tensor, stream: int, size: int):
-    """Standard normal draws [batch, size]; each row is a function of its own seed, int64 [batch].
+    """Draws standard normal numbers, [batch, size]; each row is a function of its own seed.
 
     Args:
       seed: int64 [batch].
@@ -293,13 +305,13 @@ def normal(seed: tf.Tensor, stream: int, size: int):
 
     def row(one):
         pair = tf.stack([one, tf.constant(stream, tf.int64)])
-        return tf.random.stateless_normal([size], pair, alg="philox")  # same draws on every device
+        return tf.random.stateless_normal([size], pair, alg="philox")  # the same on every device
 
     return tf.map_fn(row, seed, fn_output_signature=tf.TensorSpec([size]))
 
 
 def _entropy(like):
-    """Fresh seeds, int64, one for each row of `like`."""
+    """Draws fresh seeds, int64 [rows], one for each row of `like`."""
     return tf.raw_ops.NonDeterministicInts(shape=tf.shape(like)[:1], dtype=tf.int64)
 
 
@@ -308,12 +320,12 @@ def _unseeded(function):
 
 
 def _of_density(function):
-    """`function` of x, with a check that x is binary if the likelihood is."""
+    """Adds to `function` of x a check that x is binary if the likelihood is."""
 
     def refuse(model, x):
         if model.likelihood.binary:
             binary = tf.reduce_all((x == 0.0) | (x == 1.0))
-            tf.debugging.Assert(binary, ["x that is neither 0 nor 1; the model is of binary x"])
+            tf.debugging.Assert(binary, ["x that is neither 0 nor 1; the model expects binary x"])
         return function(model, x)
 
     return refuse
@@ -333,6 +345,6 @@ def _points(count, dim, x):
 
 
 def _over(noise, x):
-    """[count, dim] -> [count, batch, dim], the same for every row of x."""
+    """Repeats noise for every row of x: [count, dim] -> [count, batch, dim]."""
     count, dim = noise.shape
     return tf.broadcast_to(noise[:, tf.newaxis], [count, tf.shape(x)[0], dim])

@@ -1,4 +1,4 @@
-"""Writes signatures as a version of a servable, `<directory>/<version>/`."""
+"""Writes signatures as one version of a servable, `<directory>/<version>/`."""
 
 import json
 import os
@@ -55,8 +55,8 @@ def export(
 
     Args:
       model: an `AVB`.
-      directory: of the versions.
-      importance_samples: draws of z in the signature `log_likelihood`.
+      directory: folder that holds the versions; created if missing.
+      importance_samples: draws of z for each x in the signature `log_likelihood`.
       max_batch: most rows in a request.
       **settings: further arguments of `write`.
     Returns:
@@ -77,7 +77,7 @@ def export_posterior(fit: Any, directory: Path, max_batch: int = 1024, **setting
 
     Args:
       fit: a `PosteriorFit`.
-      directory: of the versions.
+      directory: folder that holds the versions; created if missing.
       max_batch: most rows in a request.
       **settings: further arguments of `write`.
     Returns:
@@ -98,14 +98,14 @@ def export_amortised(
 
     Args:
       fit: an `AmortisedFit`.
-      directory: of the versions.
-      draws: of the posterior, for each data set of a request.
-      max_batch: most data sets in a request.
+      directory: directory of the versions.
+      draws: number of draws of the posterior of each data set.
+      max_batch: largest number of data sets in a request.
       **settings: further arguments of `write`.
     Returns:
       The version's directory.
     Raises:
-      UserError: the version exists or cannot be written, or names that signatures cannot have.
+      UserError: the version exists or cannot be written, or names of the model's parts are equal.
     """
     if draws < 1:
         raise UserError(f"draws is {draws}; expected 1 or more for each data set")
@@ -139,13 +139,13 @@ def write(
     """Writes a version atomically, and the server's configs into `directory`.
 
     Args:
-      directory: of the versions; created if missing.
+      directory: folder that holds the versions; created if missing.
       weights: all variables that the signatures read.
-      functions: name -> signature, as `signatures.signature` makes them.
+      functions: name -> signature, as `signatures.signature` returns them.
       max_batch: most rows in a request.
       facts: the first table of the model card.
-      version: 0: one more than the newest.
-      name: of the servable.
+      version: number of the version; 0 means one more than the newest.
+      name: name of the servable.
       **metadata: JSON values that are saved with the model.
     Returns:
       The version's directory.
@@ -156,9 +156,11 @@ def write(
     version = version or max(layout.versions(directory), default=0) + 1
     final = directory / str(version)
     if final.exists():
-        raise UserError(f"{final} exists; expected a new version; leave it out to count up")
+        raise UserError(
+            f"{final} exists; expected a new version; leave out the version to use the next one"
+        )
     made = next((p for p in (*reversed(directory.parents), directory) if not p.exists()), None)
-    partial = directory / f".{version}.{os.getpid()}"  # not a number, so a server ignores it
+    partial = directory / f".{version}.{os.getpid()}"  # a server ignores it: it is not a number
     try:
         files.make_directory(directory)
         files.remove_leftovers(final)
@@ -185,8 +187,8 @@ def write(
 
 
 def _save(path: Path, weights, functions):
-    # TensorFlow would trace `tf.function`s and Keras objects again, so the module holds concrete
-    # functions and bare weights.
+    # The module holds bare weights, and the signatures are concrete functions, because TensorFlow
+    # would trace `tf.function`s and Keras objects again.
     module: Any = tf.Module()
     module.weights = list(weights)
     concrete = {name: function.get_concrete_function() for name, function in functions.items()}
@@ -223,7 +225,7 @@ def _write_card(extra: Path, version, functions, name, facts, metadata):
 
 
 def _request(name: str, signature: str, specs, rows: int):
-    """Random zeros and ones, valid for every signature."""
+    """Returns a request with random zeros and ones, which every signature accepts."""
     request = PredictRequest()
     request.model_spec.name, request.model_spec.signature_name = name, signature
     rng = np.random.default_rng(0)
@@ -235,7 +237,7 @@ def _request(name: str, signature: str, specs, rows: int):
 
 
 def _git_revision() -> str | None:
-    """This program's revision if it runs from a checkout, else None."""
+    """Returns the git revision of this program if it runs from a checkout, else None."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         described = subprocess.run([*command, "--abbrev=40"], capture_output=True, text=True)

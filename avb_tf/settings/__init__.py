@@ -1,1 +1,1 @@
-"""Settings with their defaults and checks: plain values, without TensorFlow."""
+"""Settings with their defaults and checks, as plain values without TensorFlow."""

@@ -1,6 +1,6 @@
-"""The methods by name, each with the parts that make it. A new method is a new entry here.
+"""The methods by name, each with its settings. To add a method, add an entry here.
 
-The values are plain, so that a config file can be read without TensorFlow; `assembly` makes the
+All values are plain, so that a config file can be read without TensorFlow. `assembly` builds the
 parts.
 """
 
@@ -11,36 +11,38 @@ from avb_tf.errors import UserError
 # Every setting of a model with its default, which a method or the user may change.
 SETTINGS: dict[str, Any] = {
     "latent_dim": 8,
-    # Of x in [0, 1]: bernoulli, normal (its mean is in [0, 1], too), logistic; of real numbers,
-    # such as standardised ones: gaussian, student_t; of counts: poisson, negative_binomial; of a
-    # table, each column by its kind: table
+    # For x in [0, 1]: bernoulli, normal (with its mean in [0, 1]), logistic; for real numbers, such
+    # as standardised ones: gaussian, student_t; for counts: poisson, negative_binomial; for tables,
+    # with a likelihood for each column: table
     "likelihood": "bernoulli",
     "network": "dense",  # dense, conv: the encoder's trunk and the decoder
-    "width": 256,  # of dense layers in encoder and decoder
+    "width": 256,  # units of each dense layer in encoder and decoder
     "depth": 2,  # number of these layers
-    "filters": (32, 64),  # of the convolutions, from the image inwards
-    "strides": (),  # of the convolutions; (): 2 each
+    "filters": (32, 64),  # filters of each convolution, from the image inwards
+    "strides": (),  # stride of each convolution; (): 2 each
     "residual_blocks": 0,  # in the encoder's trunk, instead of its dense layers or after conv
-    # gaussian, gaussian_full, auxiliary: density known; black_box, injected, joint_basis: implicit;
-    # noise_basis: implicit, the authors' encoder, with their trunk and decoder
+    # gaussian, gaussian_full: known density; auxiliary: a bound on the density, so no adversary is
+    # needed; black_box, injected, joint_basis: implicit; noise_basis: implicit, the authors'
+    # encoder, with their trunk and decoder
     "encoder": "gaussian",
-    "noise_dim": 0,  # noise of an example (noise_basis: of a basis; auxiliary: a); 0: latent_dim
-    "bases": 16,  # functions of the noise, for noise_basis and joint_basis
-    "basis_width": 128,  # of their layers
+    # Dimensions of the noise (noise_basis: for each basis; auxiliary: of a); 0: latent_dim
+    "noise_dim": 0,
+    "bases": 16,  # number of functions of the noise, for noise_basis and joint_basis
+    "basis_width": 128,  # units of each layer in these functions
     "basis_activation": "tanh",  # joint_basis only: tanh for Gaussian tails, relu for sharp edges
     "flow_steps": 0,  # autoregressive steps applied to the encoder's draws; 0: no flow
-    "flow_width": 128,  # of the flow's hidden layers, at least latent_dim
+    "flow_width": 128,  # units of each hidden layer of the flow, at least latent_dim
     "contrast": "full",  # prior, diagonal, full; diagonal and full pass through the flow
     "adversary": "none",  # none, residual, concatenating, factorised
     "condition": "x",  # x, posterior, none: the adversary's input besides z
-    "adversary_width": 128,  # of the adversary's layers
+    "adversary_width": 128,  # units of each layer of the adversary
     "adversary_depth": 2,  # number of these layers
-    "products": 1024,  # in the factorised adversary
+    "products": 1024,  # length of theta(x) and s(z) in the factorised adversary
     "draws": 1,  # z for each x that the decoder reads
     "adversary_draws": 4,  # z for each x that the adversary reads, at least `draws`
     "adversary_steps": 1,  # dual steps for each primal step; the last one is simultaneous with it
     "kl_annealing_steps": 0,  # steps in which the weight of the KL term rises to 1; 0: none
-    "ema_decay": 0.999,  # of the averaged encoder and decoder, used outside training; 0: none
+    "ema_decay": 0.999,  # decay of the averaged weights, used outside training; 0: no averaging
     "seed": 0,
 }
 
@@ -56,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "adversary": "residual",
         "condition": "posterior",
     },
-    # The same before a flow that both q and the contrast r pass through.
+    # `avb_ac` with a flow that both q and the contrast r pass through.
     "avb_flow": {
         "encoder": "joint_basis",
         "flow_steps": 4,
@@ -64,9 +66,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "adversary": "residual",
         "condition": "posterior",
     },
-    # Section 4 with the networks of the authors' code for 8 latents, weight for weight: `full0_ac`
-    # (dense) or `conv0_ac` with the factorised adversary. For 32 latents they have 32 bases of 64
-    # noise dimensions (configs/mnist_conv.py). docs/reference/published.md compares them.
+    # Section 4 with exactly the networks of the authors' code for 8 latents: `full0_ac` (dense) or
+    # `conv0_ac`, with the factorised adversary. For 32 latents the authors use 32 bases of 64 noise
+    # dimensions (configs/mnist_conv.py). docs/reference/published.md compares the networks.
     "avb_ac_paper": {
         "encoder": "noise_basis",
         "contrast": "diagonal",
@@ -104,7 +106,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def settings(method: str, **changes: Any) -> dict[str, Any]:
-    """All settings of `method`, with `changes`.
+    """Returns all settings of `method` with `changes`.
 
     Args:
       method: a name in `METHODS`.

@@ -7,8 +7,9 @@ import ml_collections
 from avb_tf.errors import UserError
 from avb_tf.settings import methods
 
-# Values that replace -1 in config.eval. `paper` is the authors' protocol (320 examples, 8 chains,
-# 2000 temperatures, 30 leapfrog steps) with more examples and chains; it needs an accelerator.
+# Values that replace -1 in config.eval. `paper` follows the authors' protocol (320 examples, 8
+# chains, 2000 temperatures, 30 leapfrog steps) with more examples and chains, and it needs an
+# accelerator.
 BUDGETS = {
     "quick": {
         "subset": 50, "repeats": 2, "simulated": 25, "gap": 25,
@@ -26,7 +27,7 @@ BUDGETS = {
 
 
 def default(method: str, **model: Any) -> ml_collections.ConfigDict:
-    """A config with every field at its default.
+    """Returns a config with every field at its default.
 
     Args:
       method: a name in `settings.methods.METHODS`.
@@ -35,15 +36,15 @@ def default(method: str, **model: Any) -> ml_collections.ConfigDict:
       UserError: the method or a setting is unknown.
     """
     config = ml_collections.ConfigDict()
-    config.name = ""  # of the experiment and variant; runs/<name> is the default workdir
+    config.name = ""  # name of experiment and variant; runs/<name> is the default workdir
     config.method = method
     config.model = methods.settings(method, **model)
     config.steps = 10_000
-    config.batch_size = 128  # over all replicas
+    config.batch_size = 128  # examples in a batch over all replicas
     config.data = {
         "name": "digits",  # digits, four_points, mnist, mnist_4x4, npz, table, images, tfds:<name>
         "path": "",  # file or folder; "": $AVB_TF_DATA_DIR
-        "seed": 0,  # of splits that the source does not define
+        "seed": 0,  # seed of splits that the source does not define
         "image_size": 64,  # images only: height and width after a centre crop
         "channels": 3,  # images only: 1 or 3
         # table only: a kind for all columns, or "visits=poisson,city=category,id=skip" (`Table.of`)
@@ -54,21 +55,21 @@ def default(method: str, **model: Any) -> ml_collections.ConfigDict:
         "learning_rate": 5e-4,  # of encoder and decoder
         "adversary_learning_rate": 1.5e-3,
         "beta_1": 0.9,
-        "decay": "cosine",  # cosine, none: of both learning rates, to `final` times their start
-        "final": 0.02,
+        "decay": "cosine",  # cosine, none: schedule of both learning rates
+        "final": 0.02,  # share of the learning rate that remains at the end
         "adversary_final": 0.1,  # higher, so that the adversary follows the encoder to the end
         "adversary_warmup": 0,  # steps in which only the adversary learns
-        "clip_norm": 100.0,  # of the global gradient norm; 0: no clipping
+        "clip_norm": 100.0,  # largest global norm of the gradient; 0: no clipping
     }
     config.monitor = {  # every log_every steps, on held-out examples (`callbacks.monitor`)
         "examples": 64,
-        "samples": 256,  # importance samples for each
-        "largest_gap": 3.0,  # nats that the ELBO may exceed their bound by without a warning
+        "samples": 256,  # importance samples for each example
+        "largest_gap": 3.0,  # nats by which the ELBO may exceed their bound without a warning
     }
     config.strategy = "auto"  # auto, one, mirrored, multi_worker, tpu
     config.worker_timeout = 600.0  # seconds in which all workers of TF_CONFIG must have started
-    config.threads_per_op = 0  # of the CPU; 0: all cores. Small layers are faster with 1
-    config.tf32 = True  # a GPU may compute float32 products with 10 bits of mantissa (TF32)
+    config.threads_per_op = 0  # threads on the CPU; 0: all cores. Small layers are faster with 1
+    config.tf32 = True  # whether a GPU may compute float32 products with 10-bit mantissas (TF32)
     config.resident_megabytes = 4096  # training data up to this size are kept on the device
     # float32, mixed_bfloat16, mixed_float16: precision of the large products during training.
     # Weights and bounds are always float32, and so is everything outside training.
@@ -76,33 +77,33 @@ def default(method: str, **model: Any) -> ml_collections.ConfigDict:
     config.guard = {
         "enabled": True,  # skip steps whose loss or gradient is not finite
         "patience": 20,  # consecutive skipped steps before a rollback to the last checkpoint
-        "rollbacks": 3,  # most rollbacks before training stops
+        "rollbacks": 3,  # largest number of rollbacks before training stops
         "factor": 0.5,  # by which each rollback multiplies both learning rates
     }
-    config.log_every = 500  # steps; also the length of a line of the progress bar
+    config.log_every = 500  # steps; also the steps shown in a line of the progress bar
     config.checkpoint_every = 1000  # steps, a multiple of log_every
-    config.keep_checkpoints = 3
+    config.keep_checkpoints = 3  # the newest ones; at least two are kept
     config.figures_every = 5000  # steps, a multiple of log_every; 0: only at the end
     config.profile_steps = ()  # (first, last) to profile for TensorBoard
     config.eval = {
         "split": "test",
         "budget": "standard",  # quick, standard, paper (`BUDGETS`): replaces each -1 below
-        "examples": 0,  # number for the bound, the first of the split; 0: all
+        "examples": 0,  # for the ELBO: the first examples of the split, this many; 0: all
         "posteriors": 300,  # latent_dim 2 only: posteriors that are compared with the exact ones
         "grid": 400,  # latent_dim 2 only: points along each side of the quadrature
-        "subset": -1,  # number for importance sampling and AIS, the first of the split; 0: none
-        "repeats": -1,  # of 5000 importance samples each
+        "subset": -1,  # for importance sampling and AIS: the first examples, this many; 0: none
+        "repeats": -1,  # independent groups of 5000 importance samples each
         "ais": {  # annealed importance sampling; with latent_dim 2 only if it is set
             "temperatures": -1,  # 0: no AIS
             "chains": -1,
             "leapfrog_steps": -1,
         },
         "simulated": -1,  # examples drawn from the model, for bidirectional AIS; 0: none
-        "gap": -1,  # examples to split the inference gap of; 0: none
+        "gap": -1,  # examples for which the inference gap is split; 0: none
     }
     config.export = {
         "importance_samples": 256,  # z for each x in the signature log_likelihood
-        "max_batch": 1024,  # most rows in a request
+        "max_batch": 1024,  # largest number of rows in a request
         "version": 0,  # 0: one more than the newest
     }
     return config
@@ -113,7 +114,8 @@ SINCE = {
     "tf32": True, "resident_megabytes": 4096, "worker_timeout": 600.0,
     "data": {"columns": "", "missing": False},
 }  # fmt: skip
-# Range in words, its test, and the fields. 2^31 is the limit of int32, and rules out inf.
+# Each entry holds a range in words, its test and the fields that must lie in it. The bound 2^31 is
+# the limit of int32, and it excludes inf.
 _RANGES = (
     (
         "above 0 and below 2^31",
@@ -180,7 +182,7 @@ _CHOICES = {
 
 
 def template() -> ml_collections.ConfigDict:
-    """A config with the fields that all methods share."""
+    """Returns a config with the fields that all methods share."""
     return default("vae")
 
 
@@ -188,7 +190,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Checks the values of a run's config.
 
     Args:
-      config: all fields present and of the right types.
+      config: the config, with all fields present and of the right types.
     Raises:
       UserError: a field is out of range.
     """
@@ -222,7 +224,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.profile_steps is {profiled}; expected (), or the first and the last step"
         )
     for name in ("checkpoint_every", "figures_every"):
-        # Both run at the end of a logging period, and a resumed run starts at such an end.
+        # Both happen only at the end of a logging period, where a resumed run also starts.
         if config[name] % min(config.log_every, config.steps) and config[name] < config.steps:
             raise UserError(
                 f"config.{name} is {config[name]}; expected a multiple of config.log_every, "
@@ -236,7 +238,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def sizes(settings: ml_collections.ConfigDict) -> dict[str, int]:
-    """The sizes of an evaluation, named as in `BUDGETS`; the budget's value replaces each -1.
+    """Returns the sizes of an evaluation, with each -1 replaced by the budget's value.
+
+    The names are those in `BUDGETS`.
 
     Args:
       settings: `config.eval`.

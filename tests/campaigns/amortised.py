@@ -1,9 +1,10 @@
-"""Amortised posteriors of five benchmark tasks against reference draws, by C2ST.
+"""Compares amortised posteriors of five benchmark tasks with reference draws, by C2ST.
 
     .venv/bin/python -m tests.campaigns.amortised runs/amortised --seconds 1800 --seeds 0 1 2
 
-Each fit and each observation is a file, and what is finished is not done again. A task is a process
-of its own, since TensorFlow keeps all graphs. `table.md` has the means over observations.
+Each fit and each observation has a file, and finished ones are not repeated. Each task runs in a
+separate process, because TensorFlow never frees its graphs. `table.md` has the means over
+observations.
 """
 
 import argparse
@@ -14,18 +15,18 @@ import sys
 import time
 from pathlib import Path
 
-WRONG = 0.55  # C2ST above which "trust" is false
+WRONG = 0.55  # a verdict "trust" with a C2ST above this is false
 GOALS = {
     "two_moons": 0.52,
     "gaussian_mixture": 0.52,
     "gaussian_linear_uniform": 0.51,
     "slcp": 0.62,
     "bernoulli_glm": 0.53,
-}  # of a single pass, mean over observations
+}  # C2ST of a single pass, mean over observations
 
 
 def fitted(directory: Path, name: str, seconds: float, seed: int):
-    """The fit of a task, trained or loaded."""
+    """Returns the fit of a task, trained or loaded, and its folder."""
     import avb_tf
     from tests.campaigns.sbibm import TASKS
 
@@ -38,7 +39,7 @@ def fitted(directory: Path, name: str, seconds: float, seed: int):
 
 
 def measured(fit, name: str, observation: int, draws: int) -> dict:
-    """A single pass and its escalation, beside the reference."""
+    """Compares a single pass of the network and its escalation with the reference draws."""
     import numpy as np
 
     from avb_tf.posteriors.comparison import c2st
@@ -48,7 +49,7 @@ def measured(fit, name: str, observation: int, draws: int) -> dict:
     reference = data["reference"][observation][:draws].astype(np.float64)
     (shape, _), *_ = fit.simulation.observed.values()
     y = data["observations"][observation].reshape(shape)
-    fit.sample(y, draws)  # traces
+    fit.sample(y, draws)  # traces the graph
     began = time.monotonic()
     single = np.asarray(fit.sample(y, draws)["theta"], np.float64)
     milliseconds = 1e3 * (time.monotonic() - began)
@@ -72,7 +73,7 @@ def measured(fit, name: str, observation: int, draws: int) -> dict:
 
 
 def calibration(fit) -> dict:
-    """Simulation-based calibration, coverage and TARP."""
+    """Returns simulation-based calibration, coverage and TARP."""
     check = fit.check()
     return {
         "steps": fit.steps,
@@ -84,7 +85,7 @@ def calibration(fit) -> dict:
 
 
 def table(directory: Path) -> str:
-    """All finished observations as Markdown, a row for each fit."""
+    """Returns all finished observations as a Markdown table with a row for each fit."""
     import numpy as np
 
     from avb_tf import tables
@@ -119,7 +120,7 @@ def table(directory: Path) -> str:
 
 
 def run(options) -> None:
-    """What is missing of the tasks and seeds, in this process."""
+    """Runs the missing tasks and seeds in this process."""
     for name in options.only:
         for seed in options.seeds:
             fit, folder = fitted(options.directory, name, options.seconds, seed)
@@ -136,7 +137,7 @@ def run(options) -> None:
 
 
 def main() -> None:
-    """Runs what is not finished yet, and prints the table."""
+    """Runs everything that is not finished yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seconds", type=float, default=1800.0, help="of training")

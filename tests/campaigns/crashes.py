@@ -1,14 +1,15 @@
-"""Every state that a power loss may leave on a POSIX file system, from the system calls of a run.
+"""Generates the states that a power loss may leave, from the system calls of a run.
 
-A recording by strace is a list of operations on files and directories. After each prefix of it the
-power is lost. What was synced is there. Of what was not:
+A recording by strace is a list of operations on files and directories of a POSIX file system. A
+power loss is simulated after each prefix of this list. Synced data survive. Of the rest:
 
-- data of a file: all, none, zeros in their place, or the first half;
-- names in a directory: any subset of the changes that keeps the order of those of one name; a
-  rename is whole or not at all.
+- the data of a file are complete, absent, replaced by zeros, or cut to the first half;
+- any subset of the changes of names in a directory has taken effect, but changes of the same name
+  keep their order, and a rename is atomic.
 
-In each state a file that was renamed to its final name is whole, and no older than the last version
-that the program took for saved, which is when it went on to the next operation.
+In each state, every file that was renamed to its final name must be complete, and no older than the
+last version that the program regarded as saved. A version counts as saved once the program
+continues with the next operation.
 """
 
 import codecs
@@ -28,29 +29,29 @@ _CALLS = (
 _LINE = re.compile(rb"(?P<pid>\d+) +(?P<call>\w+)\((?P<arguments>.*)\) += (?P<result>-?\d+)", re.S)
 _HANDLE = re.compile(rb"(?:AT_FDCWD|(?P<number>\d+))(?:<(?P<path>(?:[^<>\\]|\\.)*)>)?")
 _TEXT = re.compile(rb'"((?:[^"\\]|\\.)*)"')
-# Up to this many subsets and contents of one prefix are tried in full, and a sample beyond.
+# Up to this many subsets and contents of one prefix are all tried; of more, a sample is tried.
 _SUBSETS = 32
 
 
 def under(log):
-    """The command before the recorded one; it writes to `log`."""
+    """Returns the strace command that precedes the recorded command and writes to `log`."""
     return [STRACE, "-f", "-y", "--seccomp-bpf", "-s", str(2**26), "-e", f"trace={_CALLS}",
             "-o", str(log)]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """A change: `kind` is create, write, truncate, rename, unlink or sync.
+    """A change of a file or directory.
 
     Attributes:
-      kind: of the change.
-      node: number of the file or directory that is changed, or that gets a name.
+      kind: create, write, truncate, rename, unlink or sync.
+      node: number of the file or directory that changes or gets a name.
       directory: number of the directory whose names change.
-      name: in that directory.
-      target: directory after a rename.
-      new: name after a rename.
-      offset: of the data, or the size of a truncated file.
-      data: written.
+      name: the name in that directory.
+      target: number of the directory after a rename.
+      new: the name after a rename.
+      offset: position of the data, or the size of a truncated file.
+      data: the data written.
     """
 
     kind: str
@@ -64,11 +65,11 @@ class Operation:
 
 
 class Recording:
-    """The operations below a folder, which is empty when the recording begins.
+    """The operations inside a folder, which must be empty when the recording begins.
 
     Args:
-      log: of strace.
-      folder: whose content counts; node 0.
+      log: the output file of strace.
+      folder: the recorded folder, which is node 0.
       ignored: names of files and folders that are left out.
     """
 
@@ -158,7 +159,7 @@ class Recording:
 
 
 def _applied(content, operation):
-    """The content of a file after an operation on its data."""
+    """Returns the content of a file after an operation on its data."""
     if operation.kind == "truncate":
         return content[: operation.offset].ljust(operation.offset, b"\0")
     content = content.ljust(operation.offset, b"\0")
@@ -167,14 +168,14 @@ def _applied(content, operation):
 
 
 def _torn(durable, whole):
-    """What may be there of a file that has pending data: all, none, zeros, the first half."""
+    """Returns possible contents of a file with pending data: all, none, zeros, the first half."""
     old = durable[: len(whole)].ljust(len(whole), b"\0")
     half = len(whole) // 2
     return [whole, durable, old, whole[:half] + old[half:]]
 
 
 def _subsets(pending, chance):
-    """Subsets of pending changes of names, in order; changes of one name keep their order."""
+    """Yields subsets of pending changes of names; changes of the same name keep their order."""
     count = len(pending)
     masks = (
         itertools.product((True, False), repeat=count)
@@ -202,7 +203,7 @@ def _names(change):
 
 
 def _with(entries, changes):
-    """Names of all directories, {directory: {name: node}}, after changes."""
+    """Returns the names of all directories, {directory: {name: node}}, after changes."""
     entries = {directory: dict(names) for directory, names in entries.items()}
     for change in changes:
         names = entries.setdefault(change.directory, {})
@@ -216,7 +217,7 @@ def _with(entries, changes):
 
 
 class Disk:
-    """What is on the disk after a prefix of the operations: synced, and pending.
+    """The synced and the pending state of a disk after a prefix of the operations.
 
     Args:
       directories: numbers of the nodes that are directories.
@@ -235,7 +236,7 @@ class Disk:
         elif operation.kind != "sync":
             self.pending_names.append(operation)
         elif node in self.directories:
-            synced = []  # a rename out of another directory brings what led to it
+            synced = []  # a rename from another directory also syncs the changes that led to it
             for change in reversed(self.pending_names):
                 if node in (change.directory, change.target) or any(
                     _names(change) & _names(later) for later in synced
@@ -247,7 +248,7 @@ class Disk:
             self.contents[node] = self.unsynced.pop(node, self.contents.get(node, b""))
 
     def states(self, chance):
-        """Trees, {path: content, or None for a directory}, as a crash now may leave them."""
+        """Yields trees that a crash may leave now: {path: content, or None for a directory}."""
         torn = {n: _torn(self.contents.get(n, b""), c) for n, c in self.unsynced.items()}
         for changes in _subsets(self.pending_names, chance):
             entries = _with(self.entries, changes)
@@ -266,7 +267,7 @@ class Disk:
                 yield self._tree(entries, self.contents | contents)
 
     def live(self):
-        """The tree if nothing is lost."""
+        """Returns the tree if nothing is lost."""
         return self._tree(_with(self.entries, self.pending_names), self.contents | self.unsynced)
 
     def _tree(self, entries, contents, directory=0, above=""):
@@ -282,7 +283,7 @@ class Disk:
 
 
 def _below(tree, path):
-    """The file, or all that is below the directory; None if there is none of this name."""
+    """Returns a hash of the file or of the directory's content, or None if the path is absent."""
     if path not in tree:
         return None
     inside = {k.removeprefix(path): v for k, v in tree.items() if k.startswith(f"{path}/")}
@@ -290,7 +291,7 @@ def _below(tree, path):
 
 
 def digest(tree):
-    """A hash of a tree."""
+    """Returns a hash of a tree."""
     parts = hashlib.sha256()
     for path, content in sorted(tree.items()):
         parts.update(f"{path}\0{-1 if content is None else len(content)}\0".encode())
@@ -299,22 +300,22 @@ def digest(tree):
 
 
 def crash(operations, directories, chance):
-    """Crashes after every operation.
+    """Simulates a crash after every operation.
 
     Args:
-      operations: of a `Recording`.
+      operations: the operations of a `Recording`.
       directories: numbers of the nodes that are directories.
-      chance: of the states that are tried where there are too many.
+      chance: random generator that selects states if there are too many to try all.
     Yields:
-      (number of the operation, tree, losses): each state once, with the final names in it whose
-      content is older than what was saved, or not whole.
+      (number of the operation, tree, losses): each state once. The losses are the final names in it
+      with content that is older than the saved version, or incomplete.
     """
     disk, seen = Disk(directories), set()
     paths = {0: ""}  # of directories
-    # Final path -> versions since the last one that counts as saved, the oldest first. None: gone.
+    # Final path -> versions since the last one that counts as saved, oldest first. None: deleted.
     allowed, renamed = {}, []
     for number, operation in enumerate(operations):
-        if operation.kind != "sync":  # the program has gone on: what it renamed is saved
+        if operation.kind != "sync":  # the program has continued, so its renamed files are saved
             for path in renamed:
                 allowed[path] = allowed[path][-1:]
             renamed = []
@@ -327,7 +328,7 @@ def crash(operations, directories, chance):
                 path = f"{paths[operation.target]}{operation.new}"
                 if operation.node in disk.directories:
                     paths[operation.node] = f"{path}/"
-                ours = operation.name.startswith((".", "partial."))  # TensorFlow has others
+                ours = operation.name.startswith((".", "partial."))  # TensorFlow uses other names
                 if ours and not any(part.startswith(".") for part in path.split("/")):
                     allowed.setdefault(path, [None]).append(_below(disk.live(), path))
                     renamed.append(path)

@@ -1,10 +1,10 @@
-"""Crash states, kills, corruption and more faults of long jobs: a table of trials and losses.
+"""Tests crash states, kills, corruption and other faults; prints a table of trials and losses.
 
   python -m tests.campaigns.durability DIR [--kills=300] [--flips=1000] [--resumed=10]
     [--fuzz=600] [--only=PART ...]
 
-Resumable: DIR/table.jsonl has a line for each part that is finished, which is not run again.
-`tests/campaigns/faults.py` has the faults of workers and full disks, and memory.
+The campaign is resumable: DIR/table.jsonl has a line for each finished part, which is not run
+again. `tests/campaigns/faults.py` covers faults of workers, full disks and memory.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from tests import serving_fuzz
 from tests.campaigns import crashes, faults, jobs
 from tests.campaigns.jobs import Job
 
-BATCH = 20  # kills of a part
-# Phases of a training run that are killed, in turn.
+BATCH = 20  # kills in one part
+# Phases of a training run in which it is killed, in turn.
 PHASES = ("step", "save", "prune", "compile", "evaluation", "chunks")
 EXPORT = "--mode=export"
 TWO_DEVICES = """
@@ -40,7 +40,7 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 from avb_tf import command_line
 command_line.main()
 """
-# What happens at the end of the first save: the statement, and words of the one line.
+# Fault -> statement that causes it at the end of a save, and words that the error must contain.
 LIMITS = {
     "the workdir vanishes": ("shutil.rmtree(workdir)", "is gone"),
     "no more open files": (
@@ -59,7 +59,7 @@ LIMITS = {
 
 
 def recorded(folder, *flags, **job):
-    """Runs a job in `folder`/root under strace; returns the operations and the job's end."""
+    """Runs a job in `folder`/root under strace; returns the recording."""
     root = folder / "root"
     root.mkdir(parents=True)
     log = folder / "strace.txt"
@@ -72,7 +72,7 @@ def recorded(folder, *flags, **job):
 
 
 def crashed(recording, chance, every=1):
-    """Crashes after every operation; reads every `every`th state as the program would.
+    """Simulates a crash after every operation; reads every `every`th state as the program would.
 
     Yields:
       (tree, losses)
@@ -90,7 +90,7 @@ def crashed(recording, chance, every=1):
 
 
 def unreadable(workdir):
-    """What a crash has left in a workdir that is there and cannot be read."""
+    """Yields the files in a workdir that a crash has left unreadable or incomplete."""
     if any(workdir.glob("checkpoints/step_*.keras")):
         before = sorted(workdir.glob("checkpoints/*.keras"))
         checkpoints.latest(workdir)
@@ -106,7 +106,7 @@ def unreadable(workdir):
         archives.read_arrays(file)
     for version in layout.versions(workdir / layout.DIRECTORY):
         files.verify(workdir / layout.DIRECTORY / str(version))
-    if (workdir / "fit/fit.json").exists():  # written last, but for the checksums
+    if (workdir / "fit/fit.json").exists():  # written last, except for the checksums
         files.verify(workdir / "fit")
         missing = {"fit.weights.h5", "model", "start.npz"} - {
             path.name for path in (workdir / "fit").iterdir()
@@ -116,7 +116,7 @@ def unreadable(workdir):
 
 
 def resumed(trees, folder, whole, **job):
-    """Resumes after some crashes: each run ends as the undisturbed one."""
+    """Resumes from each tree; yields differences from the undisturbed run."""
     for tree in trees:
         with tempfile.TemporaryDirectory(dir=folder) as root:
             crashes.write(tree, Path(root))
@@ -145,15 +145,15 @@ def crash_part(folder, chance, resumes, *flags, **job):
 
 
 def kills(folder, whole, count, chance):
-    """SIGKILLs of one training run after the other."""
+    """Sends SIGKILLs to training runs, one after another; returns the losses."""
     moments = [PHASES[i % len(PHASES)] for i in range(count)]
-    # A run that is evaluating has been trained, so the kills of one run are in order.
+    # Kills during evaluation come last, because a run that is evaluating has finished training.
     moments.sort(key=lambda moment: moment in jobs.AFTER_TRAINING)
     return list(faults.disturbed(folder, whole, [(signal.SIGKILL, m) for m in moments], chance))
 
 
 def killed_exports(folder, whole, count, chance):
-    """SIGKILLs while an export is written: no half version, and the next one is whole."""
+    """Kills exports while they are written: no incomplete version may remain; the next succeeds."""
     workdir = shutil.copytree(whole, folder / "exports", dirs_exist_ok=True)
     for _ in range(count):
         job = Job(workdir, EXPORT)
@@ -175,7 +175,7 @@ def killed_exports(folder, whole, count, chance):
 
 
 def killed_fits(folder, count, chance):
-    """SIGKILLs while a posterior is fitted and written: the fit ends as if there were none."""
+    """Kills fits while they run and are written: the last fit must equal an undisturbed one."""
     fit = {"posterior": True, "method": "banana"}
     whole, workdir = folder / "fit_whole", folder / "fit_killed"
     began = time.monotonic()
@@ -205,18 +205,18 @@ def killed_fits(folder, count, chance):
     shutil.rmtree(workdir)
 
 
-# One workdir, and what may happen to it.
+# Faults of a workdir.
 
 
 def one_line(status, error, words):
-    """Whether a command ended with status 2 and one line that has the words."""
+    """Yields a loss unless a command ended with status 2 and one line that contains the words."""
     lines = [line for line in error.splitlines() if line.startswith("avb-tf: ")]
     if status != 2 or len(lines) != 1 or words not in lines[0] or "Traceback" in error:
         yield f"exit status {status}, {error[-300:]}"
 
 
 def two_at_once(folder, whole, **job):
-    """Two commands that train in one workdir, and one that evaluates meanwhile."""
+    """Starts two training commands in one workdir: one must be refused, the other must finish."""
     workdir = folder / "shared"
     both = [Job(workdir, output=folder / f"shared_{i}.txt", **job) for i in range(2)]
     ends = sorted((j.finish() for j in both), key=lambda end: end[0])
@@ -228,7 +228,7 @@ def two_at_once(folder, whole, **job):
 
 
 def limited(folder, whole, names, **job):
-    """Something happens to a workdir at the end of the first save; later the run resumes."""
+    """Causes faults of `LIMITS` at the end of the first save; later the run must resume."""
     for name in names:
         statement, words = LIMITS[name]
         workdir = shutil.copytree(whole, folder / "limited")
@@ -247,13 +247,13 @@ def limited(folder, whole, names, **job):
         if status:
             yield f"{name}, mended: exit status {status}, {error[-300:]}"
         else:
-            # Without its workdir a run trains anew.
+            # Without its workdir a run trains from the beginning.
             yield from jobs.losses(workdir, whole, logged="vanishes" not in name)
         shutil.rmtree(workdir)
 
 
 def clock_goes_back(folder, whole, **job):
-    """All that a run has written is of the future; it resumes as if it were not."""
+    """Dates all files of a run in the future; the run must resume all the same."""
     workdir = shutil.copytree(whole, folder / "future")
     for checkpoint in sorted(workdir.glob("checkpoints/*.keras"))[1:]:
         checkpoint.unlink()
@@ -270,7 +270,7 @@ def clock_goes_back(folder, whole, **job):
 
 
 def late_worker(folder, seconds=5):
-    """One of two workers never comes; the other waits as long as the setting says."""
+    """Starts only one of two workers; it must wait as long as `config.worker_timeout` says."""
     cluster = [f"127.0.0.1:{port}" for port in faults.free_ports(2)]
     for task in range(2):
         began = time.monotonic()
@@ -284,7 +284,7 @@ def late_worker(folder, seconds=5):
 
 
 def elastic(folder, whole, chance, **job):
-    """One device, two, and one again, changed in the middle of the run."""
+    """Moves a run from one device to two and back to one, each time in the middle of training."""
     workdir = folder / "elastic"
     two = {"program": ("-c", TWO_DEVICES)}
     for devices, flags in (({}, ()), (two, ("--config.strategy=mirrored",))):
@@ -305,20 +305,20 @@ def elastic(folder, whole, chance, **job):
 
 
 def flip(file, chance):
-    """Flips a bit."""
+    """Flips a random bit of a file."""
     content = bytearray(file.read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
     file.write_bytes(content)
 
 
 def _same_checkpoint(file, other):
-    """Whether weights and config are the same; a flip may hit a date in the archive."""
+    """Returns whether weights and config are equal; a flip may have hit a date in the archive."""
     with zipfile.ZipFile(file) as one, zipfile.ZipFile(other) as two:
         return all(one.read(n) == two.read(n) for n in ("config.json", "model.weights.h5"))
 
 
 def flipped_checkpoints(folder, whole, count, chance):
-    """The newest checkpoint; the one before is taken."""
+    """Flips bits of the newest checkpoint; the one before it must be loaded."""
     originals = sorted(whole.glob("checkpoints/*.keras"))[-2:]
     for trial in range(count):
         with tempfile.TemporaryDirectory(dir=folder) as root:
@@ -333,7 +333,7 @@ def flipped_checkpoints(folder, whole, count, chance):
 
 
 def flipped_chunks(folder, whole, count, chance):
-    """Finished chunks, and the values of each example."""
+    """Flips bits of finished chunks and of the values of each example."""
     originals = sorted(whole.glob("evaluation/**/*.npz"))
     for trial in range(count):
         original = originals[trial % len(originals)]
@@ -344,13 +344,13 @@ def flipped_chunks(folder, whole, count, chance):
         except Exception:  # zipfile, zlib and numpy raise many kinds
             continue
         expected = archives.read_arrays(original)
-        named = arrays.keys() != expected.keys()  # then the chunk counts as damaged
+        named = arrays.keys() != expected.keys()  # a chunk with other names counts as damaged
         if not named and any((arrays[n] != expected[n]).any() for n in expected):
             yield f"{original.name}, flip {trial}"
 
 
 def flipped_configs(folder, whole, count, chance):
-    """config.json."""
+    """Flips bits of config.json."""
     expected = configuration.read(whole)
     for trial in range(count):
         copy = Path(shutil.copy(whole / configuration.FILE, folder / configuration.FILE))
@@ -364,7 +364,7 @@ def flipped_configs(folder, whole, count, chance):
 
 
 def flipped_directories(directory, count, chance):
-    """Files with checksums, of an export or of a saved posterior."""
+    """Flips bits of files with checksums, in an export or a saved posterior."""
     originals = sorted(path for path in directory.rglob("*") if path.is_file())
     for trial in range(count):
         file = originals[trial % len(originals)]
@@ -382,7 +382,7 @@ def flipped_directories(directory, count, chance):
 
 
 def parts(folder, whole, options):
-    """Name of a part -> function that returns (trials, losses, note)."""
+    """Returns {name of a part: function of a generator that returns (trials, losses, note)}."""
 
     def part(function, trials, *arguments, note=""):
         def run(chance):
@@ -431,7 +431,7 @@ def parts(folder, whole, options):
 
 
 def crash_export(folder, whole, chance):
-    """Crashes while a version is written into a finished workdir."""
+    """Simulates crashes while an export is written; returns (states, losses, note)."""
     place = folder / "crash_export"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
@@ -464,7 +464,7 @@ def _fitted(folder):
 
 
 def fuzzed(servable, seconds, chance):
-    """Requests for so many seconds."""
+    """Sends fuzzed requests for `seconds`; returns (requests, losses, note)."""
     model, end, count, examples = SavedModel(servable), time.monotonic() + seconds, 0, 500
     lost = []
     while time.monotonic() < end:
@@ -478,7 +478,7 @@ def fuzzed(servable, seconds, chance):
 
 
 def main():
-    """Runs what is not finished, and prints the table."""
+    """Runs everything that is not finished yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     for name, count in {"kills": 300, "flips": 1000, "resumed": 10, "fuzz": 600}.items():

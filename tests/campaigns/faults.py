@@ -1,11 +1,11 @@
-"""Injects the faults of long jobs into short ones; prints a table of trials and losses.
+"""Injects faults of long jobs into short jobs, and prints a table of trials and losses.
 
   python -m tests.campaigns.faults [--kills=20] [--terms=6] [--workers=5] [--damages=10]
     [--steps=20000] [--evaluations=200]
 
-A loss is whatever a finished run has not as the undisturbed one has it (weights, files, logs,
-results), a wrong exit status, more or less than one line of an error, an exit that takes too long,
-or memory that grows.
+Each of the following counts as a loss: a difference between a finished run and the undisturbed one
+(weights, files, logs, results), a wrong exit status, an error message that is not exactly one line,
+an exit that takes too long, or memory that grows.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PREEMPTED, LOST = 143, 75
 
 
 def disturbed(folder, whole, sent, chance, **job):
-    """One run under signals, pairs (signal, moment), each followed by the same command."""
+    """Sends signals to one run, pairs (signal, moment), and repeats the command after each."""
     workdir = folder / "disturbed"
     for number, moment in sent:
         run = Job(workdir, **job)
@@ -63,7 +63,7 @@ def _completed(job, whole):
 
 
 def pair(workdir, *flags, **job):
-    """Two workers of one job, the chief first."""
+    """Starts two workers of one job; the chief comes first."""
     cluster = [f"127.0.0.1:{port}" for port in free_ports(2)]
     return [Job(workdir, *flags, cluster=cluster, task=i, **job) for i in range(2)]
 
@@ -98,7 +98,7 @@ def _pair_completed(workdir, whole):
 
 
 def lost_worker(workdir, victim, chance, **job):
-    """Kills the worker of this index (0: the chief); the other reports it and exits."""
+    """Kills the worker `victim` (0 is the chief); the other worker must report it and exit."""
     workers = pair(workdir, **job)
     other = workers[1 - victim]
     if not jobs.disturb(workers[victim], "step", signal.SIGKILL, chance):
@@ -115,12 +115,12 @@ def lost_worker(workdir, victim, chance, **job):
 
 
 def _told(error):
-    """The program's own lines, without those of the runtime about lost workers."""
+    """Returns the program's own error lines, without those of the runtime about lost workers."""
     return [line for line in error.splitlines() if line.startswith("avb-tf: ")]
 
 
 def free_ports(count):
-    """Unused ports."""
+    """Returns unused ports."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -173,14 +173,14 @@ def damaged(folder, whole, kinds, chance):
             yield f"{kind}: step {int(model.step.value)}"
 
 
-# Where a disk is full: the command that writes there, bytes that a small disk has beyond what is
-# on it, and bytes that a file may have under a quota.
+# Directory that is full -> flags of the command that writes there, free bytes on a small disk, and
+# the largest size of a file in bytes under a quota.
 PLACES = {
     "checkpoints": ((), 40_000, 40_000),
     "logs": ((), 8_192, 64),
     "export": (("--mode=export",), 40_000, 40_000),
 }
-# Runs the command line, and a statement at the end of the first save; the logs are written next.
+# Runs the command line and executes a statement at the end of each save, before logs are written.
 AFTER_SAVE = """
 import os, resource, shutil, subprocess, sys
 from avb_tf import checkpoints, command_line
@@ -198,7 +198,7 @@ command_line.main()
 
 
 def full_disks(folder, whole, places, mounted, **job):
-    """Fills the disk, a small tmpfs or a quota on files; the run resumes once there is space."""
+    """Fills a small tmpfs, or reaches a quota on files; the run must resume once there is space."""
     for place in places:
         flags, space, quota = PLACES[place]
         workdir = shutil.copytree(whole, folder / f"full_disk_{list(PLACES).index(place)}")
@@ -212,7 +212,7 @@ def full_disks(folder, whole, places, mounted, **job):
         limited = place == "logs" and not mounted
         limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({quota}, {quota}))"
         program = ("-c", AFTER_SAVE, limit) if limited else jobs.MAIN
-        # A quota would also apply to the file with the output.
+        # The quota would also apply to a file for the output, so there is none.
         run = Job(workdir, *flags, output=Path(os.devnull), program=program, **job)
         if not (mounted or limited):
             resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (quota, quota))
@@ -233,7 +233,7 @@ def full_disks(folder, whole, places, mounted, **job):
 
 
 def mount(disk, space):
-    """Mounts a small disk with the existing checkpoints on it."""
+    """Mounts a small disk and copies the existing checkpoints to it."""
     disk.mkdir(exist_ok=True)
     kept = {file: file.read_bytes() for file in disk.glob("*.keras")}
     size = space + sum(map(len, kept.values()))
@@ -243,7 +243,7 @@ def mount(disk, space):
 
 
 def _checkpoints(workdir):
-    """Name -> content."""
+    """Returns {name: content} of all checkpoints."""
     files = (workdir / checkpoints.DIRECTORY).glob("*.keras")
     return {file.name: file.read_bytes() for file in files}
 
@@ -254,7 +254,18 @@ def _grown(megabytes):
 
 
 def campaign(folder, kills, terms, workers, damages, steps, evaluations, seed=0):
-    """Yields (kind of fault, trials, losses, note)."""
+    """Yields (kind of fault, trials, losses, note).
+
+    Args:
+      folder: directory for all runs.
+      kills: SIGKILLs of one run.
+      terms: SIGTERMs of one run.
+      workers: SIGKILLs of one of two workers.
+      damages: damaged checkpoints.
+      steps: training steps over which memory is measured.
+      evaluations: evaluations over which memory is measured.
+      seed: seed of the moments and of the damages.
+    """
     chance, whole = random.Random(seed), folder / "whole"
     status, error = Job(whole).finish()
     assert status == 0, error

@@ -1,4 +1,4 @@
-"""Runs short jobs as processes, disturbs them, and compares them with undisturbed ones."""
+"""Runs short jobs as processes, disturbs them, and compares them with undisturbed jobs."""
 
 import json
 import os
@@ -35,16 +35,18 @@ POSTERIOR_FLAGS = [
 
 
 class Job:
-    """The command line in a process.
+    """A process that runs the command line.
 
     Args:
-      workdir: of the run.
-      *flags: after those that make it small.
-      method: of the digits' config, or a model of the posteriors' if `posterior`.
-      cluster: addresses of all workers, and `task`, the index of this one.
-      output: what is printed goes there, beside the workdir unless it is given.
-      program: what Python runs, the arguments before the flags.
-      under: a command that runs the Python command after it, such as strace.
+      workdir: directory of the run.
+      *flags: flags that follow those that make the run small.
+      method: a method of the config `digits`, or a model of the config `posteriors` if `posterior`.
+      cluster: addresses of all workers.
+      task: index of this worker.
+      output: file for standard output; by default a file next to the workdir.
+      program: arguments of Python that precede the flags.
+      under: a command that runs the Python command, such as strace.
+      posterior: whether the job fits a posterior.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Job:
         return text in self.output.read_text(errors="replace")
 
     def wait_for(self, condition, seconds=300):
-        """Waits for `condition()`; False if the process ends first or the time is up."""
+        """Waits for `condition()`; returns False if the process ends first or the time is up."""
         end = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < end:
             if condition():
@@ -81,24 +83,24 @@ class Job:
         return False
 
     def finish(self, seconds=600):
-        """Waits for the end; returns the exit status and the errors."""
+        """Waits for the end; returns the exit status and the text of standard error."""
         errors = self.process.communicate(timeout=seconds)[1]
         return self.process.returncode, errors
 
 
 def has_saved(job):
-    """Whether there is a checkpoint of this process."""
+    """Returns whether this process has saved a checkpoint."""
     return checkpoints.newest_step(job.workdir) > max(job.first, 0)
 
 
 def saved_when_told(job):
-    """Whether there is a checkpoint that is newer than the signal."""
+    """Returns whether there is a checkpoint newer than the signal."""
     files = (job.workdir / checkpoints.DIRECTORY).glob("*.keras")
     # File times have a resolution of a few milliseconds.
     return any(file.stat().st_mtime > job.told - 0.01 for file in files)
 
 
-# What a job is doing: how that is seen from outside, and seconds for which it goes on.
+# Phase of a job: how to detect it from outside, and how many seconds it lasts.
 MOMENTS = {
     "compile": (lambda job: job.printed("compiling "), 4.0),
     "step": (has_saved, 0.3),
@@ -115,11 +117,20 @@ def _trained(job):
 
 
 def disturb(job, moment, sent, chance):
-    """Sends the signal at a random time within the moment; whether the job was still in it."""
+    """Sends a signal at a random time within a phase.
+
+    Args:
+      job: a running `Job`.
+      moment: phase, a key of `MOMENTS`.
+      sent: number of the signal.
+      chance: random generator.
+    Returns:
+      Whether the job was still in that phase.
+    """
     seen, seconds = MOMENTS[moment]
     while job.wait_for(lambda: seen(job)):
         time.sleep(chance.uniform(0.0, seconds))
-        if seen(job):  # the save may be over; then wait for the next
+        if seen(job):  # otherwise the phase, such as a save, is over: wait for the next
             met = job.process.poll() is None and (moment in AFTER_TRAINING) == _trained(job)
             job.told = time.time()
             job.process.send_signal(sent)
@@ -128,23 +139,29 @@ def disturb(job, moment, sent, chance):
 
 
 def variables(model):
-    """The content of a checkpoint as arrays."""
+    """Returns the weights and optimizer states of a model as arrays."""
     optimizers = [o for o in (model.optimizer, model.adversary_optimizer) if o]
     state = model.weights + [v for o in optimizers for v in o.variables]
     return [v.numpy() for v in state]
 
 
 def difference(workdir, whole):
-    """The largest difference of a weight, an average or an optimizer's state."""
+    """Returns the largest difference between weights, averages or optimizer states of two runs."""
     expected, actual = (variables(checkpoints.load(folder)) for folder in (whole, workdir))
     return max(float(np.abs(a - b).max()) for a, b in zip(expected, actual, strict=True))
 
 
 def losses(workdir, whole, logged=True):
-    """Differences of a finished run from the undisturbed one, in words; of logs if `logged`."""
+    """Yields descriptions of differences between a finished run and the undisturbed one.
+
+    Args:
+      workdir: workdir of the finished run.
+      whole: workdir of the undisturbed run.
+      logged: whether logs have to agree too.
+    """
     if apart := difference(workdir, whole):
         yield f"weights differ by {apart:.2g}"
-    # Partial files have names of their own.
+    # Partial files have other names, so a partial file that is left behind shows up here.
     differing = _names(workdir) ^ _names(whole)
     if differing := {name for name in differing if logged or not name.startswith("logs")}:
         yield f"{', '.join(sorted(differing))} in one of them alone"
@@ -159,7 +176,7 @@ def _differing_logs(workdir, whole):
         [_logged(folder / "logs" / side) for side in ("train", "validation")]
         for folder in (whole, workdir)
     )
-    # A run that resumes within an epoch restarts the epoch's means.
+    # A run that resumes within an epoch restarts the epoch's means, so training values may differ.
     if train.keys() != own_train.keys() or validation != own_validation:
         yield "logs differ"
 
@@ -170,7 +187,7 @@ def _names(workdir):
 
 
 def _logged(directory):
-    """Step -> ELBO; a repeated step counts once."""
+    """Returns {step: ELBO}; a repeated step counts once."""
     events = EventAccumulator(str(directory), {"tensors": 0}).Reload()
     logged = events.Tensors("elbo") if "elbo" in events.Tags()["tensors"] else []
     return {event.step: float(make_ndarray(event.tensor_proto)) for event in logged}

@@ -1,10 +1,10 @@
-"""Ways of using a Keras model, by ours and by a plain one.
+"""Compares ways of using a Keras model between AVB and a plain Keras model.
 
     .venv/bin/python -m tests.campaigns.keras_ways
 
-The table says for each way what both do: "works", or the error. Ours is "as Keras" where both
-work, "better" where only ours does, "refused" where it says in one line why not, and else
-"worse". The exit status is 1 if any is.
+For each way the table shows the outcome for both models: "works", or the error. AVB is "as Keras"
+if both work or both fail, "better" if only AVB works, "refused" if AVB says in one line why not,
+and "worse" otherwise. The exit status is 1 if any way is "worse".
 """
 
 import copy
@@ -258,7 +258,7 @@ def exported(model):
     model.export(FOLDER / f"export_{type(model).__name__}")
 
 
-# Name -> what is done with a compiled model, or with the function that makes one.
+# Name -> function that takes a compiled model; in OF_MAKERS, the function that makes the model.
 WAYS = {
     "fit, array": fitted,
     "fit, list": lambda m: fitted(m, X.tolist()),
@@ -321,7 +321,7 @@ OF_MAKERS = {
 
 
 def outcome(use, argument) -> tuple[str, str]:
-    """What happens: "works", "refused" or "fails", and the message."""
+    """Returns the outcome, "works", "refused" or "fails", and the message."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

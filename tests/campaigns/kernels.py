@@ -1,4 +1,4 @@
-"""Counts what one compiled training step consists of, on the device at hand; prints a table.
+"""Counts the operations of one compiled training step on this machine's device, as a table.
 
 python -m tests.campaigns.kernels
 """
@@ -21,7 +21,7 @@ COUNTED = ("fusion", "dot", "convolution", "custom-call", "conditional")
 
 
 def counts(hlo: str) -> collections.Counter[str]:
-    """Operations of an optimised program by name, without those inside fused computations."""
+    """Counts operations of an optimised program by name, except those inside fused computations."""
     counted: collections.Counter[str] = collections.Counter()
     inside = False
     for line in hlo.splitlines():
@@ -33,7 +33,7 @@ def counts(hlo: str) -> collections.Counter[str]:
 
 
 def main():
-    """Compiles a step of each run."""
+    """Compiles a step of each run and prints the counts."""
     rows = [["a step of", *(name for _, name in RUNS)]]
     columns = {operation: [operation] for operation in COUNTED}
     for experiment, name in RUNS:

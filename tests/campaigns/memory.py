@@ -1,8 +1,9 @@
-"""Resident memory of long training and of many evaluations in one process, in MB.
+"""Measures the resident memory of long training and of many evaluations in one process, in MB.
 
   python -m tests.campaigns.memory WORKDIR EVALUATIONS
 
-evaluates the model of a finished run so many times, and prints the memory after each.
+This command evaluates the model of a finished run EVALUATIONS times, and prints the memory after
+each.
 """
 
 import subprocess
@@ -15,11 +16,11 @@ from avb_tf.data import pipeline
 from avb_tf.likelihood_estimation import estimates
 from tests.campaigns import jobs
 
-GROWTH = 1.05  # allowed after the warm-up, the first tenth
+GROWTH = 1.05  # allowed factor after the warm-up, which is the first tenth
 
 
 def resident(process="self"):
-    """Resident memory of a process in MB."""
+    """Returns the resident memory of a process in MB."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -27,7 +28,7 @@ def resident(process="self"):
 
 
 def of_training(folder, steps):
-    """MB after a tenth of the steps, and at their end."""
+    """Returns the MB after a tenth of the steps, and the maximum over the whole run."""
     every = steps // 10
     flags = {
         "steps": steps, "log_every": every // 4, "checkpoint_every": every, "figures_every": 0
@@ -48,7 +49,7 @@ def of_training(folder, steps):
 
 
 def of_evaluations(workdir, count):
-    """MB after a tenth of the evaluations, and at their end."""
+    """Returns the MB after a tenth of the evaluations, and the maximum over the others."""
     command = [sys.executable, "-m", "tests.campaigns.memory", str(workdir), str(count)]
     done = subprocess.run(command, cwd=jobs.ROOT, capture_output=True, text=True, check=True)
     megabytes = [float(line) for line in done.stdout.split("\n") if line.startswith("  ")]
@@ -57,7 +58,7 @@ def of_evaluations(workdir, count):
 
 
 def main(workdir, count):
-    """Prints the memory after each evaluation, two spaces before it."""
+    """Prints the memory after each evaluation, indented by two spaces."""
     model = checkpoints.load(Path(workdir))
     split = data.load(configuration.load(Path(workdir)).data).test
     for seed in range(int(count)):

@@ -1,4 +1,4 @@
-"""Five benchmark tasks with known densities as TFP joint distributions, and their references.
+"""Five benchmark tasks with known densities, as TFP joint distributions, and reference draws.
 
     task = TASKS["two_moons"]()
     task.model.sample(seed=(0, 0))["y"]
@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
 
 class Moon(tfd.Distribution):
-    """A crescent of radius 0.1 and width 0.01, moved by theta [..., 2]."""
+    """A crescent of radius 0.1 and width 0.01, shifted by a function of theta [..., 2]."""
 
     def __init__(self, theta, name="Moon"):
         parameters = dict(locals())
@@ -68,9 +68,10 @@ class Moon(tfd.Distribution):
 
 
 class SpikeSums(tfd.Distribution):
-    """design^T s of spikes s ~ Bernoulli(sigmoid(design theta)).
+    """The distribution of design^T s for spikes s ~ Bernoulli(sigmoid(design theta)).
 
-    It is sufficient for theta; the density is up to a factor without theta.
+    This statistic is sufficient for theta. The density omits a factor that does not depend on
+    theta.
     """
 
     def __init__(self, design, theta, name="SpikeSums"):
@@ -99,7 +100,7 @@ class SpikeSums(tfd.Distribution):
 
 
 def two_moons() -> Task:
-    """Two crescents, each 0.1 in size, in a square."""
+    """Returns the task whose posterior is two crescents, each 0.1 in size, in a square."""
     prior = tfd.Independent(tfd.Uniform(-tf.ones(2), 1.0), 1)
 
     def exact(y, count, rng):
@@ -116,7 +117,7 @@ def two_moons() -> Task:
 
 
 def _truncated(draw, limit, count, rng):
-    """Draws of `draw(n, rng)` within a cube."""
+    """Returns `count` draws of `draw(n, rng)` whose coordinates are all below `limit` in size."""
     x = np.zeros([0, 0])
     n = count
     while len(x) < count:
@@ -127,7 +128,7 @@ def _truncated(draw, limit, count, rng):
 
 
 def gaussian_mixture() -> Task:
-    """A wide and a narrow Gaussian around the same point."""
+    """Returns the task whose posterior is a wide and a narrow Gaussian around the same point."""
     prior = tfd.Independent(tfd.Uniform(-10.0 * tf.ones(2), 10.0), 1)
 
     def data(theta):
@@ -147,7 +148,7 @@ def gaussian_mixture() -> Task:
 
 
 def gaussian_linear_uniform() -> Task:
-    """Ten independent Gaussians, cut off where the prior ends."""
+    """Returns the task with ten independent Gaussians, truncated to the prior's support."""
     prior = tfd.Independent(tfd.Uniform(-tf.ones(10), 1.0), 1)
 
     def data(theta):
@@ -166,7 +167,10 @@ def gaussian_linear_uniform() -> Task:
 
 
 def slcp() -> Task:
-    """Four draws of a Gaussian in the plane; signs of two parameters cannot be told."""
+    """Returns the task of four draws from a Gaussian in the plane.
+
+    The data do not determine the signs of two parameters, so the posterior has four modes.
+    """
     prior = tfd.Independent(tfd.Uniform(-3.0 * tf.ones(5), 3.0), 1)
 
     def data(theta):
@@ -181,7 +185,7 @@ def slcp() -> Task:
 
 
 def bernoulli_glm() -> Task:
-    """A logistic regression of spikes on a stimulus, with a smooth prior."""
+    """Returns the task of a logistic regression of spikes on a stimulus, with a smooth prior."""
     design = tf.constant(references("bernoulli_glm")["design_matrix"])
     differences = np.eye(9) - np.eye(9, k=-1)
     smooth = differences @ differences + np.diag(np.sqrt(np.arange(9) / 9))
@@ -200,13 +204,13 @@ TASKS: dict[str, Callable[[], Task]] = {
 
 
 def path_of(name: str) -> Path | None:
-    """The file of a task's references, or None where there is none."""
+    """Returns the file of a task's references, or None if there is none."""
     files = [Path(folder) / f"sbibm/{name}.npz" for folder in FOLDERS if folder]
     return next((file for file in files if file.is_file()), None)
 
 
 def references(name: str) -> dict[str, np.ndarray]:
-    """Observations [10, n], parameters that made them [10, dim], and draws [10, 10000, dim]."""
+    """Loads observations [10, n], their true parameters [10, dim], and draws [10, 10000, dim]."""
     path = path_of(name)
     if path is None:
         raise FileNotFoundError(f"no sbibm/{name}.npz in $AVB_TF_DATA_DIR or ../shared/data")

@@ -1,16 +1,16 @@
-"""Held-out log p(x) and imputation of tables: `python -m tests.campaigns.tables [--seeds 0 1 2]`.
+"""Measures held-out log p(x) and imputation: `python -m tests.campaigns.tables [--seeds 0 1 2]`.
 
-- scikit-learn's breast cancer table, 30 real columns, standardised, with a fifth of the cells
-  removed at random: beside a factor analysis of scikit-learn, whose number of factors is the best
-  on the validation rows. It cannot train with missing cells, so it trains once with the columns'
-  means in their place, and once with all cells, which the model does not see. Its log p(x) is that
-  of the cells that are there, as the model's.
-- scikit-learn's digits as counts 0 to 16 of 64 columns, a tenth removed: beside a Poisson of each
-  column's mean.
+- scikit-learn's breast cancer table has 30 real columns, standardised, with a fifth of the cells
+  removed at random. The reference is scikit-learn's factor analysis, with the number of factors
+  that is best on the validation rows. It cannot train with missing cells, so it trains once with
+  the columns' means in their place, and once with all cells, including those hidden from the model.
+  Its log p(x) is that of the observed cells, like the model's.
+- scikit-learn's digits are counts 0 to 16 in 64 columns, with a tenth of the cells removed. The
+  reference is a Poisson distribution with each column's mean.
 
-log p(x) of the models is by AIS (`model.log_likelihood`), on test rows that nothing else has seen.
-The imputation error is the root mean square over the removed cells of the test rows, in the
-columns' standard deviations; the column's mean is what it has to beat.
+log p(x) of the models is estimated by AIS (`model.log_likelihood`), on test rows that nothing else
+has seen. The imputation error is the root mean square error over the removed cells of the test
+rows, in standard deviations of the columns. The baseline for it is the column's mean.
 """
 
 import argparse
@@ -31,7 +31,7 @@ FACTORS = (2, 4, 6, 8, 10, 12, 15, 20)
 
 
 def cut(x, removed, seed):
-    """The splits of x with cells removed, [n, columns] each, and the test rows as they were."""
+    """Returns three splits with cells removed, [n, columns] each, and the complete test rows."""
     random = np.random.default_rng(seed)
     order = random.permutation(len(x))
     holes = np.where(random.random(x.shape) < removed, np.nan, x)
@@ -41,7 +41,7 @@ def cut(x, removed, seed):
 
 
 def of_model(method, kind, train, validation, test, seed):
-    """log p(x) of the test rows with its error of AIS, and the test rows with cells imputed."""
+    """Trains a model; returns log p(x) of the test rows by AIS, [n], and the imputed rows."""
     keras.utils.set_random_seed(seed)
     table = avb_tf.Table.of(train, kind, missing=True)
     model = avb_tf.build(
@@ -59,7 +59,7 @@ def of_model(method, kind, train, validation, test, seed):
 
 
 def of_factors(fitted, x):
-    """log p of the cells of x that are there, [n], and x with the others imputed."""
+    """Returns log p of the observed cells of x, [n], and x with the missing cells imputed."""
     mean, covariance = fitted.mean_, fitted.get_covariance()
     values, imputed = np.empty(len(x)), x.copy()
     for i, row in enumerate(x):
@@ -72,7 +72,7 @@ def of_factors(fitted, x):
 
 
 def factor_analysis(train, validation, test):
-    """The factor analysis of `train`, without missing cells, that is best on `validation`."""
+    """Fits factor analyses to complete rows and applies the best one on `validation` to `test`."""
     fits = [FactorAnalysis(n, max_iter=3000).fit(train) for n in FACTORS]
     best = max(fits, key=lambda fitted: of_factors(fitted, validation)[0].mean())
     print(f"factor analysis with {best.n_components} factors")
@@ -80,7 +80,7 @@ def factor_analysis(train, validation, test):
 
 
 def real(seed):
-    """Rows of the table: name -> (log p, imputed test rows), the truth and the means."""
+    """Returns {name: (log p, imputed test rows)}, the test rows, the truth, means and scales."""
     x = load_breast_cancer().data
     train, validation, test, truth = cut(x, 0.2, seed)
     mean, scale = np.nanmean(train, 0), np.nanstd(train, 0)
@@ -101,9 +101,9 @@ def real(seed):
 
 
 def counts(seed):
-    """As `real`, of counts."""
+    """Returns the same as `real`, for the table of counts."""
     x = load_digits().data
-    x = x[:, x.std(0) > 0.5]  # without the border, which is always empty
+    x = x[:, x.std(0) > 0.5]  # removes the border, which is always empty
     train, validation, test, truth = cut(x, 0.1, seed)
     mean = np.nanmean(train, 0)
     poisson = scipy.stats.poisson.logpmf(np.nan_to_num(test), mean)
@@ -118,7 +118,7 @@ def counts(seed):
 
 
 def rows(estimates, test, truth, mean, scale):
-    """A table's cells: model, log p(x), its gain over the last row, imputation error."""
+    """Yields rows of the table: model, log p(x), its gain over the reference, imputation error."""
     absent = np.isnan(test)
     reference = list(estimates.values())[-1 if "Poisson of the means" in estimates else -2][0]
 

@@ -1,6 +1,6 @@
-"""Targets whose draws are known exactly, for the campaign of verdicts.
+"""Targets with exact draws, for the campaign on verdicts.
 
-Each is a function without arguments that returns a `Truth`; `TARGETS` has them by name.
+`TARGETS` maps names to functions without arguments that return a `Truth`.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from tensorflow_probability import distributions as tfd
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """A model and what is known of its posterior.
+    """A model and the known facts about its posterior.
 
     Attributes:
-      model: as `fit_posterior` takes it.
+      model: a model that `fit_posterior` accepts.
       draw: (count, generator) -> exact draws of the parameters, in the model's structure.
-      observed: of a joint.
-      shape: of a log density's argument.
-      modes: [modes, dim], centres by which draws are told apart, or None.
-      log_evidence: in nats, or None.
+      observed: observed values, for a joint distribution.
+      shape: shape of the argument, for a log density.
+      modes: [modes, dim], centres of the modes, or None. A draw belongs to the nearest centre.
+      log_evidence: exact log evidence in nats, or None.
     """
 
     model: Any
@@ -51,7 +51,7 @@ def gaussian(dim, condition=1.0):
 
 
 def independent(distribution, dim):
-    """`dim` independent numbers of a distribution from scipy and its TFP counterpart."""
+    """Returns the target of `dim` independent numbers from a distribution in scipy and in TFP."""
     of_scipy, of_tfp = distribution()
     return Truth(
         lambda x: tf.reduce_sum(of_tfp.log_prob(x), -1),
@@ -124,7 +124,7 @@ def mixture(centres, widths, weights):
 
 
 def along(*positions, dim):
-    """Centres on the first diagonal."""
+    """Returns centres at these positions on the main diagonal, [positions, dim]."""
     return np.outer(positions, np.ones(dim)) / np.sqrt(dim)
 
 
@@ -156,7 +156,7 @@ def shell(dim, radius, width):
 
 
 def prior(make):
-    """A constrained parameter by itself; the observed value says nothing of it."""
+    """Returns a target with one constrained parameter, which the data do not inform."""
     distribution = make()
     joint = tfd.JointDistributionNamed(
         {"x": make(), "y": tfd.Normal(np.float64(0.0), np.float64(1.0))}

@@ -1,11 +1,11 @@
-"""The error rate of the verdict: fits of targets whose draws are known exactly.
+"""Measures the error rate of the verdict on targets with exact draws.
 
     .venv/bin/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6
 
-A fit is false trust where the verdict is "trust" and a classifier tells the fit's draws from exact
-ones with an accuracy above 0.55, or a mode's share is off by more than 0.1. What is finished is not
-done again: each fit is a file, and each target a process of its own, since TensorFlow keeps all
-graphs. `table.md` has all of them.
+A fit counts as false trust if the verdict is "trust", and either a classifier separates the fit's
+draws from exact ones with an accuracy above 0.55, or the share of a mode is off by more than 0.1.
+Each fit has a file, and finished fits are not repeated. Each target runs in a separate process,
+because TensorFlow never frees its graphs. `table.md` lists all fits.
 """
 
 import argparse
@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 ACCURACY, SHARE = 0.55, 0.1
-DRAWS = 3000  # half of them teach the classifiers, the other half are told apart
+DRAWS = 3000  # one half trains the classifiers, the other half tests them
 
 
 def measured(name: str, seconds: float, seed: int) -> dict:
-    """One fit beside the truth."""
+    """Fits a target and compares the fit with the truth."""
     import numpy as np
     import tensorflow as tf
 
@@ -67,19 +67,19 @@ def measured(name: str, seconds: float, seed: int) -> dict:
 
 
 def false_trust(row: dict) -> bool:
-    """Whether a verdict of trust is contradicted by the truth."""
+    """Returns whether the verdict is "trust" although the fit is wrong."""
     off = row.get("share_off") or 0.0
     return row["verdict"] == "trust" and (row["c2st"] > ACCURACY or off > SHARE)
 
 
 def file_of(directory: Path, name: str, seconds: float, seed: int) -> Path:
-    """Where a fit is kept."""
+    """Returns the file of a fit."""
     plain = "".join(c if c.isalnum() else "_" for c in name)
     return directory / f"{plain}-{seconds:g}s-{seed}.json"
 
 
 def table(directory: Path) -> str:
-    """All finished fits as Markdown, and the counts."""
+    """Returns a Markdown table of all finished fits, with the counts of verdicts."""
     from avb_tf import tables
 
     rows = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
@@ -103,7 +103,7 @@ def table(directory: Path) -> str:
 
 
 def _errors(row):
-    """How many stated errors the evidence is off."""
+    """Returns the error of the evidence in units of its stated standard error."""
     value, error = row.get("log_evidence", [0.0, float("inf")])
     exact = row.get("exact_log_evidence")
     if exact is None or error == float("inf"):
@@ -112,7 +112,7 @@ def _errors(row):
 
 
 def main() -> None:
-    """Runs what is not finished yet, and prints the table."""
+    """Runs everything that is not finished yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 6.0])
