@@ -16,11 +16,12 @@ from avb_tf import optimizers
 from avb_tf.amortised.checkpoint import State, Workdir, assign
 from avb_tf.amortised.network import ConditionalMixture, scaling
 from avb_tf.amortised.rows import Rows
-from avb_tf.amortised.simulation import Simulation
+from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
 from avb_tf.posteriors.training import CHUNK, Clock
 
 _SCALING_PAIRS = 10_000  # simulated pairs that set the locations and scales
+_SCALING_NUMBERS = 2**24  # largest number of entries of their data
 _WARMUP = 0.02  # share of a stage in which its learning rate rises
 
 
@@ -63,7 +64,9 @@ def train(
     """
     state = workdir.state()
     if state is None:
-        u, y, usable = simulation.simulate(_SCALING_PAIRS, tf.constant([seed, -1]))
+        size = sum(size_of(shape) for shape in simulation.shapes.values())
+        pairs = max(100, min(_SCALING_PAIRS, _SCALING_NUMBERS // size))
+        u, y, usable = simulation.simulate(pairs, tf.constant([seed, -1]))
         rows = np.asarray(y)[usable].reshape(-1, simulation.features)
         q.standardise(scaling(np.asarray(u)[usable], rows[np.isfinite(rows).all(1)]))
     else:
