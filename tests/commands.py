@@ -1,6 +1,9 @@
 """Runs command lines in this process, and provides a small finished run for them."""
 
+import atexit
+import functools
 import shutil
+import tempfile
 from pathlib import Path
 
 from avb_tf.command_line import main
@@ -27,4 +30,13 @@ def content(folder):
 def trained(root):
     """Puts the configs and a finished run, `run`, into `root`, which is the working directory."""
     shutil.copytree(REPOSITORY / "configs", root / "configs")
-    run(f"--config=configs/digits.py:vae --workdir=run {TINY}")
+    shutil.copytree(_finished_run(), root / "run")
+
+
+@functools.cache
+def _finished_run():
+    """Trains the run once in this process, and returns its workdir."""
+    workdir = Path(tempfile.mkdtemp()) / "run"
+    atexit.register(shutil.rmtree, workdir.parent, ignore_errors=True)
+    run(f"--config={REPOSITORY}/configs/digits.py:vae --workdir={workdir} {TINY}")
+    return workdir

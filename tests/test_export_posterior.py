@@ -35,7 +35,10 @@ def fit():
             "n": lambda rate: tfd.Sample(tfd.Poisson(rate), 3),
         }
     )
-    return avb_tf.fit_posterior(joint, {"n": np.array([1.0, 3.0, 2.0])}, steps=50, verbose=False)
+    return avb_tf.fit_posterior(
+        joint, {"n": np.array([1.0, 3.0, 2.0])}, steps=50, verbose=False, draws=128,
+        adversary_steps=1, blocks=1, chart_steps=1, chart_width=16,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def evaluated(tmp_path_factory):
     for seed in (0, 1):
         config = posterior.config(f"{directory / 'model.py'}:normal")
         config.update(seed=seed, steps=50, seconds=0.0)
-        config.fit.update(draws=128, adversary_steps=1, chart_width=16)
+        config.fit.update(draws=128, adversary_steps=1, blocks=1, chart_steps=0)
         config.eval.update(draws=200, nuts_draws=50, gaussian_steps=1000)
         config.eval.reference = str(directory / "references")
         experiment.train_and_evaluate(config, directory / f"normal-{seed}")

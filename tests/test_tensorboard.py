@@ -21,7 +21,8 @@ SETTINGS = [
     "--config.steps=40", "--config.log_every=20", "--config.checkpoint_every=40",
     "--config.model.width=16", "--config.model.adversary_width=16", "--config.model.basis_width=8",
     "--config.model.bases=4", "--config.eval.examples=20", "--config.eval.grid=40",
-    "--config.eval.posteriors=2", "--config.profile_steps=20,25",
+    "--config.eval.posteriors=2", "--config.eval.repeats=1", "--config.eval.gap=2",
+    "--config.profile_steps=20,25",
 ]  # fmt: skip
 
 

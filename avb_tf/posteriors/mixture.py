@@ -70,6 +70,16 @@ class Mixture(NamedTuple):
         return np.logaddexp.reduce(self.log_densities(x))
 
 
+def degrees(dim: int) -> float:
+    """Returns the degrees of freedom of components fitted to draws in `dim` dimensions.
+
+    The distance from the centre of a Student t varies by about sqrt(1 / (2 degrees)) of itself, and
+    that of a Gaussian by sqrt(1 / (2 dim)). With few degrees in many dimensions, the two would
+    hardly overlap.
+    """
+    return max(DEGREES, 0.25 * dim)
+
+
 def largest(dim: int) -> int:
     """Returns the largest number of components that is affordable in `dim` dimensions."""
     return int(np.clip(_LARGEST_WORK // dim**2, 1, 64))
@@ -121,4 +131,4 @@ def fitted(x: np.ndarray, initial: Mixture) -> Mixture:
         roots = np.stack([lower(covariance) for covariance in covariances])
         weights = mass / count + 0.02 / len(mass)
         weights /= weights.sum()
-    return Mixture(weights, means, roots, DEGREES)
+    return Mixture(weights, means, roots, degrees(dim))

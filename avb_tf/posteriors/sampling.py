@@ -31,6 +31,16 @@ class Sampled(NamedTuple):
     log_evidence: Estimate
     log_normaliser: float  # nats: the log evidence, or a rough estimate if it is unknown
 
+    @property
+    def excess(self) -> float:
+        """Nats by which the density exceeds the mixture because the covariances are estimated.
+
+        The divergence of a Gaussian from one with the moments of n draws is d (d + 3) / (4 n) nats
+        on average. One state in four counts as independent of the others.
+        """
+        chains, kept, dim = self.states.shape
+        return dim * (dim + 3.0) / (chains * kept)
+
 
 def weighed(scores, proposal: Mixture, rng) -> np.ndarray:
     """Returns draws of a mixture, [CHAINS, dim], resampled by their importance weights.

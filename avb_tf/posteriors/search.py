@@ -220,7 +220,9 @@ class Look(NamedTuple):
     where: np.ndarray
 
 
-def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: int) -> Look:
+def look(
+    log_density, dtype, known: Mixture, slack: float, deadline: float, most: int, seed: int
+) -> Look:
     """Searches widely around a mixture for points where the density exceeds the mixture's.
 
     Gradients do not lead to a mode that takes up less than a thousandth of the space; only points
@@ -232,6 +234,7 @@ def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: i
         estimate of the evidence.
       dtype: dtype of x.
       known: a mixture close to the known part of the posterior.
+      slack: nats by which the density exceeds the mixture within the known part.
       deadline: value of `time.monotonic` after which no further batch begins.
       most: largest number of points.
       seed: seed of the points.
@@ -277,9 +280,9 @@ def look(log_density, dtype, known: Mixture, deadline: float, most: int, seed: i
         x, excess, density, radius = (np.asarray(part, np.float64) for part in parts)
         points += _LOOK
         row = excess.argmax()
-        if excess[row] > np.log(3.0):
+        if excess[row] > np.log(3.0) + slack:
             seen.append((excess[row], x[row]))
-        unseen = excess > np.log(10.0)
+        unseen = excess > np.log(10.0) + slack
         weights.append(np.exp(density[unseen] - log_wide(radius[unseen]) + volume))
         where.append(x[unseen])
     seen.sort(key=lambda pair: -pair[0])

@@ -171,6 +171,7 @@ def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int
         lambda v: log_density(v) - tf.cast(sampled.log_normaliser, target.dtype),
         target.dtype,
         sampled.mixture,
+        sampled.excess,
         time.monotonic() + (LOOK_SHARE * seconds if seconds else LOOK_SECONDS * steps),
         2**62 if seconds else LOOK_POINTS * steps,
         seed,
@@ -316,20 +317,23 @@ def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
         modes = search.modes(scores, search.climb(scores, look.x))
         excess = scores(modes.x)[0] - sampled.log_normaliser - known.log_density(modes.x)
         mass = search.masses(scores, modes, sampled.log_normaliser, rng)
-        fresh = (excess > np.log(3.0)) & (mass > 1e-3)
+        fresh = (excess > np.log(3.0) + sampled.excess) & (mass > 1e-3)
         means += list(modes.x[fresh])
         roots += [mixture.lower(root @ root) for root in modes.roots[fresh]]
         lacking = mass[fresh].sum() / (1.0 + mass[fresh].sum())
     if len(look.where) and look.lacking > LACKING:
         density = scores(look.where)[0] - sampled.log_normaliser
-        unseen = look.where[density - known.log_density(look.where) > np.log(10.0)]
+        excess = density - known.log_density(look.where)
+        unseen = look.where[excess > np.log(10.0) + sampled.excess]
         share = look.lacking * len(unseen) / len(look.where)
         if share > LACKING:
             lacking = max(lacking, share)
             means.append(unseen.mean(0))
-            spread = np.cov(unseen.T) if len(unseen) > 1 else np.zeros([unseen.shape[1]] * 2)
-            small = 1e-6 * np.eye(unseen.shape[1]) * (1.0 + np.trace(np.atleast_2d(spread)))
-            roots.append(mixture.lower(np.atleast_2d(spread) + small))
+            # In many dimensions, few points say little about a covariance.
+            dim, spread = unseen.shape[1], np.cov(sampled.states.reshape(-1, unseen.shape[1]).T)
+            scatter = (unseen - means[-1]).T @ (unseen - means[-1])
+            covariance = (scatter + dim * np.atleast_2d(spread)) / (len(unseen) + dim)
+            roots.append(mixture.lower(covariance))
     if not means:
         return None, lacking
     weights = np.full(len(roots), 0.5 / len(roots))

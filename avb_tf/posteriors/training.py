@@ -12,7 +12,7 @@ from avb_tf.data import pipeline
 from avb_tf.errors import UserError
 from avb_tf.model import AVB
 
-CHUNK = 25  # steps between readings of the clock
+CHUNK = 25  # most steps between readings of the clock
 
 
 class Clock:
@@ -77,15 +77,16 @@ def train(
     Raises:
       UserError: the bound or its gradient is no longer finite.
     """
-    clip = settings["clip_norm"]
+    # In many dimensions 25 steps may take longer than the whole fit should.
+    clip, chunk = settings["clip_norm"], max(1, min(CHUNK, 1000 // model.encoder.latent_dim))
     model.compile(
         optimizers.Adam(0.0, global_clipnorm=clip),
         optimizers.Adam(0.0, global_clipnorm=clip),
-        steps_per_execution=CHUNK,
+        steps_per_execution=chunk,
     )
     x = pipeline.untuned(tf.data.Dataset.from_tensors(tf.zeros([1, 1])).repeat())
     pace = _Pace(settings, clock, until, rate, emerged)
-    endless = {"epochs": 10**6, "steps_per_epoch": CHUNK, "shuffle": False, "verbose": 0}
+    endless = {"epochs": 10**6, "steps_per_epoch": chunk, "shuffle": False, "verbose": 0}
     return model.fit(x, callbacks=[pace], **endless).history
 
 
@@ -119,16 +120,16 @@ class _Pace(keras.callbacks.Callback):
         """Updates the progress, and stops at the end of the training.
 
         Raises:
-          UserError: all steps of a chunk were skipped, as the bound or its gradient is not finite.
+          UserError: 25 steps in a row were skipped, as the bound or its gradient is not finite.
         """
-        if int(self.model.skipped_in_a_row.numpy()) >= CHUNK:
+        self.clock.step += self.params["steps"]
+        if (skipped := int(self.model.skipped_in_a_row.numpy())) >= CHUNK:
+            since = self.clock.step - skipped
             raise UserError(
-                f"the bound or its gradient has not been finite since step {self.clock.step}; "
-                "expected finite ones: check the model's density far from its mode, or lower "
-                "learning_rate"
+                f"the bound or its gradient has not been finite since step {since}; expected "
+                "finite ones: check the model's density far from its mode, or lower learning_rate"
             )
         if self.first:
             self.clock.traced, self.first = self.clock.elapsed() - self.began, False
-        self.clock.step += CHUNK
         self.clock.bar.update(int(100 * self.clock.progress()), [("elbo", logs["elbo"])])
         self.model.stop_training = self.clock.progress() >= self.until
