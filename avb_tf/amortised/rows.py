@@ -38,12 +38,6 @@ class Rows(Simulation):
         self.log_volume, self.coordinates = one.log_volume, one.coordinates
         self._graphs = {}
 
-    def simulate(self, n, seed):
-        """Simulates `n` new pairs; see `Simulation.simulate`. y is [n, largest * features]."""
-        if n not in self._graphs:
-            self._graphs[n] = tf.function(lambda seed: self._simulate(n, seed), autograph=False)
-        return self._graphs[n](tf.cast(seed, tf.int32))
-
     def _simulate(self, n, seed):
         seeds = tf.random.split(seed, 3)
         u, _, usable = self.one.simulate(n, seeds[0])
