@@ -20,7 +20,7 @@ from avb_tf.serving.saved_model import RunError, SavedModel
 TINY = {
     "verbose": False,
     "width": 16,
-    "trunk_width": 16,
+    "trunk_width": 32,
     "depth": 1,
     "components": 2,
     "batch_size": 128,
