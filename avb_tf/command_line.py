@@ -18,7 +18,7 @@ from ml_collections.config_flags import config_flags
 
 from avb_tf import configs, configuration
 from avb_tf.errors import UserError, WorkerLostError
-from avb_tf.settings import posterior
+from avb_tf.settings import amortised, posterior, run
 from avb_tf.version import __version__
 
 USAGE = """Adversarial Variational Bayes.
@@ -53,6 +53,14 @@ POSTERIOR_MODES = {
     "export": "avb_tf.posteriors.experiment:export",
     "serve_check": "avb_tf.serving.check:serve_check",
 }
+AMORTISED_MODES = {
+    "train": "avb_tf.amortised.experiment:train",
+    "evaluate": "avb_tf.amortised.experiment:evaluate",
+    "train_and_evaluate": "avb_tf.amortised.experiment:train_and_evaluate",
+    "sample": "avb_tf.amortised.experiment:sample",
+    "export": "avb_tf.amortised.experiment:export",
+    "serve_check": "avb_tf.serving.check:serve_check",
+}
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a folder here for each GPU
 
@@ -76,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     try:
         config, workdir = _parse(values, argv)
-        of_posterior = configuration.kind(config) is posterior
-        modes = POSTERIOR_MODES if of_posterior else MODES
+        modes = {posterior: POSTERIOR_MODES, amortised: AMORTISED_MODES}.get(
+            configuration.kind(config), MODES
+        )
         if values.mode not in modes:
             raise UserError(
                 f"--mode={values.mode} does not apply to method '{config and config.method}'; "
@@ -90,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # TensorFlow reads the variable only when it starts.
             os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
         _cache_programs()
-        alone = of_posterior or values.mode not in ("train", "train_and_evaluate")
+        alone = modes is not MODES or values.mode not in ("train", "train_and_evaluate")
         if alone and "TF_CONFIG" in os.environ and not _imported("avb_tf.replicas").is_chief():
             print(f"--mode={values.mode} runs only on the first worker of TF_CONFIG")
             return
@@ -208,8 +217,8 @@ def _parse(
             "expected the method after a colon, --config=FILE:METHOD"
         )
     configuration.validate(config)
-    if configuration.kind(config) is posterior and not config.name:
-        config.name = posterior.name(config)
+    if configuration.kind(config) is not run and not config.name:
+        config.name = configuration.kind(config).name(config)
     if not (values.workdir or config.name):
         raise UserError("config.name is empty; expected a name, or a --workdir")
     workdir = Path(values.workdir or Path("runs") / config.name).resolve()

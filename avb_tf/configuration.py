@@ -11,7 +11,7 @@ import ml_collections
 
 from avb_tf import files
 from avb_tf.errors import UserError
-from avb_tf.settings import posterior, run
+from avb_tf.settings import amortised, posterior, run
 
 FILE = "config.json"
 # Fields that may differ between training and a later command, which may run on another machine.
@@ -24,9 +24,10 @@ default = run.default  # the starting point of a config file
 
 
 def kind(config: Mapping | ml_collections.ConfigDict | None) -> ModuleType:
-    """Returns `settings.posterior` or `settings.run`, which has the config's fields and checks."""
+    """Returns the module of `settings` with the config's fields and checks; `run` by default."""
     has_method = isinstance(config, Mapping | ml_collections.ConfigDict)
-    return posterior if has_method and config.get("method") == posterior.METHOD else run
+    modules = {module.METHOD: module for module in (posterior, amortised)}
+    return modules.get(config.get("method"), run) if has_method else run
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

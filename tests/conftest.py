@@ -29,6 +29,9 @@ SLOW = (
 
 # Slow tests of which CI runs a quicker counterpart; `make test-long` runs them.
 LONG = (
+    "amortised_rows.py::test_a_process_without_this_package",
+    "amortised_rows.py::test_rows_are_independent_given_the_parameters[True]",
+    "amortised_runs.py::test_a_run_killed_at_its_first_stage",
     "auxiliary.py::test_the_trained_bound_is_below_log_p_by_quadrature",
     "baselines.py::test_a_gaussian_of_full_rank_finds_the_gaussian",
     "baselines.py::test_nuts_draws_from_the_posterior[False",

@@ -10,9 +10,10 @@ from tensorflow_probability import distributions as tfd
 
 import avb_tf
 from avb_tf import UserError
-from avb_tf.amortised import calibration, judging, simulation
+from avb_tf.amortised import calibration, judging, sources
 from avb_tf.posteriors import models
 from avb_tf.posteriors.mixture import Mixture
+from avb_tf.serving.saved_model import RunError, SavedModel
 
 TINY = {
     "verbose": False,
@@ -208,7 +209,14 @@ def test_ranks_are_uniform_and_those_of_a_wrong_scale_are_not(linear_fit):
     assert min(check.p_values.values()) > 1e-3
     assert (np.abs(check.coverage(0.9) - 0.9) < 5.0 * np.sqrt(0.09 / 400) + 0.02).all()
     assert "simulated data sets" in str(check)
-    lines = check.plot().axes[0].get_lines()
+    assert max(calibration.deviation(r, check.draws) for r in check.ranks_of_outcomes.T) < 0.11
+    ranks, outcomes, coverage, *recovery, empty = check.plot().axes
+    assert (len(outcomes.get_lines()), len(recovery)) == (3, 2)  # of y, and of mu
+    assert not empty.axison
+    np.testing.assert_allclose(coverage.get_lines()[1].get_ydata()[17], check.coverage(0.9)[1])
+    truth = recovery[0].get_lines()[0].get_xdata()
+    np.testing.assert_array_equal(truth, check.parameters[: len(truth), 0])
+    lines = ranks.get_lines()
     assert len(lines) == 4
     largest = np.abs(lines[0].get_ydata()).max()
     assert largest == pytest.approx(calibration.deviation(check.ranks[:, 0], check.draws))
@@ -226,6 +234,12 @@ def test_ranks_are_uniform_and_those_of_a_wrong_scale_are_not(linear_fit):
 def test_the_deviation_of_ranks_by_hand():
     assert calibration.deviation(np.array([0, 1, 2, 3]), 3) == 0.0
     assert calibration.deviation(np.array([0, 0, 0, 0]), 3) == 0.75
+
+
+def test_equal_outcomes_are_ranked_at_random():
+    compiled = SimpleNamespace(outcome=lambda u, seed: np.zeros([len(u), 1]), dtype=tf.float32)
+    ranks = calibration._ranks_of_outcomes(compiled, np.zeros([2000, 1]), np.zeros([9, 2000, 1]), 0)
+    assert stats.chisquare(np.bincount(ranks[:, 0], minlength=10)).pvalue > 1e-3
 
 
 def test_data_unlike_the_model_are_flagged_and_its_own_rarely(linear_fit):
@@ -288,7 +302,7 @@ def test_pairs_of_an_auto_batched_joint_are_independent():
         mean = yield tfd.Normal(tf.zeros(2), 1.0, name="mean")
         yield tfd.Normal(mean[0], 0.1, name="x")
 
-    source = simulation.of_joint(joint, ("x",))
+    source = sources.of_joint(joint, ("x",))
     u, y, _ = (np.asarray(part) for part in source.simulate(2000, tf.constant([0, 5])))
     noise = (y[:, 0] - u[:, 0]) / 0.1
     assert stats.kstest(noise, stats.norm.cdf).pvalue > 1e-3
@@ -307,7 +321,7 @@ def test_parameters_keep_their_names_in_any_order(structure):
             y=lambda p, R, a: tfd.Normal(p + R + a, 1.0),
         )
     )
-    source = simulation.of_joint(joint, ("y",))
+    source = sources.of_joint(joint, ("y",))
     u, *_ = source.simulate(100, tf.constant([0, 1]))
     parameters = source.constrain(u)
     parameters = parameters if structure is dict else parameters._asdict()
@@ -327,7 +341,7 @@ def test_several_observed_parts_keep_their_types():
             "x": lambda mean: tfd.Sample(tfd.Normal(mean, 1.0), 2),
         }
     )
-    source = simulation.of_joint(joint, ("x", "count"))
+    source = sources.of_joint(joint, ("x", "count"))
     row = source.flat({"x": [0.5, 1.0], "count": 3})
     np.testing.assert_array_equal(row, [[0.5, 1.0, 3.0]])
     mean = np.array([[0.2], [1.3]], np.float32)
@@ -353,6 +367,13 @@ def test_a_saved_fit_needs_no_model(linear_fit, tmp_path):
     # The data sets are simulated anew: the standard error of the p-values' difference is 0.02.
     assert abs(loaded.surprise(y).p_value - linear_fit.surprise(y).p_value) < 0.1
     assert loaded.history == linear_fit.history
+    served = SavedModel(loaded.export(tmp_path / "export", draws=7, max_batch=100))
+    rows = {"y": np.repeat(OBSERVED[:1], 100, 0), "mu": before.numpy()}
+    density = served.run("log_prob", rows)["log_prob"]
+    np.testing.assert_allclose(density, linear_fit.log_prob(mu, y), rtol=1e-4, atol=1e-4)
+    assert served.run("sample", {"y": OBSERVED})["mu"].shape == (2, 7, 2)
+    with pytest.raises(RunError, match="not finite"):
+        served.run("sample", {"y": OBSERVED * np.float32(np.nan)})
 
 
 def test_arviz_has_draws_weights_and_data(linear_fit):

@@ -97,4 +97,5 @@ def test_commands_are_understood(page, tmp_path, monkeypatch):
 
 
 def all_modes():
-    return [*command_line.MODES.values(), *command_line.POSTERIOR_MODES.values()]
+    modes = (command_line.MODES, command_line.POSTERIOR_MODES, command_line.AMORTISED_MODES)
+    return [entry for one in modes for entry in one.values()]

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from avb_tf import tables
 from avb_tf.amortised.judging import Compiled
+from avb_tf.amortised.simulation import Simulation
 from avb_tf.figures import calibration
 
 LEVELS = (0.5, 0.8, 0.9)
@@ -28,6 +29,12 @@ class Check(NamedTuple):
       ranks_of_density: number of draws with a lower log q than these parameters, [pairs].
       ranks_of_distance: number of draws closer than these parameters to a random reference point,
         [pairs]: TARP.
+      features: names of the predicted numbers: those of a data set, or of one row.
+      ranks_of_outcomes: number of draws of the posterior predictive below new data of these
+        parameters, [pairs, features].
+      parameters: unconstrained parameters that generated the data, [pairs, dim].
+      means: means of the draws, [pairs, dim].
+      sds: standard deviations of the draws, [pairs, dim].
     """
 
     coordinates: list[str]
@@ -35,6 +42,11 @@ class Check(NamedTuple):
     ranks: np.ndarray
     ranks_of_density: np.ndarray
     ranks_of_distance: np.ndarray
+    features: list[str]
+    ranks_of_outcomes: np.ndarray
+    parameters: np.ndarray
+    means: np.ndarray
+    sds: np.ndarray
 
     def coverage(self, level: float) -> np.ndarray:
         """Returns the share of parameters within q's central interval, by coordinate, [dim]."""
@@ -56,14 +68,25 @@ class Check(NamedTuple):
         return ranks | {"log density": self.ranks_of_density, "distance": self.ranks_of_distance}
 
     def plot(self):
-        """Plots the ranks' distribution functions minus the uniform one, as a matplotlib figure.
+        """Plots ranks, posterior predictive, coverage and recovery, as a matplotlib figure.
 
-        A band shows the deviations that are expected by chance. An arch means that the parameters
-        lie lower than the draws, an S-shape that the draws are too narrow or too wide.
+        Ranks are shown as their distribution functions minus the uniform one. A band shows the
+        deviations that are expected by chance. An arch means that the parameters lie lower than the
+        draws, an S-shape that the draws are too narrow or too wide. Ranks of new data among
+        predicted data are shown in the same way.
         """
         null = _null(len(self.ranks), self.draws)
-        shares = {name: _shares(r, self.draws) for name, r in self.named_ranks().items()}
-        return calibration.ranks(shares, float(np.quantile(null, 1.0 - FALSE_ALARMS)))
+        outcomes = dict(zip(self.features, self.ranks_of_outcomes.T, strict=True))
+        levels = np.arange(1, 20) / 20.0
+        return calibration.check(
+            {name: _shares(ranks, self.draws) for name, ranks in self.named_ranks().items()},
+            {name: _shares(ranks, self.draws) for name, ranks in outcomes.items()},
+            float(np.quantile(null, 1.0 - FALSE_ALARMS)),
+            levels,
+            np.stack([self.coverage(level) for level in levels]),
+            self.coordinates,
+            calibration.Recovery(self.parameters, self.means, self.sds),
+        )
 
     @property
     def calibrated(self) -> bool:
@@ -106,8 +129,8 @@ class Surprise(NamedTuple):
         return f"unlike the model's own data (p {self.p_value:.3f}), by its {name}"
 
 
-def check(compiled: Compiled, pairs: int, draws: int, seed: int) -> Check:
-    """Ranks simulated parameters among draws of q given their data.
+def check(compiled: Compiled, simulation: Simulation, pairs: int, draws: int, seed: int) -> Check:
+    """Ranks parameters of a `simulation` among draws of q given their data.
 
     Args:
       compiled: the fit's graphs.
@@ -117,7 +140,7 @@ def check(compiled: Compiled, pairs: int, draws: int, seed: int) -> Check:
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018); for the reference points, Lemos,
     Coogan, Hezaveh and Perreault-Levasseur (2023).
     """
-    u, y = simulated(compiled, pairs, seed)
+    u, y = simulated(simulation, pairs, seed)
     q = drawn(compiled, y, draws, seed)
     own = np.asarray(compiled.log_prob_given(tf.constant(u, tf.float32), compiled.given(y)))
     scale = u.std(0) + 1e-12
@@ -133,7 +156,32 @@ def check(compiled: Compiled, pairs: int, draws: int, seed: int) -> Check:
         (q.u < u).sum(0),
         (q.log_q < own).sum(0),
         (distance(q.u) < distance(u)).sum(0),
+        simulation.features_by_name(),
+        _ranks_of_outcomes(compiled, u, q.u, seed),
+        u,
+        q.u.mean(0),
+        q.u.std(0, ddof=1),
     )
+
+
+def _ranks_of_outcomes(compiled: Compiled, u, drawn, seed) -> np.ndarray:
+    """Ranks new data of u [pairs, dim] among data predicted from draws [draws, pairs, dim].
+
+    If q is exact, new data that are independent of those given to q have uniform ranks. Ties, as
+    between counts, are broken at random.
+    """
+
+    def outcome(u, number):
+        seeds = tf.constant([seed, number], tf.int32)
+        return np.asarray(compiled.outcome(tf.constant(u, compiled.dtype), seeds))
+
+    truth = outcome(u, 0)
+    below, equal = np.zeros(truth.shape, int), np.zeros(truth.shape, int)
+    for number, one in enumerate(drawn, 1):
+        predicted = outcome(one, number)
+        below += predicted < truth
+        equal += predicted == truth
+    return below + np.random.default_rng(seed).integers(0, equal + 1)
 
 
 class Drawn(NamedTuple):
@@ -165,17 +213,17 @@ def drawn(compiled: Compiled, y: np.ndarray, draws: int, seed: int) -> Drawn:
     return Drawn(np.concatenate(u), np.concatenate(log_q))
 
 
-def simulated(compiled: Compiled, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def simulated(simulation: Simulation, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns simulated pairs: u [pairs, dim] and y [pairs, features], both in float64.
 
     Usable pairs are repeated to replace those that are not finite.
 
     Args:
-      compiled: the fit's graphs.
+      simulation: source of the pairs.
       pairs: number of pairs.
       seed: seed of the pairs.
     """
-    u, y, usable = compiled.simulation.simulate(pairs, tf.constant([seed, -2]))
+    u, y, usable = simulation.simulate(pairs, tf.constant([seed, -2]))
     rows = np.resize(np.flatnonzero(usable), pairs)
     return np.asarray(u, np.float64)[rows], np.asarray(y)[rows]
 
@@ -206,9 +254,9 @@ class Typical(NamedTuple):
     log_evidence: np.ndarray | None  # [n], in nats, or None if the model has no density
 
 
-def typical(compiled: Compiled, seed: int) -> Typical:
-    """Simulates data sets of the model, with their log evidence, for `surprise`."""
-    _, y = simulated(compiled, _TYPICAL, seed)
+def typical(compiled: Compiled, simulation: Simulation, seed: int) -> Typical:
+    """Simulates data sets, with their log evidence, for `surprise`."""
+    _, y = simulated(simulation, _TYPICAL, seed)
     return Typical(y, _log_evidence(compiled, y, seed))
 
 
@@ -228,7 +276,7 @@ def surprise(compiled: Compiled, y: np.ndarray, others: Typical, seed: int) -> S
       seed: seed of the draws for the log evidence.
     """
     together = np.concatenate([y, others.y])
-    statistics = _distances(together)
+    statistics = _distances(compiled.simulation.summary(together))
     if others.log_evidence is not None:
         own = _log_evidence(compiled, y, seed)
         assert own is not None
@@ -247,19 +295,24 @@ def surprise(compiled: Compiled, y: np.ndarray, others: Typical, seed: int) -> S
 
 
 def _distances(y) -> dict[str, np.ndarray]:
-    """Returns the distances of each row of y [n, features] from the mean and the nearest other.
+    """Returns the distances of each row of y [n, statistics] from the mean and the nearest other.
 
     They are squared, in robustly scaled coordinates where the rows have covariance I.
     """
-    low, middle, high = np.quantile(y, [0.16, 0.5, 0.84], axis=0)
-    scale = np.where(high > low, 0.5 * (high - low), y.std(0) + 1e-12)
-    z = np.arcsinh((y - middle) / scale)
+    z = standardised(y)
     covariance = np.atleast_2d(np.cov(z.T)) + 1e-9 * np.eye(z.shape[1])
     white = np.linalg.solve(np.linalg.cholesky(covariance), (z - z.mean(0)).T).T
     squares = (white**2).sum(1)
     between = squares[:, np.newaxis] + squares - 2.0 * white @ white.T
     np.fill_diagonal(between, np.inf)
     return {"distance from the mean": squares, "distance from the nearest": between.min(1)}
+
+
+def standardised(y) -> np.ndarray:
+    """Standardises y [n, statistics] by medians and quantiles, with tails compressed."""
+    low, middle, high = np.quantile(y, [0.16, 0.5, 0.84], axis=0)
+    scale = np.where(high > low, 0.5 * (high - low), y.std(0) + 1e-12)
+    return np.arcsinh((y - middle) / scale)
 
 
 def _log_evidence(compiled, y, seed) -> np.ndarray | None:

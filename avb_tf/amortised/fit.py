@@ -8,12 +8,17 @@ These are the stages of a fit and its use:
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tensorflow_probability import distributions as tfd
 
-from avb_tf.amortised import simulation, training
+from avb_tf.amortised import sources, training
+from avb_tf.amortised.checkpoint import Workdir
 from avb_tf.amortised.result import AmortisedFit
+from avb_tf.amortised.rows import check_sizes
+from avb_tf.amortised.rows import of as of_rows
+from avb_tf.amortised.simulation import Simulation
 from avb_tf.errors import UserError
 from avb_tf.posteriors.fit import seeded
 from avb_tf.posteriors.training import Clock
@@ -25,9 +30,11 @@ def fit_amortised(
     observed: Sequence[str] = ("y",),
     *,
     prior: Any = None,
+    rows: tuple[int, int] | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     seed: int = 0,
+    workdir: Path | str | None = None,
     verbose: bool = True,
     **settings: Any,
 ) -> AmortisedFit:
@@ -42,10 +49,15 @@ def fit_amortised(
         and a seed [2] that returns data [n, ...], as an array or a dict by name.
       observed: names of the parts that will be observed; all others are inferred.
       prior: TFP distribution of a simulator's parameters; only for a simulator.
+      rows: smallest and largest number of rows of a data set. The model is then a model of one row;
+        the rows of a data set are independent given the parameters, and y is [rows, ...].
       steps: number of training steps, each with new pairs; 10,000 if `seconds` is not given either.
       seconds: time that the whole call may take. The number of training steps then depends on the
         machine, so the fit is not determined by `seed` alone.
       seed: seed of the initial weights and the pairs. TensorFlow's global seed is set.
+      workdir: directory for a checkpoint of the training and for TensorBoard's scalars. The same
+        call resumes from the checkpoint. With `steps` it ends as if it had not been interrupted,
+        except for AutoBatched joint distributions, which cannot be drawn by step.
       verbose: whether to show a progress bar.
       **settings: changes to `settings.amortised.SETTINGS`.
     Returns:
@@ -63,24 +75,43 @@ def fit_amortised(
         steps = STEPS
     resolved_settings = resolved(**settings)
     with seeded(seed):
-        source = _simulation(model, prior, observed)
+        source = simulation_of(model, prior, observed, rows)
         clock = Clock(steps, seconds, began, verbose)
         clock.start_training(0.0)
         q = training.build(source, resolved_settings)
-        history = training.train(q, source, resolved_settings, clock, seed)
+        identity = {
+            "parameters": source.coordinates(),
+            "observed": source.shapes,
+            "rows": rows,
+            "steps": steps,
+            "seconds": seconds,
+            "seed": seed,
+            **resolved_settings,
+        }
+        kept = Workdir(None if workdir is None else Path(workdir), identity)
+        history = training.train(q, source, resolved_settings, clock, seed, kept)
     return AmortisedFit(source, q, resolved_settings, seed, clock.step, clock.elapsed(), history)
 
 
-def _simulation(model, prior, observed) -> simulation.Simulation:
+def simulation_of(model, prior, observed, rows) -> Simulation:
+    """Returns the simulation of a user's model; the arguments are those of `fit_amortised`.
+
+    Raises:
+      UserError: the model cannot be fitted; the message says what to change.
+    """
+    if rows is not None:
+        check_sizes(rows)
     if isinstance(model, tfd.JointDistribution):
         if prior is not None:
             raise UserError(
                 "a joint distribution came with a `prior`; expected a `prior` only with a simulator"
             )
-        return simulation.of_joint(model, observed)
-    if not callable(model) or isinstance(model, tfd.Distribution):
+        source = sources.of_joint(model, observed)
+    elif not callable(model) or isinstance(model, tfd.Distribution):
         raise UserError(
             f"the model is of type {type(model).__name__}; expected a TFP joint distribution, not "
             "pinned, or a simulator: a function of parameters and a seed"
         )
-    return simulation.of_simulator(model, prior, observed)
+    else:
+        source = sources.of_simulator(model, prior, observed)
+    return source if rows is None else of_rows(source, *rows)

@@ -82,6 +82,7 @@ class Compiled:
         self.sample_given = compile_(q.sample_given)
         self.log_prob_given = compile_(q.log_prob_given)
         self.parameters = compile_(self._parameters)
+        self.outcome = compile_(simulation.outcome)
         self.densities = compile_(simulation.log_densities)
         self.scores = compile_(
             lambda u, y: value_and_gradient(lambda u: simulation.log_density(u, y), u)

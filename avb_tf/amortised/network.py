@@ -79,6 +79,41 @@ class Residual(keras.layers.Layer):
         return hidden
 
 
+class DeepSet(keras.layers.Layer):
+    """Features of a set of rows, independent of their order, [n, rows, features] -> [n, width].
+
+    A small residual network reads each row. A second one reads the mean and the maximum of its
+    outputs and the logarithm of the number of rows.
+
+    Args:
+      width: units of each layer of the second network; the first has half as many.
+      depth: number of residual blocks of the second network; the first has one.
+    Source: Zaheer et al. (2017).
+    """
+
+    def __init__(self, width: int, depth: int):
+        super().__init__()
+        # Most of a step's time goes to the network of the rows, of which there are many.
+        self.each, self.whole = Residual(max(8, width // 2), 1), Residual(width, depth)
+
+    def call(self, y):
+        """Returns features [n, width] for y [n, rows, features]; rows of NaN are left out."""
+        present = tf.reduce_all(tf.math.is_finite(y), -1)
+        owner, sets = tf.where(present)[:, 0], tf.shape(y)[0]
+        hidden = tf.nn.silu(self.each(tf.boolean_mask(y, present)))
+        count = tf.reduce_sum(tf.cast(present, tf.float32), 1, keepdims=True)
+        return self.whole(
+            tf.concat(
+                [
+                    tf.math.unsorted_segment_sum(hidden, owner, sets) / count,
+                    tf.math.unsorted_segment_max(hidden, owner, sets),
+                    tf.math.log(count),
+                ],
+                -1,
+            )
+        )
+
+
 class Whitening(keras.layers.Layer):
     """Mean and triangle P of v = P(y) (u - mean(y)), which is roughly standard given y.
 
@@ -86,17 +121,16 @@ class Whitening(keras.layers.Layer):
 
     Args:
       dim: dimensions of u.
-      width: units of each layer of the network of y.
-      depth: number of residual blocks of this network.
+      trunk: layer from y to features [n, width].
     """
 
-    def __init__(self, dim: int, width: int, depth: int):
+    def __init__(self, dim: int, trunk: keras.layers.Layer):
         super().__init__()
-        self.dim, self.trunk = dim, Residual(width, depth)
+        self.dim, self.trunk = dim, trunk
         self.head = keras.layers.Dense(dim * (dim + 2), kernel_initializer="zeros")
 
     def call(self, y):
-        """Returns mean [n, dim], P [n, dim, dim] and log |P| [n] for y [n, features]."""
+        """Returns mean [n, dim], P [n, dim, dim] and log |P| [n] for y [n, ..., features]."""
         outputs = self.head(self.trunk(y))
         mean, diagonal, square = tf.split(outputs, [self.dim, self.dim, self.dim**2], -1)
         diagonal = tf.clip_by_value(diagonal, -_LARGEST, -_SMALLEST)
@@ -118,26 +152,29 @@ class ConditionalMixture(keras.Model):
 
     Args:
       dim: dimensions of u.
-      features: dimensions of y.
+      features: dimensions of y, or of each row of y.
       components: number of components of each factor.
       width: units of each layer of the factors' residual networks.
       depth: number of residual blocks of each network.
       trunk_width: units of each layer of the two networks of y, one for the factors and one for
         the whitening.
+      rows: whether y is a set of rows, [n, rows * features], in any order.
     Source: mixture density networks (Bishop, 1994), in autoregressive order (Uria, Murray and
     Larochelle, 2013).
     """
 
-    def __init__(self, dim, features, components, width, depth, trunk_width):
+    def __init__(self, dim, features, components, width, depth, trunk_width, rows=False):
         super().__init__()
         self.dim, self.components, self.width = dim, components, width
+        self.features, self.rows = features, rows
+        trunk = DeepSet if rows else Residual
         sizes = {"u_mean": dim, "u_scale": dim, "y_mean": features, "y_scale": features}
         self.locations = [
             self.add_weight(shape=[n], initializer="ones", trainable=False, name=name)
             for name, n in sizes.items()
         ]
-        self.whitening = Whitening(dim, trunk_width, depth)
-        self.trunk = Residual(trunk_width, depth)
+        self.whitening = Whitening(dim, trunk(trunk_width, depth))
+        self.trunk = trunk(trunk_width, depth)
         self.context = keras.layers.Dense(dim * width, name="context")
         self.first = self._kernel(dim, width)
         self.blocks = [
@@ -218,22 +255,25 @@ class ConditionalMixture(keras.Model):
         """
         seeds = tf.random.split(seed, 2)
         noise = tf.random.stateless_normal([self.dim, n], seeds[0])
-        uniform = tf.random.stateless_uniform([self.dim, n, 1], seeds[1])
+        return self.transform(
+            context, noise, tf.random.stateless_uniform([self.dim, n, 1], seeds[1])
+        )
+
+    def transform(self, context: Context, noise, uniform):
+        """Maps standard normal noise [dim, n] and uniform [dim, n, 1] to draws of u, [n, dim]."""
+        n = tf.shape(noise)[1]
         v = tf.zeros([n, 0])
         for i in range(self.dim):
-            hidden = context.features[i] + tf.zeros([n, 1])
-            if i:  # oneDNN refuses a matrix product with an empty inner dimension
+            hidden = context.features[i]
+            if i:  # the first factor is the same for all draws of one y
                 hidden += tf.matmul(_squashed(v), self.first[i, :i])
             for inner, bias, outer in self.blocks:
-                hidden += tf.matmul(tf.nn.silu(tf.matmul(hidden, inner[i]) + bias[i]), outer[i])
-            logits, means, log_scales = _mixture(
-                tf.matmul(hidden, self.head[i]) + self.head_bias[i]
-            )
-            below = tf.cumsum(tf.nn.softmax(logits), -1)[:, :-1]
-            component = tf.reduce_sum(tf.cast(uniform[i] > below, tf.int32), -1)
-            mean = tf.gather(means, component, batch_dims=1)
-            scale = tf.exp(tf.gather(log_scales, component, batch_dims=1))
-            v = tf.concat([v, (mean + scale * noise[i])[:, tf.newaxis]], -1)
+                # TensorFlow fuses `bias_add` with the product.
+                inside = tf.nn.bias_add(tf.matmul(hidden, inner[i]), bias[i, 0])
+                hidden += tf.matmul(tf.nn.silu(inside), outer[i])
+            outputs = tf.nn.bias_add(tf.matmul(hidden, self.head[i]), self.head_bias[i, 0])
+            outputs = tf.broadcast_to(outputs, [n, 3 * self.components])
+            v = tf.concat([v, _drawn(outputs, uniform[i], noise[i])[:, tf.newaxis]], -1)
         away = tf.linalg.triangular_solve(context.precision, v[:, :, tf.newaxis])[..., 0]
         return self.locations[0] + self.locations[1] * (context.mean + away)
 
@@ -243,6 +283,8 @@ class ConditionalMixture(keras.Model):
 
     def _seen(self, y):
         """Returns the networks' input for y: standardised, with tails compressed."""
+        if self.rows:
+            y = tf.reshape(y, [tf.shape(y)[0], -1, self.features])
         seen = (tf.cast(y, tf.float32) - self.locations[2]) / self.locations[3]
         return _squashed(seen)
 
@@ -270,3 +312,18 @@ def _mixture(outputs):
     """Returns logits, means and log scales of a factor's components."""
     logits, means, log_scales = tf.split(outputs, 3, -1)
     return logits, means, tf.clip_by_value(log_scales, _SMALLEST, _LARGEST)
+
+
+def _drawn(outputs, uniform, noise):
+    """Draws from mixtures of outputs [n, 3 * components] by uniform [n, 1] and noise [n]."""
+    n, components = tf.shape(outputs)[0], outputs.shape[1] // 3
+    logits = outputs[:, :components]
+    weights = tf.exp(logits - tf.reduce_max(logits, -1, keepdims=True))
+    # `tf.cumsum`, and `tf.gather` with `batch_dims`, would take most of a draw's time.
+    cumulated = tf.matmul(weights, 1.0 - np.tri(components, k=-1, dtype="f"))
+    above = uniform * cumulated[:, -1:] > cumulated[:, :-1]
+    place = 3 * components * tf.range(n) + tf.reduce_sum(tf.cast(above, tf.int32), -1)
+    flat = tf.reshape(outputs, [-1])
+    log_scale = tf.gather(flat, place + 2 * components)
+    scale = tf.exp(tf.clip_by_value(log_scale, _SMALLEST, _LARGEST))
+    return tf.gather(flat, place + components) + scale * noise

@@ -13,6 +13,7 @@ from avb_tf.amortised import calibration, saving, training
 from avb_tf.amortised.calibration import Check, Surprise, Typical
 from avb_tf.amortised.judging import Compiled, Given, Judgement, judge
 from avb_tf.amortised.network import ConditionalMixture
+from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.errors import UserError
 from avb_tf.posteriors import hmc
@@ -24,6 +25,7 @@ from avb_tf.posteriors.verdict import Diagnostics
 
 META, WEIGHTS, MODEL = "amortised.json", "q.weights.h5", "model"  # the files of a saved fit
 _BANK = 20_000  # simulated pairs; those nearest to y show where its posterior is
+_BANK_NUMBERS = 2**25  # largest number of entries of their data
 _FEWEST = 0.05  # smallest effective sample size, as a share, for importance resampling
 _OVERSAMPLED = 4  # effective draws for each resampled one
 _CHAINS = 1000  # chains of a refinement
@@ -71,8 +73,9 @@ class AmortisedFit:
         self.simulation, self.q, self.settings, self.seed = simulation, q, settings, seed
         self.steps, self.seconds, self.history = steps, seconds, history
         self.compiled = Compiled(q, simulation)
-        self._bank: tuple[np.ndarray, np.ndarray] | None = None
-        self._typical: Typical | None = None
+        # Only the latest size of data sets is kept.
+        self._banks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._typical: dict[int, Typical] = {}
 
     def sample(self, y, n: int, seed: int = 0, escalate: bool = False):
         """Returns `n` draws of the posterior given y.
@@ -97,28 +100,40 @@ class AmortisedFit:
         """Returns log q(parameters|y) in nats, [n], for parameters [n, ...] in their structure."""
         u = self.simulation.unconstrain(parameters)
         log_q = Given(self.compiled, self.simulation.flat(y)).log_density(u)
-        return log_q - np.asarray(self.simulation.log_volume(u), np.float64)
+        volume = np.asarray(self.simulation.log_volume(u), np.float64)
+        return np.where(np.isneginf(log_q), log_q, log_q - volume)  # outside the support
 
     def posterior(self, y, seed: int = 0) -> "AmortisedPosterior":
         """Returns the posterior of one data set: `.sample`, `.verdict`, `.evidence`, `.refine`."""
         return AmortisedPosterior(self, self.simulation.flat(y), seed)
 
-    def check(self, pairs: int = 1000, draws: int = 99, seed: int = 0) -> Check:
+    def check(
+        self, pairs: int = 1000, draws: int = 99, seed: int = 0, rows: int | None = None
+    ) -> Check:
         """Tests the calibration over simulated data sets: ranks, coverage and TARP.
 
         Args:
           pairs: number of simulated data sets.
           draws: number of draws for each data set.
           seed: seed of the data sets and the draws.
+          rows: number of rows of each data set; None: all sizes that the fit was trained for.
+        Raises:
+          UserError: the fit was not trained for this number of rows.
         """
-        return calibration.check(self.compiled, pairs, draws, _away(seed))
+        simulation = self.simulation
+        if rows is not None:
+            if not isinstance(simulation, Rows):
+                raise UserError(f"rows is {rows}; expected None for data sets of a fixed shape")
+            simulation = simulation.of(rows)
+        return calibration.check(self.compiled, simulation, pairs, draws, _away(seed))
 
     def surprise(self, y) -> Surprise:
         """Tests whether y looks like data of the model, at a false alarm rate of 5%."""
-        if self._typical is None:
-            self._typical = calibration.typical(self.compiled, _away(self.seed))
-        row = self.simulation.flat(y)
-        return calibration.surprise(self.compiled, row, self._typical, _away(self.seed))
+        row, seed = self.simulation.flat(y), _away(self.seed)
+        if (size := row.shape[1]) not in self._typical:
+            like = self.simulation.like(row)
+            self._typical = {size: calibration.typical(self.compiled, like, seed)}
+        return calibration.surprise(self.compiled, row, self._typical[size], seed)
 
     def to_arviz(self, y, draws: int = 2000, seed: int = 0):
         """Returns `arviz.InferenceData` of independent draws, as one chain.
@@ -161,6 +176,23 @@ class AmortisedFit:
             self.q.save_weights(new / WEIGHTS)
             saving.save(self.simulation, new / MODEL)
 
+    def export(self, directory, **settings) -> Path:
+        """Writes `<directory>/<version>/` for TensorFlow Serving; the data are an input.
+
+        Its signatures are `sample`, `sample_seeded` and `log_prob`. It needs the extra [serving].
+
+        Args:
+          directory: directory of the versions.
+          **settings: arguments of `serving.writing.export_amortised`, such as `draws`.
+        Returns:
+          The version's directory.
+        Raises:
+          UserError: the version exists or cannot be written.
+        """
+        from avb_tf.serving import writing
+
+        return writing.export_amortised(self, directory, **settings)
+
     @classmethod
     def load(cls, path) -> "AmortisedFit":
         """Loads a fit that `save` wrote, without the model's own code.
@@ -174,16 +206,18 @@ class AmortisedFit:
         path = Path(path)
         with files.loading(path, "AmortisedFit.save"):
             meta = json.loads((path / META).read_text())
-            model = saving.Loaded(path / MODEL)
+            model = saving.load(path / MODEL)
             q = training.build(model, meta["settings"])
             q.load_weights(path / WEIGHTS)
             return cls(model, q, **meta)
 
-    def bank(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns simulated pairs, u [n, dim] and y [n, features], the same at every call."""
-        if self._bank is None:
-            self._bank = calibration.simulated(self.compiled, _BANK, _away(self.seed))
-        return self._bank
+    def bank(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns simulated u [n, dim] and summaries [n, statistics] of data sets of y's size."""
+        if (size := y.shape[1]) not in self._banks:
+            pairs = min(_BANK, _BANK_NUMBERS // size)
+            u, others = calibration.simulated(self.simulation.like(y), pairs, _away(self.seed))
+            self._banks = {size: (u, self.simulation.summary(others))}
+        return self._banks[size]
 
 
 class AmortisedPosterior:
@@ -293,10 +327,10 @@ class AmortisedPosterior:
                     "a verdict, evidence or refinement of one data set: use `fit.check()` and "
                     "`fit.surprise(y)`"
                 )
-            u, y = self.fit.bank()
-            _, _, mean, scale = (weight.numpy() for weight in self.fit.q.locations)
-            away = np.arcsinh((y - mean) / scale) - np.arcsinh((self.given.y - mean) / scale)
-            nearest = np.argsort((away**2).sum(1), kind="stable")
+            u, others = self.fit.bank(self.given.y)
+            own = self.fit.simulation.summary(self.given.y)
+            z = calibration.standardised(np.concatenate([own, others]))
+            nearest = np.argsort(((z[1:] - z[0]) ** 2).sum(1), kind="stable")
             self._judged = judge(self.given, u[nearest], u, self._seed)
         return self._judged
 

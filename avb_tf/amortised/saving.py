@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
 
@@ -14,7 +15,7 @@ SAVED = 1000  # number of pairs in each call of a saved model's `simulate`
 
 
 class Loaded(Simulation):
-    """A model that `save` wrote, without its code."""
+    """A model that `save` wrote, without its code; of one row if data sets have several."""
 
     def __init__(self, path):
         path = Path(path)
@@ -28,6 +29,7 @@ class Loaded(Simulation):
         }
         self.sizes = [size_of(shape) for shape, _ in self.observed.values()]
         self.features, self.has_density = sum(self.sizes), record["has_density"]
+        self.rows = record.get("rows")  # smallest and largest number, if there are several
         self.portable = hasattr(self._module, "simulate")
         signature = self._module.unconstrain.input_signature
         self._dtypes = [spec.dtype for spec in tf.nest.flatten(signature)]
@@ -38,19 +40,35 @@ class Loaded(Simulation):
         Raises:
           UserError: the simulator was not saved, because it is not made of TensorFlow's operations.
         """
-        if not self.portable:
-            raise UserError(
-                "the fit was saved without its simulator, which is not of TensorFlow's operations; "
-                "expected the original fit where pairs are simulated: check it before it is saved"
-            )
+        self._check_portable()
         pairs, seeds = [], tf.random.split(tf.cast(seed, tf.int32), -(-n // SAVED))
         for one in tf.unstack(seeds):
             pairs.append(self._module.simulate(one))
         return tuple(tf.concat(part, 0)[:n] for part in zip(*pairs, strict=True))
 
+    def data(self, u, seed):
+        """See `Simulation.data`.
+
+        Raises:
+          UserError: the simulator was not saved.
+        """
+        self._check_portable()
+        return self._module.data(u, tf.cast(seed, tf.int32))
+
     def log_density(self, u, y):
         """See `Simulation.log_density`."""
         return self._module.log_density(u, tf.cast(y, tf.float64))
+
+    def terms(self, u, y):
+        """See `Simulation.terms`."""
+        return self._module.terms(u, tf.cast(y, tf.float64))
+
+    def _check_portable(self):
+        if not self.portable:
+            raise UserError(
+                "the fit was saved without its simulator, which is not of TensorFlow's operations; "
+                "expected the original fit where pairs are simulated: check it before it is saved"
+            )
 
     def constrain(self, u):
         """See `Simulation.constrain`."""
@@ -71,12 +89,22 @@ class Loaded(Simulation):
         return self._coordinates
 
 
+def load(path) -> Simulation:
+    """Returns the model that `save` wrote."""
+    model = Loaded(path)
+    return model if model.rows is None else Rows(model, *model.rows)
+
+
 def save(simulation: Simulation, path) -> None:
-    """Writes a model's functions as a SavedModel; `Loaded` reads it."""
+    """Writes a model's functions as a SavedModel; `load` reads it."""
+    rows = None
+    if isinstance(simulation, Rows):
+        simulation, rows = simulation.one, (simulation.smallest, simulation.largest)
     module = tf.Module()
-    u, y = (
+    u, y, seed = (
         tf.TensorSpec([None, simulation.dim], simulation.dtype),
         tf.TensorSpec([simulation.features], tf.float64),
+        tf.TensorSpec([2], tf.int32),
     )
     example = simulation.constrain(tf.zeros([2, simulation.dim], simulation.dtype))
     flat = [tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in tf.nest.flatten(example)]
@@ -91,8 +119,10 @@ def save(simulation: Simulation, path) -> None:
     }
     if simulation.portable:
         pairs = functools.partial(simulation.simulate, SAVED)
-        functions["simulate"] = (pairs, [tf.TensorSpec([2], tf.int32)])
+        functions |= {"simulate": (pairs, [seed]), "data": (simulation.data, [u, seed])}
     if simulation.has_density:
+        several = tf.TensorSpec([None, simulation.features], tf.float64)
+        functions["terms"] = (simulation.terms, [u, several])
         functions["log_density"] = (simulation.log_density, [u, y])
     for name, (function, signature) in functions.items():
         setattr(module, name, tf.function(function, signature, autograph=False))
@@ -104,5 +134,6 @@ def save(simulation: Simulation, path) -> None:
         "coordinates": simulation.coordinates(),
         "observed": [[k, list(s), d.name] for k, (s, d) in simulation.observed.items()],
         "has_density": simulation.has_density,
+        "rows": rows,
     }
     (Path(path) / RECORD).write_text(json.dumps(record) + "\n")

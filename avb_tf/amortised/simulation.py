@@ -5,20 +5,17 @@ in float64, so that counts keep all their digits; the network converts them to f
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow_probability import distributions as tfd
-from tensorflow_probability.python.distributions import joint_distribution
 
 from avb_tf.errors import UserError
-from avb_tf.posteriors import constraints, models
 from avb_tf.posteriors.target import Target, first_line
 
 _TRIAL = 64  # pairs simulated to check a model
-_ROWS = 5  # rows used to check densities, and to try a simulator
+_ROWS = 5  # pairs whose densities are checked
 _UNUSABLE = 0.01  # largest share of pairs that may be infinite or NaN
 
 
@@ -44,7 +41,9 @@ class Simulation:
         target: Target,
         parts: Mapping[str, tuple[tf.TensorShape, tf.DType]],
         draw: Callable[[Any, Any], tuple[Any, list]],
+        redraw: Callable[[Any, Any], list],
         pin: Callable[[dict], Any] | None,
+        terms: Callable[[Any, dict], tuple[Any, Any]] | None = None,
         portable: bool = True,
     ):
         """Builds the simulation from functions of a model.
@@ -54,13 +53,18 @@ class Simulation:
           parts: name -> (shape, dtype) of each observed part.
           draw: function from (n, seed) to parameters in their structure and a list of the observed
             parts, [n, ...] each.
+          redraw: function from (parameters [n, ...], seed) to a list of new observed parts,
+            [n, ...] each.
           pin: function from observed values by name to the log density of the parameters; None if
             the density is unknown.
+          terms: function from parameters and observed values by name, [n, ...] each, to the log
+            prior and the log likelihood of each pair, [n]; None if the density is unknown.
           portable: whether `draw` uses only TensorFlow's operations, so that it can be saved.
         Raises:
           UserError: the model cannot be simulated, or its draws in a batch are not independent.
         """
-        self._target, self._draw, self._pin = target, draw, pin
+        self._target, self._draw, self._redraw = target, draw, redraw
+        self._pin, self._terms = pin, terms
         self.portable = portable
         self.dim, self.dtype, self.names = target.dim, target.dtype, target.names
         self.observed = dict(parts)
@@ -86,19 +90,19 @@ class Simulation:
 
     def _simulate(self, n, seed):
         parameters, data = self._draw(n, seed)
-        u = self._target.free(parameters)
+        return usable_pairs(self._target.free(parameters), self.side_by_side(data))
+
+    def data(self, u, seed):
+        """Simulates new data for given parameters, u [n, dim] -> y [n, features]."""
+        return self.side_by_side(self._redraw(self.constrain(u), seed))
+
+    def side_by_side(self, data):
+        """Concatenates the observed parts [n, ...], in their order, to y [n, features]."""
         flat = [
-            tf.cast(tf.reshape(part, [n, size]), tf.float64)
+            tf.cast(tf.reshape(part, [-1, size]), tf.float64)
             for part, size in zip(data, self.sizes, strict=True)
         ]
-        y = tf.concat(flat, -1)
-        usable = tf.reduce_all(tf.math.is_finite(u), -1) & tf.reduce_all(tf.math.is_finite(y), -1)
-        zero = tf.zeros([], tf.float64)
-        return (
-            tf.where(usable[:, tf.newaxis], u, tf.cast(zero, u.dtype)),
-            tf.where(usable[:, tf.newaxis], y, zero),
-            usable,
-        )
+        return tf.concat(flat, -1)
 
     def log_density(self, u, y):
         """Returns log p(y, parameters) + log |d parameters / du| in nats.
@@ -126,6 +130,19 @@ class Simulation:
             lambda pair: self.log_density(*pair), (u, y), fn_output_signature=self.dtype
         )
 
+    def terms(self, u, y):
+        """Returns the log prior and the log likelihood of pairs in nats; their sum is the density.
+
+        Args:
+          u: unconstrained parameters, [n, dim].
+          y: data sets, [n, features].
+        Returns:
+          Log prior, with log |d parameters / du|, and log likelihood, [n] each.
+        """
+        assert self._terms is not None
+        prior, likelihood = self._terms(self.constrain(u), self.parts(y))
+        return tf.cast(prior, self.dtype) + self.log_volume(u), tf.cast(likelihood, self.dtype)
+
     def constrain(self, u):
         """Maps u to parameters in the model's structure and dtypes, [n, dim] -> [n, ...]."""
         return self._target.constrain(u)
@@ -143,12 +160,43 @@ class Simulation:
         return self._target.coordinates()
 
     def parts(self, y) -> dict[str, Any]:
-        """Splits y [features] into the observed parts by name, in the model's shapes and dtypes."""
-        pieces = tf.split(y, self.sizes)
+        """Splits y [..., features] into parts by name, in the model's shapes and dtypes."""
+        leading = tf.unstack(tf.shape(y))[:-1]
+        pieces = tf.split(y, self.sizes, -1)
         return {
-            name: tf.cast(tf.reshape(piece, shape), dtype)
+            name: tf.cast(tf.reshape(piece, [*leading, *shape]), dtype)
             for piece, (name, (shape, dtype)) in zip(pieces, self.observed.items(), strict=True)
         }
+
+    @property
+    def shapes(self) -> dict[str, list]:
+        """The shape of each observed part by name; that of the largest data set if sizes differ."""
+        return {name: list(shape) for name, (shape, _) in self.observed.items()}
+
+    def check_in_graph(self, y) -> None:
+        """Adds an assertion to the graph that fails if y [n, features] is not finite."""
+        tf.debugging.Assert(tf.reduce_all(tf.math.is_finite(y)), ["data that are not finite"])
+
+    def outcome(self, u, seed):
+        """Simulates what parameters predict, u [n, dim] -> [n, features]: a data set, or a row."""
+        return self.data(u, seed)
+
+    def features_by_name(self) -> list[str]:
+        """Returns a name for each of `features`, such as "y[3]"."""
+        return [
+            f"{name}{list(i)}" if i else name
+            for name, (shape, _) in self.observed.items()
+            for i in np.ndindex(*map(int, shape))
+        ]
+
+    def like(self, y) -> "Simulation":
+        """Returns the simulation of data sets of the size of y [n, features]: itself."""
+        del y
+        return self
+
+    def summary(self, y) -> np.ndarray:
+        """Returns the statistics by which data sets y [n, features] are compared: y itself."""
+        return y
 
     def flat(self, y) -> np.ndarray:
         """Returns a user's observed data as a row, [1, features].
@@ -158,33 +206,14 @@ class Simulation:
         Raises:
           UserError: names or shapes differ from the model's, or values are not finite numbers.
         """
-        if not isinstance(y, Mapping) and len(self.observed) == 1:
-            y = {next(iter(self.observed)): y}
-        if not isinstance(y, Mapping) or set(y) != set(self.observed):
-            names = sorted(y) if isinstance(y, Mapping) else f"a {type(y).__name__}"
-            raise UserError(f"y is {names}; expected a dict with {', '.join(self.observed)}")
-        row = []
-        for name, (shape, dtype) in self.observed.items():
-            try:
-                value = np.asarray(y[name], np.float64)
-            except (TypeError, ValueError) as error:
+        values = named(y, self.observed)
+        for name, (shape, _) in self.observed.items():
+            if values[name].shape != tuple(shape):
                 raise UserError(
-                    f"observed '{name}' is not numeric ({first_line(error)}); expected an array of "
-                    f"{dtype.name}"
-                ) from error
-            if value.shape != tuple(shape):
-                raise UserError(
-                    f"observed '{name}' has shape {value.shape}; expected {tuple(shape)}, a single "
-                    "data set: call once for each"
+                    f"observed '{name}' has shape {values[name].shape}; expected {tuple(shape)}, a "
+                    "single data set: call once for each"
                 )
-            if not np.isfinite(value).all():
-                place = list(map(int, np.argwhere(~np.isfinite(value))[0]))
-                raise UserError(
-                    f"observed '{name}' is {value[tuple(place)]} at {place}; expected finite "
-                    "numbers: leave missing values out of data and model"
-                )
-            row.append(value.ravel())
-        return np.concatenate(row)[np.newaxis]
+        return np.concatenate([value.ravel() for value in values.values()])[np.newaxis]
 
     def _check(self):
         """Simulates a few pairs, and checks that the log density of each pair alone is finite.
@@ -220,166 +249,43 @@ class Simulation:
             )
 
 
-def of_joint(joint, observed: Sequence[str]) -> Simulation:
-    """Returns the simulation of a TFP joint distribution.
+def usable_pairs(u, y):
+    """Replaces pairs that are not finite by zeros; returns u, y and where both are finite, [n]."""
+    usable = tf.reduce_all(tf.math.is_finite(u), -1) & tf.reduce_all(tf.math.is_finite(y), -1)
+    each = usable[:, tf.newaxis]
+    return tf.where(each, u, tf.zeros([], u.dtype)), tf.where(each, y, 0.0), usable
+
+
+def named(y, observed: Mapping) -> dict[str, np.ndarray]:
+    """Returns a user's observed data as arrays by name.
 
     Args:
-      joint: the joint distribution.
-      observed: names of its parts that will be observed.
+      y: a dict of arrays by name, or an array if a single part is observed.
+      observed: name -> (shape, dtype) of each part.
     Raises:
-      UserError: the joint has no part of such a name, or `posteriors.models` refuses the model.
+      UserError: names differ from the model's, or values are not finite numbers.
     """
-    observed = _names(observed)
-    names = list(joint._flat_resolve_names())  # TFP has no public list of names
-    if unknown := [name for name in observed if name not in names]:
-        raise UserError(
-            f"observed '{unknown[0]}' is no part of the joint; expected some of {', '.join(names)}"
-        )
-    drawn = _by_name(joint, joint.sample(seed=_seed(joint, 0)))
-    pinned = models.pin(joint, {name: drawn[name] for name in observed})
-    target = models.of_joint(pinned)
-
-    def draw(n, seed):
-        values = _by_name(joint, joint.sample(n, seed=_seed(joint, seed)))
-        return models.structured(pinned, values), [values[name] for name in observed]
-
-    def pin(values):
-        return joint.experimental_pin(**values).unnormalized_log_prob
-
-    parts = {name: (drawn[name].shape, drawn[name].dtype) for name in observed}
-    return Simulation(target, parts, draw, pin)
-
-
-def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
-    """Returns the simulation of a simulator, a function without a density.
-
-    Args:
-      simulator: function from parameters [n, ...], in the prior's structure, and a seed, int32 [2],
-        to data [n, ...], one array or a dict by name. It may use TensorFlow or numpy.
-      prior: a TFP distribution of the parameters.
-      observed: names of the data.
-    Raises:
-      UserError: the prior is not a TFP distribution, or the simulator fails.
-    """
-    observed = _names(observed)
-    if not isinstance(prior, tfd.Distribution):
-        raise UserError(
-            f"prior is of type {type(prior).__name__}; expected a TFP distribution of the "
-            "parameters, as the model is a function"
-        )
-    if isinstance(prior, tfd.JointDistribution):
-        for name, part in zip(
-            prior._flat_resolve_names(), prior._get_single_sample_distributions(), strict=True
-        ):
-            constraints.checked(name, part)
-        kind = (
-            joint_distribution._DefaultJointBijectorAutoBatched
-            if prior.use_vectorized_map
-            else joint_distribution._DefaultJointBijector
-        )
-        bijector = kind(prior, bijector_fn=constraints.of_distribution)
-    else:
-        bijector = constraints.checked("parameters", prior)
-    target = Target(prior.log_prob, bijector, prior.event_shape, prior.dtype)
-
-    def data_of(parameters, seed):
-        values = simulator(parameters, seed)
-        if isinstance(values, Mapping):
-            if set(values) != set(observed):
-                raise UserError(
-                    f"the simulator returned {', '.join(map(str, values))}; expected "
-                    f"{', '.join(observed)}, as `observed` says"
-                )
-            return [values[name] for name in observed]
-        if len(observed) > 1:
+    if not isinstance(y, Mapping) and len(observed) == 1:
+        y = {next(iter(observed)): y}
+    if not isinstance(y, Mapping) or set(y) != set(observed):
+        names = sorted(y) if isinstance(y, Mapping) else f"a {type(y).__name__}"
+        raise UserError(f"y is {names}; expected a dict with {', '.join(observed)}")
+    values = {}
+    for name, (_, dtype) in observed.items():
+        try:
+            value = values[name] = np.asarray(y[name], np.float64)
+        except (TypeError, ValueError) as error:
             raise UserError(
-                f"the simulator returned a {type(values).__name__}; expected a dict with "
-                f"{', '.join(observed)}"
-            )
-        return [values]
-
-    trial = prior.sample(_ROWS, seed=_seed(prior, 0))
-    try:
-        values = [np.asarray(v) for v in data_of(trial, tf.constant([0, 0]))]
-    except UserError:
-        raise
-    except Exception as error:  # a user's code may raise anything
-        raise UserError(
-            f"the simulator fails ({type(error).__name__}: {first_line(error)}); expected a "
-            "function of a batch of parameters [n, ...] and a seed [2]"
-        ) from error
-    for name, value in zip(observed, values, strict=True):
-        if value.shape[:1] != (_ROWS,) or value.dtype.kind not in "fiub":
+                f"observed '{name}' is not numeric ({first_line(error)}); expected an array of "
+                f"{dtype.name}"
+            ) from error
+        if not np.isfinite(value).all():
+            place = list(map(int, np.argwhere(~np.isfinite(value))[0]))
             raise UserError(
-                f"'{name}' of the simulator is {value.dtype} of shape {value.shape} for {_ROWS} "
-                f"parameters; expected numbers [{_ROWS}, ...]"
+                f"observed '{name}' is {value[tuple(place)]} at {place}; expected finite numbers: "
+                "leave missing values out of data and model"
             )
-    parts = {
-        name: (tf.TensorShape(value.shape[1:]), tf.as_dtype(value.dtype))
-        for name, value in zip(observed, values, strict=True)
-    }
-    dtypes = [dtype for _, dtype in parts.values()]
-    portable = _traces(data_of, trial)
-    compute = data_of if portable else _by_numpy(data_of, prior.dtype, dtypes)
-
-    def draw(n, seed):
-        # numpy refuses negative seeds, so the sign bit is cleared.
-        seeds = tf.bitwise.bitwise_and(tf.random.split(tf.cast(seed, tf.int32), 2), 2**31 - 1)
-        parameters = prior.sample(n, seed=_seed(prior, seeds[0]))
-        return parameters, compute(parameters, seeds[1])
-
-    return Simulation(target, parts, draw, None, portable)
-
-
-def _traces(data_of, trial) -> bool:
-    """Returns whether a simulator consists of TensorFlow's operations, so that it can be traced."""
-    try:
-        tf.function(data_of, autograph=False).get_concrete_function(trial, tf.constant([0, 0]))
-    except Exception:  # a user's code may raise anything when it gets symbolic tensors
-        return False
-    return True
-
-
-def _by_numpy(data_of, structure, dtypes):
-    """Wraps a numpy simulator so that graphs can call it."""
-
-    def call(seed, *flat):
-        parameters = tf.nest.pack_sequence_as(structure, list(flat))
-        values = data_of(parameters, seed)
-        return [np.asarray(v, d.as_numpy_dtype) for v, d in zip(values, dtypes, strict=True)]
-
-    def compute(parameters, seed):
-        values = tf.numpy_function(call, [seed, *tf.nest.flatten(parameters)], dtypes)
-        return tf.nest.flatten(values)  # `numpy_function` returns a single value without a list
-
-    return compute
-
-
-def _names(observed) -> tuple[str, ...]:
-    if isinstance(observed, str):
-        observed = (observed,)
-    names = isinstance(observed, Sequence) and all(isinstance(name, str) for name in observed)
-    if not observed or not names:
-        raise UserError(
-            f"observed is {observed!r}; expected names of the parts that will be observed, such "
-            'as ("y",)'
-        )
-    return tuple(observed)
-
-
-def _by_name(joint, drawn) -> dict[str, Any]:
-    return dict(zip(joint._flat_resolve_names(), joint._model_flatten(drawn), strict=True))
-
-
-def _seed(distribution, seed):
-    """Returns the seed for a distribution's `sample`, or 0 for an AutoBatched joint.
-
-    With a stateless seed, an AutoBatched joint would loop over the draws. Without one, its random
-    numbers depend on TensorFlow's global seed and on the order of the calls.
-    """
-    if getattr(distribution, "use_vectorized_map", False):
-        return 0
-    return tf.constant([0, seed]) if isinstance(seed, int) else tf.cast(seed, tf.int32)
+    return values
 
 
 def size_of(shape) -> int:

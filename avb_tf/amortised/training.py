@@ -6,18 +6,22 @@ is used twice, so the network cannot overfit.
 """
 
 import math
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from avb_tf import optimizers
+from avb_tf.amortised.checkpoint import State, Workdir, assign
 from avb_tf.amortised.network import ConditionalMixture, scaling
-from avb_tf.amortised.simulation import Simulation
+from avb_tf.amortised.rows import Rows
+from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
 from avb_tf.posteriors.training import CHUNK, Clock
 
 _SCALING_PAIRS = 10_000  # simulated pairs that set the locations and scales
+_SCALING_NUMBERS = 2**24  # largest number of entries of their data
 _WARMUP = 0.02  # share of a stage in which its learning rate rises
 
 
@@ -30,15 +34,21 @@ def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixtur
         settings["width"],
         settings["depth"],
         settings["trunk_width"],
+        isinstance(simulation, Rows),
     )
     q((tf.zeros([1, simulation.dim]), tf.zeros([1, simulation.features])))
     return q
 
 
 def train(
-    q: ConditionalMixture, simulation: Simulation, settings: dict[str, Any], clock: Clock, seed: int
+    q: ConditionalMixture,
+    simulation: Simulation,
+    settings: dict[str, Any],
+    clock: Clock,
+    seed: int,
+    workdir: Workdir,
 ) -> dict[str, list[float]]:
-    """Trains q from its initial weights.
+    """Trains q from its initial weights, or from the workdir's checkpoint.
 
     Args:
       q: network from `build`.
@@ -46,50 +56,66 @@ def train(
       settings: settings of the fit.
       clock: clock of the fit, which decides when the training ends.
       seed: seed of the pairs, combined with the step.
+      workdir: directory of checkpoints and logs.
     Returns:
       "log_q", the mean log q(u|y) in nats over each `CHUNK` steps, after the whitening's stage.
     Raises:
-      UserError: the loss is not finite.
+      UserError: the loss is not finite, or the checkpoint is of another training.
     """
-    u, y, usable = simulation.simulate(_SCALING_PAIRS, tf.constant([seed, -1]))
-    q.standardise(scaling(np.asarray(u)[usable], np.asarray(y)[usable]))
-    share = settings["whitening_share"]
+    state = workdir.state()
+    if state is None:
+        size = sum(size_of(shape) for shape in simulation.shapes.values())
+        pairs = max(100, min(_SCALING_PAIRS, _SCALING_NUMBERS // size))
+        u, y, usable = simulation.simulate(pairs, tf.constant([seed, -1]))
+        rows = np.asarray(y)[usable].reshape(-1, simulation.features)
+        q.standardise(scaling(np.asarray(u)[usable], rows[np.isfinite(rows).all(1)]))
+    else:
+        assign(q.variables, state.weights)
+        clock.step, clock.began = state.step, clock.began - state.elapsed
     whitening = q.whitening.trainable_variables
     others = [v for v in q.trainable_variables if not any(v is w for w in whitening)]
-    _stage(q.log_student, whitening, simulation, settings, clock, seed, share)
-    return {"log_q": _stage(q.log_prob, others, simulation, settings, clock, seed, 1.0)}
+    stages = [
+        _Stage(0, "log_student", q.log_student, whitening, settings["whitening_share"]),
+        _Stage(1, "log_q", q.log_prob, others, 1.0),
+    ]
+    history = {}
+    for stage in stages[state.stage if state else 0 :]:
+        history = {stage.name: _run(stage, q, simulation, settings, clock, seed, workdir, state)}
+        state = None
+    return history
 
 
-def _stage(log_density, variables, simulation, settings, clock, seed, until) -> list[float]:
-    """Maximises the mean of `log_density` of pairs until a share of the training is over."""
+class _Stage(NamedTuple):
+    """A stage of the training: its objective, its weights, and the progress at which it ends."""
+
+    number: int
+    name: str
+    log_density: Any  # (u, y) -> [n]
+    variables: list
+    until: float
+
+
+def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[float]:
+    """Maximises the mean log density of simulated pairs until the end of the stage."""
     optimizer = optimizers.Adam(0.0, global_clipnorm=settings["clip_norm"])
-    optimizer.build(variables)
-    count = settings["batch_size"]
-
-    @tf.function(autograph=False)
-    def step(number):
-        u, y, usable = simulation.simulate(count, tf.stack([seed, number]))
-        with tf.GradientTape() as tape:
-            densities = tf.where(usable, log_density(u, y), 0.0)
-            loss = -tf.reduce_sum(densities) / tf.reduce_sum(tf.cast(usable, tf.float32))
-        gradients = optimizers.gathered(tape.gradient(loss, [v.value for v in variables]))
-        finite = tf.math.is_finite(loss) & tf.math.is_finite(tf.linalg.global_norm(gradients))
-        optimizer.apply_where(finite, gradients)
-        return loss
-
-    @tf.function(autograph=False)
-    def steps(first):
-        def body(i, total):
-            return i + 1, total + step(first + i)
-
-        return tf.while_loop(lambda i, _: i < CHUNK, body, (0, 0.0))[1] / CHUNK
-
+    optimizer.build(stage.variables)
     since, history, lost = clock.progress(), [], 0
-    while (progress := clock.progress()) < until:
-        share = (progress - since) / max(1e-9, until - since)
+    if state is not None:
+        assign(optimizer.variables, state.moments)
+        since, history = state.since, state.history
+    steps = _steps(stage, optimizer, simulation, settings["batch_size"], seed)
+
+    def save():
+        weights, moments = ([np.asarray(v) for v in x.variables] for x in (q, optimizer))
+        elapsed = clock.elapsed()
+        workdir.save(State(stage.number, clock.step, elapsed, since, history, weights, moments))
+
+    while (progress := clock.progress()) < stage.until:
+        share = (progress - since) / max(1e-9, stage.until - since)
         warm = min(1.0, (share + 1e-3) / _WARMUP)
-        rate = 0.5 * warm * (1.0 + math.cos(math.pi * share))
-        optimizer.learning_rate = settings["learning_rate"] * rate
+        rate = 0.5 * settings["learning_rate"] * warm * (1.0 + math.cos(math.pi * share))
+        optimizer.learning_rate = rate
+        began = time.monotonic()
         loss = float(steps(tf.constant(clock.step)))
         lost = 0 if math.isfinite(loss) else lost + 1
         if lost == 4:
@@ -100,4 +126,39 @@ def _stage(log_density, variables, simulation, settings, clock, seed, until) -> 
         clock.step += CHUNK
         history.append(-loss)
         clock.bar.update(int(100 * clock.progress()), [("log_q", -loss)])
+        speed = CHUNK / (time.monotonic() - began)
+        logged = {stage.name: -loss, "learning_rate": rate, "steps_per_second": speed}
+        workdir.log(clock.step, logged)
+        if workdir.due:
+            save()
+    save()
     return history
+
+
+def _steps(stage, optimizer, simulation, count, seed):
+    """Returns a graph that takes `CHUNK` steps from a given one on and returns their mean loss.
+
+    A step whose loss or gradient is not finite changes nothing and does not count.
+    """
+
+    def step(number):
+        u, y, usable = simulation.simulate(count, tf.stack([seed, number]))
+        with tf.GradientTape() as tape:
+            densities = tf.where(usable, stage.log_density(u, y), 0.0)
+            loss = -tf.reduce_sum(densities) / tf.reduce_sum(tf.cast(usable, tf.float32))
+        gradients = tape.gradient(loss, [v.value for v in stage.variables])
+        gradients = optimizers.gathered(gradients)
+        finite = tf.math.is_finite(loss) & tf.math.is_finite(tf.linalg.global_norm(gradients))
+        optimizer.apply_where(finite, gradients)
+        return tf.where(finite, loss, 0.0), tf.cast(finite, tf.float32)
+
+    @tf.function(autograph=False)
+    def steps(first):
+        def body(i, total, taken):
+            loss, finite = step(first + i)
+            return i + 1, total + loss, taken + finite
+
+        _, total, taken = tf.while_loop(lambda i, *_: i < CHUNK, body, (0, 0.0, 0.0))
+        return total / taken  # NaN if no step was taken
+
+    return steps

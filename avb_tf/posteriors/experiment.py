@@ -7,6 +7,7 @@ import os
 import runpy
 import time
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -165,6 +166,18 @@ def load_problem(name: str) -> models.Problem:
     Raises:
       UserError: the file or the function does not exist, or one of them raises.
     """
+    problem = returned(name)
+    if isinstance(problem, tuple):
+        return models.Problem(*problem)
+    return problem if isinstance(problem, models.Problem) else models.Problem(problem)
+
+
+def returned(name: str) -> Any:
+    """Calls the function "path.py:function" and returns what it returns.
+
+    Raises:
+      UserError: the file or the function does not exist, or one of them raises.
+    """
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"config.model names '{path}', which is no file; expected path.py:function")
@@ -175,12 +188,9 @@ def load_problem(name: str) -> models.Problem:
     if not callable(namespace.get(function)):
         raise UserError(f"{path} has no function '{function}'; expected one that returns a model")
     try:
-        problem = namespace[function]()
+        return namespace[function]()
     except Exception as error:  # a user's code may raise anything
         raise UserError(f"{name} raised {type(error).__name__}: {error}") from error
-    if isinstance(problem, tuple):
-        return models.Problem(*problem)
-    return problem if isinstance(problem, models.Problem) else models.Problem(problem)
 
 
 def _others(problem, target, begun: start.Start, config, stem: Path):

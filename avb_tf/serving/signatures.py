@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from avb_tf import proposal
 from avb_tf.encoders import sobol_normal
+from avb_tf.errors import UserError
 from avb_tf.likelihoods import log_likelihood
 
 ELBO_DRAWS = 64  # draws of z for each x in the bound
@@ -85,6 +86,62 @@ def of_posterior(fit: Any, max_batch: int) -> dict[str, Callable]:
     }
 
 
+def of_amortised(fit: Any, draws: int, max_batch: int) -> dict[str, Callable]:
+    """Returns the signatures of an `AmortisedFit`; a row of a request is a data set.
+
+    Args:
+      fit: an `AmortisedFit`.
+      draws: number of draws of the posterior of each data set.
+      max_batch: largest number of rows in a request.
+    Raises:
+      UserError: two parts of the model have the same name, or one is called "seed".
+    """
+    model, q = fit.simulation, fit.q
+    observed, names = list(model.shapes), list(model.names)
+    if len({*observed, *names, "seed"}) <= len(observed) + len(names):
+        raise UserError(
+            f"the parts are {', '.join([*observed, *names])}; expected different names, none of "
+            "them seed: rename them"
+        )
+
+    def given(parts):
+        y = model.side_by_side(parts)
+        model.check_in_graph(y)
+        return q.given(y)
+
+    def sample(*inputs):
+        *parts, seed = inputs
+        noise = normal(seed, _POSTERIOR, 2 * draws * q.dim)
+        noise = tf.transpose(tf.reshape(noise, [-1, 2, q.dim]), [1, 2, 0])
+        uniform = 0.5 * tf.math.erfc(-noise[1, :, :, tf.newaxis] / np.sqrt(2.0))
+        u = q.transform(given(parts).repeated(draws), noise[0], uniform)
+        parameters = tf.nest.flatten(model.constrain(tf.cast(u, model.dtype)))
+        shaped = [tf.reshape(p, [-1, draws, *p.shape[1:]]) for p in parameters]
+        return dict(zip(names, shaped, strict=True))
+
+    def log_prob(*inputs):
+        parts, parameters = inputs[: len(observed)], inputs[len(observed) :]
+        u = model.unconstrain(tf.nest.pack_sequence_as(example, parameters))
+        log_q = q.log_prob_given(tf.cast(u, tf.float32), given(parts))
+        log_q -= tf.cast(model.log_volume(u), tf.float32)
+        # NaN occurs for parameters outside their support.
+        return {"log_prob": tf.where(tf.math.is_nan(log_q), -np.inf, log_q)}
+
+    example = model.constrain(tf.zeros([1, model.dim], model.dtype))
+    data = [tf.TensorSpec([None, *shape], tf.float32, k) for k, shape in model.shapes.items()]
+    parameters = [
+        tf.TensorSpec([None, *value.shape[1:]], value.dtype, name)
+        for name, value in zip(names, tf.nest.flatten(example), strict=True)
+    ]
+    seed = tf.TensorSpec([None], tf.int64, "seed")
+    make = functools.partial(signature, max_batch=max_batch, data=observed)
+    return {
+        "sample": make(lambda *parts: sample(*parts, _entropy(parts[0])), data),
+        "sample_seeded": make(sample, [*data, seed]),
+        "log_prob": make(log_prob, [*data, *parameters]),
+    }
+
+
 def _of_support(likelihood: Any, x: tf.Tensor):
     """Makes the graph fail if x lies outside the support of the likelihood."""
     message = {
@@ -106,6 +163,7 @@ def signature(
     specs: Sequence[tf.TensorSpec],
     max_batch: int,
     valid: Callable[[tf.Tensor], None] = lambda x: None,
+    data: Sequence[str] = ("x",),
 ) -> Callable:
     """Wraps `function` in a `tf.function` that rejects invalid values and too many rows.
 
@@ -114,6 +172,7 @@ def signature(
       specs: specs of the function's inputs.
       max_batch: most rows in a request.
       valid: adds an assertion to the graph that fails for an x that the model cannot have.
+      data: names of the inputs that `valid` checks; all others have to be finite.
     """
 
     def serve(*inputs):
@@ -123,7 +182,7 @@ def signature(
         few = rows[0] <= max_batch
         tf.debugging.Assert(few, [f"rows of one request; expected at most {max_batch}:", rows[0]])
         named = zip(specs, inputs, strict=True)
-        return function(*[_checked(tensor, spec, valid) for spec, tensor in named])
+        return function(*[_checked(tensor, spec, data, valid) for spec, tensor in named])
 
     return tf.function(serve, input_signature=specs, autograph=False)
 
@@ -139,10 +198,10 @@ def of_bytes(function: Callable) -> Callable:
     return tf.function(serve, input_signature=specs, autograph=False)
 
 
-def _checked(tensor, spec, valid):
+def _checked(tensor, spec, data, valid):
     """Returns the tensor after checking its shape and values against its spec."""
     tensor = tf.ensure_shape(tensor, spec.shape)  # the runtime itself accepts any shape
-    if spec.name == "x":
+    if spec.name in data:
         valid(tensor)
     elif tensor.dtype.is_floating:
         finite = tf.reduce_all(tf.math.is_finite(tensor))

@@ -22,7 +22,7 @@ _USAGE = """\
 import tensorflow as tf
 
 signatures = tf.saved_model.load("{version}").signatures  # or TensorFlow Serving
-signatures["{signature}"]({argument}={argument})  # a dict of tensors"""
+signatures["{signature}"]({arguments})  # a dict of tensors"""
 
 _MODELS = """\
 # tensorflow_model_server --model_config_file=/models/{name}/models.config
@@ -89,6 +89,36 @@ def export_posterior(fit: Any, directory: Path, max_batch: int = 1024, **setting
     known = {"steps": fit.steps, "diagnostics": vars(fit.diagnostics())}
     facts = {"training steps": fit.steps, "verdict": fit.diagnostics()}
     return write(directory, _weights(fit.model), functions, max_batch, facts, **known, **settings)
+
+
+def export_amortised(
+    fit: Any, directory: Path, draws: int = 1000, max_batch: int = 64, **settings: Any
+) -> Path:
+    """Exports an `AmortisedFit` with the signatures of `signatures.of_amortised`.
+
+    Args:
+      fit: an `AmortisedFit`.
+      directory: directory of the versions.
+      draws: number of draws of the posterior of each data set.
+      max_batch: largest number of data sets in a request.
+      **settings: further arguments of `write`.
+    Returns:
+      The version's directory.
+    Raises:
+      UserError: the version exists or cannot be written, or names of the model's parts are equal.
+    """
+    if draws < 1:
+        raise UserError(f"draws is {draws}; expected 1 or more for each data set")
+    functions = signatures.of_amortised(fit, draws, max_batch)
+    weights = [variable.value for variable in fit.q.variables]
+    facts = {
+        "training steps": fit.steps,
+        "observed": "; ".join(f"{k} {shape}" for k, shape in fit.simulation.shapes.items()),
+        "parameters": ", ".join(fit.simulation.names),
+        "draws of each data set": draws,
+    }
+    known = {"steps": fit.steps, "draws": draws}
+    return write(directory, weights, functions, max_batch, facts, **known, **settings)
 
 
 def _weights(model) -> list[tf.Variable]:
@@ -187,8 +217,9 @@ def _describe(extra: Path, functions, max_batch, name, metadata):
 
 def _write_card(extra: Path, version, functions, name, facts, metadata):
     signature = "encode" if "encode" in functions else "sample_seeded"
-    (argument,) = (spec.name for spec in functions[signature].input_signature)
-    usage = _USAGE.format(version=version, signature=signature, argument=argument)
+    names = [spec.name for spec in functions[signature].input_signature]
+    arguments = ", ".join(f"{name}={name}" for name in names)
+    usage = _USAGE.format(version=version, signature=signature, arguments=arguments)
     known = {key: metadata.get(key) for key in ("config", "results")}
     (extra / model_card.FILE).write_text(model_card.text(name, facts, usage, **known))
 

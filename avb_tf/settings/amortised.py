@@ -1,8 +1,12 @@
-"""Settings of `fit_amortised` with their defaults."""
+"""Settings of `fit_amortised` with their defaults, and its config's fields and checks."""
 
 from typing import Any
 
+import ml_collections
+
 from avb_tf.errors import UserError
+
+METHOD = "amortised"  # config.method of such a run
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 512,  # pairs simulated in each step
@@ -14,6 +18,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "clip_norm": 10.0,  # largest global norm of the gradient
 }
+SINCE: dict[str, Any] = {}  # fields that config files of earlier versions lack, with their values
 STEPS = 10_000  # used if neither steps nor seconds are given
 
 
@@ -36,3 +41,64 @@ def resolved(**changes: Any) -> dict[str, Any]:
     if not settings["whitening_share"] < 1.0:
         raise UserError(f"whitening_share is {settings['whitening_share']}; expected less than 1")
     return settings
+
+
+def config(model: str) -> ml_collections.ConfigDict:
+    """A config with every field of a fit.
+
+    Args:
+      model: "path.py:function", a function that returns the model.
+    """
+    fields = ml_collections.ConfigDict()
+    fields.name = ""  # runs/<name> is the default workdir; "": amortised-<function>
+    fields.method = METHOD
+    fields.model = model
+    fields.steps = 0  # 0: as many as fit into `seconds`
+    fields.seconds = 300.0  # of the whole fit; 0: no limit
+    fields.seed = 0
+    fields.threads_per_op = 1  # of the CPU; 0: all cores
+    fields.fit = SETTINGS
+    fields.eval = {
+        "pairs": 1000,  # simulated data sets of the calibration
+        "draws": 2000,  # of the posterior of each observed data set
+    }
+    fields.export = {
+        "draws": 1000,  # of the posterior of each data set in a request
+        "max_batch": 64,  # most data sets in a request
+        "version": 0,  # 0: one more than the newest
+    }
+    return fields
+
+
+def template() -> ml_collections.ConfigDict:
+    """A config with the fields that all fits have."""
+    return config("")
+
+
+def name(config: ml_collections.ConfigDict) -> str:
+    """The default name of a run."""
+    return f"amortised-{config.model.rpartition(':')[2]}"
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks an amortised fit's config.
+
+    Args:
+      config: all fields present and of the right types.
+    Raises:
+      UserError: a field is out of range.
+    """
+    resolved(**config.fit)
+    least = {
+        "steps": 0, "seconds": 0, "seed": 0, "threads_per_op": 0, "eval.pairs": 20,
+        "eval.draws": 1, "export.draws": 1, "export.max_batch": 1, "export.version": 0,
+    }  # fmt: skip
+    for key, lowest in least.items():
+        section, _, field = key.rpartition(".")
+        value = config[section][field] if section else config[field]
+        if not lowest <= value < 2**31:
+            raise UserError(f"config.{key} is {value}; expected {lowest} or more and below 2^31")
+    if not config.steps and not config.seconds:
+        raise UserError("config.steps and config.seconds are both 0; expected one above 0")
+    if not config.model.rpartition(":")[0]:
+        raise UserError(f"config.model is '{config.model}'; expected path.py:function")

@@ -1,0 +1,169 @@
+"""Fits a model by its config, checks the calibration, and judges observed data sets."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from avb_tf import configuration, figures, files, results
+from avb_tf.amortised.fit import fit_amortised, simulation_of
+from avb_tf.amortised.result import META, AmortisedFit
+from avb_tf.errors import UserError
+from avb_tf.posteriors import experiment
+from avb_tf.serving import layout
+
+FIT, LOCK = experiment.FIT, experiment.LOCK
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A model with its observed data sets, which a function of a model file may return.
+
+    Attributes:
+      model: TFP joint distribution, or a simulator.
+      observed: names of the observed parts.
+      prior: TFP distribution of a simulator's parameters.
+      rows: smallest and largest number of rows, if data sets have several.
+      observations: data sets for `evaluate` and `sample`, each as `AmortisedFit.sample` takes it.
+    """
+
+    model: Any
+    observed: Sequence[str] = ("y",)
+    prior: Any = None
+    rows: tuple[int, int] | None = None
+    observations: Sequence[Any] = ()
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Runs `train`, then `evaluate`."""
+    train(config, workdir)
+    evaluate(config, workdir)
+
+
+def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Fits the model unless the workdir has a fit; resumes from the workdir's checkpoint.
+
+    Raises:
+      UserError: the model cannot be loaded or fitted.
+    """
+    problem = load_problem(config.model)
+    # A mistake in the model is reported before anything is written.
+    simulation_of(problem.model, problem.prior, problem.observed, problem.rows)
+    configuration.save(config, workdir)
+    with files.locked(workdir / LOCK):
+        fit = _trained(config, workdir, problem)
+    print(f"{workdir}: {fit.steps} steps in {fit.seconds:.0f} s")
+
+
+def _trained(config, workdir, problem) -> AmortisedFit:
+    """Loads the fit of the workdir, or trains and saves one."""
+    if (workdir / FIT / META).exists():  # written last
+        return AmortisedFit.load(workdir / FIT)
+    fit = fit_amortised(
+        problem.model,
+        problem.observed,
+        prior=problem.prior,
+        rows=problem.rows,
+        steps=config.steps or None,
+        seconds=config.seconds or None,
+        seed=config.seed,
+        workdir=workdir,
+        **config.fit,
+    )
+    fit.save(workdir / FIT)
+    return fit
+
+
+def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Checks the calibration, and judges the posterior of each observed data set.
+
+    It writes `results.json` and a figure.
+
+    Raises:
+      UserError: the workdir has no fit.
+    """
+    problem, fit = _fit(config, workdir)
+    check = fit.check(pairs=config.eval.pairs)
+    print(check)
+    record = {
+        "method": config.method,
+        "model": config.model.rpartition(":")[2],
+        "seed": config.seed,
+        "steps": fit.steps,
+        "seconds": fit.seconds,
+        "p_values": check.p_values,
+        "coverage_90": dict(zip(check.coordinates, check.coverage(0.9).tolist(), strict=True)),
+        "observations": [_observed(fit, y) for y in problem.observations],
+    }
+    files.write_atomically(workdir / results.FILE, json.dumps(record, indent=2) + "\n")
+    print(*figures.save({"calibration": check.plot()}, workdir / "figures"), sep="\n")
+
+
+def _observed(fit: AmortisedFit, y) -> dict:
+    """Returns verdict, evidence and surprise of one data set."""
+    surprise = fit.surprise(y)
+    print(surprise)
+    known: dict[str, Any] = {"surprise": surprise._asdict()}
+    if fit.simulation.has_density:
+        posterior = fit.posterior(y)
+        print(posterior.verdict)
+        print(f"log evidence {posterior.evidence} nats")
+        known["diagnostics"] = vars(posterior.verdict)
+        known["log_evidence"] = posterior.evidence._asdict()
+    return known
+
+
+def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes draws of the posterior of each observed data set as `posterior-<i>.nc`, for arviz.
+
+    Raises:
+      UserError: the workdir has no fit, or the model has no observed data sets.
+    """
+    problem, fit = _fit(config, workdir)
+    if not len(problem.observations):
+        raise UserError(
+            f"{config.model} has no observations; expected a `Problem` with some, to draw from "
+            "their posteriors"
+        )
+    for i, y in enumerate(problem.observations):
+        path = workdir / f"posterior-{i}.nc"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        files.remove_leftovers(path)
+        fit.to_arviz(y, config.eval.draws).to_netcdf(str(temporary))
+        files.replace(temporary, path)
+        print(path)
+
+
+def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes the fit as `export/<version>/`, for TensorFlow Serving.
+
+    Raises:
+      UserError: the workdir has no fit, or the version exists or cannot be written.
+    """
+    _, fit = _fit(config, workdir)
+    name, plain = config.name or workdir.name, configuration.resolve(config)
+    print(fit.export(workdir / layout.DIRECTORY, **config.export, name=name, config=plain))
+
+
+def _fit(config, workdir: Path) -> tuple[Problem, AmortisedFit]:
+    """Loads the model and its fit. The fit uses the model's code, for numpy simulators."""
+    if not (workdir / FIT / META).exists():
+        raise UserError(f"{workdir} has no fit; train it first")
+    fit, problem = AmortisedFit.load(workdir / FIT), load_problem(config.model)
+    source = simulation_of(problem.model, problem.prior, problem.observed, problem.rows)
+    known = (fit.settings, fit.seed, fit.steps, fit.seconds, fit.history)
+    return problem, AmortisedFit(source, fit.q, *known)
+
+
+def load_problem(name: str) -> Problem:
+    """Calls the function "path.py:function" and returns its model as a `Problem`.
+
+    Raises:
+      UserError: the file or the function does not exist, or one of them raises.
+    """
+    returned = experiment.returned(name)
+    return returned if isinstance(returned, Problem) else Problem(returned)

@@ -1,0 +1,199 @@
+"""Simulations of a user's model: a TFP joint distribution, or a simulator with a prior."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_probability import distributions as tfd
+from tensorflow_probability.python.distributions import joint_distribution
+
+from avb_tf.amortised.simulation import Simulation
+from avb_tf.errors import UserError
+from avb_tf.posteriors import constraints, models
+from avb_tf.posteriors.target import Target, first_line
+
+_TRIAL = 5  # parameters in the first call of a simulator
+
+
+def of_joint(joint, observed: Sequence[str]) -> Simulation:
+    """Returns the simulation of a TFP joint distribution.
+
+    Args:
+      joint: the joint distribution.
+      observed: names of its parts that will be observed.
+    Raises:
+      UserError: the joint has no part of such a name, or `posteriors.models` refuses the model.
+    """
+    observed = _names(observed)
+    names = list(joint._flat_resolve_names())  # TFP has no public list of names
+    if unknown := [name for name in observed if name not in names]:
+        raise UserError(
+            f"observed '{unknown[0]}' is no part of the joint; expected some of {', '.join(names)}"
+        )
+    drawn = _by_name(joint, joint.sample(seed=_seed(joint, 0)))
+    pinned = models.pin(joint, {name: drawn[name] for name in observed})
+    target = models.of_joint(pinned)
+
+    def draw(n, seed):
+        values = _by_name(joint, joint.sample(n, seed=_seed(joint, seed)))
+        return models.structured(pinned, values), [values[name] for name in observed]
+
+    def redraw(parameters, seed):
+        known = dict(zip(target.names, tf.nest.flatten(parameters), strict=True))
+        seeds = tf.random.split(tf.cast(seed, tf.int32), 2)
+        values = _by_name(joint, joint.sample(seed=_seed(joint, seeds[0]), **known))
+        # A part that depends on no parameter is drawn without a batch. Each pair needs its own.
+        single = [name for name in observed if values[name].shape.rank == drawn[name].shape.rank]
+        if single:
+            count = tf.shape(next(iter(known.values())))[0]
+            others = _by_name(joint, joint.sample(count, seed=_seed(joint, seeds[1])))
+            known |= {name: others[name] for name in single}
+            values = _by_name(joint, joint.sample(seed=_seed(joint, seeds[0]), **known))
+        return [values[name] for name in observed]
+
+    def pin(values):
+        return joint.experimental_pin(**values).unnormalized_log_prob
+
+    def terms(parameters, values):
+        known = dict(zip(target.names, tf.nest.flatten(parameters), strict=True))
+        densities = _by_name(joint, joint.log_prob_parts(**known, **values))
+        return [tf.add_n([densities[name] for name in part]) for part in (known, observed)]
+
+    parts = {name: (drawn[name].shape, drawn[name].dtype) for name in observed}
+    return Simulation(target, parts, draw, redraw, pin, terms)
+
+
+def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
+    """Returns the simulation of a simulator, a function without a density.
+
+    Args:
+      simulator: function from parameters [n, ...], in the prior's structure, and a seed, int32 [2],
+        to data [n, ...], one array or a dict by name. It may use TensorFlow or numpy.
+      prior: a TFP distribution of the parameters.
+      observed: names of the data.
+    Raises:
+      UserError: the prior is not a TFP distribution, or the simulator fails.
+    """
+    observed = _names(observed)
+    if not isinstance(prior, tfd.Distribution):
+        raise UserError(
+            f"prior is of type {type(prior).__name__}; expected a TFP distribution of the "
+            "parameters, as the model is a function"
+        )
+    if isinstance(prior, tfd.JointDistribution):
+        for name, part in zip(
+            prior._flat_resolve_names(), prior._get_single_sample_distributions(), strict=True
+        ):
+            constraints.checked(name, part)
+        kind = (
+            joint_distribution._DefaultJointBijectorAutoBatched
+            if prior.use_vectorized_map
+            else joint_distribution._DefaultJointBijector
+        )
+        bijector = kind(prior, bijector_fn=constraints.of_distribution)
+    else:
+        bijector = constraints.checked("parameters", prior)
+    target = Target(prior.log_prob, bijector, prior.event_shape, prior.dtype)
+
+    def data_of(parameters, seed):
+        values = simulator(parameters, seed)
+        if isinstance(values, Mapping):
+            if set(values) != set(observed):
+                raise UserError(
+                    f"the simulator returned {', '.join(map(str, values))}; expected "
+                    f"{', '.join(observed)}, as `observed` says"
+                )
+            return [values[name] for name in observed]
+        if len(observed) > 1:
+            raise UserError(
+                f"the simulator returned a {type(values).__name__}; expected a dict with "
+                f"{', '.join(observed)}"
+            )
+        return [values]
+
+    trial = prior.sample(_TRIAL, seed=_seed(prior, 0))
+    try:
+        values = [np.asarray(v) for v in data_of(trial, tf.constant([0, 0]))]
+    except UserError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        raise UserError(
+            f"the simulator fails ({type(error).__name__}: {first_line(error)}); expected a "
+            "function of a batch of parameters [n, ...] and a seed [2]"
+        ) from error
+    for name, value in zip(observed, values, strict=True):
+        if value.shape[:1] != (_TRIAL,) or value.dtype.kind not in "fiub":
+            raise UserError(
+                f"'{name}' of the simulator is {value.dtype} of shape {value.shape} for {_TRIAL} "
+                f"parameters; expected numbers [{_TRIAL}, ...]"
+            )
+    parts = {
+        name: (tf.TensorShape(value.shape[1:]), tf.as_dtype(value.dtype))
+        for name, value in zip(observed, values, strict=True)
+    }
+    dtypes = [dtype for _, dtype in parts.values()]
+    portable = _traces(data_of, trial)
+    compute = data_of if portable else _by_numpy(data_of, prior.dtype, dtypes)
+
+    def draw(n, seed):
+        # numpy refuses negative seeds, so the sign bit is cleared.
+        seeds = tf.bitwise.bitwise_and(tf.random.split(tf.cast(seed, tf.int32), 2), 2**31 - 1)
+        parameters = prior.sample(n, seed=_seed(prior, seeds[0]))
+        return parameters, compute(parameters, seeds[1])
+
+    def redraw(parameters, seed):
+        return compute(parameters, tf.bitwise.bitwise_and(tf.cast(seed, tf.int32), 2**31 - 1))
+
+    return Simulation(target, parts, draw, redraw, None, portable=portable)
+
+
+def _traces(data_of, trial) -> bool:
+    """Returns whether a simulator consists of TensorFlow's operations, so that it can be traced."""
+    try:
+        tf.function(data_of, autograph=False).get_concrete_function(trial, tf.constant([0, 0]))
+    except Exception:  # a user's code may raise anything when it gets symbolic tensors
+        return False
+    return True
+
+
+def _by_numpy(data_of, structure, dtypes):
+    """Wraps a numpy simulator so that graphs can call it."""
+
+    def call(seed, *flat):
+        parameters = tf.nest.pack_sequence_as(structure, list(flat))
+        values = data_of(parameters, seed)
+        return [np.asarray(v, d.as_numpy_dtype) for v, d in zip(values, dtypes, strict=True)]
+
+    def compute(parameters, seed):
+        values = tf.numpy_function(call, [seed, *tf.nest.flatten(parameters)], dtypes)
+        return tf.nest.flatten(values)  # `numpy_function` returns a single value without a list
+
+    return compute
+
+
+def _names(observed) -> tuple[str, ...]:
+    if isinstance(observed, str):
+        observed = (observed,)
+    names = isinstance(observed, Sequence) and all(isinstance(name, str) for name in observed)
+    if not observed or not names:
+        raise UserError(
+            f"observed is {observed!r}; expected names of the parts that will be observed, such "
+            'as ("y",)'
+        )
+    return tuple(observed)
+
+
+def _by_name(joint, drawn) -> dict[str, Any]:
+    return dict(zip(joint._flat_resolve_names(), joint._model_flatten(drawn), strict=True))
+
+
+def _seed(distribution, seed):
+    """Returns the seed for a distribution's `sample`, or 0 for an AutoBatched joint.
+
+    With a stateless seed, an AutoBatched joint would loop over the draws. Without one, its random
+    numbers depend on TensorFlow's global seed and on the order of the calls.
+    """
+    if getattr(distribution, "use_vectorized_map", False):
+        return 0
+    return tf.constant([0, seed]) if isinstance(seed, int) else tf.cast(seed, tf.int32)
