@@ -2,6 +2,7 @@ import collections
 import functools
 from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,8 +10,8 @@ from scipy import stats
 from tensorflow_probability import distributions as tfd
 
 import avb_tf
-from avb_tf import UserError
-from avb_tf.amortised import calibration, judging, sources
+from avb_tf import UserError, optimizers
+from avb_tf.amortised import calibration, judging, sources, training
 from avb_tf.posteriors import models
 from avb_tf.posteriors.mixture import Mixture
 from avb_tf.serving.saved_model import RunError, SavedModel
@@ -400,6 +401,24 @@ def discrete():
     return tfd.JointDistributionNamed({"k": tfd.Poisson(1.0), "y": lambda k: tfd.Normal(k, 1.0)})
 
 
+def test_steps_that_are_not_finite_are_left_out_of_the_mean_loss():
+    """Every second step has a loss of NaN; the others have 2 w - log 3 with w = 1."""
+    weight = keras.Variable(1.0)
+
+    def simulate(count, seed):
+        return tf.fill([count, 1], tf.cast(seed[1] % 2, tf.float32)), 0, tf.fill([count], True)
+
+    def log_density(u, y):
+        return tf.where(u[:, 0] > 0.0, np.nan, np.log(3.0) - 2.0 * weight.value)
+
+    optimizer = optimizers.Adam(0.0)
+    optimizer.build([weight])
+    stage = training._Stage(0, "log_q", log_density, [weight], 1.0)
+    steps = training._steps(stage, optimizer, SimpleNamespace(simulate=simulate), 4, 0)
+    assert float(steps(tf.constant(0))) == pytest.approx(2.0 - np.log(3.0), rel=1e-5)
+    assert int(optimizer.iterations) == training.CHUNK // 2 + 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -411,6 +430,18 @@ def discrete():
         (lambda fit: fit(tfd.Normal(0.0, 1.0), "y"), "the model is of type Normal"),
         (lambda fit: fit(simulate, "y"), "prior is of type NoneType"),
         (lambda fit: fit(linear(), "y", prior=tfd.Normal(0.0, 1.0)), "came with a `prior`"),
+        (
+            lambda fit: fit(
+                lambda p, seed: p + np.random.normal(size=p.shape), "y", prior=tfd.Normal(0.0, 1.0)
+            ),
+            "different 'y' for the same parameters and seed",
+        ),
+        (
+            lambda fit: fit(
+                lambda p, seed: p + tf.random.normal(p.shape), "y", prior=tfd.Normal(0.0, 1.0)
+            ),
+            "different 'y' for the same parameters and seed",
+        ),
         (lambda fit: fit(linear(), "y", steps=0), "expected numbers above 0"),
         (lambda fit: fit(linear(), "y", widht=3), "unknown setting 'widht'"),
         (lambda fit: fit(linear(), "y", width=0.5), "width is 0.5; expected a int"),

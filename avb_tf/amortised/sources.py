@@ -114,7 +114,9 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
 
     trial = prior.sample(_TRIAL, seed=_seed(prior, 0))
     try:
-        values = [np.asarray(v) for v in data_of(trial, tf.constant([0, 0]))]
+        values, again = (
+            [np.asarray(v) for v in data_of(trial, tf.constant([0, 0]))] for _ in range(2)
+        )
     except UserError:
         raise
     except Exception as error:  # a user's code may raise anything
@@ -122,11 +124,18 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
             f"the simulator fails ({type(error).__name__}: {first_line(error)}); expected a "
             "function of a batch of parameters [n, ...] and a seed [2]"
         ) from error
-    for name, value in zip(observed, values, strict=True):
+    for name, value, other in zip(observed, values, again, strict=True):
         if value.shape[:1] != (_TRIAL,) or value.dtype.kind not in "fiub":
             raise UserError(
                 f"'{name}' of the simulator is {value.dtype} of shape {value.shape} for {_TRIAL} "
                 f"parameters; expected numbers [{_TRIAL}, ...]"
+            )
+        # A graph would hold the noise of a generator without this seed as a constant.
+        if not np.array_equal(value, other, equal_nan=True):
+            raise UserError(
+                f"the simulator returned different '{name}' for the same parameters and seed; "
+                "expected equal ones: draw the noise from `seed`, for example by "
+                "np.random.default_rng(np.asarray(seed))"
             )
     parts = {
         name: (tf.TensorShape(value.shape[1:]), tf.as_dtype(value.dtype))
