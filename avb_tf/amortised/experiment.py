@@ -13,10 +13,8 @@ from avb_tf import configuration, figures, files, results
 from avb_tf.amortised.fit import fit_amortised, simulation_of
 from avb_tf.amortised.result import META, AmortisedFit
 from avb_tf.errors import UserError
-from avb_tf.posteriors import experiment
+from avb_tf.posteriors.experiment import FIT
 from avb_tf.serving import layout
-
-FIT, LOCK = experiment.FIT, experiment.LOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
     # A mistake in the model is reported before anything is written.
     simulation_of(problem.model, problem.prior, problem.observed, problem.rows)
     configuration.save(config, workdir)
-    with files.locked(workdir / LOCK):
+    with files.locked(workdir / files.TRAINING):
         fit = _trained(config, workdir, problem)
     print(f"{workdir}: {fit.steps} steps in {fit.seconds:.0f} s")
 
@@ -84,9 +82,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: Path) -> None:
     It writes `results.json` and a figure.
 
     Raises:
-      UserError: the workdir has no fit.
+      UserError: the workdir has no fit, or is being evaluated.
     """
     problem, fit = _fit(config, workdir)
+    with files.locked(workdir / files.EVALUATION):
+        _evaluate(config, workdir, problem, fit)
+
+
+def _evaluate(config, workdir, problem, fit) -> None:
     check = fit.check(pairs=config.eval.pairs)
     print(check)
     record = {

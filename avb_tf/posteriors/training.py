@@ -122,7 +122,8 @@ class _Pace(keras.callbacks.Callback):
         Raises:
           UserError: 25 steps in a row were skipped, as the bound or its gradient is not finite.
         """
-        self.clock.step += self.params["steps"]
+        parameters: Any = self.params
+        self.clock.step += parameters["steps"]
         if (skipped := int(self.model.skipped_in_a_row.numpy())) >= CHUNK:
             since = self.clock.step - skipped
             raise UserError(
