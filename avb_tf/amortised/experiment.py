@@ -13,7 +13,7 @@ from avb_tf import configuration, figures, files, results
 from avb_tf.amortised.fit import fit_amortised, simulation_of
 from avb_tf.amortised.result import META, AmortisedFit
 from avb_tf.errors import UserError
-from avb_tf.posteriors.experiment import FIT
+from avb_tf.posteriors.experiment import FIT, returned
 from avb_tf.serving import layout
 
 
@@ -168,5 +168,5 @@ def load_problem(name: str) -> Problem:
     Raises:
       UserError: the file or the function does not exist, or one of them raises.
     """
-    returned = experiment.returned(name)
-    return returned if isinstance(returned, Problem) else Problem(returned)
+    problem = returned(name)
+    return problem if isinstance(problem, Problem) else Problem(problem)
