@@ -38,7 +38,7 @@ runs/%/results.json:
 	@echo; echo "$*"; grep '^|' $(@D).log
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=60 --durations-min=4
 
 # Runs the tests that CI leaves out because they take long.
 test-long: setup

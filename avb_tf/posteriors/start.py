@@ -329,11 +329,9 @@ def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
         if share > LACKING:
             lacking = max(lacking, share)
             means.append(unseen.mean(0))
-            # In many dimensions, few points say little about a covariance.
-            dim, spread = unseen.shape[1], np.cov(sampled.states.reshape(-1, unseen.shape[1]).T)
-            scatter = (unseen - means[-1]).T @ (unseen - means[-1])
-            covariance = (scatter + dim * np.atleast_2d(spread)) / (len(unseen) + dim)
-            roots.append(mixture.lower(covariance))
+            spread = np.cov(unseen.T) if len(unseen) > 1 else np.zeros([unseen.shape[1]] * 2)
+            small = 1e-6 * np.eye(unseen.shape[1]) * (1.0 + np.trace(np.atleast_2d(spread)))
+            roots.append(mixture.lower(np.atleast_2d(spread) + small))
     if not means:
         return None, lacking
     weights = np.full(len(roots), 0.5 / len(roots))
