@@ -84,6 +84,18 @@ def test_a_density_that_the_adversary_has_lost_is_not_trusted():
     assert "the adversary has lost the fit, whose KL would be -12.50 nats" in str(judged)
 
 
+def test_nan_counts_against_the_fit():
+    """NaN among the states once gave a distance of 0."""
+    level = np.zeros(1000)
+    half = np.where(np.arange(1000) < 500, np.nan, 0.0)
+    assert verdict.total_variation(level, half)[0] == pytest.approx(0.5, abs=0.01)
+    assert verdict.total_variation(half, level)[0] == pytest.approx(0.5, abs=0.01)
+    for at_q, at_p in ((level, half), (half, level)):
+        judged = verdict.diagnose(at_q, at_p, 0.5)
+        assert judged.verdict == "do not trust"
+        assert judged.distance == pytest.approx(0.5, abs=0.01)
+
+
 def test_a_lost_mode_tells_charts_apart_and_a_single_state_does_not():
     rng = np.random.default_rng(0)
     at_p, at_q = 0.1 * rng.standard_normal((2, 1000))

@@ -260,10 +260,10 @@ class PosteriorFit:
 
     def _described(self, z) -> Draws:
         """Returns the `Draws` at draws z [n, dim] of q."""
-        u, _ = self._charted(z)
+        u, volume = self._charted(z)
         # NaN arises outside the model's support and where the chart overflows. Both count as places
         # where the posterior has no mass.
-        density, log_q = self._log_density(u), self._log_q(z)
+        density, log_q = self._log_density(u), self._log_q(z, volume)
         return Draws(
             np.asarray(u, np.float64),
             np.where(np.isnan(density), -np.inf, density),
@@ -280,7 +280,8 @@ class PosteriorFit:
         chart: Any = self.model.averaged_decoder
         highest = np.max(self._t(self._z(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED), self._contrast()))
         u, _ = self.start.place(self.start.z, self.target.dtype)
-        log_q = self._log_q(chart.inverse(tf.constant(self.start.z, tf.float32)), highest)
+        z = chart.inverse(tf.constant(self.start.z, tf.float32))
+        log_q = self._log_q(z, self._charted(z)[1], highest)
         return Draws(
             np.asarray(u, np.float64),
             self._log_density(u),
@@ -291,9 +292,15 @@ class PosteriorFit:
         """Returns log p(data, parameters) in nats as a density of u, [n, dim] -> [n]."""
         return np.asarray(self.target.log_density(u), np.float64)
 
-    def _log_q(self, z, highest=np.inf):
-        """Returns log q in nats, a density of u, at z [n, dim] -> [n], with T at most `highest`."""
-        r, (_, volume) = self._contrast(), self._charted(z)
+    def _log_q(self, z, volume, highest=np.inf):
+        """Returns log q in nats, a density of u, at z [n, dim] -> [n].
+
+        Args:
+          z: draws of the sampler.
+          volume: log |du / dz| there, [n].
+          highest: limit of T.
+        """
+        r = self._contrast()
         log_q = r.log_prob(z[:, tf.newaxis])[:, 0] + np.minimum(self._t(z, r), highest) - volume
         return np.asarray(log_q, np.float64)
 

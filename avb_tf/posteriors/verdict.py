@@ -78,6 +78,7 @@ def total_variation(at_q: np.ndarray, at_p: np.ndarray) -> tuple[float, float]:
       at_q: log p - log q at draws of q, [n]; p need not be normalised.
       at_p: log p - log q at draws of p, [m].
     """
+    at_q, at_p = _against(at_q, at_p)
     finite = np.concatenate([at_q, at_p])[np.isfinite(np.concatenate([at_q, at_p]))]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
     by_q = by_p = 0.0
@@ -87,6 +88,11 @@ def total_variation(at_q: np.ndarray, at_p: np.ndarray) -> tuple[float, float]:
         by_p = np.exp(np.minimum(0.0, middle - at_p)).mean()
         low, high = (middle, high) if by_q > by_p else (low, middle)
     return float(1.0 - min(by_q, by_p)), float(0.5 * (low + high))
+
+
+def _against(at_q, at_p):
+    """Counts NaN against the fit: a draw of q without posterior mass, a state where q has none."""
+    return np.where(np.isnan(at_q), -np.inf, at_q), np.where(np.isnan(at_p), np.inf, at_p)
 
 
 def largest_r_hat(states: np.ndarray) -> float:
@@ -172,6 +178,7 @@ def diagnose(
       points: number of points that were searched for modes.
       lacking: share of the posterior that the search found and the chains lack.
     """
+    at_q, at_p = _against(at_q, at_p)
     k = float(weighing.pareto_k(at_q))
     size = float(weighing.effective_sample_size(at_q)) / len(at_q)
     overlap, log_evidence = total_variation(at_q, at_p)
