@@ -335,8 +335,9 @@ def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
     if not means:
         return None, lacking
     weights = np.full(len(roots), 0.5 / len(roots))
-    return Mixture(
-        np.concatenate([0.5 * known.weights, weights]),
-        np.concatenate([known.means, means]),
-        np.concatenate([known.roots, roots]),
-    ), float(lacking)
+    wider = known._replace(
+        weights=np.concatenate([0.5 * known.weights, weights]),
+        means=np.concatenate([known.means, means]),
+        roots=np.concatenate([known.roots, roots]),
+    )
+    return wider, float(lacking)
