@@ -45,23 +45,16 @@ MODES = {
     "export": "avb_tf.commands.export:export",
     "serve_check": "avb_tf.serving.check:serve_check",
 }
-POSTERIOR_MODES = {
-    "train": "avb_tf.posteriors.experiment:train",
-    "evaluate": "avb_tf.posteriors.experiment:evaluate",
-    "train_and_evaluate": "avb_tf.posteriors.experiment:train_and_evaluate",
-    "sample": "avb_tf.posteriors.experiment:sample",
-    "export": "avb_tf.posteriors.experiment:export",
-    "serve_check": "avb_tf.serving.check:serve_check",
-}
-AMORTISED_MODES = {
-    "train": "avb_tf.amortised.experiment:train",
-    "evaluate": "avb_tf.amortised.experiment:evaluate",
-    "train_and_evaluate": "avb_tf.amortised.experiment:train_and_evaluate",
-    "sample": "avb_tf.amortised.experiment:sample",
-    "export": "avb_tf.amortised.experiment:export",
-    "serve_check": "avb_tf.serving.check:serve_check",
-}
 
+
+def _modes_of_fits(package: str) -> dict[str, str]:
+    modes = ("train", "evaluate", "train_and_evaluate", "sample", "export")
+    own = {mode: f"avb_tf.{package}.experiment:{mode}" for mode in modes}
+    return own | {"serve_check": MODES["serve_check"]}
+
+
+POSTERIOR_MODES = _modes_of_fits("posteriors")
+AMORTISED_MODES = _modes_of_fits("amortised")
 _DRIVER = Path("/proc/driver/nvidia/gpus")  # NVIDIA's driver has a folder here for each GPU
 
 

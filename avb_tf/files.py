@@ -200,6 +200,12 @@ def saving(directory: Path, record: str, content: str, *names: str):
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def is_saved(directory: Path, record: str) -> bool:
+    """Returns whether a `saving` of `directory` with this record has finished."""
+    settle(directory)
+    return (directory / record).exists()
+
+
 def settle(directory: Path) -> None:
     """Moves the files of a finished `saving` into place if a kill has prevented that.
 

@@ -444,8 +444,11 @@ def test_steps_that_are_not_finite_are_left_out_of_the_mean_loss():
         ),
         (lambda fit: fit(linear(), "y", steps=0), "expected numbers above 0"),
         (lambda fit: fit(linear(), "y", widht=3), "unknown setting 'widht'"),
-        (lambda fit: fit(linear(), "y", width=0.5), "width is 0.5; expected a int"),
-        (lambda fit: fit(linear(), "y", depth=True), "depth is True; expected a int"),
+        (
+            lambda fit: fit(linear(), "y", width=0.5),
+            "width is 0.5; expected a whole number of at least 1",
+        ),
+        (lambda fit: fit(linear(), "y", depth=True), "depth is True; expected a whole number"),
         (lambda fit: fit(linear(), "y", learning_rate=np.nan), "learning_rate is nan"),
         (lambda fit: fit(linear(), "y", clip_norm=np.inf), "clip_norm is inf"),
         (lambda fit: fit(batched_wrongly(), "y"), "write it for batches"),

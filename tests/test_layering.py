@@ -17,6 +17,7 @@ ORDER = [
     "avb_tf.settings",
     "avb_tf.settings.methods",
     "avb_tf.settings.run",
+    "avb_tf.settings.fits",
     "avb_tf.settings.posterior",
     "avb_tf.settings.amortised",
     "avb_tf.configuration",

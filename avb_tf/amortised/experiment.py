@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from avb_tf import configuration, figures, files, results
 from avb_tf.amortised.fit import fit_amortised, simulation_of
 from avb_tf.amortised.result import META, AmortisedFit
 from avb_tf.errors import UserError
-from avb_tf.posteriors.experiment import FIT, returned
+from avb_tf.posteriors.experiment import FIT, returned, write_draws
 from avb_tf.serving import layout
 
 
@@ -59,7 +58,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _trained(config, workdir, problem) -> AmortisedFit:
     """Loads the fit of the workdir, or trains and saves one."""
-    if (workdir / FIT / META).exists():  # written last
+    if files.is_saved(workdir / FIT, META):
         return AmortisedFit.load(workdir / FIT)
     fit = fit_amortised(
         problem.model,
@@ -133,12 +132,7 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
             "their posteriors"
         )
     for i, y in enumerate(problem.observations):
-        path = workdir / f"posterior-{i}.nc"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        files.remove_leftovers(path)
-        fit.to_arviz(y, config.eval.draws).to_netcdf(str(temporary))
-        files.replace(temporary, path)
-        print(path)
+        print(write_draws(fit.to_arviz(y, config.eval.draws), workdir / f"posterior-{i}.nc"))
 
 
 def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -154,7 +148,7 @@ def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _fit(config, workdir: Path) -> tuple[Problem, AmortisedFit]:
     """Loads the model and its fit. The fit uses the model's code, for numpy simulators."""
-    if not (workdir / FIT / META).exists():
+    if not files.is_saved(workdir / FIT, META):
         raise UserError(f"{workdir} has no fit; train it first")
     fit, problem = AmortisedFit.load(workdir / FIT), load_problem(config.model)
     source = simulation_of(problem.model, problem.prior, problem.observed, problem.rows)

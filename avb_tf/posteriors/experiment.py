@@ -21,7 +21,7 @@ from avb_tf.posteriors.fit import fit_posterior, load_posterior
 from avb_tf.posteriors.result import META, PosteriorFit
 from avb_tf.serving import layout
 
-FIT = "fit"
+FIT, DRAWS = "fit", "posterior.nc"
 _CHAINS = 4
 _SEED = 123  # seed of the reference and of the draws for the comparison
 
@@ -50,7 +50,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _trained(config, workdir, problem) -> PosteriorFit:
     """Returns the fit of the workdir, or fits the posterior and saves the fit there."""
-    if _is_fitted(workdir):
+    if files.is_saved(workdir / FIT, META):
         return load_posterior(workdir / FIT)
     fit = fit_posterior(
         problem.model,
@@ -113,7 +113,7 @@ def _evaluate(config, workdir, fit) -> None:
     print(comparison.table(methods))
     for statistic, values in record["statistics"].items():
         print(statistic, *(f"{label} {value:.3f}" for label, value in values.items()), sep=", ")
-    _write_draws(fit.to_arviz(e.draws), workdir)
+    write_draws(fit.to_arviz(e.draws), workdir / DRAWS)
     shown = {label: (draws | others)[label] for label in ("fit", "full-rank VI", "reference")}
     drawn = {"pairs": pairs(shown, target.coordinates(), "unconstrained")}
     print(*figures.save(drawn, workdir / "figures"), sep="\n")
@@ -126,7 +126,7 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
       UserError: the workdir has no fit.
     """
     del config
-    print(_write_draws(_fit(workdir).to_arviz(), workdir))
+    print(write_draws(_fit(workdir).to_arviz(), workdir / DRAWS))
 
 
 def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -140,8 +140,8 @@ def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
     print(fit.export(workdir / layout.DIRECTORY, **config.export, name=name, config=plain))
 
 
-def _write_draws(draws, workdir: Path) -> Path:
-    path = workdir / "posterior.nc"
+def write_draws(draws: Any, path: Path) -> Path:
+    """Writes `arviz.InferenceData` as a netCDF file, atomically, and returns the path."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     files.remove_leftovers(path)
     draws.to_netcdf(str(temporary))
@@ -150,14 +150,9 @@ def _write_draws(draws, workdir: Path) -> Path:
 
 
 def _fit(workdir: Path) -> PosteriorFit:
-    if not _is_fitted(workdir):
+    if not files.is_saved(workdir / FIT, META):
         raise UserError(f"{workdir} has no fit; train it first")
     return load_posterior(workdir / FIT)
-
-
-def _is_fitted(workdir: Path) -> bool:
-    files.settle(workdir / FIT)
-    return (workdir / FIT / META).exists()
 
 
 def load_problem(name: str) -> models.Problem:

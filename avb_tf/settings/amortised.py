@@ -4,7 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from avb_tf.errors import UserError
+from avb_tf.settings import fits
 
 METHOD = "amortised"  # config.method of such a run
 
@@ -18,6 +18,10 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "clip_norm": 10.0,  # largest global norm of the gradient
 }
+_RANGES: dict[str, tuple[float, float]] = {
+    "whitening_share": (0.0, 1.0),
+    **dict.fromkeys(("learning_rate", "clip_norm"), (0.0, float("inf"))),
+}
 SINCE: dict[str, Any] = {}  # fields that config files of earlier versions lack, with their values
 STEPS = 10_000  # used if neither steps nor seconds are given
 
@@ -30,21 +34,11 @@ def resolved(**changes: Any) -> dict[str, Any]:
     Raises:
       UserError: a setting is unknown or out of range.
     """
-    if unknown := sorted(set(changes) - set(SETTINGS)):
-        raise UserError(f"unknown setting '{unknown[0]}'; expected one of {', '.join(SETTINGS)}")
-    settings = {**SETTINGS, **changes}
-    for name, value in settings.items():
-        kind = type(SETTINGS[name])
-        number = isinstance(value, int | float if kind is float else int)
-        if isinstance(value, bool) or not number or not 0 < value < float("inf"):
-            raise UserError(f"{name} is {value!r}; expected a {kind.__name__} above 0")
-    if not settings["whitening_share"] < 1.0:
-        raise UserError(f"whitening_share is {settings['whitening_share']}; expected less than 1")
-    return settings
+    return fits.resolved(SETTINGS, _RANGES, changes)
 
 
 def config(model: str) -> ml_collections.ConfigDict:
-    """A config with every field of a fit.
+    """Returns a config with every field of a fit.
 
     Args:
       model: "path.py:function", a function that returns the model.
@@ -71,12 +65,12 @@ def config(model: str) -> ml_collections.ConfigDict:
 
 
 def template() -> ml_collections.ConfigDict:
-    """A config with the fields that all fits have."""
+    """Returns a config with the fields that all fits have."""
     return config("")
 
 
 def name(config: ml_collections.ConfigDict) -> str:
-    """The default name of a run."""
+    """Returns the default name of a run."""
     return f"amortised-{config.model.rpartition(':')[2]}"
 
 
@@ -84,21 +78,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Checks an amortised fit's config.
 
     Args:
-      config: all fields present and of the right types.
+      config: the config, with all fields present and of the right types.
     Raises:
       UserError: a field is out of range.
     """
-    resolved(**config.fit)
-    least = {
-        "steps": 0, "seconds": 0, "seed": 0, "threads_per_op": 0, "eval.pairs": 20,
-        "eval.draws": 1, "export.draws": 1, "export.max_batch": 1, "export.version": 0,
-    }  # fmt: skip
-    for key, lowest in least.items():
-        section, _, field = key.rpartition(".")
-        value = config[section][field] if section else config[field]
-        if not lowest <= value < 2**31:
-            raise UserError(f"config.{key} is {value}; expected {lowest} or more and below 2^31")
-    if not config.steps and not config.seconds:
-        raise UserError("config.steps and config.seconds are both 0; expected one above 0")
-    if not config.model.rpartition(":")[0]:
-        raise UserError(f"config.model is '{config.model}'; expected path.py:function")
+    fits.resolved(SETTINGS, _RANGES, config.fit, "config.fit.")
+    least = {"eval.pairs": 20, "eval.draws": 1, "export.draws": 1, "export.max_batch": 1}
+    fits.validate(config, least)

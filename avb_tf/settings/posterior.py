@@ -1,12 +1,10 @@
 """Settings of `fit_posterior` with their defaults, and the fields and checks of its config."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
-import numpy as np
 
-from avb_tf.errors import UserError
+from avb_tf.settings import fits
 
 METHOD = "posterior"  # config.method of a run that fits a posterior
 
@@ -31,7 +29,6 @@ SETTINGS: dict[str, Any] = {
     "ema_decay": 0.995,  # decay of the sampler's averaged weights
     "clip_norm": 100.0,  # largest global norm of the gradient
 }
-# The lowest value, and what a value must be below, of all but whole numbers of at least 1.
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("noise_dim", "chart_steps", "chart_width"), (0, 2**31)),
     **dict.fromkeys(("chart_share", "adversary_warmup", "annealing", "ema_decay"), (0.0, 1.0)),
@@ -53,34 +50,10 @@ def resolved(dim: int, **changes: Any) -> dict[str, Any]:
     Raises:
       UserError: a setting is unknown or out of range.
     """
-    if unknown := sorted(set(changes) - set(SETTINGS)):
-        raise UserError(f"unknown setting '{unknown[0]}'; expected one of {', '.join(SETTINGS)}")
-    settings = {**SETTINGS, **changes}
-    check(settings)
+    settings = fits.resolved(SETTINGS, _RANGES, changes)
     settings["noise_dim"] = settings["noise_dim"] or max(8, min(dim, 32))
     settings["chart_width"] = settings["chart_width"] or max(64, 2 * dim)
     return settings
-
-
-def check(settings: Mapping[str, Any], prefix: str = "") -> None:
-    """Checks types and ranges of all settings.
-
-    Args:
-      settings: all settings, by their names in `SETTINGS`.
-      prefix: what precedes a name in the error.
-    Raises:
-      UserError: a setting is out of range.
-    """
-    for name, value in settings.items():
-        low, high = _RANGES.get(name, (1, 2**31))
-        whole = isinstance(SETTINGS[name], int)
-        number = isinstance(value, int | np.integer) if whole else isinstance(value, float | int)
-        if isinstance(value, bool) or not number or not low <= value < high:
-            below = "" if high == float("inf") else f" and below {high:g}"
-            kind = "a whole number" if whole else "a number"
-            raise UserError(
-                f"{prefix}{name} is {value!r}; expected {kind} of at least {low}{below}"
-            )
 
 
 def config(model: str) -> ml_collections.ConfigDict:
@@ -130,21 +103,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: a field is out of range.
     """
-    check(config.fit, "config.fit.")
-    fields = config.to_dict()
-    for part in ("eval", "export"):
-        fields |= {f"{part}.{k}": v for k, v in config[part].items()}
+    fits.resolved(SETTINGS, _RANGES, config.fit, "config.fit.")
     least = {
         "export.max_batch": 1,
         "eval.draws": 100,
         "eval.gaussian_steps": 1,
         "eval.nuts_draws": 4,
     }
-    for key, value in fields.items():
-        if isinstance(value, int | float) and not least.get(key, 0) <= value < 2**31:
-            expected = f"{least.get(key, 0)} or more and below 2^31"
-            raise UserError(f"config.{key} is {value}; expected {expected}")
-    if not config.steps and not config.seconds:
-        raise UserError("config.steps and config.seconds are both 0; expected one above 0")
-    if not config.model.rpartition(":")[0]:
-        raise UserError(f"config.model is '{config.model}'; expected path.py:function")
+    fits.validate(config, least)
