@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from avb_tf import tables
 from avb_tf.amortised.judging import Compiled
+from avb_tf.amortised.network import robust
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.figures import calibration
 
@@ -310,8 +311,7 @@ def _distances(y) -> dict[str, np.ndarray]:
 
 def standardised(y) -> np.ndarray:
     """Standardises y [n, statistics] by medians and quantiles, with tails compressed."""
-    low, middle, high = np.quantile(y, [0.16, 0.5, 0.84], axis=0)
-    scale = np.where(high > low, 0.5 * (high - low), y.std(0) + 1e-12)
+    middle, scale = robust(y)
     return np.arcsinh((y - middle) / scale)
 
 

@@ -32,14 +32,15 @@ def scaling(u: np.ndarray, y: np.ndarray) -> Scaling:
       y: data, [n, features].
     """
 
-    def robust(x):
-        low, middle, high = np.quantile(x, [0.16, 0.5, 0.84], axis=0)
-        scale = 0.5 * (high - low)
-        scale = np.where(scale > 0.0, scale, x.std(0))  # for counts that are mostly 0
-        scale = np.where(scale > 0.0, scale, 1.0)
-        return middle.astype(np.float32), scale.astype(np.float32)
+    return Scaling(*(part.astype(np.float32) for x in (u, y) for part in robust(x)))
 
-    return Scaling(*robust(u), *robust(y))
+
+def robust(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the median and a scale of each column of x [n, columns], from quantiles."""
+    low, middle, high = np.quantile(x, [0.16, 0.5, 0.84], axis=0)
+    scale = 0.5 * (high - low)
+    scale = np.where(scale > 0.0, scale, x.std(0))  # for counts that are mostly 0
+    return middle, np.where(scale > 0.0, scale, 1.0)
 
 
 class Context(NamedTuple):
