@@ -73,5 +73,6 @@ def test_every_method_has_weights_that_its_seed_fixes(method):
     log_weights = sampler.log_weights(x, 20)
     assert log_weights.shape == (20, 4)
     np.testing.assert_array_equal(log_weights, sampler.log_weights(x, 20))
-    np.testing.assert_array_equal(log_weights[:7], sampler.log_weights(x, 7))
+    # The same draws; the last bit depends on the size of the tensors.
+    np.testing.assert_allclose(log_weights[:7], sampler.log_weights(x, 7), rtol=1e-5)
     assert (log_weights != sampler.log_weights(x, 20, seed=1)).all()
