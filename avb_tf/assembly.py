@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from avb_tf import auxiliary, columns, encoders, flows, networks, parts
+from avb_tf import adversaries, auxiliary, columns, encoders, flows, networks, parts
 from avb_tf.data.table import Table
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS
@@ -177,14 +177,14 @@ def _base(s, trunk) -> encoders.Encoder:
     return makers[s.encoder]()
 
 
-def _adversary(s) -> networks.Adversary | None:
+def _adversary(s) -> adversaries.Adversary | None:
     width, depth = s.adversary_width, s.adversary_depth
     trunk = networks.DenseStack(width, 1) if s.condition != "x" else _trunk(s, width, depth)
     makers = {
         "none": lambda: None,
-        "residual": lambda: networks.ResidualAdversary(trunk, width, depth),
-        "concatenating": lambda: networks.ConcatenatingAdversary(trunk, width, depth),
-        "factorised": lambda: networks.FourTrunkAdversary(width, depth, s.products),
+        "residual": lambda: adversaries.ResidualAdversary(trunk, width, depth),
+        "concatenating": lambda: adversaries.ConcatenatingAdversary(trunk, width, depth),
+        "factorised": lambda: adversaries.FourTrunkAdversary(width, depth, s.products),
     }
     parts.check_choice("adversary", s.adversary, makers)
     return makers[s.adversary]()

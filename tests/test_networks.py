@@ -8,17 +8,19 @@ import pytest
 import tensorflow as tf
 
 from avb_tf import AVB, UserError, build, encoders, flows
+from avb_tf.adversaries import (
+    ConcatenatingAdversary,
+    FactorisedAdversary,
+    FourTrunkAdversary,
+    ResidualAdversary,
+)
 from avb_tf.networks import (
     BatchNorm,
-    ConcatenatingAdversary,
     ConvDecoder,
     ConvTrunk,
     DenseDecoder,
     DenseStack,
     DenseTrunk,
-    FactorisedAdversary,
-    FourTrunkAdversary,
-    ResidualAdversary,
     ResidualTrunk,
 )
 

@@ -11,10 +11,11 @@ import tensorflow_probability as tfp
 
 import avb_tf
 from avb_tf import likelihoods
+from avb_tf.adversaries import Adversary, ResidualAdversary
 from avb_tf.encoders import BlackBoxEncoder, Encoder, GaussianEncoder, Posterior
 from avb_tf.flows import FlowEncoder
 from avb_tf.likelihoods import Likelihood
-from avb_tf.networks import Adversary, DenseDecoder, DenseTrunk, ResidualAdversary
+from avb_tf.networks import DenseDecoder, DenseTrunk
 from avb_tf.settings.methods import SETTINGS
 
 X = np.random.default_rng(0).integers(0, 2, [32, 6]).astype(np.float32)

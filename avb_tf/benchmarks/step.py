@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from avb_tf import contrast as contrasts
 from avb_tf import data, files, objectives
+from avb_tf.adversaries import FourTrunkAdversary
 from avb_tf.benchmarks import device
 from avb_tf.callbacks import tensorboard, writing
 from avb_tf.commands import train
@@ -29,7 +30,6 @@ from avb_tf.errors import UserError
 from avb_tf.likelihood_estimation import ais
 from avb_tf.likelihoods import log_likelihood
 from avb_tf.model import AVB
-from avb_tf.networks import FourTrunkAdversary
 from avb_tf.posteriors import fit as posteriors
 from avb_tf.serving.saved_model import SavedModel
 

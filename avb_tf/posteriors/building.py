@@ -5,9 +5,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from avb_tf.adversaries import ResidualAdversary
 from avb_tf.likelihoods import Likelihood
 from avb_tf.model import AVB
-from avb_tf.networks import DenseStack, ResidualAdversary
+from avb_tf.networks import DenseStack
 from avb_tf.posteriors.sampler import Chart, GatedEncoder, NormalEncoder, Plain, log_normal
 from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import Target, value_and_gradient

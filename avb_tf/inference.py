@@ -1,0 +1,157 @@
+"""Uses of a trained model: encode, decode, sample, reconstruct, estimate log p(x)."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from avb_tf.data import checks
+from avb_tf.data.table import is_frame
+from avb_tf.encoders import Encoder, Posterior
+from avb_tf.errors import UserError
+from avb_tf.likelihood_estimation import annealing
+from avb_tf.likelihood_estimation.annealing import LogLikelihood
+from avb_tf.training import Trained
+
+
+class Inference(Trained):
+    """Keras model of an encoder and a decoder.
+
+    All methods use the averaged networks, and the same seed gives the same draws. Subclasses set
+    the attributes below.
+    """
+
+    encoder: Encoder
+    decoder: keras.Model
+    averaged_encoder: Encoder  # running averages of the weights, or the encoder itself
+    averaged_decoder: keras.Model
+
+    def call(self, x: np.ndarray | tf.Tensor, training: bool = False):
+        """Returns reconstructions of x, [batch, *event]; `predict` calls this.
+
+        In training they come from the trained networks with new noise at every call, so that an
+        enclosing model or a custom loop can train these networks.
+        """
+        if not training:
+            return self.reconstruct(x)
+        examples = self._examples(x)
+        noise = tf.random.normal([1, tf.shape(examples)[0], self.encoder.noise_dim])
+        posterior = self.encoder(examples, noise, training=True)
+        return self.likelihood.predictive_mean(self.decoder(posterior.z), examples)
+
+    def posterior(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0) -> Posterior:
+        """Draws from q(z|x) and returns its moments and, if known, its density.
+
+        If the encoder's `moments_from_draws` is True, the moments are estimated from these draws.
+
+        Args:
+          x: [batch, *event] in [0, 1], or in the likelihood's support.
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
+        return self._posterior(self._examples(x), samples, seed)
+
+    def _posterior(self, x, samples, seed):
+        shape = [samples, tf.shape(x)[0], self.encoder.noise_dim]
+        noise = tf.random.stateless_normal(shape, [seed, 0])
+        return self.averaged_encoder(x, noise)
+
+    def encode(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
+        """Draws z ~ q(z|x), [samples, batch, latent].
+
+        Args:
+          x: [batch, *event] in [0, 1], or in the likelihood's support.
+          samples: draws for each x.
+          seed: the same seed gives the same draws.
+        """
+        return self.posterior(x, samples, seed).z
+
+    def decode(self, z: np.ndarray | tf.Tensor):
+        """Returns E[x|z], [..., *event], for z [..., latent]; for a category its likeliest code."""
+        return self.likelihood.mean(self.averaged_decoder(tf.convert_to_tensor(z, tf.float32)))
+
+    def sample(self, count: int, seed: int | None = None):
+        """Draws z from the prior and returns E[x|z], [count, *event].
+
+        Args:
+          count: number of draws.
+          seed: the same seed gives the same draws; None gives different draws at each call.
+        """
+        seed = int(np.random.SeedSequence().generate_state(1)[0] >> 1) if seed is None else seed
+        shape = [count, self.encoder.latent_dim]
+        return self.decode(tf.random.stateless_normal(shape, [seed, 1]))
+
+    def reconstruct(self, x: Any, seed: int = 0, samples: int = 1) -> Any:
+        """Returns E[x'|z] averaged over draws z ~ q(z|x), [batch, *event].
+
+        Where a value of x is missing (NaN in a table that allows it), the result is an imputed
+        value. A data frame gives a data frame, so
+        `frame.fillna(model.reconstruct(frame, samples=100))` fills it.
+
+        Args:
+          x: [batch, *event], or a pandas data frame with the table's columns.
+          seed: the same seed gives the same draws.
+          samples: draws for each x.
+        """
+        examples = self._examples(x)
+        outputs = self.averaged_decoder(self._posterior(examples, samples, seed).z)
+        means = self.likelihood.predictive_mean(outputs, examples)
+        if not is_frame(x):
+            return means
+        # Under the labels of x, or `fillna` would fill nothing where these are numbers.
+        labels = {str(label): label for label in x.columns}
+        return self.table.frame(means, x.index).rename(columns=labels)
+
+    def log_likelihood(
+        self,
+        x: Any,
+        temperatures: int = 100,
+        chains: int = 32,
+        leapfrog_steps: int = 10,
+        verbose: bool = True,
+    ) -> LogLikelihood:
+        """Estimates log p(x) of each example in nats by annealed importance sampling.
+
+            log_p = model.log_likelihood(x_test)
+            print(log_p)  # the mean, its standard error and diagnostics
+            log_p.values  # [examples]
+
+        The estimate does not use the adversary. In expectation each value is a lower bound, which
+        more temperatures tighten. The same x give the same values. For a table, the value is the
+        log density of the values that are not missing, in the user's units.
+
+        Args:
+          x: [examples, *event], binary if the likelihood is; or a data frame.
+          temperatures: number of temperatures on the path from the start of the chains, a
+            Gaussian near q(z|x), to p(x, z).
+          chains: chains for each example.
+          leapfrog_steps: leapfrog steps of Hamiltonian Monte Carlo at each temperature.
+          verbose: whether to show a progress bar.
+        Raises:
+          UserError: x does not fit the model, or a size is below 1.
+        Source: Neal (2001); `likelihood_estimation.ais`.
+        """
+        sizes = {"temperatures": temperatures, "chains": chains, "leapfrog_steps": leapfrog_steps}
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"{name} is {size}; expected 1 or more")
+        x = self._examples(x)
+        if self.likelihood.binary and not np.isin(x, (0.0, 1.0)).all():
+            raise UserError(
+                "x has values between 0 and 1, but the likelihood is binary; expected 0 and 1; "
+                "round x, or sample it: numpy.random.random(x.shape) < x, as float32"
+            )
+        return annealing.log_likelihood(self, x, **sizes, verbose=verbose)
+
+    def _examples(self, x):
+        """Returns x as float32 [batch, *event], with bytes scaled to [0, 1].
+
+        x is checked unless it is a symbolic tensor, which has no values.
+        """
+        if not tf.is_symbolic_tensor(x):
+            x = self.checked(x)
+        return self._as_examples(x)
+
+    def _as_examples(self, x):
+        return checks.as_examples(x, self.event_shape, self.likelihood.support == "unit")
