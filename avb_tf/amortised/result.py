@@ -17,7 +17,7 @@ from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.errors import UserError
 from avb_tf.posteriors import hmc
-from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.result import Refinement
 from avb_tf.posteriors.sampling import LEAPFROGS
 from avb_tf.posteriors.target import Structure
@@ -253,7 +253,7 @@ class AmortisedPosterior:
         return self._judgement().diagnostics
 
     @property
-    def evidence(self) -> Estimate:
+    def evidence(self) -> Evidence:
         """log p(y) in nats, by a bridge between q, with modes that it lacks, and the chains."""
         return self._judgement().log_evidence
 

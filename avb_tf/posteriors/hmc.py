@@ -16,7 +16,7 @@ from avb_tf.posteriors.target import value_and_gradient
 Scores = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-class Chains(NamedTuple):
+class ChainStates(NamedTuple):
     """States of parallel chains after each transition."""
 
     states: np.ndarray  # [transitions, chains, dim]
@@ -54,7 +54,7 @@ def run_chains(
     rng: np.random.Generator,
     adapt: bool = False,
     jumps: Mixture | None = None,
-) -> Chains:
+) -> ChainStates:
     """Runs transitions of all chains in parallel.
 
     Args:
@@ -105,7 +105,7 @@ def run_chains(
             x, density, score, proposed = _jump(scores, jumps, (x, density, score, proposed), rng)
         history.append((x, density, acceptance))
     states, densities, acceptance = map(np.stack, zip(*history, strict=True))
-    return Chains(states, densities, acceptance, step_size)
+    return ChainStates(states, densities, acceptance, step_size)
 
 
 def _jump(scores, jumps, state, rng):

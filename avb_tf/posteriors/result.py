@@ -13,7 +13,7 @@ from avb_tf.figures.pairs import pairs
 from avb_tf.model import AVB
 from avb_tf.posteriors import hmc, mixture, sampling, verdict
 from avb_tf.posteriors import start as starting
-from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.sampler import Chart
 from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import Structure, Target
@@ -99,7 +99,7 @@ class PosteriorFit:
         return self._described(self._z(n, seed))
 
     @property
-    def log_evidence(self) -> Estimate:
+    def log_evidence(self) -> Evidence:
         """log p(data) in nats, by a bridge between a mixture of known density and the chains.
 
         It is unknown, that is NaN with an infinite error, if the two hardly overlap.

@@ -8,7 +8,7 @@ import numpy as np
 from avb_tf import diagnostics
 from avb_tf.errors import UserError
 from avb_tf.posteriors import evidence, hmc, mixture
-from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
 
 CHAINS = 256
@@ -28,7 +28,7 @@ class Sampled(NamedTuple):
 
     states: np.ndarray  # [chains, kept, dim]
     mixture: Mixture
-    log_evidence: Estimate
+    log_evidence: Evidence
     log_normaliser: float  # nats: the log evidence, or a rough estimate if it is unknown
 
     @property

@@ -24,7 +24,7 @@ from avb_tf import archives
 from avb_tf.errors import UserError
 from avb_tf.posteriors import evidence, hmc, large, matching, mixture, sampling, search
 from avb_tf.posteriors import tails as tailing
-from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
 from avb_tf.posteriors.tails import Tails
 from avb_tf.posteriors.target import Target
@@ -59,7 +59,7 @@ class Start(NamedTuple):
     z: np.ndarray  # [chains * kept, dim], the chains' states standardised, chain after chain
     tails: Tails
     chains: int  # number of chains
-    log_evidence: Estimate = evidence.UNKNOWN
+    log_evidence: Evidence = evidence.UNKNOWN
     points: int = 0  # number of points that were searched for further modes
     directions: np.ndarray = np.zeros([0, 0])  # [dim, rank], orthonormal
     stretch: np.ndarray = np.zeros(0)  # [rank], standard deviations along them, before the scale
@@ -115,7 +115,7 @@ def load(path) -> Start:
         arrays["z"].astype(np.float64),
         Tails(location, scale, np.stack(weight)),
         int(chains),
-        Estimate(value, error),
+        Evidence(value, error),
         int(points),
         arrays["directions"],
         arrays["stretch"],
