@@ -11,7 +11,7 @@ import abc
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
@@ -27,7 +27,7 @@ class Restorable:
     The arguments may be other Keras objects.
     """
 
-    _arguments: dict
+    _arguments: dict[str, Any]
 
     def __new__(cls, *args, **kwargs):
         """Keeps the constructor's arguments for `get_config`."""
@@ -37,20 +37,20 @@ class Restorable:
         vars(instance)["_arguments"] = dict(arguments)  # bypasses Keras's tracking
         return instance
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the serialised arguments of the constructor."""
         return {k: keras.saving.serialize_keras_object(v) for k, v in self._arguments.items()}
 
-    def get_build_config(self):
+    def get_build_config(self) -> None:
         """Returns None, because the model that holds the object builds it by calling it."""
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Returns a new object from a config that `get_config` returned."""
         return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
 
-def float32_dense(units: int, **kwargs) -> keras.layers.Dense:
+def float32_dense(units: int, **kwargs: Any) -> keras.layers.Dense:
     """Returns a dense layer with float32 outputs under every dtype policy.
 
     Args:
@@ -70,11 +70,11 @@ class DenseStack(Restorable, keras.layers.Layer):
       activation: of every layer, a Keras name.
     """
 
-    def __init__(self, width: int, depth: int, activation: str = "relu", **kwargs):
+    def __init__(self, width: int, depth: int, activation: str = "relu", **kwargs: Any):
         super().__init__(**kwargs)
         self.hidden = [keras.layers.Dense(width, activation=activation) for _ in range(depth)]
 
-    def call(self, inputs: tf.Tensor):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Maps inputs [..., inputs] to features [..., width]."""
         hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # at rank 2 bias and activation fuse
         for layer in self.hidden:
@@ -104,14 +104,14 @@ class DenseTrunk(Restorable, keras.layers.Layer):
     """
 
     def __init__(
-        self, width: int, depth: int, activation: str = "relu", support: str = "unit", **kwargs
+        self, width: int, depth: int, activation: str = "relu", support: str = "unit", **kwargs: Any
     ):
         super().__init__(**kwargs)
         self.support = support
         self.flatten = keras.layers.Flatten()
         self.stack = DenseStack(width, depth, activation)
 
-    def call(self, x: tf.Tensor):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """Maps x [batch, *event] to features [batch, width]."""
         return self.stack(_centred(self.flatten(x), self.support))
 
@@ -141,11 +141,11 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         activation: str = "relu",
         batch_norm: bool = False,
         support: str = "unit",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.support = support
-        self.activation = keras.activations.get(activation)
+        self.activation: Any = keras.activations.get(activation)
         normalised = [batch_norm and i < len(filters) - 1 for i in range(len(filters))]
         self.convolutions = [
             keras.layers.Conv2D(n, 5, strides=stride, padding="same", use_bias=not norm)
@@ -157,7 +157,7 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         self.flatten = keras.layers.Flatten()
         self.dense = keras.layers.Dense(features, activation=activation) if features else None
 
-    def call(self, x: tf.Tensor, training: bool = False):
+    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Maps images [batch, height, width, channels] to features [batch, features]."""
         hidden = _centred(x, self.support)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
@@ -177,7 +177,7 @@ class BatchNorm(keras.layers.Layer):
 
     MOMENTUM, EPSILON = 0.999, 1e-3
 
-    def build(self, input_shape: Any):
+    def build(self, input_shape: Any) -> None:
         """Creates the gain, the offset and the running averages, [channels] each."""
         shape = input_shape[-1:]
 
@@ -191,7 +191,7 @@ class BatchNorm(keras.layers.Layer):
         self.mean = weight("mean", "zeros", **running)
         self.variance = weight("variance", "ones", **running)
 
-    def call(self, inputs: tf.Tensor, training: bool = False):
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Normalises inputs [..., channels]."""
         mean, variance = self.mean.value, self.variance.value
         if training:
@@ -230,7 +230,7 @@ class ResidualTrunk(Restorable, keras.layers.Layer):
     Source: He et al. (2016).
     """
 
-    def __init__(self, trunk: keras.layers.Layer, width: int, blocks: int, **kwargs):
+    def __init__(self, trunk: keras.layers.Layer, width: int, blocks: int, **kwargs: Any):
         super().__init__(**kwargs)
         dense = keras.layers.Dense
         self.trunk = trunk
@@ -239,7 +239,7 @@ class ResidualTrunk(Restorable, keras.layers.Layer):
         self.hidden = [dense(width, activation="relu") for _ in range(blocks)]
         self.changes = [dense(width, kernel_initializer="zeros") for _ in range(blocks)]
 
-    def call(self, x: tf.Tensor, training: bool = False):
+    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Maps x [batch, *event] to features [batch, width]."""
         features = self.first(self.trunk(x, training=training))
         for norm, hidden, change in zip(self.norms, self.hidden, self.changes, strict=True):
@@ -266,14 +266,14 @@ class DenseDecoder(Restorable, keras.Model):
         width: int,
         depth: int,
         activation: str = "relu",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.output_event = (*event_shape, parameters)
         self.stack = DenseStack(width, depth, activation)
         self.head = float32_dense(math.prod(self.output_event))
 
-    def call(self, z: tf.Tensor):
+    def call(self, z: tf.Tensor) -> tf.Tensor:
         """Maps z [..., latent] to likelihood parameters [..., *event, parameters]."""
         return _unflatten(self.head(self.stack(z)), tf.shape(z)[:-1], self.output_event)
 
@@ -301,7 +301,7 @@ class ConvDecoder(Restorable, keras.Model):
         filters: Sequence[int],
         strides: Sequence[int] = (),
         activation: str = "relu",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         height, width, channels = event_shape
@@ -319,7 +319,7 @@ class ConvDecoder(Restorable, keras.Model):
             channels * parameters, 5, first, padding="same", dtype="float32"
         )
 
-    def call(self, z: tf.Tensor):
+    def call(self, z: tf.Tensor) -> tf.Tensor:
         """Maps z [..., latent] to parameters [..., height, width, channels, parameters]."""
         flat = tf.reshape(z, [-1, z.shape[-1]])
         hidden = tf.reshape(self.dense(flat), [-1, *self.start])
@@ -360,15 +360,15 @@ class Adversary(Restorable, keras.Model):
         model = avb_tf.AVB((6,), encoder, decoder, adversary, contrast="prior", condition="x")
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> Any:
         """Computes from the condition [batch, ...] what `logits` needs, one row per example."""
 
     @abc.abstractmethod
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T, [samples, batch].
 
         Args:
@@ -376,7 +376,7 @@ class Adversary(Restorable, keras.Model):
           z: [samples, batch, latent], whitened.
         """
 
-    def call(self, condition: tf.Tensor, z: tf.Tensor):
+    def call(self, condition: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
         """Computes T, [samples, batch].
 
         Args:
@@ -399,7 +399,7 @@ class ResidualAdversary(Adversary):
       depth: number of blocks.
     """
 
-    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs):
+    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.trunk = trunk
         self.from_features = keras.layers.Dense(width)
@@ -407,11 +407,11 @@ class ResidualAdversary(Adversary):
         self.blocks = [keras.layers.Dense(width) for _ in range(depth)]
         self.head = float32_dense(1, kernel_initializer="zeros")
 
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> tf.Tensor:
         """Maps the condition [batch, ...] to features [batch, width]."""
         return self.from_features(self.trunk(condition))
 
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T [samples, batch] for features [batch, width], z [samples, batch, latent]."""
         hidden = self.from_z(tf.concat([z, z**2], -1)) + features
         for block in self.blocks:
@@ -429,7 +429,7 @@ class ConcatenatingAdversary(Adversary):
       depth: number of layers.
     """
 
-    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs):
+    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.trunk = trunk
         # A dense layer on [features, z] is the sum of a layer on each. The sum's first part is the
@@ -439,11 +439,11 @@ class ConcatenatingAdversary(Adversary):
         self.stack = DenseStack(width, depth - 1)
         self.head = float32_dense(1)
 
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> tf.Tensor:
         """Maps the condition [batch, ...] to features [batch, width]."""
         return self.from_features(self.trunk(condition))
 
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T [samples, batch] for features [batch, width], z [samples, batch, latent]."""
         return self.head(self.stack(tf.nn.relu(features + self.from_z(z))))[..., 0]
 
@@ -465,13 +465,13 @@ class WideDense(keras.layers.Layer):
         units: int,
         use_bias: bool = True,
         kernel_initializer: Any = "glorot_uniform",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.units, self.use_bias = units, use_bias
         self.kernel_initializer = kernel_initializer
 
-    def build(self, input_shape: Any):
+    def build(self, input_shape: Any) -> None:
         """Creates the weights; the kernel is [units, inputs]."""
         shape = (self.units, input_shape[-1])
         self.kernel = self.add_weight(
@@ -481,7 +481,7 @@ class WideDense(keras.layers.Layer):
         if self.use_bias:
             self.bias = self.add_weight(shape=(self.units,), initializer="zeros", name="bias")
 
-    def call(self, inputs: tf.Tensor):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Maps inputs [rows, inputs] to outputs [rows, units]."""
         return tf.transpose(tf.matmul(self.kernel, inputs, transpose_b=True)) + self.bias
 
@@ -508,7 +508,7 @@ class FourTrunkAdversary(Adversary):
     Source: the adversary `conv0` in the authors' code for MNIST.
     """
 
-    def __init__(self, width: int, depth: int, products: int, **kwargs):
+    def __init__(self, width: int, depth: int, products: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.flatten = keras.layers.Flatten()
         self.theta_stack, self.t_x_stack, self.s_stack, self.t_z_stack = (
@@ -519,13 +519,13 @@ class FourTrunkAdversary(Adversary):
         self.s_bias = float32_dense(1, use_bias=False, kernel_initializer="zeros")  # b
         self.t_x, self.t_z = (float32_dense(1, kernel_initializer=tiny_normal()) for _ in range(2))
 
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
         x = self.flatten(condition)
         theta = tf.nn.elu(self.theta(self.theta_stack(x)))
         return self.s(theta), self.s_bias(theta) + self.t_x(self.t_x_stack(x))
 
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T [samples, batch] for the pair of `features`, z [samples, batch, latent]."""
         return _factorised_t(features, self.s_stack(z), self.t_z(self.t_z_stack(z)), z)
 
@@ -544,7 +544,9 @@ class FactorisedAdversary(Adversary):
       products: length of theta(x) and s(z).
     """
 
-    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, products: int, **kwargs):
+    def __init__(
+        self, trunk: keras.layers.Layer, width: int, depth: int, products: int, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.trunk = trunk
         self.theta, self.t_features = WideDense(products), float32_dense(1)
@@ -552,13 +554,13 @@ class FactorisedAdversary(Adversary):
         self.s = WideDense(width, use_bias=False)  # its kernel is W^T
         self.s_bias = float32_dense(1, use_bias=False, kernel_initializer="zeros")  # b
 
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
         hidden = self.trunk(condition)
         theta = self.theta(hidden)
         return self.s(theta), self.s_bias(theta) + self.t_features(hidden)
 
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T [samples, batch] for the pair of `features`, z [samples, batch, latent]."""
         hidden = self.stack(z)
         return _factorised_t(features, hidden, self.t_z(hidden), z)

@@ -105,7 +105,7 @@ def _evaluate(config, workdir, problem, fit) -> None:
     print(*figures.save({"calibration": check.plot()}, workdir / "figures"), sep="\n")
 
 
-def _observed(fit: AmortisedFit, y) -> dict:
+def _observed(fit: AmortisedFit, y) -> dict[str, Any]:
     """Returns verdict, evidence and surprise of one data set."""
     surprise = fit.surprise(y)
     print(surprise)
@@ -128,8 +128,8 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
     problem, fit = _fit(config, workdir)
     if not len(problem.observations):
         raise UserError(
-            f"{config.model} has no observations; expected a `AmortisedProblem` with some, to draw from "
-            "their posteriors"
+            f"{config.model} has no observations; expected an `AmortisedProblem` with some, to "
+            "draw from their posteriors"
         )
     for i, y in enumerate(problem.observations):
         print(write_draws(fit.to_arviz(y, config.eval.draws), workdir / f"posterior-{i}.nc"))
@@ -157,7 +157,7 @@ def _fit(config, workdir: Path) -> tuple[AmortisedProblem, AmortisedFit]:
 
 
 def load_problem(name: str) -> AmortisedProblem:
-    """Calls the function "path.py:function" and returns its model as a `AmortisedProblem`.
+    """Calls the function "path.py:function" and returns its model as an `AmortisedProblem`.
 
     Raises:
       UserError: the file or the function does not exist, or one of them raises.

@@ -4,21 +4,27 @@ avb-tf --config=amortised:decay --mode=train_and_evaluate
 avb-tf --config=amortised --config.model=path.py:function
 
 The name after the colon is a function in this file that returns a model. A function in your own
-file may return a TFP joint distribution with a part "y", or a `AmortisedProblem`.
+file may return a TFP joint distribution with a part "y", or an `AmortisedProblem`.
 """
 
+from typing import TYPE_CHECKING
+
+import ml_collections
 import numpy as np
 
 from avb_tf.settings import amortised
 
+if TYPE_CHECKING:
+    from avb_tf.amortised.experiment import AmortisedProblem
+
 TIMES = np.array([0.5, 1.0, 2.0, 4.0, 6.0, 8.0], np.float32)  # hours
 
 
-def get_config(model="decay"):
+def get_config(model: str = "decay") -> ml_collections.ConfigDict:
     return amortised.config(f"{__file__}:{model}")
 
 
-def decay():
+def decay() -> "AmortisedProblem":
     """Concentrations of a drug at six times, with unknown rate of decay and noise."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -36,7 +42,7 @@ def decay():
     return AmortisedProblem(joint, observations=patients)
 
 
-def regression():
+def regression() -> "AmortisedProblem":
     """A line through 5 to 50 points of unknown noise, each with a covariate of its own."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd

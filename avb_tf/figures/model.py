@@ -177,7 +177,7 @@ def posteriors(models: Mapping[str, AVB], x: np.ndarray, cells: int = 120) -> Fi
     return figure
 
 
-def _levels(density) -> list:
+def _levels(density) -> list[float]:
     """Returns levels of `density`, on a uniform grid, that enclose `_CONTENT` of its mass.
 
     The levels differ by at least 0.1%, even if a single cell holds most of the mass.

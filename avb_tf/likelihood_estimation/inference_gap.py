@@ -6,6 +6,7 @@ covariance. The ELBO of a posterior without a known density is an interval (`ent
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,9 @@ class BestGaussian:
         self._climb = tf.function(self._optimise, reduce_retracing=True)
         self._draw = tf.function(self._log_weights, reduce_retracing=True)
 
-    def __call__(self, x, loc, scale_tril, seed: int = 0) -> Gaussians:
+    def __call__(
+        self, x: np.ndarray | tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor, seed: int = 0
+    ) -> Gaussians:
         """Returns the best Gaussian for each x.
 
         Args:
@@ -138,7 +141,7 @@ class BestGaussian:
 
 
 @joint.kept_for_the_last_model
-def best_gaussians(model: AVB, steps: int = 300):
+def best_gaussians(model: AVB, steps: int = 300) -> Callable[..., tuple[Gaussians, Gaussians]]:
     """Returns a function that finds the best diagonal and the best full Gaussian for each x.
 
     The function takes x [batch, *event] and a seed, and returns two `Gaussians`. The optimisation
@@ -183,7 +186,7 @@ def smoothing_sizes(latents: int, examples: int) -> dict[str, int]:
 
 
 @joint.kept_for_the_last_model
-def smoothed_bounds(model: AVB):
+def smoothed_bounds(model: AVB) -> Callable[..., entropy.Bounds]:
     """Returns a function that bounds the ELBO of q with a little noise added.
 
     The function takes x [batch, *event], the sizes of `smoothing_sizes` and a seed. It returns

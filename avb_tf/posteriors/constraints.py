@@ -8,6 +8,7 @@ simplexes (`SoftmaxCentered` fails with current numpy) and intervals with one in
 """
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
@@ -35,7 +36,7 @@ class CorrelationOuterProduct(tfb.Bijector):
     `tfd.LKJ` is defined over them: dR_ij / dL_ij = L_jj for i > j, and the Jacobian is triangular.
     """
 
-    def __init__(self, name="correlation_outer_product"):
+    def __init__(self, name: str = "correlation_outer_product"):
         parameters = dict(locals())
         super().__init__(forward_min_event_ndims=2, parameters=parameters, name=name)
 
@@ -66,7 +67,7 @@ class VolumeOf(tfb.Bijector):
       name: name of this bijector.
     """
 
-    def __init__(self, bijector, name="volume_of"):
+    def __init__(self, bijector: tfb.Bijector, name: str = "volume_of"):
         parameters = dict(locals())
         self._bijector = bijector
         super().__init__(forward_min_event_ndims=2, parameters=parameters, name=name)
@@ -81,22 +82,22 @@ class VolumeOf(tfb.Bijector):
         return self._bijector.forward_log_det_jacobian(x, event_ndims=2)
 
 
-def simplex():
+def simplex() -> tfb.Bijector:
     """Returns the bijector from R^n to n + 1 probabilities: stick-breaking, uniform at 0."""
     return tfb.IteratedSigmoidCentered()
 
 
-def cholesky_factor():
+def cholesky_factor() -> tfb.Bijector:
     """Returns the bijector from R^(n (n + 1) / 2) to triangles [n, n] with a positive diagonal."""
     return tfb.FillScaleTriL(diag_bijector=tfb.Softplus(), diag_shift=None)
 
 
-def covariance():
+def covariance() -> tfb.Bijector:
     """Returns the bijector from R^(n (n + 1) / 2) to positive definite matrices [n, n]."""
     return tfb.Chain([tfb.CholeskyOuterProduct(), cholesky_factor()])
 
 
-def correlation_factor():
+def correlation_factor() -> tfb.Bijector:
     """Returns the bijector from R^(n (n - 1) / 2) to Cholesky factors of correlation matrices.
 
     With `CorrelationCholesky` alone, a uniform correlation has tails as heavy as those of Student's
@@ -105,12 +106,12 @@ def correlation_factor():
     return tfb.Chain([tfb.CorrelationCholesky(), tfb.Sinh()])
 
 
-def correlation():
+def correlation() -> tfb.Bijector:
     """Returns the bijector from R^(n (n - 1) / 2) to correlation matrices [n, n]."""
     return tfb.Chain([CorrelationOuterProduct(), correlation_factor()])
 
 
-def interval(low, high):
+def interval(low: npt.ArrayLike, high: npt.ArrayLike) -> tfb.Bijector | None:
     """Returns the bijector from R to (low, high) if an end is infinite.
 
     TFP's sigmoid gives NaN in this case. The result is None if both ends are finite or if an end is
@@ -129,7 +130,7 @@ def interval(low, high):
     return None
 
 
-def of_distribution(distribution):
+def of_distribution(distribution: tfd.Distribution) -> tfb.Bijector | None:
     """Returns the bijector from R^n to the support of a distribution, or None if it has none.
 
     The bijectors of this module replace TFP's at any depth, such as in
@@ -209,7 +210,7 @@ def _corrected(distribution):
     return distribution
 
 
-def checked(name: str, distribution):
+def checked(name: str, distribution: tfd.Distribution) -> tfb.Bijector:
     """Returns the bijector from R^n to a distribution's support, after checks.
 
     The bijector must reproduce draws of the prior from their inverse. Its log determinant must be
