@@ -190,7 +190,7 @@ class _Rows:
             if group.kind == "exposure":
                 continue
             column = group.of(x)
-            known = ~tf.math.is_nan(column)
+            known = tf.math.logical_not(tf.math.is_nan(column))
             # `where` passes a NaN on to the gradient even from the branch that it does not select.
             column = tf.where(known, column, group.shift if group.kind in REAL else 0.0)
             volume = 0.0

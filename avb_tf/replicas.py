@@ -277,7 +277,9 @@ def stream_seed(seed: int, step: int | tf.Tensor | tf.Variable, stream: int) -> 
       stream: number of the use within the step.
     """
     # `fold_in` under XLA supports only int32.
-    return tf.random.fold_in(tf.constant([seed, stream], tf.int32), tf.cast(step, tf.int32))
+    key = tf.constant([seed, stream], tf.int32)
+    folded: Any = tf.random.fold_in(key, tf.cast(step, tf.int32))
+    return folded
 
 
 def rows(

@@ -77,7 +77,7 @@ class Rows(Simulation):
         return tf.reshape(self.one.side_by_side(data), [n, -1])
 
     @property
-    def shapes(self) -> dict[str, list[int]]:
+    def shapes(self) -> dict[str, list[int | None]]:
         """See `Simulation.shapes`: [largest, ...]."""
         return {name: [self.largest, *shape] for name, shape in self.one.shapes.items()}
 

@@ -171,7 +171,7 @@ class Simulation:
         }
 
     @property
-    def shapes(self) -> dict[str, list[int]]:
+    def shapes(self) -> dict[str, list[int | None]]:
         """The shape of each observed part by name; that of the largest data set if sizes differ."""
         return {name: list(shape) for name, (shape, _) in self.observed.items()}
 

@@ -74,9 +74,9 @@ class BestGaussian:
         loc, scale_tril = self._climb(x, loc, scale_tril, tf.constant([seed, 0]))
         compared = self._bound(x, loc, scale_tril, _BATCH, (seed, 1))
         start, example = np.argmax(compared, 0), np.arange(len(x))
-        loc, scale_tril = loc.numpy()[start, example], scale_tril.numpy()[start, example]
-        bound = self._bound(x, loc[np.newaxis], scale_tril[np.newaxis], FRESH_DRAWS, (seed, 2))
-        return Gaussians(loc, scale_tril, bound[0])
+        best, scale = loc.numpy()[start, example], scale_tril.numpy()[start, example]
+        bound = self._bound(x, best[np.newaxis], scale[np.newaxis], FRESH_DRAWS, (seed, 2))
+        return Gaussians(best, scale, bound[0])
 
     def _bound(self, x, loc, scale_tril, draws, seed):
         """Estimates the ELBO in nats, [starts, batch]."""

@@ -1,5 +1,6 @@
 """The models of a fit: AVB over standardised z, and the model that trains the chart before it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -88,7 +89,7 @@ def _model(target, start, seed, settings, encoder, decoder, adversary, emerged):
     )
 
 
-def density_of(target: Target, start: Start, log_density: LogDensity) -> LogDensity:
+def density_of(target: Target, start: Start, log_density: LogDensity) -> Callable[[Any], Any]:
     """Returns the function from standardised z [n, dim] to log p(data, z) in nats, [n].
 
     Where the model's density or its gradient is not finite, the gradient is -z, which pulls z

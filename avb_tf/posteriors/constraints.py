@@ -8,7 +8,6 @@ simplexes (`SoftmaxCentered` fails with current numpy) and intervals with one in
 """
 
 import numpy as np
-import numpy.typing as npt
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
@@ -111,22 +110,23 @@ def correlation() -> tfb.Bijector:
     return tfb.Chain([CorrelationOuterProduct(), correlation_factor()])
 
 
-def interval(low: npt.ArrayLike, high: npt.ArrayLike) -> tfb.Bijector | None:
+def interval(low: tf.Tensor, high: tf.Tensor) -> tfb.Bijector | None:
     """Returns the bijector from R to (low, high) if an end is infinite.
 
     TFP's sigmoid gives NaN in this case. The result is None if both ends are finite or if an end is
     not known statically; TFP's bijector serves then.
     """
-    low, high = (tf.get_static_value(end) for end in (low, high))
-    if low is None or high is None:
+    lowest, highest = (tf.get_static_value(end) for end in (low, high))
+    if lowest is None or highest is None:
         return None
-    below, above = np.isneginf(low).all(), np.isposinf(high).all()
+    below, above = np.isneginf(lowest).all(), np.isposinf(highest).all()
     if below and above:
         return tfb.Identity()
-    if above and np.isfinite(low).all():
-        return tfb.Chain([tfb.Shift(low), tfb.Softplus()])
-    if below and np.isfinite(high).all():
-        return tfb.Chain([tfb.Shift(high), tfb.Scale(np.array(-1.0, high.dtype)), tfb.Softplus()])
+    if above and np.isfinite(lowest).all():
+        return tfb.Chain([tfb.Shift(lowest), tfb.Softplus()])
+    if below and np.isfinite(highest).all():
+        minus = tfb.Scale(np.array(-1.0, highest.dtype))
+        return tfb.Chain([tfb.Shift(highest), minus, tfb.Softplus()])
     return None
 
 

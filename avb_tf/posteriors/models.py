@@ -54,7 +54,7 @@ class Problem:
 
 def make(
     model: Any,
-    observed: Mapping[str, Any] | Sequence[Any] | None = None,
+    observed: Any = None,
     shape: Any = None,
     bijector: Any = None,
     dtype: Any = "float32",
@@ -103,7 +103,7 @@ def of_problem(problem: Problem) -> Target:
     return make(p.model, p.observed, p.shape, p.bijector, p.dtype, p.batch_size)
 
 
-def pin(joint: Any, observed: Mapping[str, Any] | Sequence[Any] | None) -> Any:
+def pin(joint: Any, observed: Any) -> Any:
     """Returns the joint distribution pinned on the observed values.
 
     Raises:

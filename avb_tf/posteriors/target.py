@@ -279,7 +279,7 @@ def value_and_gradient(function: Callable[[tf.Tensor], Any], x: tf.Tensor) -> tu
     with tf.GradientTape() as tape:
         tape.watch(x)
         value = function(x)
-    gradient = tape.gradient(value, x)
+    gradient: Any = tape.gradient(value, x)
     # The gradient of indexing is IndexedSlices, which neither numpy nor `tf.where` accept.
     return value, None if gradient is None else tf.convert_to_tensor(gradient)
 
