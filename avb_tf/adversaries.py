@@ -44,15 +44,15 @@ class Adversary(Restorable, keras.Model):
         model = avb_tf.AVB((6,), encoder, decoder, adversary, contrast="prior", condition="x")
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> Any:
         """Computes from the condition [batch, ...] what `logits` needs, one row per example."""
 
     @abc.abstractmethod
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T, [samples, batch].
 
         Args:
@@ -60,7 +60,7 @@ class Adversary(Restorable, keras.Model):
           z: [samples, batch, latent], whitened.
         """
 
-    def call(self, condition: tf.Tensor, z: tf.Tensor):
+    def call(self, condition: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
         """Computes T, [samples, batch].
 
         Args:
@@ -83,7 +83,7 @@ class ResidualAdversary(Adversary):
       depth: number of blocks.
     """
 
-    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs):
+    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.trunk = trunk
         self.from_features = keras.layers.Dense(width)
@@ -91,11 +91,11 @@ class ResidualAdversary(Adversary):
         self.blocks = [keras.layers.Dense(width) for _ in range(depth)]
         self.head = float32_dense(1, kernel_initializer="zeros")
 
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> tf.Tensor:
         """Maps the condition [batch, ...] to features [batch, width]."""
         return self.from_features(self.trunk(condition))
 
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T [samples, batch] for features [batch, width], z [samples, batch, latent]."""
         hidden = self.from_z(tf.concat([z, z**2], -1)) + features
         for block in self.blocks:
@@ -113,7 +113,7 @@ class ConcatenatingAdversary(Adversary):
       depth: number of layers.
     """
 
-    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs):
+    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.trunk = trunk
         # A dense layer on [features, z] is the sum of a layer on each. The sum's first part is the
@@ -123,11 +123,11 @@ class ConcatenatingAdversary(Adversary):
         self.stack = DenseStack(width, depth - 1)
         self.head = float32_dense(1)
 
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> tf.Tensor:
         """Maps the condition [batch, ...] to features [batch, width]."""
         return self.from_features(self.trunk(condition))
 
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T [samples, batch] for features [batch, width], z [samples, batch, latent]."""
         return self.head(self.stack(tf.nn.relu(features + self.from_z(z))))[..., 0]
 
@@ -149,13 +149,13 @@ class WideDense(keras.layers.Layer):
         units: int,
         use_bias: bool = True,
         kernel_initializer: Any = "glorot_uniform",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.units, self.use_bias = units, use_bias
         self.kernel_initializer = kernel_initializer
 
-    def build(self, input_shape: Any):
+    def build(self, input_shape: Any) -> None:
         """Creates the weights; the kernel is [units, inputs]."""
         shape = (self.units, input_shape[-1])
         self.kernel = self.add_weight(
@@ -165,7 +165,7 @@ class WideDense(keras.layers.Layer):
         if self.use_bias:
             self.bias = self.add_weight(shape=(self.units,), initializer="zeros", name="bias")
 
-    def call(self, inputs: tf.Tensor):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Maps inputs [rows, inputs] to outputs [rows, units]."""
         return tf.transpose(tf.matmul(self.kernel, inputs, transpose_b=True)) + self.bias
 
@@ -187,7 +187,7 @@ class FourTrunkAdversary(Adversary):
     Source: the adversary `conv0` in the authors' code for MNIST.
     """
 
-    def __init__(self, width: int, depth: int, products: int, **kwargs):
+    def __init__(self, width: int, depth: int, products: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.flatten = keras.layers.Flatten()
         self.theta_stack, self.t_x_stack, self.s_stack, self.t_z_stack = (
@@ -198,13 +198,13 @@ class FourTrunkAdversary(Adversary):
         self.s_bias = float32_dense(1, use_bias=False, kernel_initializer="zeros")  # b
         self.t_x, self.t_z = (float32_dense(1, kernel_initializer=tiny_normal()) for _ in range(2))
 
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
         x = self.flatten(condition)
         theta = tf.nn.elu(self.theta(self.theta_stack(x)))
         return self.s(theta), self.s_bias(theta) + self.t_x(self.t_x_stack(x))
 
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T [samples, batch] for the pair of `features`, z [samples, batch, latent]."""
         return _factorised_t(features, self.s_stack(z), self.t_z(self.t_z_stack(z)), z)
 
@@ -223,7 +223,9 @@ class FactorisedAdversary(Adversary):
       products: length of theta(x) and s(z).
     """
 
-    def __init__(self, trunk: keras.layers.Layer, width: int, depth: int, products: int, **kwargs):
+    def __init__(
+        self, trunk: keras.layers.Layer, width: int, depth: int, products: int, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.trunk = trunk
         self.theta, self.t_features = WideDense(products), float32_dense(1)
@@ -231,13 +233,13 @@ class FactorisedAdversary(Adversary):
         self.s = WideDense(width, use_bias=False)  # its kernel is W^T
         self.s_bias = float32_dense(1, use_bias=False, kernel_initializer="zeros")  # b
 
-    def features(self, condition: tf.Tensor):
+    def features(self, condition: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns W^T theta(x) [batch, width] and <theta(x), b> + t(x) [batch, 1]."""
         hidden = self.trunk(condition)
         theta = self.theta(hidden)
         return self.s(theta), self.s_bias(theta) + self.t_features(hidden)
 
-    def logits(self, features: Any, z: tf.Tensor):
+    def logits(self, features: Any, z: tf.Tensor) -> tf.Tensor:
         """Computes T [samples, batch] for the pair of `features`, z [samples, batch, latent]."""
         hidden = self.stack(z)
         return _factorised_t(features, hidden, self.t_z(hidden), z)

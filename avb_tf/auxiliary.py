@@ -27,7 +27,7 @@ class ConditionalGaussian(keras.layers.Layer):
         self.stack = DenseStack(width, depth - 1)
         self.mean, self.log_scale = float32_dense(dim), float32_dense(dim)
 
-    def call(self, context: tf.Tensor, latent: tf.Tensor):
+    def call(self, context: tf.Tensor, latent: tf.Tensor) -> tfd.Distribution:
         """Returns the Gaussian, batch [samples, batch], event [dim].
 
         Args:
@@ -71,7 +71,7 @@ class AuxiliaryEncoder(Encoder):
         auxiliary_dim: int,
         width: int,
         depth: int,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim = latent_dim, auxiliary_dim + latent_dim
@@ -82,14 +82,14 @@ class AuxiliaryEncoder(Encoder):
         self.latent = ConditionalGaussian(latent_dim, width, depth)
         self.auxiliary = ConditionalGaussian(auxiliary_dim, width, depth)
 
-    def parameters(self, x: tf.Tensor, training: bool = False):
+    def parameters(self, x: tf.Tensor, training: bool = False) -> list[tf.Tensor]:
         """Returns mean and log scale of q(a|x) [batch, auxiliary], and two contexts [batch, width].
 
         The contexts are those of q(z|a, x) and r(a|x, z).
         """
         return tf.split(self.from_features(self.trunk(x, training=training)), self.sizes, -1)
 
-    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Draws a, then z given a, and estimates the moments from the draws.
 
         Args:

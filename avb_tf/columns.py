@@ -7,6 +7,7 @@ The encoder reads each missing value as 0 together with a flag.
 """
 
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Group(NamedTuple):
         """Numbers in the decoder's output for the whole group."""
         return len(self.indices) * self.parameters
 
-    def of(self, x: tf.Tensor):
+    def of(self, x: tf.Tensor) -> tf.Tensor:
         """Returns the group's columns of x, [..., n]."""
         return tf.gather(x, self.indices, axis=-1)
 
@@ -96,15 +97,15 @@ class TableLikelihood:
         """Length of the decoder's output."""
         return sum(group.size for group in self.groups)
 
-    def distribution(self, outputs: tf.Tensor):
+    def distribution(self, outputs: tf.Tensor) -> "_Rows":
         """Returns the distribution of rows, with `log_prob` and `sample`."""
         return _Rows(self, outputs)
 
-    def mean(self, outputs: tf.Tensor):
+    def mean(self, outputs: tf.Tensor) -> tf.Tensor:
         """Returns E[x|z], [..., columns]: for a category its likeliest code, for an exposure 1."""
-        return self._joined(self._means(outputs))
+        return self.joined(self._means(outputs))
 
-    def predictive_mean(self, outputs: tf.Tensor, x: tf.Tensor):
+    def predictive_mean(self, outputs: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         """Returns E[x'|x], [batch, columns], the mean over draws of q(z|x).
 
         The exposures are those of x. For a category it is the code of the largest mean probability.
@@ -113,9 +114,11 @@ class TableLikelihood:
           outputs: [samples, batch, outputs], the decoder's output for the draws.
           x: [batch, columns].
         """
-        return self._joined(self._means(outputs, x, draws=True), x)
+        return self.joined(self._means(outputs, x, draws=True))
 
-    def split(self, outputs: tf.Tensor, x: tf.Tensor | None = None):
+    def split(
+        self, outputs: tf.Tensor, x: tf.Tensor | None = None
+    ) -> Iterator[tuple[Group, tf.Tensor]]:
         """Yields pairs (group, its part of the decoder's output [..., n, parameters]).
 
         The first parameter of a count is the log of its mean. The logs of the table's mean and of
@@ -151,12 +154,12 @@ class TableLikelihood:
                 mean = over(LIKELIHOODS[group.kind].mean(part))
                 yield group.shift + group.scale * mean if group.kind in REAL else mean
 
-    def _joined(self, parts, x=None):
+    def joined(self, parts: Iterable[tf.Tensor]) -> tf.Tensor:
         """Joins the groups' columns in the order of the table."""
         order = np.argsort(np.concatenate([group.indices for group in self.groups]))
         return tf.gather(tf.concat(list(parts), -1), order, axis=-1)
 
-    def valid(self, x: tf.Tensor):
+    def valid(self, x: tf.Tensor) -> tf.Tensor:
         """Returns whether x [batch, columns] holds only values that the columns can have."""
         valid = []
         for group in self.groups:
@@ -187,7 +190,7 @@ class _Rows:
             if group.kind == "exposure":
                 continue
             column = group.of(x)
-            known = ~tf.math.is_nan(column)
+            known = tf.math.logical_not(tf.math.is_nan(column))
             # `where` passes a NaN on to the gradient even from the branch that it does not select.
             column = tf.where(known, column, group.shift if group.kind in REAL else 0.0)
             volume = 0.0
@@ -207,7 +210,7 @@ class _Rows:
             key = tf.random.fold_in(tf.constant(seed, tf.int32), i)
             draws = tf.cast(_distribution(group, outputs).sample(seed=key), tf.float32)
             parts.append(group.shift + group.scale * draws if group.kind in REAL else draws)
-        return self.likelihood._joined(parts)
+        return self.likelihood.joined(parts)
 
 
 def _distribution(group: Group, outputs) -> Any:
@@ -235,12 +238,14 @@ class TableTrunk(Restorable, keras.layers.Layer):
       activation: of every layer, a Keras name.
     """
 
-    def __init__(self, table: Table, width: int, depth: int, activation: str = "relu", **kwargs):
+    def __init__(
+        self, table: Table, width: int, depth: int, activation: str = "relu", **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.missing, self.groups = table.missing, _groups(table)
         self.stack = DenseStack(width, depth, activation)
 
-    def call(self, x: tf.Tensor):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """Maps x [batch, columns] to features [batch, width]."""
         parts = []
         for group in self.groups:

@@ -23,7 +23,7 @@ _CHECKSUM = "sha256"  # field of the file that holds the hash of all other field
 default = run.default  # the starting point of a config file
 
 
-def kind(config: Mapping | ml_collections.ConfigDict | None) -> ModuleType:
+def kind(config: Mapping[str, Any] | ml_collections.ConfigDict | None) -> ModuleType:
     """Returns the module of `settings` with the config's fields and checks; `run` by default."""
     has_method = isinstance(config, Mapping | ml_collections.ConfigDict)
     modules = {module.METHOD: module for module in (posterior, amortised)}
@@ -42,7 +42,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     kind(config).validate(config)
 
 
-def _check_fields(fields: Any, expected: dict, name: str = "config") -> None:
+def _check_fields(fields: Any, expected: dict[str, Any], name: str = "config") -> None:
     """Compares names and types; an int is accepted as a float, and a list as a tuple."""
     if not isinstance(fields, dict):
         raise UserError(f"{name} is {fields!r:.50}; expected the fields {', '.join(expected)}")
@@ -60,12 +60,12 @@ def _check_fields(fields: Any, expected: dict, name: str = "config") -> None:
             )
 
 
-def resolve(config: ml_collections.ConfigDict) -> dict:
+def resolve(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns the config as plain JSON values."""
     return json.loads(config.to_json_best_effort())
 
 
-def digest(config: dict, without: tuple[str, ...] = ()) -> str:
+def digest(config: dict[str, Any], without: tuple[str, ...] = ()) -> str:
     """Returns a hash of all fields that affect training, except those in `without`.
 
     Args:
@@ -83,7 +83,7 @@ def digest(config: dict, without: tuple[str, ...] = ()) -> str:
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
 
 
-def flat(config: dict, prefix: str = "") -> dict:
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens a nested config: {"data": {"name": ...}} -> {"data.name": ...}."""
     fields = {}
     for key, value in config.items():
@@ -136,7 +136,7 @@ def save(config: ml_collections.ConfigDict, workdir: Path) -> None:
         ) from error
 
 
-def read(workdir: Path) -> dict:
+def read(workdir: Path) -> dict[str, Any]:
     """Returns the plain values of the workdir's config.
 
     Raises:
@@ -166,16 +166,16 @@ def read(workdir: Path) -> dict:
     return config
 
 
-def text(config: dict) -> str:
+def text(config: dict[str, Any]) -> str:
     """Returns the content of `config.json` for plain values, with their checksum."""
     return json.dumps(config | {_CHECKSUM: _checksum(config)}, indent=2) + "\n"
 
 
-def _checksum(config: dict) -> str:
+def _checksum(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def _completed(config: dict, defaults: dict) -> dict:
+def _completed(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Returns the config with its missing fields taken from `defaults`, also in nested dicts."""
     known = {k: v for k, v in defaults.items() if k not in config}
     nested = {

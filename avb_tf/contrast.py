@@ -15,36 +15,36 @@ from tensorflow_probability import distributions as tfd
 from avb_tf.encoders import Posterior
 
 
-def prior(latent_dim: int) -> Any:
+def prior(latent_dim: int) -> tfd.Distribution:
     """Returns p(z), the standard normal, batch [], event [latent]."""
     return tfd.MultivariateNormalDiag(tf.zeros(latent_dim), tf.ones(latent_dim))
 
 
-def prior_contrast(posterior: Posterior) -> Any:
+def prior_contrast(posterior: Posterior) -> tfd.Distribution:
     """Returns r(z|x) = p(z), the contrast of plain AVB (paper, Section 3.1)."""
     zeros = tf.zeros_like(posterior.mean)
     return tfd.MultivariateNormalDiag(zeros, tf.ones_like(zeros))
 
 
-def diagonal_contrast(posterior: Posterior) -> Any:
+def diagonal_contrast(posterior: Posterior) -> tfd.Distribution:
     """Returns a Gaussian with q's mean and variances: adaptive contrast (paper, Section 4)."""
     variance = tf.reduce_sum(posterior.scale_tril**2, -1)
     return tfd.MultivariateNormalDiag(posterior.mean, tf.sqrt(variance))
 
 
-def full_contrast(posterior: Posterior) -> Any:
+def full_contrast(posterior: Posterior) -> tfd.Distribution:
     """Returns a Gaussian with q's mean and covariance, so that T only has to learn q's shape."""
     return tfd.MultivariateNormalTriL(posterior.mean, posterior.scale_tril)
 
 
-CONTRASTS: dict[str, Callable[[Posterior], Any]] = {
+CONTRASTS: dict[str, Callable[[Posterior], tfd.Distribution]] = {
     "prior": prior_contrast,
     "diagonal": diagonal_contrast,
     "full": full_contrast,
 }
 
 
-def whiten(z: tf.Tensor, r: Any) -> tf.Tensor:
+def whiten(z: tf.Tensor, r: tfd.Distribution) -> tf.Tensor:
     """Returns z in the coordinates where r is standard normal, [samples, batch, latent].
 
     Args:
@@ -56,7 +56,9 @@ def whiten(z: tf.Tensor, r: Any) -> tf.Tensor:
     return tf.transpose(r.scale.solve(columns), [2, 0, 1])
 
 
-def compare(posterior: Posterior, contrast: Callable[[Posterior], Any]) -> tuple[Posterior, Any]:
+def compare(
+    posterior: Posterior, contrast: Callable[[Posterior], tfd.Distribution]
+) -> tuple[Posterior, tfd.Distribution]:
     """Returns q and r in the coordinates where T compares them.
 
     If q has a flow, an adaptive r passes through the same flow. The flow does not change
@@ -73,7 +75,9 @@ def compare(posterior: Posterior, contrast: Callable[[Posterior], Any]) -> tuple
     return q, contrast(q)
 
 
-def divergence(r: Any, p: Any, after_flow: Posterior | None = None) -> tf.Tensor:
+def divergence(
+    r: tfd.Distribution, p: tfd.Distribution | None, after_flow: Posterior | None = None
+) -> tf.Tensor:
     """Returns E_q[log r(z|x) - log p(z)] in nats, [batch].
 
     Without a flow the value is exact. Both logs are quadratic in z, and r shares the moments of q

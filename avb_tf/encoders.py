@@ -8,6 +8,7 @@ import abc
 import contextlib
 import functools
 import itertools
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import keras
@@ -100,7 +101,7 @@ class Encoder(Restorable, keras.Model):
     noise_dim: int
     moments_from_draws: bool = False
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(dtype="float32", **kwargs)
 
     @abc.abstractmethod
@@ -124,7 +125,7 @@ class Encoder(Restorable, keras.Model):
           training: whether this is a training step.
         """
 
-    def call(self, x: tf.Tensor, noise: tf.Tensor, training: bool = False):
+    def call(self, x: tf.Tensor, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Returns the `Posterior` of x with a draw of z for each noise.
 
         Args:
@@ -135,7 +136,7 @@ class Encoder(Restorable, keras.Model):
         return self.draw(self.parameters(x, training), noise, training)
 
     @contextlib.contextmanager
-    def freezing(self):
+    def freezing(self) -> Generator[None]:
         """Makes graphs traced inside the block hold as constants what depends only on the weights.
 
         Such a graph is valid until the weights change.
@@ -162,7 +163,7 @@ class GaussianEncoder(Encoder):
         trunk: keras.layers.Layer,
         latent_dim: int,
         full_covariance: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.latent_dim = self.noise_dim = latent_dim
@@ -173,7 +174,7 @@ class GaussianEncoder(Encoder):
         if full_covariance:
             self.off_diagonal = float32_dense(latent_dim**2, kernel_initializer="zeros")
 
-    def parameters(self, x: tf.Tensor, training: bool = False):
+    def parameters(self, x: tf.Tensor, training: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns mean [batch, latent] and Cholesky factor [batch, latent, latent]."""
         features = self.trunk(x, training=training)
         scale_tril = tf.linalg.diag(tf.exp(self.log_scale(features)) + VARIANCE_FLOOR**0.5)
@@ -182,7 +183,7 @@ class GaussianEncoder(Encoder):
             scale_tril += tf.linalg.band_part(square, -1, 0) - tf.linalg.band_part(square, 0, 0)
         return self.mean(features), scale_tril
 
-    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Draws from the Gaussian, with the log density (see `Encoder.draw`)."""
         mean, scale_tril = parameters
         z = mean + tf.einsum("bij,sbj->sbi", scale_tril, noise)
@@ -216,7 +217,7 @@ class BlackBoxEncoder(Encoder):
         width: int,
         depth: int,
         inject_every_layer: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim = latent_dim, noise_dim
@@ -231,11 +232,11 @@ class BlackBoxEncoder(Encoder):
         self.hidden = [keras.layers.Dense(width) for _ in range(depth - 1)]
         self.head = float32_dense(latent_dim)
 
-    def parameters(self, x: tf.Tensor, training: bool = False):
+    def parameters(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Returns the part of the first layer that depends on x, [batch, width]."""
         return self.from_features(self.trunk(x, training=training))
 
-    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Draws outputs of the network and estimates their moments (see `Encoder.draw`)."""
         hidden = tf.nn.relu(parameters + self.from_noise[0](noise))
         for i, layer in enumerate(self.hidden, start=1):
@@ -251,16 +252,16 @@ class BasisEncoder(Encoder):
     v does not depend on x, so its moments are the same for every x.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.frozen = None  # the moments of v inside `freezing`
 
     @abc.abstractmethod
-    def _bases(self, noise):
+    def _bases(self, noise) -> tf.Tensor:
         """Computes v of noise [samples, batch, noise_dim]."""
 
     @abc.abstractmethod
-    def _samples(self, v):
+    def _samples(self, v) -> tf.Tensor:
         """Reshapes v to [..., samples, functions]."""
 
     def _moments(self, v, training):
@@ -276,7 +277,7 @@ class BasisEncoder(Encoder):
         return _moments(self._samples(self._bases(fixed_noise(self.noise_dim))))
 
     @contextlib.contextmanager
-    def freezing(self):
+    def freezing(self) -> Generator[None]:
         """Makes graphs that are traced inside the block hold the moments of v as constants."""
         self.frozen = self._fixed_moments()
         try:
@@ -316,12 +317,12 @@ class NoiseBasisEncoder(BasisEncoder):
         width: int,
         activation: str = "relu",
         coefficients: str = "linear",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim, self.bases = latent_dim, noise_dim * bases, bases
         self.trunk = trunk
-        self.activation = keras.activations.get(activation)
+        self.activation: Any = keras.activations.get(activation)
         self.positive = coefficients == "positive"
         self.mean = float32_dense(latent_dim, kernel_initializer=tiny_normal())
         self.coefficients = float32_dense(bases * latent_dim, kernel_initializer=_SideBySide(bases))
@@ -338,13 +339,13 @@ class NoiseBasisEncoder(BasisEncoder):
             for i, outputs in enumerate(shape[1:])
         ]
 
-    def parameters(self, x: tf.Tensor, training: bool = False):
+    def parameters(self, x: tf.Tensor, training: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns z0 [batch, latent] and the coefficients a [batch, bases, latent]."""
         features = self.trunk(x, training=training)
         a = tf.reshape(self.coefficients(features), [-1, self.bases, self.latent_dim])
         return self.mean(features), tf.nn.elu(a - 5.0) + 1.0 if self.positive else a
 
-    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Draws sums of the bases; the moments follow in closed form from the moments of v.
 
         Args:
@@ -403,7 +404,7 @@ class JointBasisEncoder(BasisEncoder):
         bases: int,
         width: int,
         activation: str = "tanh",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim, self.bases = latent_dim, noise_dim, bases
@@ -414,7 +415,7 @@ class JointBasisEncoder(BasisEncoder):
         self.stack = DenseStack(width, 2, activation)
         self.basis = float32_dense(bases)
 
-    def parameters(self, x: tf.Tensor, training: bool = False):
+    def parameters(self, x: tf.Tensor, training: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns z0 [batch, latent] and W [batch, latent, noise_dim + bases]."""
         features = self.trunk(x, training=training)
         scale = tf.exp(self.log_scale(features))[..., tf.newaxis]
@@ -424,7 +425,7 @@ class JointBasisEncoder(BasisEncoder):
         # Without the root, a training step would move z further the more functions there are.
         return self.mean(features), scale * (identity + functions**-0.5 * a)
 
-    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Draws sums of functions of the noise; the moments follow from the moments of v.
 
         Args:
@@ -495,7 +496,7 @@ def _moments(draws):
     return mean, tf.matmul(centred, centred, transpose_a=True) / count
 
 
-def moments_of_draws(z: tf.Tensor):
+def moments_of_draws(z: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns each example's mean and Cholesky factor of the covariance over its draws.
 
     Args:

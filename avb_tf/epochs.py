@@ -1,5 +1,7 @@
 """Callbacks that every `fit` adds to the user's own."""
 
+from typing import Any
+
 import keras
 from absl import logging
 
@@ -13,12 +15,12 @@ class Rates(keras.callbacks.Callback):
     have set.
     """
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Records both learning rates at the start."""
         pair = (self.model.optimizer, self.model.adversary_optimizer)
         self.start = [rate_of(optimizer) for optimizer in pair]
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Scales the adversary's learning rate by the change of the other rate."""
         primal, dual = self.start
         rate = rate_of(self.model.optimizer)
@@ -28,7 +30,7 @@ class Rates(keras.callbacks.Callback):
     on_epoch_end = on_epoch_begin
 
 
-def rate_of(optimizer) -> float | None:
+def rate_of(optimizer: Any) -> float | None:
     """Returns the learning rate, or None if there is no optimizer or it follows a schedule."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # unwraps a LossScaleOptimizer
     if optimizer is None:
@@ -42,11 +44,11 @@ def rate_of(optimizer) -> float | None:
 class Skipped(keras.callbacks.Callback):
     """Warns about skipped steps, at most once per `fit`."""
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Records how many steps were skipped before."""
         self.before, self.warned = int(self.model.skipped.numpy()), False
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Warns after the first epoch with skipped steps, with their number."""
         skipped = int(self.model.skipped.numpy())
         if skipped > self.before and not self.warned:

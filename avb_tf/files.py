@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 from absl import logging
@@ -129,7 +130,7 @@ def _runs(process: str) -> bool:
 
 
 @contextlib.contextmanager
-def locked(file: Path):
+def locked(file: Path) -> Generator[None]:
     """Holds an exclusive lock on `file` inside the block.
 
     The lock ends with the process, even after SIGKILL. The file stays.
@@ -164,7 +165,7 @@ def locked(file: Path):
 
 
 @contextlib.contextmanager
-def saving(directory: Path, record: str, content: str, *names: str):
+def saving(directory: Path, record: str, content: str, *names: str) -> Generator[Path]:
     """Replaces files of a directory together: a kill leaves all old ones or all new ones.
 
         with files.saving(path, "fit.json", json.dumps(meta), "fit.weights.h5") as new:
@@ -233,7 +234,7 @@ def settle(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def loading(directory: Path, writer: str):
+def loading(directory: Path, writer: str) -> Generator[None]:
     """Verifies the checksums of a directory that `saving` wrote, then runs the block that loads it.
 
     Args:

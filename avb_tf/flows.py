@@ -1,5 +1,6 @@
 """Inverse autoregressive flow (Kingma et al., 2016) on the draws of any encoder."""
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -24,13 +25,13 @@ class MaskedDense(keras.layers.Layer):
         self.mask = mask.astype(np.float32)
         self.initializer = initializer
 
-    def build(self, input_shape: Any):
+    def build(self, input_shape: Any) -> None:
         """Creates the kernel and the bias."""
         shape = self.mask.shape
         self.kernel = self.add_weight(shape=shape, initializer=self.initializer, name="kernel")
         self.bias = self.add_weight(shape=shape[1:], initializer="zeros", name="bias")
 
-    def call(self, inputs: tf.Tensor):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Maps inputs [..., inputs] to outputs [..., outputs]."""
         return tf.matmul(inputs, self.kernel * self.mask) + self.bias
 
@@ -59,7 +60,7 @@ class MADE(keras.layers.Layer):
         reads = inputs > hidden[:, None]
         self.head = MaskedDense(np.tile(reads, outputs), initializer="zeros")
 
-    def call(self, z: tf.Tensor, context: tf.Tensor):
+    def call(self, z: tf.Tensor, context: tf.Tensor) -> list[tf.Tensor]:
         """Returns `outputs` tensors of z's shape.
 
         Args:
@@ -106,7 +107,7 @@ class FlowEncoder(Encoder):
         steps: int,
         width: int,
         depth: int = 2,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         parts.check_flow(width, base.latent_dim)
@@ -116,13 +117,13 @@ class FlowEncoder(Encoder):
         self.from_features = float32_dense(steps * width)
         self.steps = [MADE(base.latent_dim, 2, width, depth) for _ in range(steps)]
 
-    def parameters(self, x: tf.Tensor, training: bool = False):
+    def parameters(self, x: tf.Tensor, training: bool = False) -> tuple[Any, list[tf.Tensor]]:
         """Returns the parameters of the base, and a context [batch, width] for each step."""
         features = self.trunk(x, training=training)
         contexts = tf.split(self.from_features(features), len(self.steps), -1)
         return self.base.parameters(features, training), contexts
 
-    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Draws from the base, applies all steps and estimates the moments (see `Encoder.draw`)."""
         base_parameters, contexts = parameters
         base = self.base.draw(base_parameters, noise, training)
@@ -138,6 +139,6 @@ class FlowEncoder(Encoder):
             z, *moments_of_draws(z), log_prob=log_prob, base=base, log_volume=log_volume
         )
 
-    def freezing(self):
+    def freezing(self) -> contextlib.AbstractContextManager[None]:
         """Makes graphs traced inside the block hold the same constants as graphs of the base."""
         return self.base.freezing()

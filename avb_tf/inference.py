@@ -27,7 +27,7 @@ class Inference(Trained):
     averaged_encoder: Encoder  # running averages of the weights, or the encoder itself
     averaged_decoder: keras.Model
 
-    def call(self, x: np.ndarray | tf.Tensor, training: bool = False):
+    def call(self, x: np.ndarray | tf.Tensor, training: bool = False) -> tf.Tensor:
         """Returns reconstructions of x, [batch, *event]; `predict` calls this.
 
         In training they come from the trained networks with new noise at every call, so that an
@@ -57,7 +57,7 @@ class Inference(Trained):
         noise = tf.random.stateless_normal(shape, [seed, 0])
         return self.averaged_encoder(x, noise)
 
-    def encode(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
+    def encode(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0) -> tf.Tensor:
         """Draws z ~ q(z|x), [samples, batch, latent].
 
         Args:
@@ -67,11 +67,11 @@ class Inference(Trained):
         """
         return self.posterior(x, samples, seed).z
 
-    def decode(self, z: np.ndarray | tf.Tensor):
+    def decode(self, z: np.ndarray | tf.Tensor) -> tf.Tensor:
         """Returns E[x|z], [..., *event], for z [..., latent]; for a category its likeliest code."""
         return self.likelihood.mean(self.averaged_decoder(tf.convert_to_tensor(z, tf.float32)))
 
-    def sample(self, count: int, seed: int | None = None):
+    def sample(self, count: int, seed: int | None = None) -> tf.Tensor:
         """Draws z from the prior and returns E[x|z], [count, *event].
 
         Args:

@@ -57,7 +57,7 @@ class Likelihood:
     bits_per_dim: bool
     support: str = "unit"
 
-    def predictive_mean(self, outputs: tf.Tensor, x: tf.Tensor):
+    def predictive_mean(self, outputs: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         """Returns E[x'|x], [batch, *event], the mean over draws of q(z|x).
 
         Args:
@@ -67,7 +67,7 @@ class Likelihood:
         del x  # only `columns.TableLikelihood` needs x, for its exposures
         return tf.reduce_mean(self.mean(outputs), 0)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the serialised fields, for `.keras` files.
 
         Raises:
@@ -84,7 +84,7 @@ class Likelihood:
         return {k: keras.saving.serialize_keras_object(v) for k, v in values.items()}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "Likelihood":
         """Returns the likelihood of a config that `get_config` returned."""
         values = {k: keras.saving.deserialize_keras_object(v) for k, v in config.items()}
         if "unit" in values:  # files of earlier versions have `unit` instead of `support`
@@ -175,7 +175,7 @@ LIKELIHOODS = {
 }
 
 
-def log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
+def log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """Returns log p(x|z) in nats, summed over x's dimensions.
 
     Args:
@@ -193,7 +193,7 @@ def log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
     return tf.reduce_sum(log_prob, axis=list(range(-event, 0)))
 
 
-def pairwise_log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor):
+def pairwise_log_likelihood(likelihood: Likelihood, outputs: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """Returns log p(x_i|z_j) in nats for every pair, [batch, points].
 
     Args:

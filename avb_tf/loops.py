@@ -17,7 +17,7 @@ Step = Callable[[Any], object]  # takes a batch and is called in each replica
 Logs = dict[str, tf.Tensor]
 
 
-def of_stream(model, step: Step) -> Callable[[Any], Logs]:
+def of_stream(model: Any, step: Step) -> Callable[[Any], Logs]:
     """Returns a function that takes an iterator over batches and runs several steps.
 
     Each call runs `model.steps_per_execution` steps, or as many as the epoch has left.
@@ -36,7 +36,7 @@ def of_stream(model, step: Step) -> Callable[[Any], Logs]:
     return _called_with_count(model, run, model.training_calls)
 
 
-def of_resident(model, step: Step) -> Callable[[Any], Logs]:
+def of_resident(model: Any, step: Step) -> Callable[[Any], Logs]:
     """Returns a function that runs several steps on examples that stay on the device.
 
     The function takes an iterator over `model.resident.calls`.
@@ -72,7 +72,7 @@ def of_resident(model, step: Step) -> Callable[[Any], Logs]:
     return lambda iterator: run(iterator, model.resident.rows)
 
 
-def of_finite(model, step: Step) -> Callable[[Any], Logs]:
+def of_finite(model: Any, step: Step) -> Callable[[Any], Logs]:
     """Returns a function like that of `of_stream`, for steps that do not change weights.
 
     The data may end within a call.

@@ -87,7 +87,7 @@ class AVB(Restorable, Inference):
         skip_non_finite: bool = True,
         seed: int = 0,
         prior: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         policy = keras.config.dtype_policy().name
         if policy in ("float64", "float16", "bfloat16"):
@@ -184,18 +184,18 @@ class AVB(Restorable, Inference):
         )
 
     @property
-    def primal_variables(self):
+    def primal_variables(self) -> list[keras.Variable]:
         """Trainable weights of encoder and decoder."""
         return self.encoder.trainable_variables + self.decoder.trainable_variables
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments and the indices of the layers that are frozen."""
         layers = self._flatten_layers()
         frozen = [i for i, layer in enumerate(layers) if not layer.trainable]
         return {**super().get_config(), "frozen": frozen}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]):
+    def from_config(cls, config: dict[str, Any]) -> "AVB":
         """Returns the model of a config that `get_config` returned."""
         frozen = set(config.get("frozen", ()))
         model = super().from_config({k: v for k, v in config.items() if k != "frozen"})
@@ -204,7 +204,9 @@ class AVB(Restorable, Inference):
                 layer.trainable = False
         return model
 
-    def compile(self, optimizer: Any = None, adversary_optimizer: Any = None, **kwargs):
+    def compile(
+        self, optimizer: Any = None, adversary_optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Configures training.
 
         Args:
@@ -233,14 +235,14 @@ class AVB(Restorable, Inference):
             self.adversary_optimizer = optimizer
             self.adversary_optimizer.build(self.adversary.trainable_variables)
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> dict[str, Any] | None:
         """Returns both optimizers for `.keras` files, or None if the model is not compiled."""
         if not self.compiled:
             return None
         both = {"optimizer": self.optimizer, "adversary_optimizer": self.adversary_optimizer}
         return {k: keras.saving.serialize_keras_object(v) for k, v in both.items()}
 
-    def compile_from_config(self, config: dict[str, Any]):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles the model with the saved optimizers; Keras loads their state afterwards."""
         self.compile(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
@@ -289,7 +291,9 @@ class AVB(Restorable, Inference):
             return self.encoder, self.decoder
         return self.averaged_encoder, self.averaged_decoder
 
-    def condition_of(self, x: np.ndarray | tf.Tensor, posterior: Posterior, r: Any):
+    def condition_of(
+        self, x: np.ndarray | tf.Tensor, posterior: Posterior, r: Any
+    ) -> np.ndarray | tf.Tensor:
         """Returns the adversary's input besides z, [batch, ...].
 
         Args:
@@ -307,7 +311,7 @@ class AVB(Restorable, Inference):
         seed = replicas.stream_seed(self.seed, self.step.value, stream)
         return replicas.rows(tf.random.stateless_normal, shape, seed, axis=1)
 
-    def noises(self, x: np.ndarray | tf.Tensor, stream: int):
+    def noises(self, x: np.ndarray | tf.Tensor, stream: int) -> tuple[tf.Tensor, tf.Tensor]:
         """Draws the encoder's noise and whitened draws of the contrast for this step.
 
         Args:
@@ -333,7 +337,7 @@ class AVB(Restorable, Inference):
 
     # Training.
 
-    def train_step(self, data: Any):
+    def train_step(self, data: Any) -> dict[str, Any]:
         """Runs Algorithm 1: dual steps, the last of them together with the primal step.
 
         The encoder does not change before the primal step, so x passes through it only once. Each
@@ -380,7 +384,7 @@ class AVB(Restorable, Inference):
 
     def dual_step(
         self, x: np.ndarray | tf.Tensor, parameters: Any, stream: int, weights: Any = None
-    ):
+    ) -> None:
         """Runs one step of the adversary.
 
         Args:
@@ -452,7 +456,7 @@ class AVB(Restorable, Inference):
         loss = self._share() * (objectives.mean(losses, weights) + _penalty(self.adversary))
         return self.adversary_optimizer.scale_loss(loss)  # small gradients underflow in float16
 
-    def average(self, applied: tf.Tensor):
+    def average(self, applied: tf.Tensor) -> None:
         """Moves the averaged weights towards the trained ones, unless the step was skipped."""
         if not self.ema_decay:
             return
@@ -492,7 +496,7 @@ class AVB(Restorable, Inference):
             weight = tf.ones_like(value) if weights is None else weights
             self.means[name].update_state(value, tf.where(applied, weight, 0.0))
 
-    def test_step(self, data: Any):
+    def test_step(self, data: Any) -> dict[str, Any]:
         """Computes the bound, its terms and the adversary's loss and accuracy.
 
         It uses the averaged networks.
@@ -504,7 +508,7 @@ class AVB(Restorable, Inference):
         self._record(*terms, _weights(data))
         return self.get_metrics_result()
 
-    def get_metrics_result(self):
+    def get_metrics_result(self) -> dict[str, Any]:
         """Returns the means since the epoch began, with loss = -ELBO; NaN if no step counted."""
         means = {
             name: tf.where(mean.count.value > 0, mean.result(), np.nan)
@@ -514,7 +518,9 @@ class AVB(Restorable, Inference):
 
     # Use, beside the methods of `Inference`.
 
-    def log_ratios(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0):
+    def log_ratios(
+        self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Returns T at z ~ q(z|x) and at z ~ r(z|x), each [samples, batch].
 
         The second is None if the model has no adversary.
@@ -532,7 +538,7 @@ class AVB(Restorable, Inference):
         t, t_contrast = self._t(self._examples(x), q, r, noise)
         return t[:samples], None if t_contrast is None else t_contrast[:samples]
 
-    def save(self, filepath: str | Path, *args, **kwargs):
+    def save(self, filepath: str | Path, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.save`, in Keras's own format.
 
         Raises:
@@ -545,7 +551,7 @@ class AVB(Restorable, Inference):
             )
         super().save(filepath, *args, **kwargs)
 
-    def export(self, directory: str | Path, **settings: Any):
+    def export(self, directory: str | Path, **settings: Any) -> Path:
         """Exports the model to `<directory>/<version>/` for TensorFlow Serving.
 
         It replaces the method of Keras, whose exports have a single endpoint. The extra [serving]

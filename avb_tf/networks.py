@@ -10,7 +10,7 @@ Outputs are float32. Inner layers compute in Keras's global dtype policy, so tha
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
@@ -26,7 +26,7 @@ class Restorable:
     The arguments may be other Keras objects.
     """
 
-    _arguments: dict
+    _arguments: dict[str, Any]
 
     def __new__(cls, *args, **kwargs):
         """Keeps the constructor's arguments for `get_config`."""
@@ -36,20 +36,20 @@ class Restorable:
         vars(instance)["_arguments"] = dict(arguments)  # bypasses Keras's tracking
         return instance
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the serialised arguments of the constructor."""
         return {k: keras.saving.serialize_keras_object(v) for k, v in self._arguments.items()}
 
-    def get_build_config(self):
+    def get_build_config(self) -> None:
         """Returns None, because the model that holds the object builds it by calling it."""
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Returns a new object from a config that `get_config` returned."""
         return cls(**{k: keras.saving.deserialize_keras_object(v) for k, v in config.items()})
 
 
-def float32_dense(units: int, **kwargs) -> keras.layers.Dense:
+def float32_dense(units: int, **kwargs: Any) -> keras.layers.Dense:
     """Returns a dense layer with float32 outputs under every dtype policy.
 
     Args:
@@ -69,11 +69,11 @@ class DenseStack(Restorable, keras.layers.Layer):
       activation: of every layer, a Keras name.
     """
 
-    def __init__(self, width: int, depth: int, activation: str = "relu", **kwargs):
+    def __init__(self, width: int, depth: int, activation: str = "relu", **kwargs: Any):
         super().__init__(**kwargs)
         self.hidden = [keras.layers.Dense(width, activation=activation) for _ in range(depth)]
 
-    def call(self, inputs: tf.Tensor):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         """Maps inputs [..., inputs] to features [..., width]."""
         hidden = tf.reshape(inputs, [-1, inputs.shape[-1]])  # at rank 2 bias and activation fuse
         for layer in self.hidden:
@@ -103,14 +103,14 @@ class DenseTrunk(Restorable, keras.layers.Layer):
     """
 
     def __init__(
-        self, width: int, depth: int, activation: str = "relu", support: str = "unit", **kwargs
+        self, width: int, depth: int, activation: str = "relu", support: str = "unit", **kwargs: Any
     ):
         super().__init__(**kwargs)
         self.support = support
         self.flatten = keras.layers.Flatten()
         self.stack = DenseStack(width, depth, activation)
 
-    def call(self, x: tf.Tensor):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """Maps x [batch, *event] to features [batch, width]."""
         return self.stack(_centred(self.flatten(x), self.support))
 
@@ -140,11 +140,11 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         activation: str = "relu",
         batch_norm: bool = False,
         support: str = "unit",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.support = support
-        self.activation = keras.activations.get(activation)
+        self.activation: Any = keras.activations.get(activation)
         normalised = [batch_norm and i < len(filters) - 1 for i in range(len(filters))]
         self.convolutions = [
             keras.layers.Conv2D(n, 5, strides=stride, padding="same", use_bias=not norm)
@@ -156,7 +156,7 @@ class ConvTrunk(Restorable, keras.layers.Layer):
         self.flatten = keras.layers.Flatten()
         self.dense = keras.layers.Dense(features, activation=activation) if features else None
 
-    def call(self, x: tf.Tensor, training: bool = False):
+    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Maps images [batch, height, width, channels] to features [batch, features]."""
         hidden = _centred(x, self.support)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
@@ -176,7 +176,7 @@ class BatchNorm(keras.layers.Layer):
 
     MOMENTUM, EPSILON = 0.999, 1e-3
 
-    def build(self, input_shape: Any):
+    def build(self, input_shape: Any) -> None:
         """Creates the gain, the offset and the running averages, [channels] each."""
         shape = input_shape[-1:]
 
@@ -190,7 +190,7 @@ class BatchNorm(keras.layers.Layer):
         self.mean = weight("mean", "zeros", **running)
         self.variance = weight("variance", "ones", **running)
 
-    def call(self, inputs: tf.Tensor, training: bool = False):
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Normalises inputs [..., channels]."""
         mean, variance = self.mean.value, self.variance.value
         if training:
@@ -229,7 +229,7 @@ class ResidualTrunk(Restorable, keras.layers.Layer):
     Source: He et al. (2016).
     """
 
-    def __init__(self, trunk: keras.layers.Layer, width: int, blocks: int, **kwargs):
+    def __init__(self, trunk: keras.layers.Layer, width: int, blocks: int, **kwargs: Any):
         super().__init__(**kwargs)
         dense = keras.layers.Dense
         self.trunk = trunk
@@ -238,7 +238,7 @@ class ResidualTrunk(Restorable, keras.layers.Layer):
         self.hidden = [dense(width, activation="relu") for _ in range(blocks)]
         self.changes = [dense(width, kernel_initializer="zeros") for _ in range(blocks)]
 
-    def call(self, x: tf.Tensor, training: bool = False):
+    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Maps x [batch, *event] to features [batch, width]."""
         features = self.first(self.trunk(x, training=training))
         for norm, hidden, change in zip(self.norms, self.hidden, self.changes, strict=True):
@@ -265,14 +265,14 @@ class DenseDecoder(Restorable, keras.Model):
         width: int,
         depth: int,
         activation: str = "relu",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.output_event = (*event_shape, parameters)
         self.stack = DenseStack(width, depth, activation)
         self.head = float32_dense(math.prod(self.output_event))
 
-    def call(self, z: tf.Tensor):
+    def call(self, z: tf.Tensor) -> tf.Tensor:
         """Maps z [..., latent] to likelihood parameters [..., *event, parameters]."""
         return _unflatten(self.head(self.stack(z)), tf.shape(z)[:-1], self.output_event)
 
@@ -300,7 +300,7 @@ class ConvDecoder(Restorable, keras.Model):
         filters: Sequence[int],
         strides: Sequence[int] = (),
         activation: str = "relu",
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         height, width, channels = event_shape
@@ -318,7 +318,7 @@ class ConvDecoder(Restorable, keras.Model):
             channels * parameters, 5, first, padding="same", dtype="float32"
         )
 
-    def call(self, z: tf.Tensor):
+    def call(self, z: tf.Tensor) -> tf.Tensor:
         """Maps z [..., latent] to parameters [..., height, width, channels, parameters]."""
         flat = tf.reshape(z, [-1, z.shape[-1]])
         hidden = tf.reshape(self.dense(flat), [-1, *self.start])

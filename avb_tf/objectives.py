@@ -5,9 +5,10 @@
 with T = log q(z|x) - log r(z|x), learned or exact.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
+from tensorflow_probability import distributions as tfd
 
 from avb_tf import contrast
 from avb_tf.encoders import Posterior
@@ -70,12 +71,12 @@ def adversary_accuracy(t_posterior: tf.Tensor, t_contrast: tf.Tensor) -> tf.Tens
     return 0.5 * (right + 0.5 * ties)
 
 
-def exact_t(posterior: Posterior, r: Any) -> tf.Tensor:
+def exact_t(posterior: Posterior, r: tfd.Distribution) -> tf.Tensor:
     """Returns T = log q(z|x) - log r(z|x), [samples, batch], of a posterior with known density."""
     return posterior.log_prob - r.log_prob(posterior.z)
 
 
-def description(posterior: Posterior, r: Any) -> tf.Tensor:
+def description(posterior: Posterior, r: tfd.Distribution) -> tf.Tensor:
     """Returns the whitened mean and columns of q(z|x), [batch, latent * (1 + bases)].
 
     If z = mean + columns @ v(noise), then the distribution of the whitened z depends on x only

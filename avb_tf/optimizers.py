@@ -1,6 +1,7 @@
 """Adam with one pass over each weight, and with gradients clipped after the sum over replicas."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -23,7 +24,14 @@ class Adam(keras.optimizers.Adam):
     that a run does not depend on the number of replicas. Gradients must be dense.
     """
 
-    def __init__(self, learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-7, **kwargs):
+    def __init__(
+        self,
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        **kwargs: Any,
+    ):
         for name in _UNSUPPORTED:
             if kwargs.get(name):
                 raise UserError(
@@ -32,7 +40,9 @@ class Adam(keras.optimizers.Adam):
                 )
         super().__init__(learning_rate, beta_1, beta_2, epsilon, **kwargs)
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(
+        self, gradient: tf.Tensor, variable: keras.Variable, learning_rate: float | tf.Tensor
+    ) -> None:
         """Updates one weight.
 
         Args:
@@ -56,7 +66,7 @@ class Adam(keras.optimizers.Adam):
             grad=tf.cast(gradient, variable.dtype),
         )
 
-    def apply_where(self, applied, gradients: Sequence[tf.Tensor]) -> None:
+    def apply_where(self, applied: tf.Tensor, gradients: Sequence[tf.Tensor]) -> None:
         """Takes the step of `apply` without a branch and in few kernels, for XLA.
 
         A GPU takes longer to launch the update of a small weight than to compute it, so the small

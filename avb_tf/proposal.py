@@ -6,7 +6,7 @@ Evaluation, monitoring and serving all use it, so that bounds of the same name a
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
-from avb_tf.encoders import moments_of_draws, sobol_normal
+from avb_tf.encoders import Encoder, moments_of_draws, sobol_normal
 
 POINTS = 1024  # Sobol points for moments that are estimated from draws
 # Factor of the standard deviations, because a Gaussian that is too narrow misses mass, and no
@@ -16,7 +16,7 @@ _CHUNK = 32  # points computed at a time, to bound the memory
 DESCRIPTION = f"Gaussian of q's moments, {WIDENING} times as wide"
 
 
-def moments(encoder, x):
+def moments(encoder: Encoder, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns q(z|x)'s mean [batch, latent] and Cholesky factor [batch, latent, latent].
 
     If the moments have to be estimated from draws, the draws use the same Sobol points for every x,
@@ -43,7 +43,7 @@ def moments(encoder, x):
     return moments_of_draws(tf.reshape(z, [POINTS, batch, encoder.latent_dim]))
 
 
-def widened_gaussian(encoder, x):
+def widened_gaussian(encoder: Encoder, x: tf.Tensor) -> tfd.Distribution:
     """Returns a Gaussian with q's mean and a wider covariance, batch [batch], event [latent]."""
     mean, scale_tril = moments(encoder, x)
     return tfd.MultivariateNormalTriL(mean, WIDENING * scale_tril)

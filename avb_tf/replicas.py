@@ -11,9 +11,9 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -228,7 +228,7 @@ def _sum_over_replicas(strategy, value):
 
 
 @contextlib.contextmanager
-def explained(strategy: tf.distribute.Strategy):
+def explained(strategy: tf.distribute.Strategy) -> Generator[None]:
     """Turns TensorFlow's errors about a lost worker into a `WorkerLostError`.
 
     TensorFlow notices the loss within half a minute, because the worker's heartbeats stop.
@@ -265,7 +265,7 @@ def check_batch_size(batch_size: int, strategy: tf.distribute.Strategy) -> None:
         )
 
 
-def stream_seed(seed: int, step, stream: int):
+def stream_seed(seed: int, step: int | tf.Tensor | tf.Variable, stream: int) -> tf.Tensor:
     """Returns a stateless seed, int32 [2], for one use of randomness in one step.
 
     The seed depends only on the arguments, so a resumed run draws the same numbers as an
@@ -277,10 +277,14 @@ def stream_seed(seed: int, step, stream: int):
       stream: number of the use within the step.
     """
     # `fold_in` under XLA supports only int32.
-    return tf.random.fold_in(tf.constant([seed, stream], tf.int32), tf.cast(step, tf.int32))
+    key = tf.constant([seed, stream], tf.int32)
+    folded: Any = tf.random.fold_in(key, tf.cast(step, tf.int32))
+    return folded
 
 
-def rows(draw: Callable[..., tf.Tensor], shape, seed, axis: int) -> tf.Tensor:
+def rows(
+    draw: Callable[..., tf.Tensor], shape: Sequence[int | tf.Tensor], seed: tf.Tensor, axis: int
+) -> tf.Tensor:
     """Returns this replica's share of the noise of the whole batch.
 
     Each replica draws the noise of the whole batch, which is cheap compared with the rest of a
@@ -312,7 +316,12 @@ def all_finite(*tensors: tf.Tensor) -> tf.Tensor:
     return tf.math.is_finite(total)
 
 
-def apply(optimizer, gradients, variables, applied) -> None:
+def apply(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[tf.Tensor],
+    variables: Sequence[keras.Variable],
+    applied: tf.Tensor,
+) -> None:
     """Calls `optimizer.apply` in a replica if `applied` is true.
 
     Optimizers synchronise the replicas, which a replica cannot do inside a condition. So the
@@ -340,7 +349,7 @@ def apply(optimizer, gradients, variables, applied) -> None:
     update(meet, gradients, applied)
 
 
-def update(function: Callable[..., None], *arguments) -> None:
+def update(function: Callable[..., None], *arguments: Any) -> None:
     """Calls `function(strategy, *arguments)` once for all replicas; called in each replica."""
     tf.distribute.get_replica_context().merge_call(function, args=arguments)
 

@@ -4,10 +4,12 @@ The methods check their arguments, keep examples on the device and call the grap
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from avb_tf import epochs, loops
@@ -28,7 +30,7 @@ class Trained(keras.Model):
     seed: int
     step: Any  # integer variable, the number of training steps so far
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.training_calls, self.test_calls = loops.Calls(), loops.Calls()
         self.resident: resident.Resident | None = None  # the examples that `fit` keeps on devices
@@ -50,7 +52,7 @@ class Trained(keras.Model):
         """
         return checks.examples(x, self.event_shape, place, self.likelihood.support, self.table)
 
-    def fit(self, x=None, *args, **kwargs):
+    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         """Trains the model as `keras.Model.fit` does; x may also be a `data.Split`.
 
         `sample_weight` multiplies the terms of the bound and the adversary's loss alike: an example
@@ -152,20 +154,20 @@ class Trained(keras.Model):
         Keras's method would also average a batch of indices over replicas.
         """
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Callable[[Any], loops.Logs]:
         """Returns the graph of `steps_per_execution` steps that `fit` calls (`loops`)."""
         if self.train_function is None or force:
             make = loops.of_stream if self.resident is None else loops.of_resident
             self.train_function = make(self, self.train_step)
         return self.train_function
 
-    def make_test_function(self, force=False):
+    def make_test_function(self, force: bool = False) -> Callable[[Any], loops.Logs]:
         """Returns the graph that `evaluate` calls; unlike in `fit`, the data may end in a call."""
         if self.test_function is None or force:
             self.test_function = loops.of_finite(self, self.test_step)
         return self.test_function
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Computes the bound, its terms and the adversary's loss and accuracy, in nats.
 
         Args:
@@ -179,7 +181,7 @@ class Trained(keras.Model):
             self.test_calls.begin(arguments.arguments.get("steps"))
         return super().evaluate(x, *args, **kwargs)
 
-    def predict(self, x, *args, **kwargs):
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns reconstructions of x, [examples, *event].
 
         Args:
@@ -189,7 +191,14 @@ class Trained(keras.Model):
         """
         return super().predict(checks.inputs(x, self.checked), *args, **kwargs)
 
-    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+    def train_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: npt.ArrayLike | None = None,
+        class_weight: None = None,
+        return_dict: bool = False,
+    ) -> Any:
         """Runs one training step on one batch.
 
         Args:
@@ -205,7 +214,13 @@ class Trained(keras.Model):
             self.resident = self.train_function = None
         return super().train_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
 
-    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+    def test_on_batch(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: npt.ArrayLike | None = None,
+        return_dict: bool = False,
+    ) -> Any:
         """Computes the metrics of one batch.
 
         Args:
@@ -217,7 +232,7 @@ class Trained(keras.Model):
         del y
         return super().test_on_batch(*self._batch(x, sample_weight), return_dict=return_dict)
 
-    def predict_on_batch(self, x):
+    def predict_on_batch(self, x: Any) -> Any:
         """Returns reconstructions of x [batch, *event]."""
         return super().predict_on_batch(self.checked(x))
 

@@ -17,14 +17,14 @@ CONFIG = Path(__file__).parents[1] / "configs/amortised.py"
 MODEL = """
 import numpy as np
 from tensorflow_probability import distributions as tfd
-from avb_tf.amortised.experiment import Problem
+from avb_tf.amortised.experiment import AmortisedProblem
 
 def simulate(parameters, seed):
     rng = np.random.default_rng(np.asarray(seed))
     return np.asarray(parameters) + rng.normal(size=np.shape(parameters))
 
 def model():
-    return Problem(simulate, prior=tfd.Normal(0.0, 1.0), observations=[0.3])
+    return AmortisedProblem(simulate, prior=tfd.Normal(0.0, 1.0), observations=[0.3])
 """
 TINY = {
     "width": 8, "trunk_width": 8, "depth": 1, "components": 2, "batch_size": 32,

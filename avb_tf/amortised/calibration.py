@@ -1,6 +1,6 @@
 """Calibration of a fit over simulated data sets, and a test whether data fit the model."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -68,7 +68,7 @@ class Check(NamedTuple):
         ranks = dict(zip(self.coordinates, self.ranks.T, strict=True))
         return ranks | {"log density": self.ranks_of_density, "distance": self.ranks_of_distance}
 
-    def plot(self):
+    def plot(self) -> Any:
         """Plots ranks, posterior predictive, coverage and recovery, as a matplotlib figure.
 
         Ranks are shown as their distribution functions minus the uniform one. A band shows the
@@ -309,7 +309,7 @@ def _distances(y) -> dict[str, np.ndarray]:
     return {"distance from the mean": squares, "distance from the nearest": between.min(1)}
 
 
-def standardised(y) -> np.ndarray:
+def standardised(y: np.ndarray) -> np.ndarray:
     """Standardises y [n, statistics] by medians and quantiles, with tails compressed."""
     middle, scale = robust(y)
     return np.arcsinh((y - middle) / scale)

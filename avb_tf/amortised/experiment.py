@@ -17,7 +17,7 @@ from avb_tf.serving import layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class AmortisedProblem:
     """A model with its observed data sets, which a function of a model file may return.
 
     Attributes:
@@ -105,7 +105,7 @@ def _evaluate(config, workdir, problem, fit) -> None:
     print(*figures.save({"calibration": check.plot()}, workdir / "figures"), sep="\n")
 
 
-def _observed(fit: AmortisedFit, y) -> dict:
+def _observed(fit: AmortisedFit, y) -> dict[str, Any]:
     """Returns verdict, evidence and surprise of one data set."""
     surprise = fit.surprise(y)
     print(surprise)
@@ -128,8 +128,8 @@ def sample(config: ml_collections.ConfigDict, workdir: Path) -> None:
     problem, fit = _fit(config, workdir)
     if not len(problem.observations):
         raise UserError(
-            f"{config.model} has no observations; expected a `Problem` with some, to draw from "
-            "their posteriors"
+            f"{config.model} has no observations; expected an `AmortisedProblem` with some, to "
+            "draw from their posteriors"
         )
     for i, y in enumerate(problem.observations):
         print(write_draws(fit.to_arviz(y, config.eval.draws), workdir / f"posterior-{i}.nc"))
@@ -146,7 +146,7 @@ def export(config: ml_collections.ConfigDict, workdir: Path) -> None:
     print(fit.export(workdir / layout.DIRECTORY, **config.export, name=name, config=plain))
 
 
-def _fit(config, workdir: Path) -> tuple[Problem, AmortisedFit]:
+def _fit(config, workdir: Path) -> tuple[AmortisedProblem, AmortisedFit]:
     """Loads the model and its fit. The fit uses the model's code, for numpy simulators."""
     if not files.is_saved(workdir / FIT, META):
         raise UserError(f"{workdir} has no fit; train it first")
@@ -156,11 +156,11 @@ def _fit(config, workdir: Path) -> tuple[Problem, AmortisedFit]:
     return problem, AmortisedFit(source, fit.q, *known)
 
 
-def load_problem(name: str) -> Problem:
-    """Calls the function "path.py:function" and returns its model as a `Problem`.
+def load_problem(name: str) -> AmortisedProblem:
+    """Calls the function "path.py:function" and returns its model as an `AmortisedProblem`.
 
     Raises:
       UserError: the file or the function does not exist, or one of them raises.
     """
     problem = returned(name)
-    return problem if isinstance(problem, Problem) else Problem(problem)
+    return problem if isinstance(problem, AmortisedProblem) else AmortisedProblem(problem)

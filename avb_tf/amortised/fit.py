@@ -93,7 +93,9 @@ def fit_amortised(
     return AmortisedFit(source, q, resolved_settings, seed, clock.step, clock.elapsed(), history)
 
 
-def simulation_of(model, prior, observed, rows) -> Simulation:
+def simulation_of(
+    model: Any, prior: Any, observed: Sequence[str], rows: tuple[int, int] | None
+) -> Simulation:
     """Returns the simulation of a user's model; the arguments are those of `fit_amortised`.
 
     Raises:

@@ -15,7 +15,7 @@ import tensorflow as tf
 from avb_tf.amortised.network import ConditionalMixture
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.posteriors import evidence, hmc, mixture, sampling, search, verdict
-from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
 from avb_tf.posteriors.target import value_and_gradient
 from avb_tf.posteriors.verdict import Diagnostics
@@ -121,7 +121,7 @@ class Judgement(NamedTuple):
     """A verdict, the evidence, and the chains on which both are based."""
 
     diagnostics: Diagnostics
-    log_evidence: Estimate
+    log_evidence: Evidence
     proposal: Proposal
     states: np.ndarray  # [chains, kept, dim], states of chains of the posterior
     root: np.ndarray  # [dim, dim], symmetric root of the chains' covariance

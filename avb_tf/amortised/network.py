@@ -1,6 +1,7 @@
 """q(u|y): one conditional density for every y, a mixture of Gaussians in each coordinate."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -72,7 +73,7 @@ class Residual(keras.layers.Layer):
         self.inner = [dense(width, activation="silu") for _ in range(depth)]
         self.outer = [dense(width, kernel_initializer="zeros") for _ in range(depth)]
 
-    def call(self, y):
+    def call(self, y: tf.Tensor) -> tf.Tensor:
         """Returns features of y, [n, features] -> [n, width]."""
         hidden = self.first(y)
         for inner, outer in zip(self.inner, self.outer, strict=True):
@@ -97,7 +98,7 @@ class DeepSet(keras.layers.Layer):
         # Most of a step's time goes to the network of the rows, of which there are many.
         self.each, self.whole = Residual(max(8, width // 2), 1), Residual(width, depth)
 
-    def call(self, y):
+    def call(self, y: tf.Tensor) -> tf.Tensor:
         """Returns features [n, width] for y [n, rows, features]; rows of NaN are left out."""
         present = tf.reduce_all(tf.math.is_finite(y), -1)
         owner, sets = tf.where(present)[:, 0], tf.shape(y)[0]
@@ -130,7 +131,7 @@ class Whitening(keras.layers.Layer):
         self.dim, self.trunk = dim, trunk
         self.head = keras.layers.Dense(dim * (dim + 2), kernel_initializer="zeros")
 
-    def call(self, y):
+    def call(self, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns mean [n, dim], P [n, dim, dim] and log |P| [n] for y [n, ..., features]."""
         outputs = self.head(self.trunk(y))
         mean, diagonal, square = tf.split(outputs, [self.dim, self.dim, self.dim**2], -1)
@@ -164,7 +165,16 @@ class ConditionalMixture(keras.Model):
     Larochelle, 2013).
     """
 
-    def __init__(self, dim, features, components, width, depth, trunk_width, rows=False):
+    def __init__(
+        self,
+        dim: int,
+        features: int,
+        components: int,
+        width: int,
+        depth: int,
+        trunk_width: int,
+        rows: bool = False,
+    ):
         super().__init__()
         self.dim, self.components, self.width = dim, components, width
         self.features, self.rows = features, rows
@@ -195,7 +205,7 @@ class ConditionalMixture(keras.Model):
         for weight, value in zip(self.locations, scaling, strict=True):
             weight.assign(value)
 
-    def given(self, y) -> Context:
+    def given(self, y: tf.Tensor) -> Context:
         """Returns the context of y [n, features]."""
         seen = self._seen(y)
         features = tf.reshape(self.context(self.trunk(seen)), [-1, self.dim, self.width])
@@ -203,7 +213,7 @@ class ConditionalMixture(keras.Model):
         mean, precision, log_volume = map(tf.stop_gradient, self.whitening(seen))
         return Context(mean, precision, log_volume, tf.transpose(features, [1, 0, 2]))
 
-    def log_student(self, u, y):
+    def log_student(self, u: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """Returns the log density of a Student t with the whitening's location and scale.
 
         It lacks a constant. Because of its heavy tails, a rare pair hardly moves the location and
@@ -214,11 +224,11 @@ class ConditionalMixture(keras.Model):
         squares = tf.reduce_sum(v**2, -1) / _DEGREES
         return log_volume - 0.5 * (_DEGREES + self.dim) * tf.math.log1p(squares)
 
-    def log_prob(self, u, y):
+    def log_prob(self, u: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """Returns log q(u|y) in nats of pairs, u [n, dim] and y [n, features] -> [n]."""
         return self.log_prob_given(u, self.given(y))
 
-    def log_prob_given(self, u, context: Context):
+    def log_prob_given(self, u: tf.Tensor, context: Context) -> tf.Tensor:
         """Returns log q(u|y) in nats, [n], for u [n, dim] and the context of n data sets or one."""
         v = tf.linalg.matvec(context.precision, self._standard(u) - context.mean)
         kernel = tf.reshape(tf.transpose(self.first * self.before, [1, 0, 2]), [self.dim, -1])
@@ -232,7 +242,9 @@ class ConditionalMixture(keras.Model):
         factors = tf.reduce_logsumexp(parts, -1) - 0.5 * math.log(2.0 * math.pi)
         return tf.reduce_sum(factors, 0) + context.log_volume - self._log_scale()
 
-    def sample(self, y, n, seed):
+    def sample(
+        self, y: tf.Tensor, n: int | tf.Tensor, seed: tf.Tensor | Sequence[int]
+    ) -> tf.Tensor:
         """Draws from q(u|y) for one y.
 
         Args:
@@ -244,7 +256,9 @@ class ConditionalMixture(keras.Model):
         """
         return self.sample_given(self.given(y), n, seed)
 
-    def sample_given(self, context: Context, n, seed):
+    def sample_given(
+        self, context: Context, n: int | tf.Tensor, seed: tf.Tensor | Sequence[int]
+    ) -> tf.Tensor:
         """Draws from q(u|y), given the context of y.
 
         Args:
@@ -260,7 +274,7 @@ class ConditionalMixture(keras.Model):
             context, noise, tf.random.stateless_uniform([self.dim, n, 1], seeds[1])
         )
 
-    def transform(self, context: Context, noise, uniform):
+    def transform(self, context: Context, noise: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
         """Maps standard normal noise [dim, n] and uniform [dim, n, 1] to draws of u, [n, dim]."""
         n = tf.shape(noise)[1]
         v = tf.zeros([n, 0])
@@ -278,7 +292,7 @@ class ConditionalMixture(keras.Model):
         away = tf.linalg.triangular_solve(context.precision, v[:, :, tf.newaxis])[..., 0]
         return self.locations[0] + self.locations[1] * (context.mean + away)
 
-    def call(self, inputs):
+    def call(self, inputs: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns log q(u|y) and `log_student` of pairs (u, y)."""
         return self.log_prob(*inputs), self.log_student(*inputs)
 

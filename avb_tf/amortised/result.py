@@ -14,10 +14,10 @@ from avb_tf.amortised.calibration import Check, Surprise, Typical
 from avb_tf.amortised.judging import Compiled, Given, Judgement, judge
 from avb_tf.amortised.network import ConditionalMixture
 from avb_tf.amortised.rows import Rows
-from avb_tf.amortised.simulation import Simulation
+from avb_tf.amortised.simulation import DataSet, Simulation
 from avb_tf.errors import UserError
 from avb_tf.posteriors import hmc
-from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.result import Refinement
 from avb_tf.posteriors.sampling import LEAPFROGS
 from avb_tf.posteriors.target import Structure
@@ -77,7 +77,7 @@ class AmortisedFit:
         self._banks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._typical: dict[int, Typical] = {}
 
-    def sample(self, y, n: int, seed: int = 0, escalate: bool = False):
+    def sample(self, y: DataSet, n: int, seed: int = 0, escalate: bool = False) -> Any:
         """Returns `n` draws of the posterior given y.
 
         Args:
@@ -96,14 +96,14 @@ class AmortisedFit:
         row = tf.constant(self.simulation.flat(y))
         return self.compiled.parameters(row, tf.constant(n), tf.constant([seed, 0]))
 
-    def log_prob(self, parameters, y) -> np.ndarray:
+    def log_prob(self, parameters: Structure, y: DataSet) -> np.ndarray:
         """Returns log q(parameters|y) in nats, [n], for parameters [n, ...] in their structure."""
         u = self.simulation.unconstrain(parameters)
         log_q = Given(self.compiled, self.simulation.flat(y)).log_density(u)
         volume = np.asarray(self.simulation.log_volume(u), np.float64)
         return np.where(np.isneginf(log_q), log_q, log_q - volume)  # outside the support
 
-    def posterior(self, y, seed: int = 0) -> "AmortisedPosterior":
+    def posterior(self, y: DataSet, seed: int = 0) -> "AmortisedPosterior":
         """Returns the posterior of one data set: `.sample`, `.verdict`, `.evidence`, `.refine`."""
         return AmortisedPosterior(self, self.simulation.flat(y), seed)
 
@@ -127,7 +127,7 @@ class AmortisedFit:
             simulation = simulation.of(rows)
         return calibration.check(self.compiled, simulation, pairs, draws, _away(seed))
 
-    def surprise(self, y) -> Surprise:
+    def surprise(self, y: DataSet) -> Surprise:
         """Tests whether y looks like data of the model, at a false alarm rate of 5%."""
         row, seed = self.simulation.flat(y), _away(self.seed)
         if (size := row.shape[1]) not in self._typical:
@@ -135,7 +135,7 @@ class AmortisedFit:
             self._typical = {size: calibration.typical(self.compiled, like, seed)}
         return calibration.surprise(self.compiled, row, self._typical[size], seed)
 
-    def to_arviz(self, y, draws: int = 2000, seed: int = 0):
+    def to_arviz(self, y: DataSet, draws: int = 2000, seed: int = 0) -> Any:
         """Returns `arviz.InferenceData` of independent draws, as one chain.
 
         It also has log q and the data and, if the model has a density, log densities and weights.
@@ -159,7 +159,7 @@ class AmortisedFit:
         }
         return weighing.inference_data(dict(zip(names, values, strict=True)), stats, observed)
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the fit as a directory without pickled files; `AmortisedFit.load` reads it.
 
         Raises:
@@ -176,7 +176,7 @@ class AmortisedFit:
             self.q.save_weights(new / WEIGHTS)
             saving.save(self.simulation, new / MODEL)
 
-    def export(self, directory, **settings) -> Path:
+    def export(self, directory: str | Path, **settings: Any) -> Path:
         """Writes `<directory>/<version>/` for TensorFlow Serving; the data are an input.
 
         Its signatures are `sample`, `sample_seeded` and `log_prob`. It needs the extra [serving].
@@ -194,7 +194,7 @@ class AmortisedFit:
         return writing.export_amortised(self, directory, **settings)
 
     @classmethod
-    def load(cls, path) -> "AmortisedFit":
+    def load(cls, path: str | Path) -> "AmortisedFit":
         """Loads a fit that `save` wrote, without the model's own code.
 
         Load only directories from sources that you trust: the model is stored as a TensorFlow
@@ -253,7 +253,7 @@ class AmortisedPosterior:
         return self._judgement().diagnostics
 
     @property
-    def evidence(self) -> Estimate:
+    def evidence(self) -> Evidence:
         """log p(y) in nats, by a bridge between q, with modes that it lacks, and the chains."""
         return self._judgement().log_evidence
 

@@ -4,12 +4,13 @@ A data set y [rows * features] has its rows side by side. In a batch of differen
 are NaN.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from avb_tf.amortised.simulation import Simulation, named, usable_pairs
+from avb_tf.amortised.simulation import DataSet, Simulation, named, usable_pairs
 from avb_tf.errors import UserError
 
 _TRIAL = 16  # pairs in the check of a model
@@ -52,12 +53,12 @@ class Rows(Simulation):
         absent = tf.repeat(absent, self.features, 1)
         return u, tf.where(absent, tf.constant(np.nan, tf.float64), y), usable & also
 
-    def data(self, u, seed):
+    def data(self, u: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Simulates new data sets of the largest size, u [n, dim] -> y [n, largest * features]."""
         y = self.one.data(tf.repeat(u, self.largest, 0), seed)
         return tf.reshape(y, [-1, self.largest * self.features])
 
-    def log_density(self, u, y):
+    def log_density(self, u: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """See `Simulation.log_density`; y is one data set, [rows * features]."""
         y = tf.reshape(y, [-1, self.features])
         count, rows = tf.shape(u)[0], tf.shape(y)[0]
@@ -66,21 +67,21 @@ class Rows(Simulation):
         density = tf.reshape(prior, [count, rows])[:, 0] + likelihood
         return tf.where(tf.math.is_nan(density), tf.constant(-np.inf, density.dtype), density)
 
-    def outcome(self, u, seed):
+    def outcome(self, u: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """See `Simulation.outcome`: a row."""
         return self.one.data(u, seed)
 
-    def side_by_side(self, data):
+    def side_by_side(self, data: Sequence[tf.Tensor]) -> tf.Tensor:
         """Concatenates the observed parts [n, rows, ...] to y [n, rows * features]."""
         n = tf.shape(data[0])[0]
         return tf.reshape(self.one.side_by_side(data), [n, -1])
 
     @property
-    def shapes(self):
+    def shapes(self) -> dict[str, list[int | None]]:
         """See `Simulation.shapes`: [largest, ...]."""
         return {name: [self.largest, *shape] for name, shape in self.one.shapes.items()}
 
-    def check_in_graph(self, y):
+    def check_in_graph(self, y: tf.Tensor) -> None:
         """See `Simulation.check_in_graph`; absent rows of y [n, largest * features] are NaN."""
         y = tf.reshape(y, [-1, self.largest, self.features])
         present = tf.reduce_all(tf.math.is_finite(y), -1)
@@ -90,11 +91,11 @@ class Rows(Simulation):
         enough = tf.reduce_all(rows >= self.smallest)
         tf.debugging.Assert(enough, [f"fewer rows than {self.smallest} in a data set:", rows])
 
-    def parts(self, y):
+    def parts(self, y: np.ndarray | tf.Tensor) -> dict[str, tf.Tensor]:
         """Splits y [rows * features] into the observed parts by name, [rows, ...] each."""
         return self.one.parts(tf.reshape(y, [-1, self.features]))
 
-    def like(self, y):
+    def like(self, y: np.ndarray) -> "Rows":
         """Returns the simulation of data sets of the size of y [n, rows * features]."""
         return self.of(y.shape[1] // self.features)
 
@@ -114,7 +115,7 @@ class Rows(Simulation):
                 "the fit was trained for: train another one with other `rows`"
             )
 
-    def summary(self, y) -> np.ndarray:
+    def summary(self, y: np.ndarray) -> np.ndarray:
         """Returns quantiles, means and covariances over each data set's rows, [n, statistics]."""
         y = np.reshape(y, [len(y), -1, self.features])
         quantiles = np.moveaxis(np.quantile(y, _QUANTILES, axis=1), 0, 1)
@@ -125,7 +126,7 @@ class Rows(Simulation):
             [quantiles.reshape(len(y), -1), mean[:, 0], covariance[:, *upper]], axis=1
         )
 
-    def flat(self, y) -> np.ndarray:
+    def flat(self, y: DataSet) -> np.ndarray:
         """Returns a user's observed data with the rows side by side, [1, rows * features].
 
         Args:

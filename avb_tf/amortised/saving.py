@@ -9,6 +9,7 @@ import tensorflow as tf
 from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
+from avb_tf.posteriors.target import Structure
 
 RECORD = "record.json"
 SAVED = 1000  # number of pairs in each call of a saved model's `simulate`
@@ -17,7 +18,7 @@ SAVED = 1000  # number of pairs in each call of a saved model's `simulate`
 class Loaded(Simulation):
     """A model that `save` wrote, without its code; of one row if data sets have several."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         path = Path(path)
         record = json.loads((path / RECORD).read_text())
         self._module = tf.saved_model.load(str(path))
@@ -34,7 +35,7 @@ class Loaded(Simulation):
         signature = self._module.unconstrain.input_signature
         self._dtypes = [spec.dtype for spec in tf.nest.flatten(signature)]
 
-    def simulate(self, n, seed):
+    def simulate(self, n: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Simulates `n` new pairs; see `Simulation.simulate`.
 
         Raises:
@@ -44,9 +45,10 @@ class Loaded(Simulation):
         pairs, seeds = [], tf.random.split(tf.cast(seed, tf.int32), -(-n // SAVED))
         for one in tf.unstack(seeds):
             pairs.append(self._module.simulate(one))
-        return tuple(tf.concat(part, 0)[:n] for part in zip(*pairs, strict=True))
+        u, y, usable = (tf.concat(part, 0)[:n] for part in zip(*pairs, strict=True))
+        return u, y, usable
 
-    def data(self, u, seed):
+    def data(self, u: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """See `Simulation.data`.
 
         Raises:
@@ -55,11 +57,11 @@ class Loaded(Simulation):
         self._check_portable()
         return self._module.data(u, tf.cast(seed, tf.int32))
 
-    def log_density(self, u, y):
+    def log_density(self, u: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """See `Simulation.log_density`."""
         return self._module.log_density(u, tf.cast(y, tf.float64))
 
-    def terms(self, u, y):
+    def terms(self, u: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See `Simulation.terms`."""
         return self._module.terms(u, tf.cast(y, tf.float64))
 
@@ -70,32 +72,32 @@ class Loaded(Simulation):
                 "expected the original fit where pairs are simulated: check it before it is saved"
             )
 
-    def constrain(self, u):
+    def constrain(self, u: tf.Tensor) -> Structure:
         """See `Simulation.constrain`."""
         return self._module.constrain(u)
 
-    def unconstrain(self, parameters):
+    def unconstrain(self, parameters: Structure) -> tf.Tensor:
         """See `Simulation.unconstrain`."""
         return self._module.unconstrain(
             [tf.cast(p, d) for p, d in zip(tf.nest.flatten(parameters), self._dtypes, strict=True)]
         )
 
-    def log_volume(self, u):
+    def log_volume(self, u: tf.Tensor) -> tf.Tensor:
         """See `Simulation.log_volume`."""
         return self._module.log_volume(u)
 
-    def coordinates(self):
+    def coordinates(self) -> list[str]:
         """See `Simulation.coordinates`."""
         return self._coordinates
 
 
-def load(path) -> Simulation:
+def load(path: str | Path) -> Simulation:
     """Returns the model that `save` wrote."""
     model = Loaded(path)
     return model if model.rows is None else Rows(model, *model.rows)
 
 
-def save(simulation: Simulation, path) -> None:
+def save(simulation: Simulation, path: str | Path) -> None:
     """Writes a model's functions as a SavedModel; `load` reads it."""
     rows = None
     if isinstance(simulation, Rows):

@@ -5,15 +5,17 @@ in float64, so that counts keep all their digits; the network converts them to f
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from avb_tf.errors import UserError
-from avb_tf.posteriors.target import Target, first_line
+from avb_tf.posteriors.target import Structure, Target, first_line
 
+DataSet = npt.ArrayLike | Mapping[str, npt.ArrayLike]  # one array, or arrays by name
 _TRIAL = 64  # pairs simulated to check a model
 _ROWS = 5  # pairs whose densities are checked
 _UNUSABLE = 0.01  # largest share of pairs that may be infinite or NaN
@@ -40,10 +42,10 @@ class Simulation:
         self,
         target: Target,
         parts: Mapping[str, tuple[tf.TensorShape, tf.DType]],
-        draw: Callable[[Any, Any], tuple[Any, list]],
-        redraw: Callable[[Any, Any], list],
-        pin: Callable[[dict], Any] | None,
-        terms: Callable[[Any, dict], tuple[Any, Any]] | None = None,
+        draw: Callable[[Any, Any], tuple[Structure, list[tf.Tensor]]],
+        redraw: Callable[[Structure, Any], list[tf.Tensor]],
+        pin: Callable[[dict[str, tf.Tensor]], Callable[[Structure], tf.Tensor]] | None,
+        terms: Callable[[Structure, dict[str, tf.Tensor]], Sequence[tf.Tensor]] | None = None,
         portable: bool = True,
     ):
         """Builds the simulation from functions of a model.
@@ -73,7 +75,7 @@ class Simulation:
         self._graphs: dict[int, Any] = {}
         self._check()
 
-    def simulate(self, n: int, seed):
+    def simulate(self, n: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Simulates new pairs.
 
         Args:
@@ -92,11 +94,11 @@ class Simulation:
         parameters, data = self._draw(n, seed)
         return usable_pairs(self._target.free(parameters), self.side_by_side(data))
 
-    def data(self, u, seed):
+    def data(self, u: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Simulates new data for given parameters, u [n, dim] -> y [n, features]."""
         return self.side_by_side(self._redraw(self.constrain(u), seed))
 
-    def side_by_side(self, data):
+    def side_by_side(self, data: Sequence[tf.Tensor]) -> tf.Tensor:
         """Concatenates the observed parts [n, ...], in their order, to y [n, features]."""
         flat = [
             tf.cast(tf.reshape(part, [-1, size]), tf.float64)
@@ -104,7 +106,7 @@ class Simulation:
         ]
         return tf.concat(flat, -1)
 
-    def log_density(self, u, y):
+    def log_density(self, u: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """Returns log p(y, parameters) + log |d parameters / du| in nats.
 
         Args:
@@ -117,7 +119,7 @@ class Simulation:
         density = self._target.log_density_by(self._pin(self.parts(y)), u)
         return tf.where(tf.math.is_nan(density), tf.constant(-np.inf, density.dtype), density)
 
-    def log_densities(self, u, y):
+    def log_densities(self, u: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """Returns `log_density` for several y.
 
         Args:
@@ -130,7 +132,7 @@ class Simulation:
             lambda pair: self.log_density(*pair), (u, y), fn_output_signature=self.dtype
         )
 
-    def terms(self, u, y):
+    def terms(self, u: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the log prior and the log likelihood of pairs in nats; their sum is the density.
 
         Args:
@@ -143,15 +145,15 @@ class Simulation:
         prior, likelihood = self._terms(self.constrain(u), self.parts(y))
         return tf.cast(prior, self.dtype) + self.log_volume(u), tf.cast(likelihood, self.dtype)
 
-    def constrain(self, u):
+    def constrain(self, u: tf.Tensor) -> Structure:
         """Maps u to parameters in the model's structure and dtypes, [n, dim] -> [n, ...]."""
         return self._target.constrain(u)
 
-    def unconstrain(self, parameters):
+    def unconstrain(self, parameters: Structure) -> tf.Tensor:
         """Applies the inverse of `constrain`, and returns a tensor [n, dim]."""
         return self._target.free(parameters)
 
-    def log_volume(self, u):
+    def log_volume(self, u: tf.Tensor) -> tf.Tensor:
         """Returns log |d parameters / du| in nats, [n, dim] -> [n]."""
         return self._target.log_volume(u)
 
@@ -159,7 +161,7 @@ class Simulation:
         """Returns a name for each entry of u."""
         return self._target.coordinates()
 
-    def parts(self, y) -> dict[str, Any]:
+    def parts(self, y: np.ndarray | tf.Tensor) -> dict[str, tf.Tensor]:
         """Splits y [..., features] into parts by name, in the model's shapes and dtypes."""
         leading = tf.unstack(tf.shape(y))[:-1]
         pieces = tf.split(y, self.sizes, -1)
@@ -169,15 +171,15 @@ class Simulation:
         }
 
     @property
-    def shapes(self) -> dict[str, list]:
+    def shapes(self) -> dict[str, list[int | None]]:
         """The shape of each observed part by name; that of the largest data set if sizes differ."""
         return {name: list(shape) for name, (shape, _) in self.observed.items()}
 
-    def check_in_graph(self, y) -> None:
+    def check_in_graph(self, y: tf.Tensor) -> None:
         """Adds an assertion to the graph that fails if y [n, features] is not finite."""
         tf.debugging.Assert(tf.reduce_all(tf.math.is_finite(y)), ["data that are not finite"])
 
-    def outcome(self, u, seed):
+    def outcome(self, u: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Simulates what parameters predict, u [n, dim] -> [n, features]: a data set, or a row."""
         return self.data(u, seed)
 
@@ -189,16 +191,16 @@ class Simulation:
             for i in np.ndindex(*map(int, shape))
         ]
 
-    def like(self, y) -> "Simulation":
+    def like(self, y: np.ndarray) -> "Simulation":
         """Returns the simulation of data sets of the size of y [n, features]: itself."""
         del y
         return self
 
-    def summary(self, y) -> np.ndarray:
+    def summary(self, y: np.ndarray) -> np.ndarray:
         """Returns the statistics by which data sets y [n, features] are compared: y itself."""
         return y
 
-    def flat(self, y) -> np.ndarray:
+    def flat(self, y: DataSet) -> np.ndarray:
         """Returns a user's observed data as a row, [1, features].
 
         Args:
@@ -249,14 +251,16 @@ class Simulation:
             )
 
 
-def usable_pairs(u, y):
+def usable_pairs(u: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Replaces pairs that are not finite by zeros; returns u, y and where both are finite, [n]."""
     usable = tf.reduce_all(tf.math.is_finite(u), -1) & tf.reduce_all(tf.math.is_finite(y), -1)
     each = usable[:, tf.newaxis]
     return tf.where(each, u, tf.zeros([], u.dtype)), tf.where(each, y, 0.0), usable
 
 
-def named(y, observed: Mapping) -> dict[str, np.ndarray]:
+def named(
+    y: DataSet, observed: Mapping[str, tuple[tf.TensorShape, tf.DType]]
+) -> dict[str, np.ndarray]:
     """Returns a user's observed data as arrays by name.
 
     Args:
@@ -288,6 +292,6 @@ def named(y, observed: Mapping) -> dict[str, np.ndarray]:
     return values
 
 
-def size_of(shape) -> int:
+def size_of(shape: Iterable[Any]) -> int:
     """Returns the number of entries of a known shape."""
     return int(np.prod(tuple(shape), dtype=int))

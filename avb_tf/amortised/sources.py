@@ -1,6 +1,6 @@
 """Simulations of a user's model: a TFP joint distribution, or a simulator with a prior."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from avb_tf.posteriors.target import Target, first_line
 _TRIAL = 5  # parameters in the first call of a simulator
 
 
-def of_joint(joint, observed: Sequence[str]) -> Simulation:
+def of_joint(joint: tfd.JointDistribution, observed: Sequence[str]) -> Simulation:
     """Returns the simulation of a TFP joint distribution.
 
     Args:
@@ -64,7 +64,9 @@ def of_joint(joint, observed: Sequence[str]) -> Simulation:
     return Simulation(target, parts, draw, redraw, pin, terms)
 
 
-def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
+def of_simulator(
+    simulator: Callable[[Any, Any], Any], prior: Any, observed: Sequence[str]
+) -> Simulation:
     """Returns the simulation of a simulator, a function without a density.
 
     Args:
@@ -86,10 +88,11 @@ def of_simulator(simulator, prior, observed: Sequence[str]) -> Simulation:
             prior._flat_resolve_names(), prior._get_single_sample_distributions(), strict=True
         ):
             constraints.checked(name, part)
+        joints: Any = joint_distribution  # TFP has no public way to choose the parts' bijectors
         kind = (
-            joint_distribution._DefaultJointBijectorAutoBatched
+            joints._DefaultJointBijectorAutoBatched
             if prior.use_vectorized_map
-            else joint_distribution._DefaultJointBijector
+            else joints._DefaultJointBijector
         )
         bijector = kind(prior, bijector_fn=constraints.of_distribution)
     else:

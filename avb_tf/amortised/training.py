@@ -91,7 +91,7 @@ class _Stage(NamedTuple):
     number: int
     name: str
     log_density: Any  # (u, y) -> [n]
-    variables: list
+    variables: list[Any]
     until: float
 
 

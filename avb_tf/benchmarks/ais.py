@@ -21,7 +21,9 @@ _TIMED = 4  # temperatures
 _REPEATS = 5
 
 
-def stepwise(model: avb_tf.AVB, x, start, temperatures: int) -> Callable[[], None]:
+def stepwise(
+    model: avb_tf.AVB, x: tf.Tensor, start: tfd.Distribution, temperatures: int
+) -> Callable[[], None]:
     """Returns HMC along the path, with 8 chains per example and a graph call per leapfrog step.
 
     A leapfrog step is written in the obvious way: it takes the gradient of TFP's densities at both
@@ -70,7 +72,9 @@ def stepwise(model: avb_tf.AVB, x, start, temperatures: int) -> Callable[[], Non
     return run
 
 
-def compiled(model: avb_tf.AVB, x, start, temperatures: int) -> Callable[[], None]:
+def compiled(
+    model: avb_tf.AVB, x: tf.Tensor, start: tfd.Distribution, temperatures: int
+) -> Callable[[], None]:
     """Returns the same computation by `ais.Annealer`, which is one graph call.
 
     Args:

@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -32,7 +33,9 @@ NETWORKS = {
 BATCHES = (128, 1024)
 
 
-def measure(config: ml_collections.ConfigDict, strategy_name: str, environment) -> float:
+def measure(
+    config: ml_collections.ConfigDict, strategy_name: str, environment: Mapping[str, str]
+) -> float:
     """Returns the median seconds of a step; call it in a process that has not used TensorFlow yet.
 
     Args:

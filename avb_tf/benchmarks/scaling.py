@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import resource
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure
 import ml_collections
@@ -71,7 +72,9 @@ def exponent(points: list[dict[str, float]], quantity: str) -> float:
     return float(np.polyfit(values, quantities, 1)[0])
 
 
-def _changed(plain: dict, names: tuple[str, ...], value: int) -> ml_collections.ConfigDict:
+def _changed(
+    plain: dict[str, Any], names: tuple[str, ...], value: int
+) -> ml_collections.ConfigDict:
     config = configuration.default("vae")
     config.update(plain)
     config.update_from_flattened_dict(dict.fromkeys(names, value))

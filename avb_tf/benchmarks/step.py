@@ -91,7 +91,7 @@ def _read(file: Path) -> dict[str, float]:
     return measured
 
 
-def reference_step(model: AVB, x) -> None:
+def reference_step(model: AVB, x: tf.Tensor) -> None:
     """Takes a training step with one adversary step, written in the obvious way, for comparison.
 
     It calls the adversary twice on whole inputs, so the branch of x is computed twice, and records
@@ -158,7 +158,7 @@ def seconds_of(
     return [statistics.median(own) for own in times]
 
 
-def arithmetic(function) -> int:
+def arithmetic(function: Any) -> int:
     """Counts the floating point operations in the products of a traced function.
 
     All shapes must be known. Only operations that the outputs or the assignments need are counted,
@@ -373,7 +373,11 @@ def _start_up() -> dict[str, float]:
         "import avb_tf": ["-c", "import avb_tf; avb_tf.AVB"],
         "--help": ["-c", "from avb_tf.command_line import main; main(['avb-tf', '--help'])"],
     }
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
+    quiet: dict[str, Any] = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "check": True,
+    }
     runs = [
         lambda arguments=arguments: subprocess.run([sys.executable, *arguments], **quiet)
         for arguments in commands.values()

@@ -5,7 +5,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Guard(keras.callbacks.Callback):
         self.enabled, self.file = enabled, file
         self.first = None  # ELBO of the first step
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Raises DivergenceError if the running mean of the ELBO is not finite.
 
         A non-finite step that is not skipped makes that mean non-finite.
@@ -52,7 +52,7 @@ class Guard(keras.callbacks.Callback):
         if self.first is None and not count and math.isfinite(elbo):
             self.first = elbo if self.file is None else _kept(self.file, elbo)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Raises DivergenceError if the ELBO has dropped too far below the first one."""
         elbo, size = (logs or {})["elbo"], math.prod(self.model.event_shape)
         if self.enabled and self.first is not None:
@@ -91,7 +91,7 @@ class SaveWhenTerminated(keras.callbacks.Callback):
         self.asked = False
 
     @contextlib.contextmanager
-    def listening(self):
+    def listening(self) -> Generator[None]:
         """Handles SIGTERM inside the block and restores the previous handler on exit."""
         before = signal.signal(signal.SIGTERM, self._ask)
         try:
@@ -102,13 +102,13 @@ class SaveWhenTerminated(keras.callbacks.Callback):
     def _ask(self, *_):
         self.asked = True
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Exits between two steps if SIGTERM has arrived."""
         params: Any = self.params  # set by Keras when `fit` begins
         if batch + 1 < params["steps"] and not self.model.stop_training:
             self._leave_if_asked()
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Exits between two epochs if SIGTERM has arrived."""
         self._leave_if_asked()
 
@@ -123,11 +123,11 @@ class Stopwatch(keras.callbacks.Callback):
 
     seconds = math.inf
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None):
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Starts the clock."""
         self.began = time.perf_counter()
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Keeps the shortest time so far."""
         self.seconds = min(self.seconds, time.perf_counter() - self.began)
 
@@ -139,7 +139,7 @@ class StopAtStep(keras.callbacks.Callback):
         super().__init__()
         self.step = step
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Reads the model's own step count, which a resumed run continues."""
         if int(self.model.step.numpy()) >= self.step:
             self.model.stop_training = True

@@ -63,7 +63,7 @@ class Monitor(keras.callbacks.Callback):
         self.warned: set[str] = set()
         self._bounds = tf.function(self._bounds_of_model)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any]):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
         """Computes both bounds with the averaged networks, and warns if they disagree."""
         elbo, importance = (bound.numpy() for bound in self._bounds())
         gap, error = float(np.mean(elbo - importance)), results.standard_error(elbo - importance)

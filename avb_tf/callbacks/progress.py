@@ -30,13 +30,13 @@ class Progress(keras.callbacks.Callback):
         self.validation: float | None = None
         self.shown, self.width = 0.0, 0
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Announces that the first call compiles; the clock starts after that call."""
         self.began: tuple[float, int] | None = None
         if not self.shown:  # a later `fit` of the same run reuses the compiled graphs
             self._write(f"compiling  step {self._step:,}/{self.last:,}")
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Starts the clock after the first call, and updates the line on a terminal."""
         now = time.monotonic()
         if self.began is None:
@@ -44,12 +44,12 @@ class Progress(keras.callbacks.Callback):
         if self.interactive and now - self.shown > PERIOD:
             self._show(logs or {})
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Shows the means over the epoch and the ELBO of the validation examples."""
         self.validation = (logs or {}).get("val_elbo", self.validation)
         self._show(logs or {})
 
-    def on_train_end(self, logs: dict[str, Any] | None = None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Leaves the last state of the line on the terminal."""
         if self.interactive and self.width:
             self.stream.write("\n")

@@ -71,7 +71,7 @@ class Panels(keras.callbacks.Callback):
             tf.summary.experimental.write_raw_pb(layout().SerializeToString(), 0)
             hparams.hparams(_hyperparameters(config))
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes histograms of held-out examples, and the healthy band of the accuracy."""
         step = int(self.model.step.numpy())
         with self.writers["validation"].as_default(step):
@@ -114,7 +114,7 @@ class Profile(keras.callbacks.Callback):
         self.first, self.last = steps or (0, 0)
         self.running = False
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None):
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Starts the profiler before the call that includes step `first`."""
         step = int(self.model.step.numpy())
         taken = step + int(self.model.steps_per_execution)
@@ -122,12 +122,12 @@ class Profile(keras.callbacks.Callback):
             tf.profiler.experimental.start(str(self.directory))
             self.running = True
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Stops the profiler after the call that includes step `last`."""
         if self.running and int(self.model.step.numpy()) >= self.last:
             self._stop()
 
-    def on_train_end(self, logs: dict[str, Any] | None = None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Stops the profiler if training ends before step `last`."""
         if self.running:
             self._stop()
@@ -153,7 +153,7 @@ def write_metrics(workdir: Path, step: int, values: Mapping[str, float]) -> None
     writer.close()
 
 
-def layout():
+def layout() -> Any:
     """Returns the layout of the custom scalars.
 
     One category shows both bounds in a chart, and the other the adversary in its healthy band.

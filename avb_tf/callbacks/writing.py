@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ BOUNDS = ("elbo", "importance_bound")
 
 
 @contextlib.contextmanager
-def logged():
+def logged() -> Generator[None]:
     """Turns TensorFlow's errors about unwritable logs into an OSError inside the block.
 
     TensorFlow raises a different error type for each cause.
@@ -48,12 +49,12 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         self.workdir, self.every, self.keep, self.last = workdir, every, keep, last
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves if due: `every` is a multiple of an epoch, which is config.log_every steps."""
         if _is_due(self.model, self.every, self.last):
             self.save()
 
-    def save(self):
+    def save(self) -> None:
         """Writes a checkpoint now."""
         checkpoints.save(self.model, self.workdir, self.keep)
 
@@ -72,11 +73,11 @@ class Scalars(keras.callbacks.Callback):
             for name in ("train", "validation")
         }
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Starts the clock."""
         self.began, self.first = time.perf_counter(), int(self.model.step.numpy())
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Writes the means over the epoch; Keras prefixes those of validation with `val_`."""
         step = int(self.model.step.numpy())
         seconds = time.perf_counter() - self.began
@@ -111,12 +112,12 @@ class Figures(keras.callbacks.Callback):
         self.workdir, self.every, self.last, self.x, self.labels = workdir, every, last, x, labels
         self.writer = tf.summary.create_file_writer(str(workdir / "logs" / "validation"))
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Draws the figures if they are due."""
         if _is_due(self.model, self.every, self.last):
             self.draw()
 
-    def draw(self):
+    def draw(self) -> None:
         """Draws all figures at the current step."""
         drawn = model_figures.of_model(self.model, self.x, self.labels)
         paths = figures.save(drawn, self.workdir / "figures")

@@ -126,7 +126,7 @@ def find(directory: Path) -> list[EvaluatedRun]:
 
 def grouped(runs: list[EvaluatedRun]) -> list[list[EvaluatedRun]]:
     """Groups runs that differ only in their seed."""
-    groups: dict[tuple, list[EvaluatedRun]] = {}
+    groups: dict[tuple[Any, ...], list[EvaluatedRun]] = {}
     for run in runs:
         key = (*_data(run), run.results["method"], run.results.get("family", run.name))
         groups.setdefault(key, []).append(run)
@@ -318,7 +318,7 @@ def _example_values(run: EvaluatedRun, name: str) -> dict[tuple[int, int], float
     return by_example
 
 
-def _data(run: EvaluatedRun) -> tuple:
+def _data(run: EvaluatedRun) -> tuple[Any, ...]:
     return run.results["data"], tuple(run.results["event_shape"]), run.results["split"]
 
 

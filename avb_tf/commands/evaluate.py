@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -136,7 +137,7 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
     return by_name, drawn
 
 
-def _bits_per_dim(summaries, dimensions) -> dict:
+def _bits_per_dim(summaries, dimensions) -> dict[str, Any]:
     """Returns the estimates in bits per dimension; lower is better."""
     bits = 1.0 / (np.log(2.0) * dimensions)
     converted = {}

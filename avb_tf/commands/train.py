@@ -206,7 +206,7 @@ class Training:
             ]
         self.callbacks += [self.terminated]
 
-    def to_the_end(self):
+    def to_the_end(self) -> None:
         """Trains from the model's current step to config.steps.
 
         The rest of the current epoch uses few steps per graph call and times them. Later calls have

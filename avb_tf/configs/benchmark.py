@@ -6,10 +6,12 @@ avb-tf --config=benchmark:mlp --mode=benchmark
 factorised adversary.
 """
 
+import ml_collections
+
 from avb_tf import configuration
 
 
-def get_config(networks="mlp"):
+def get_config(networks: str = "mlp") -> ml_collections.ConfigDict:
     network = "conv" if networks == "conv" else "dense"
     config = configuration.default("avb_ac_paper", latent_dim=8, network=network)
     config.name = f"benchmark-{networks}"

@@ -6,10 +6,12 @@ The path is a folder of PNG or JPEG files. Batch size, learning rates, number of
 are from the authors' CelebA experiment, which uses the prior as the contrast (`:avb`).
 """
 
+import ml_collections
+
 from avb_tf import configuration
 
 
-def get_config(method="avb_ac"):
+def get_config(method: str = "avb_ac") -> ml_collections.ConfigDict:
     config = configuration.default(
         method, latent_dim=64, likelihood="normal", network="conv", filters=(64, 128, 256, 512),
         strides=(2, 2, 2, 2), width=512, bases=64, adversary_width=512, adversary_draws=4,

@@ -6,10 +6,12 @@ Expect a test log p(x) by quadrature of -22.54 to -22.60 nats with avb_ac, in 3 
 cores, and of -22.67 to -22.69 nats with vae, within 1 minute (three seeds, `make seeds`).
 """
 
+import ml_collections
+
 from avb_tf import configuration
 
 
-def get_config(method="avb_ac"):
+def get_config(method: str = "avb_ac") -> ml_collections.ConfigDict:
     config = configuration.default(
         method, latent_dim=2, draws=4, adversary_draws=4, adversary_steps=3
     )

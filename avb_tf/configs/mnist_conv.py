@@ -9,10 +9,12 @@ run only a few steps of narrow networks. The paper reports a log p(x) of -89.6 n
 and of -80.2 nats with 32.
 """
 
+import ml_collections
+
 from avb_tf import configuration
 
 
-def get_config(variant="avb_ac_paper"):
+def get_config(variant: str = "avb_ac_paper") -> ml_collections.ConfigDict:
     method, _, latents = variant.partition("-")
     latent_dim = int(latents or 8)
     config = configuration.default(

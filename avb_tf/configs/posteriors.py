@@ -10,10 +10,17 @@ observed), or a `Problem`.
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
+import ml_collections
 import numpy as np
 
 from avb_tf.settings import posterior
+
+if TYPE_CHECKING:
+    from tensorflow_probability import distributions as tfd
+
+    from avb_tf.posteriors.models import Problem
 
 # Rubin (1981): effects of coaching in eight schools, and their standard errors.
 EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], np.float32)
@@ -22,11 +29,11 @@ ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], np.float32)
 NOTEBOOK_ERRORS = np.array([0.8, 0.5, 0.8, 0.6, 0.5, 0.6, 0.5, 0.4], np.float32)
 
 
-def get_config(model="eight_schools"):
+def get_config(model: str = "eight_schools") -> ml_collections.ConfigDict:
     return posterior.config(f"{__file__}:{model}")
 
 
-def eight_schools():
+def eight_schools() -> "Problem":
     """Eight schools as in Stan, non-centred: mu, log tau and the standardised effects."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -46,7 +53,7 @@ def eight_schools():
     return Problem(joint, {"y": EFFECTS}, exact=functools.partial(_eight_schools, centred=False))
 
 
-def eight_schools_centred():
+def eight_schools_centred() -> "Problem":
     """Eight schools, centred: mu, log tau and the effects; a funnel forms where tau is small."""
     from tensorflow_probability import distributions as tfd
 
@@ -63,7 +70,7 @@ def eight_schools_centred():
     return Problem(joint, {"y": EFFECTS}, exact=functools.partial(_eight_schools, centred=True))
 
 
-def eight_schools_two_modes():
+def eight_schools_two_modes() -> "Problem":
     """The AVB authors' notebook model: tau may be negative, and its sign is not identified."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -106,7 +113,7 @@ def eight_schools_two_modes():
     )
 
 
-def gauss_unknown_scale():
+def gauss_unknown_scale() -> "Problem":
     """Mean and scale of a Gaussian, given twelve draws."""
     from tensorflow_probability import distributions as tfd
 
@@ -135,14 +142,14 @@ def gauss_unknown_scale():
     return Problem(joint, {"y": data}, exact=exact)
 
 
-def rosenbrock():
+def rosenbrock() -> "Problem":
     """exp(-(x1 - 1)^2 - (x2^2 - x1)^2): two branches that meet."""
     return _in_the_plane(
         lambda x1, x2: -((x1 - 1.0) ** 2) - (x2**2 - x1) ** 2, [(-4.0, 5.5), (-3.5, 3.5)]
     )
 
 
-def torus():
+def torus() -> "Problem":
     """exp(-(|x|^2 - 2)^2): a ring."""
     from scipy import stats
 
@@ -155,7 +162,7 @@ def torus():
     return dataclasses.replace(ring, statistics=statistics)
 
 
-def banana():
+def banana() -> "Problem":
     """A bent Gaussian with standard deviations 10 and 1: x2 rises with x1^2."""
     from avb_tf.posteriors.models import Problem
 
@@ -170,7 +177,7 @@ def banana():
     return Problem(log_density, shape=[2], exact=exact)
 
 
-def funnel():
+def funnel() -> "Problem":
     """Neal's funnel: v has standard deviation 3, and nine x have scale exp(v / 2)."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -191,7 +198,7 @@ def funnel():
     return Problem(log_density, shape={"v": [], "x": [9]}, exact=exact)
 
 
-def mixture():
+def mixture() -> "Problem":
     """Means and weight of a mixture of two Gaussians, whose components are exchangeable."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -234,7 +241,7 @@ def mixture():
     return Problem(joint, {"y": data}, exact=exact)
 
 
-def logistic_regression():
+def logistic_regression() -> tuple["tfd.JointDistribution", dict[str, np.ndarray]]:
     """Logistic regression: ten features of the first 150 patients in the breast cancer data."""
     import tensorflow as tf
     from sklearn.datasets import load_breast_cancer
@@ -252,7 +259,7 @@ def logistic_regression():
     return joint, {"y": y[:150].astype(np.int32)}
 
 
-def gaussian_process():
+def gaussian_process() -> tuple["tfd.JointDistribution", dict[str, np.ndarray]]:
     """Amplitude, length scale and noise of a Gaussian process through 25 points."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -281,7 +288,7 @@ def gaussian_process():
     return joint, {"y": y.astype(np.float32)}
 
 
-def autoregression():
+def autoregression() -> tuple["tfd.JointDistribution", dict[str, np.ndarray]]:
     """An AR(1) process of 60 steps with a coefficient between -1 and 1."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd
@@ -307,7 +314,7 @@ def autoregression():
     return joint, {"y": series[1:]}
 
 
-def correlated_regression():
+def correlated_regression() -> "Problem":
     """Linear regression on nearly collinear features: posterior correlations of -0.998."""
     import tensorflow as tf
     from tensorflow_probability import distributions as tfd

@@ -5,10 +5,12 @@ avb-tf --config=table:avb_ac --config.data.path=patients.csv \\
   --mode=train_and_evaluate
 """
 
+import ml_collections
+
 from avb_tf import configuration
 
 
-def get_config(method="avb_ac"):
+def get_config(method: str = "avb_ac") -> ml_collections.ConfigDict:
     config = configuration.default(
         method, latent_dim=4, likelihood="table", width=64, adversary_width=64, draws=4,
         adversary_draws=8,

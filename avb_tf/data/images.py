@@ -63,7 +63,7 @@ def load(path: str, seed: int, image_size: int, channels: int) -> Source:
     return Source("images", event_shape, *map(split, cut(len(files), 2, seed, folder)))
 
 
-def read(file: str | os.PathLike, event_shape: Sequence[int]) -> np.ndarray:
+def read(file: str | os.PathLike[str], event_shape: Sequence[int]) -> np.ndarray:
     """One image as those of a folder are read: float32 [height, width, channels] in [0, 1].
 
     Args:

@@ -3,6 +3,8 @@
 Each batch is a function of the step alone, so a resumed run sees the same batches.
 """
 
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -21,7 +23,7 @@ def training_batches(
     *,
     shuffle: bool = True,
     context: tf.distribute.InputContext | None = None,
-) -> tf.data.Dataset:
+) -> "tf.data.Dataset[Any]":
     """Returns the batches of steps first_step, ..., last_step - 1: float32 [batch_size, *event].
 
     Each epoch visits each example once. A batch may continue into the next epoch.
@@ -55,7 +57,7 @@ def training_indices(
     *,
     shuffle: bool = True,
     context: tf.distribute.InputContext | None = None,
-) -> tf.data.Dataset:
+) -> "tf.data.Dataset[Any]":
     """Returns an endless dataset of the indices in `training_batches`: int64 [batch_size].
 
     Args:
@@ -93,7 +95,7 @@ def training_indices(
 
 def evaluation_batches(
     split: Split, batch_size: int, binary: bool, seed: int = 0
-) -> tf.data.Dataset:
+) -> "tf.data.Dataset[Any]":
     """Returns all examples in order: float32 [batch_size, *event]; the last batch may be smaller.
 
     Args:
@@ -113,7 +115,7 @@ def evaluation_batches(
     return untuned(single.batch(batch_size).prefetch(_AHEAD))
 
 
-def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
+def untuned(dataset: "tf.data.Dataset[Any]") -> "tf.data.Dataset[Any]":
     """Returns the dataset without tf.data's autotuning.
 
     The longer the autotuning thread has run, the longer it sleeps, and the end of an iterator waits

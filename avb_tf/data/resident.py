@@ -34,7 +34,7 @@ class Resident(NamedTuple):
         return self.decode(gather(rows, tf.gather(indices, step)))
 
 
-def traced(resident: Resident | None, compiled: bool) -> tuple:
+def traced(resident: Resident | None, compiled: bool) -> tuple[Any, ...]:
     """Returns the fields that are constants of the graph that reads the examples.
 
     Only a compiled loop has a stride.

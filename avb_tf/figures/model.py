@@ -1,6 +1,7 @@
 """Figures of one or more trained models."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -177,7 +178,7 @@ def posteriors(models: Mapping[str, AVB], x: np.ndarray, cells: int = 120) -> Fi
     return figure
 
 
-def _levels(density) -> list:
+def _levels(density) -> list[Any]:
     """Returns levels of `density`, on a uniform grid, that enclose `_CONTENT` of its mass.
 
     The levels differ by at least 0.1%, even if a single cell holds most of the mass.

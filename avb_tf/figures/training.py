@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -30,7 +31,8 @@ def read(workdir: Path, tag: str = BOUND, side: str = "validation") -> np.ndarra
     if not directory.is_dir():
         return np.zeros([0, 2])
     events = EventAccumulator(str(directory), size_guidance={TENSORS: 0}).Reload()
-    if tag not in events.Tags()["tensors"]:
+    tags: dict[str, Any] = events.Tags()
+    if tag not in tags["tensors"]:
         return np.zeros([0, 2])
     logged = sorted(events.Tensors(tag), key=lambda event: event.wall_time)
     values = {event.step: float(tf.make_ndarray(event.tensor_proto)) for event in logged}

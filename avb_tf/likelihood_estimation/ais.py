@@ -32,7 +32,7 @@ TARGET_ACCEPTANCE = 0.7  # acceptance rate
 _ADAPTATION = 0.2  # change of the log step size per unit of acceptance rate above the target
 
 
-class Chains(NamedTuple):
+class AnnealedChains(NamedTuple):
     """Results of annealed chains, for K temperatures."""
 
     log_weights: np.ndarray  # [chains, batch], in nats
@@ -81,13 +81,24 @@ class Annealer:
       leapfrog_steps: leapfrog steps in each transition.
     """
 
-    def __init__(self, log_joint: Callable, leapfrog_steps: int = 10):
+    def __init__(
+        self, log_joint: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], leapfrog_steps: int = 10
+    ):
         self.log_joint = log_joint
         self.leapfrog_steps = leapfrog_steps
         # One graph serves pilot, forward and reverse chains in any number.
         self._compiled = tf.function(self._anneal, reduce_retracing=True)
 
-    def __call__(self, x, start, betas, z, step_size, adapt: bool = False, seed=(0, 0)) -> Chains:
+    def __call__(
+        self,
+        x: np.ndarray | tf.Tensor,
+        start: tfd.Distribution,
+        betas: np.ndarray,
+        z: tf.Tensor,
+        step_size: np.ndarray,
+        adapt: bool = False,
+        seed: tuple[int, int] = (0, 0),
+    ) -> AnnealedChains:
         """Runs chains from betas[0] to betas[-1].
 
         With ascending betas and z ~ start, the expectation of exp(log_weights) is p(x). With
@@ -115,7 +126,7 @@ class Annealer:
             tf.constant(_ADAPTATION if adapt else 0.0),
             tf.constant(seed, tf.int32),
         )
-        return Chains(*(output.numpy() for output in outputs))
+        return AnnealedChains(*(output.numpy() for output in outputs))
 
     def _anneal(self, x, loc, scale_tril, betas, z, step_size, adaptation, seed):
         start = tfd.MultivariateNormalTriL(loc, scale_tril)
@@ -212,7 +223,7 @@ class AnnealedSampler:
         self._anneal = Annealer(lambda x, z: joint.log_joint(model, x, z), leapfrog_steps)
         self._start = tf.function(self._moments, reduce_retracing=True)
 
-    def forward(self, x, seed: int = 0) -> Chains:
+    def forward(self, x: np.ndarray | tf.Tensor, seed: int = 0) -> AnnealedChains:
         """Runs forward chains for x [batch, *event]; their `lower_bound` bounds log p(x)."""
         return self._forward(tf.convert_to_tensor(x), seed)[0]
 
@@ -254,7 +265,7 @@ def examples_at_once(model: Any, rows: int) -> int:
     return max(1, min(ROWS // rows, _LARGEST // (rows * int(np.prod(model.event_shape)))))
 
 
-def lower_bound(log_weights) -> np.ndarray:
+def lower_bound(log_weights: np.ndarray) -> np.ndarray:
     """Returns a lower bound on log p(x) in expectation, [batch], in nats.
 
     Args:
@@ -263,7 +274,7 @@ def lower_bound(log_weights) -> np.ndarray:
     return np.logaddexp.reduce(log_weights.astype(np.float64), 0) - np.log(len(log_weights))
 
 
-def upper_bound(log_weights) -> np.ndarray:
+def upper_bound(log_weights: np.ndarray) -> np.ndarray:
     """Returns an upper bound on log p(x) in expectation, [batch], in nats.
 
     Args:

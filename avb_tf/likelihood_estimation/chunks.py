@@ -17,7 +17,7 @@ EXAMPLES = 25  # in a chunk
 _Item = TypeVar("_Item")
 
 
-def fingerprint(model: Any, x, settings: dict[str, Any]) -> str:
+def fingerprint(model: Any, x: np.ndarray, settings: dict[str, Any]) -> str:
     """Returns a hash of everything that an estimate depends on.
 
     Args:

@@ -47,7 +47,7 @@ def noise_scale(components: int, dimensions: int) -> float:
     return min(0.99, (OVERLAPPING / components) ** (1.0 / dimensions))
 
 
-def smoothed(w, noise, scale: float) -> np.ndarray:
+def smoothed(w: np.ndarray, noise: np.ndarray, scale: float) -> np.ndarray:
     """Returns v, the draws w with noise added, as in the module's docstring.
 
     Args:
@@ -58,7 +58,9 @@ def smoothed(w, noise, scale: float) -> np.ndarray:
     return math.sqrt(1.0 - scale**2) * w + scale * noise
 
 
-def log_density_bounds(own, others, noise, scale: float) -> Bounds:
+def log_density_bounds(
+    own: np.ndarray, others: np.ndarray, noise: np.ndarray, scale: float
+) -> Bounds:
     """Returns bounds on log q(v) in nats at v = `smoothed(own, noise, scale)`, [draws] each.
 
     The bounds hold in expectation over the draws, not for each draw.
@@ -78,7 +80,9 @@ def log_density_bounds(own, others, noise, scale: float) -> Bounds:
     return Bounds(log_sum - math.log(count) + constant, with_own - math.log(count + 1) + constant)
 
 
-def at_smoothed_points(pilot, own, others, noise) -> tuple[np.ndarray, Bounds]:
+def at_smoothed_points(
+    pilot: np.ndarray, own: np.ndarray, others: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, Bounds]:
     """Returns points of the smoothed distribution and bounds on its log density at them.
 
     The draws may have any mean and covariance. The noise is added in coordinates that whiten the

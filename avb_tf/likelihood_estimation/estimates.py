@@ -98,7 +98,7 @@ class OwnBounds(NamedTuple):
         upper = lower if self.exact else self.upper[:, :count]
         return OwnBounds(lower, upper, self.settings)
 
-    def below(self, name: str, values) -> dict[str, Estimate]:
+    def below(self, name: str, values: np.ndarray) -> dict[str, Estimate]:
         """Returns `values` minus the ELBO: one estimate, or `<name>_lower` and `<name>_upper`.
 
         Args:
@@ -114,7 +114,7 @@ class OwnBounds(NamedTuple):
         }
 
 
-def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
+def bound(model: AVB, x: np.ndarray, batch_size: int = 100, seed: int = 0) -> np.ndarray:
     """Returns the ELBO in nats with the model's own T, [count], the mean over `DRAWS` z for each x.
 
     Args:
@@ -134,7 +134,7 @@ def bound(model: AVB, x, batch_size: int = 100, seed: int = 0) -> np.ndarray:
     return np.concatenate(means)
 
 
-def exact(model: AVB, x, grid: int) -> dict[str, Estimate]:
+def exact(model: AVB, x: np.ndarray, grid: int) -> dict[str, Estimate]:
     """Computes log p(x) by quadrature, which is possible for two latents.
 
     Args:
@@ -154,7 +154,9 @@ def exact(model: AVB, x, grid: int) -> dict[str, Estimate]:
     return {"log_likelihood_quadrature": Estimate(log_likelihood, settings)}
 
 
-def latent_space(model: AVB, x, batch_size: int = 100, seed: int = 0) -> dict[str, Estimate]:
+def latent_space(
+    model: AVB, x: np.ndarray, batch_size: int = 100, seed: int = 0
+) -> dict[str, Estimate]:
     """Estimates the reconstruction error and KL(q(z) || p(z)) in nats, as in Table 1 of the paper.
 
     The reconstruction error is -E_q[log p(x|z)]. q(z) is the average of q(z|x) over the given x.
@@ -206,7 +208,7 @@ def latent_space(model: AVB, x, batch_size: int = 100, seed: int = 0) -> dict[st
     }
 
 
-def own_bounds(model: AVB, x, elbo, directory: Path) -> OwnBounds:
+def own_bounds(model: AVB, x: np.ndarray, elbo: np.ndarray, directory: Path) -> OwnBounds:
     """Returns the ELBO of the model's posterior without the adversary.
 
     For a model without an adversary it is `elbo`. Otherwise it is an interval, for q with a little
@@ -250,7 +252,7 @@ def smoothed_elbo(own: OwnBounds) -> dict[str, Estimate]:
     }
 
 
-def posterior_divergence(own: OwnBounds, log_likelihood) -> dict[str, Estimate]:
+def posterior_divergence(own: OwnBounds, log_likelihood: np.ndarray) -> dict[str, Estimate]:
     """Returns KL(q(z|x) || p(z|x)) in nats: exact log p(x) minus the ELBO of the posterior.
 
     Args:
@@ -261,7 +263,7 @@ def posterior_divergence(own: OwnBounds, log_likelihood) -> dict[str, Estimate]:
 
 
 def importance_weighted(
-    model: AVB, x, repeats: int, directory: Path
+    model: AVB, x: np.ndarray, repeats: int, directory: Path
 ) -> tuple[dict[str, Estimate], ImportanceWeights]:
     """Estimates the bounds with 1, 100 and 5000 importance samples.
 
@@ -301,7 +303,7 @@ def importance_weighted(
 
 
 def annealed(
-    model: AVB, x, sizes: dict[str, int], directory: Path
+    model: AVB, x: np.ndarray, sizes: dict[str, int], directory: Path
 ) -> tuple[dict[str, Estimate], AnnealedWeights]:
     """Estimates the lower bound on log p(x) by AIS.
 
@@ -382,7 +384,7 @@ def bidirectional(
 
 
 def inference_gap(
-    model: AVB, x, log_likelihood, own: OwnBounds, directory: Path
+    model: AVB, x: np.ndarray, log_likelihood: np.ndarray, own: OwnBounds, directory: Path
 ) -> dict[str, Estimate]:
     """Splits the inference gap, log p(x) minus the ELBO, into amortisation and shape.
 

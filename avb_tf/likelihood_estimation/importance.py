@@ -37,7 +37,7 @@ class ImportanceSampler:
         """Description of q'."""
         return "q" if self.exact else proposal.DESCRIPTION
 
-    def log_weights(self, x, draws: int, seed: int = 0) -> np.ndarray:
+    def log_weights(self, x: np.ndarray | tf.Tensor, draws: int, seed: int = 0) -> np.ndarray:
         """Returns log weights in nats of independent draws, [draws, batch].
 
         Args:
@@ -75,7 +75,7 @@ class ImportanceSampler:
         return tf.random.stateless_normal([draws, tf.shape(x)[0], width], seed)
 
 
-def bounds(log_weights, samples: int) -> np.ndarray:
+def bounds(log_weights: np.ndarray, samples: int) -> np.ndarray:
     """Returns the bound with `samples` importance samples in nats, [batch].
 
     It is the mean of the bounds of all groups of `samples` draws.

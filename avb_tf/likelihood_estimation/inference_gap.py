@@ -6,6 +6,7 @@ covariance. The ELBO of a posterior without a known density is an interval (`ent
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,9 @@ class BestGaussian:
         self._climb = tf.function(self._optimise, reduce_retracing=True)
         self._draw = tf.function(self._log_weights, reduce_retracing=True)
 
-    def __call__(self, x, loc, scale_tril, seed: int = 0) -> Gaussians:
+    def __call__(
+        self, x: np.ndarray | tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor, seed: int = 0
+    ) -> Gaussians:
         """Returns the best Gaussian for each x.
 
         Args:
@@ -71,9 +74,9 @@ class BestGaussian:
         loc, scale_tril = self._climb(x, loc, scale_tril, tf.constant([seed, 0]))
         compared = self._bound(x, loc, scale_tril, _BATCH, (seed, 1))
         start, example = np.argmax(compared, 0), np.arange(len(x))
-        loc, scale_tril = loc.numpy()[start, example], scale_tril.numpy()[start, example]
-        bound = self._bound(x, loc[np.newaxis], scale_tril[np.newaxis], FRESH_DRAWS, (seed, 2))
-        return Gaussians(loc, scale_tril, bound[0])
+        best, scale = loc.numpy()[start, example], scale_tril.numpy()[start, example]
+        bound = self._bound(x, best[np.newaxis], scale[np.newaxis], FRESH_DRAWS, (seed, 2))
+        return Gaussians(best, scale, bound[0])
 
     def _bound(self, x, loc, scale_tril, draws, seed):
         """Estimates the ELBO in nats, [starts, batch]."""
@@ -138,7 +141,7 @@ class BestGaussian:
 
 
 @joint.kept_for_the_last_model
-def best_gaussians(model: AVB, steps: int = 300):
+def best_gaussians(model: AVB, steps: int = 300) -> Callable[..., tuple[Gaussians, Gaussians]]:
     """Returns a function that finds the best diagonal and the best full Gaussian for each x.
 
     The function takes x [batch, *event] and a seed, and returns two `Gaussians`. The optimisation
@@ -183,7 +186,7 @@ def smoothing_sizes(latents: int, examples: int) -> dict[str, int]:
 
 
 @joint.kept_for_the_last_model
-def smoothed_bounds(model: AVB):
+def smoothed_bounds(model: AVB) -> Callable[..., entropy.Bounds]:
     """Returns a function that bounds the ELBO of q with a little noise added.
 
     The function takes x [batch, *event], the sizes of `smoothing_sizes` and a seed. It returns

@@ -3,6 +3,8 @@
 import functools
 from typing import Any
 
+import tensorflow as tf
+
 from avb_tf import likelihoods
 
 # TensorFlow never frees traced graphs (2 to 10 MB each here), so they are cached for the latest
@@ -10,7 +12,7 @@ from avb_tf import likelihoods
 kept_for_the_last_model = functools.lru_cache(maxsize=1)
 
 
-def log_joint(model: Any, x, z):
+def log_joint(model: Any, x: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
     """Returns log p(x, z) in nats, [samples, batch], by the averaged decoder.
 
     Args:

@@ -11,7 +11,7 @@ HALF_WIDTH = 6.0  # of the grid over z; the prior's mass beyond it is 4e-9
 _CHUNK = 2**24  # numbers in the largest intermediate tensor
 
 
-def log_likelihood(model: AVB, x, grid: int = 400) -> np.ndarray:
+def log_likelihood(model: AVB, x: np.ndarray, grid: int = 400) -> np.ndarray:
     """Returns log p(x) in nats, [batch], by the midpoint rule on grid x grid points of z.
 
     Args:
@@ -35,7 +35,15 @@ def log_likelihood(model: AVB, x, grid: int = 400) -> np.ndarray:
     return np.asarray(total) + np.log(area)
 
 
-def posterior_on_grid(model: AVB, x, mean, scale, log_evidence: float, cells: int, half_width=5.0):
+def posterior_on_grid(
+    model: AVB,
+    x: np.ndarray,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    log_evidence: float,
+    cells: int,
+    half_width: float = 5.0,
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns log p(z|x) of one x at the cell centres of a grid over w, z = mean + scale @ w.
 
     Args:

@@ -24,7 +24,7 @@ _VI_DRAWS = 32  # draws in each step of variational inference
 _Result = TypeVar("_Result")
 
 
-class Chains(NamedTuple):
+class NutsDraws(NamedTuple):
     """Draws of NUTS and their convergence diagnostics."""
 
     u: np.ndarray  # [draws, dim], unconstrained, all chains one after the other
@@ -72,7 +72,7 @@ def gaussian(
 
 def nuts(
     target: Target, start: Start, draws: int, chains: int = 4, adaptation: int = 500, seed: int = 0
-) -> Chains:
+) -> NutsDraws:
     """Runs NUTS after windowed adaptation of the step size and the mass matrix.
 
     Args:
@@ -103,7 +103,7 @@ def nuts(
     r_hat, size = diagnostics.convergence(np.moveaxis(z, 0, 1))
     flat = tf.constant(np.moveaxis(z, 0, 1).reshape(-1, target.dim), target.dtype)
     u = np.asarray(start.place(flat, target.dtype)[0], np.float64)
-    return Chains(u, float(np.max(r_hat)), float(np.min(size)))
+    return NutsDraws(u, float(np.max(r_hat)), float(np.min(size)))
 
 
 def _by_xla(run: Callable[[bool], _Result]) -> _Result:

@@ -11,13 +11,18 @@ from avb_tf.model import AVB
 from avb_tf.networks import DenseStack
 from avb_tf.posteriors.sampler import Chart, GatedEncoder, NormalEncoder, Plain, log_normal
 from avb_tf.posteriors.start import Start
-from avb_tf.posteriors.target import Target, value_and_gradient
+from avb_tf.posteriors.target import LogDensity, Target, value_and_gradient
 
 NOWHERE = -1e4  # nats: the log density where it is not finite, so that averages stay finite
 
 
 def avb(
-    target: Target, start: Start, seed: int, settings: dict[str, Any], charted: bool, emerged=1.0
+    target: Target,
+    start: Start,
+    seed: int,
+    settings: dict[str, Any],
+    charted: bool,
+    emerged: float | tf.Variable = 1.0,
 ) -> AVB:
     """Returns the AVB model over z, where u = start.place(chart(z)).
 
@@ -37,7 +42,7 @@ def avb(
 
 
 def chart_trainer(
-    target: Target, start: Start, seed: int, settings: dict[str, Any], emerged
+    target: Target, start: Start, seed: int, settings: dict[str, Any], emerged: float | tf.Variable
 ) -> AVB:
     """Returns a VAE that trains the chart: the chart is its decoder, and q(z) is fixed to N(0, I).
 
@@ -85,7 +90,7 @@ def _model(target, start, seed, settings, encoder, decoder, adversary, emerged):
     )
 
 
-def density_of(target: Target, start: Start, log_density) -> Callable[[Any], Any]:
+def density_of(target: Target, start: Start, log_density: LogDensity) -> Callable[[Any], Any]:
     """Returns the function from standardised z [n, dim] to log p(data, z) in nats, [n].
 
     Where the model's density or its gradient is not finite, the gradient is -z, which pulls z

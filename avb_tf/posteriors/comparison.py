@@ -14,7 +14,7 @@ PROJECTIONS = 200
 _MMD_DRAWS = 1000
 
 
-def c2st(draws, reference, seed: int = 0) -> float:
+def c2st(draws: np.ndarray, reference: np.ndarray, seed: int = 0) -> float:
     """Returns the accuracy of a classifier between two sets of draws: 1/2 if they are alike.
 
     The classifier is a network of two layers of 10 dim units each on standardised draws. It is
@@ -37,7 +37,7 @@ def c2st(draws, reference, seed: int = 0) -> float:
         return float(cross_val_score(network, x, y, cv=folds).mean())
 
 
-def sliced_wasserstein(draws, reference, seed: int = 0) -> float:
+def sliced_wasserstein(draws: np.ndarray, reference: np.ndarray, seed: int = 0) -> float:
     """Returns the sliced 2-Wasserstein distance in coordinates where the reference is white.
 
     The reference has covariance I in these coordinates, so that a narrow direction counts as much
@@ -54,7 +54,7 @@ def sliced_wasserstein(draws, reference, seed: int = 0) -> float:
     return float(ot.sliced_wasserstein_distance(*white, n_projections=PROJECTIONS, seed=seed))
 
 
-def mmd2(draws, reference) -> float:
+def mmd2(draws: np.ndarray, reference: np.ndarray) -> float:
     """Returns the unbiased squared maximum mean discrepancy with a Gaussian kernel.
 
     The median squared distance sets the kernel's width. The estimate uses the first 1,000 draws of
@@ -74,7 +74,7 @@ def mmd2(draws, reference) -> float:
     return float(within_x + within_y - 2.0 * kernel[:n, n:].mean())
 
 
-def compare(draws, reference) -> dict[str, float]:
+def compare(draws: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """Returns all measures between two sets of unconstrained draws [n, dim], by name.
 
     `largest_mean_difference` is in standard deviations of the reference, and

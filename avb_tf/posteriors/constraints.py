@@ -35,7 +35,7 @@ class CorrelationOuterProduct(tfb.Bijector):
     `tfd.LKJ` is defined over them: dR_ij / dL_ij = L_jj for i > j, and the Jacobian is triangular.
     """
 
-    def __init__(self, name="correlation_outer_product"):
+    def __init__(self, name: str = "correlation_outer_product"):
         parameters = dict(locals())
         super().__init__(forward_min_event_ndims=2, parameters=parameters, name=name)
 
@@ -66,7 +66,7 @@ class VolumeOf(tfb.Bijector):
       name: name of this bijector.
     """
 
-    def __init__(self, bijector, name="volume_of"):
+    def __init__(self, bijector: tfb.Bijector, name: str = "volume_of"):
         parameters = dict(locals())
         self._bijector = bijector
         super().__init__(forward_min_event_ndims=2, parameters=parameters, name=name)
@@ -81,22 +81,22 @@ class VolumeOf(tfb.Bijector):
         return self._bijector.forward_log_det_jacobian(x, event_ndims=2)
 
 
-def simplex():
+def simplex() -> tfb.Bijector:
     """Returns the bijector from R^n to n + 1 probabilities: stick-breaking, uniform at 0."""
     return tfb.IteratedSigmoidCentered()
 
 
-def cholesky_factor():
+def cholesky_factor() -> tfb.Bijector:
     """Returns the bijector from R^(n (n + 1) / 2) to triangles [n, n] with a positive diagonal."""
     return tfb.FillScaleTriL(diag_bijector=tfb.Softplus(), diag_shift=None)
 
 
-def covariance():
+def covariance() -> tfb.Bijector:
     """Returns the bijector from R^(n (n + 1) / 2) to positive definite matrices [n, n]."""
     return tfb.Chain([tfb.CholeskyOuterProduct(), cholesky_factor()])
 
 
-def correlation_factor():
+def correlation_factor() -> tfb.Bijector:
     """Returns the bijector from R^(n (n - 1) / 2) to Cholesky factors of correlation matrices.
 
     With `CorrelationCholesky` alone, a uniform correlation has tails as heavy as those of Student's
@@ -105,31 +105,32 @@ def correlation_factor():
     return tfb.Chain([tfb.CorrelationCholesky(), tfb.Sinh()])
 
 
-def correlation():
+def correlation() -> tfb.Bijector:
     """Returns the bijector from R^(n (n - 1) / 2) to correlation matrices [n, n]."""
     return tfb.Chain([CorrelationOuterProduct(), correlation_factor()])
 
 
-def interval(low, high):
+def interval(low: tf.Tensor, high: tf.Tensor) -> tfb.Bijector | None:
     """Returns the bijector from R to (low, high) if an end is infinite.
 
     TFP's sigmoid gives NaN in this case. The result is None if both ends are finite or if an end is
     not known statically; TFP's bijector serves then.
     """
-    low, high = (tf.get_static_value(end) for end in (low, high))
-    if low is None or high is None:
+    lowest, highest = (tf.get_static_value(end) for end in (low, high))
+    if lowest is None or highest is None:
         return None
-    below, above = np.isneginf(low).all(), np.isposinf(high).all()
+    below, above = np.isneginf(lowest).all(), np.isposinf(highest).all()
     if below and above:
         return tfb.Identity()
-    if above and np.isfinite(low).all():
-        return tfb.Chain([tfb.Shift(low), tfb.Softplus()])
-    if below and np.isfinite(high).all():
-        return tfb.Chain([tfb.Shift(high), tfb.Scale(np.array(-1.0, high.dtype)), tfb.Softplus()])
+    if above and np.isfinite(lowest).all():
+        return tfb.Chain([tfb.Shift(lowest), tfb.Softplus()])
+    if below and np.isfinite(highest).all():
+        minus = tfb.Scale(np.array(-1.0, highest.dtype))
+        return tfb.Chain([tfb.Shift(highest), minus, tfb.Softplus()])
     return None
 
 
-def of_distribution(distribution):
+def of_distribution(distribution: tfd.Distribution) -> tfb.Bijector | None:
     """Returns the bijector from R^n to the support of a distribution, or None if it has none.
 
     The bijectors of this module replace TFP's at any depth, such as in
@@ -209,7 +210,7 @@ def _corrected(distribution):
     return distribution
 
 
-def checked(name: str, distribution):
+def checked(name: str, distribution: tfd.Distribution) -> tfb.Bijector:
     """Returns the bijector from R^n to a distribution's support, after checks.
 
     The bijector must reproduce draws of the prior from their inverse. Its log determinant must be

@@ -14,8 +14,8 @@ _ROUNDS = 100
 _UNKNOWN = 0.5  # nats: with a larger standard error, the two sets of draws hardly overlap
 
 
-class Estimate(NamedTuple):
-    """A number and its standard error; NaN and infinity if it is unknown."""
+class Evidence(NamedTuple):
+    """The log evidence in nats and its standard error; NaN and infinity if it is unknown."""
 
     value: float
     standard_error: float
@@ -26,10 +26,10 @@ class Estimate(NamedTuple):
         return f"{self.value:.3f} +- {self.standard_error:.3f}"
 
 
-UNKNOWN = Estimate(float("nan"), float("inf"))
+UNKNOWN = Evidence(float("nan"), float("inf"))
 
 
-def bridge(at_proposal: np.ndarray, at_states: np.ndarray) -> Estimate:
+def bridge(at_proposal: np.ndarray, at_states: np.ndarray) -> Evidence:
     """Returns the log evidence in nats, by a bridge between a proposal g and the posterior p.
 
     Args:
@@ -61,7 +61,7 @@ def bridge(at_proposal: np.ndarray, at_states: np.ndarray) -> Estimate:
     spread = max(means.var(ddof=1) / chains, halves**2 / 4.0)
     variance += spread / of_p.mean() ** 2
     error = float(np.sqrt(variance))
-    return Estimate(float(value), error) if error < _UNKNOWN else UNKNOWN
+    return Evidence(float(value), error) if error < _UNKNOWN else UNKNOWN
 
 
 def _sigmoid(log_ratio, share):
@@ -69,11 +69,11 @@ def _sigmoid(log_ratio, share):
     return 1.0 / (share + (1.0 - share) * np.exp(np.minimum(-log_ratio, 700.0)))
 
 
-def average(estimates: list[Estimate]) -> Estimate:
-    """Returns the mean of independent estimates of the same number, unknown if one of them is."""
+def average(estimates: list[Evidence]) -> Evidence:
+    """Returns the mean of independent estimates of one log evidence, unknown if one of them is."""
     values, errors = np.array(estimates).T
     if not np.isfinite(errors).all():
         return UNKNOWN
     disagreement = np.ptp(values) / 2.0
     error = np.sqrt((errors**2).sum()) / len(errors)
-    return Estimate(float(values.mean()), float(max(error, disagreement / np.sqrt(len(errors)))))
+    return Evidence(float(values.mean()), float(max(error, disagreement / np.sqrt(len(errors)))))

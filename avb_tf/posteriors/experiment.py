@@ -97,7 +97,7 @@ def _evaluate(config, workdir, fit) -> None:
         draws["fit, refined"] = fit.refine(e.refine, e.draws, _SEED).u
         seconds["fit, refined"] = fit.seconds + time.perf_counter() - began
     methods = _measured(draws, seconds, reference) | known["methods"]
-    record = {
+    record: dict[str, Any] = {
         "method": config.method,
         "model": name,
         "seed": config.seed,
@@ -223,7 +223,7 @@ def _others(problem, target, begun: start.Start, config, stem: Path):
         reference = _thinned(longer.u, settings.draws)
         if longer.r_hat > baselines.R_HAT_LIMIT:
             print(f"warning: the reference's R-hat is {longer.r_hat:.3f}; raise eval.nuts_draws")
-    known = {
+    known: dict[str, Any] = {
         "settings": asked,
         "reference": f"NUTS, R-hat {longer.r_hat:.4f}" if longer else "exact",
         "nuts": {"r_hat": chains.r_hat, "effective_sample_size": chains.effective_sample_size},
@@ -234,7 +234,7 @@ def _others(problem, target, begun: start.Start, config, stem: Path):
     return draws, known
 
 
-def _keep(arrays: Path, record: Path, draws: dict, known: dict) -> None:
+def _keep(arrays: Path, record: Path, draws: dict[str, np.ndarray], known: dict[str, Any]) -> None:
     """Writes both files, for `_kept`."""
     files.make_directory(record.parent)
     record.unlink(missing_ok=True)  # it must not describe the arrays of other settings
@@ -245,7 +245,7 @@ def _keep(arrays: Path, record: Path, draws: dict, known: dict) -> None:
     files.write_atomically(record, json.dumps(known, indent=2) + "\n")
 
 
-def _kept(arrays: Path, record: Path, asked: dict):
+def _kept(arrays: Path, record: Path, asked: dict[str, Any]):
     """Returns what an earlier call stored for the same settings; None if missing or damaged."""
     try:
         known = json.loads(record.read_text())

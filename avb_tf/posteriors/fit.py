@@ -11,6 +11,7 @@ import contextlib
 import json
 import random
 import time
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,14 @@ SLOWER = 1.5  # time to trace AVB, relative to the time to trace the chart's tra
 
 
 def fit_posterior(
-    model,
-    observed=None,
+    model: Any,
+    observed: Mapping[str, Any] | Sequence[Any] | None = None,
     *,
     steps: int | None = None,
     seconds: float | None = None,
     seed: int = 0,
-    shape=None,
-    bijector=None,
+    shape: Any = None,
+    bijector: Any = None,
     dtype: Any = "float32",
     batch_size: int | None = None,
     verbose: bool = True,
@@ -103,7 +104,7 @@ def fit_posterior(
 
 
 @contextlib.contextmanager
-def seeded(seed: int):
+def seeded(seed: int) -> Generator[None]:
     """Seeds the global generators that Keras draws initial weights from.
 
     The state of Python's and numpy's generators is restored on exit.

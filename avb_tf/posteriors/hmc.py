@@ -11,12 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf.posteriors.mixture import Mixture
-from avb_tf.posteriors.target import value_and_gradient
+from avb_tf.posteriors.target import LogDensity, value_and_gradient
 
 Scores = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-class Chains(NamedTuple):
+class ChainStates(NamedTuple):
     """States of parallel chains after each transition."""
 
     states: np.ndarray  # [transitions, chains, dim]
@@ -25,7 +25,7 @@ class Chains(NamedTuple):
     step_size: np.ndarray  # [chains, 1]
 
 
-def scores(log_density, dtype) -> Scores:
+def scores(log_density: LogDensity, dtype: tf.DType) -> Scores:
     """Returns the function from x [n, dim] to the log density [n] and its gradient [n, dim].
 
     The result is in float64; `log_density` is evaluated in `dtype`.
@@ -54,7 +54,7 @@ def run_chains(
     rng: np.random.Generator,
     adapt: bool = False,
     jumps: Mixture | None = None,
-) -> Chains:
+) -> ChainStates:
     """Runs transitions of all chains in parallel.
 
     Args:
@@ -105,7 +105,7 @@ def run_chains(
             x, density, score, proposed = _jump(scores, jumps, (x, density, score, proposed), rng)
         history.append((x, density, acceptance))
     states, densities, acceptance = map(np.stack, zip(*history, strict=True))
-    return Chains(states, densities, acceptance, step_size)
+    return ChainStates(states, densities, acceptance, step_size)
 
 
 def _jump(scores, jumps, state, rng):
@@ -122,7 +122,7 @@ def _jump(scores, jumps, state, rng):
     )
 
 
-def root(covariance):
+def root(covariance: np.ndarray) -> np.ndarray:
     """Returns the symmetric square root of a matrix that rounding may have made indefinite."""
     values, vectors = np.linalg.eigh(np.atleast_2d(covariance))
     return (vectors * np.sqrt(np.maximum(values, 1e-15 * values[-1]))) @ vectors.T

@@ -26,7 +26,9 @@ _LEAST, _STEPS = 20, 1500  # fewest and most steps that fit the Gaussian
 _RATE = 0.1  # Adam's first learning rate, in standard deviations; it falls to a hundredth of it
 
 
-def gaussian(scores, points: np.ndarray, rng, deadline: float):
+def gaussian(
+    scores: hmc.Scores, points: np.ndarray, rng: np.random.Generator, deadline: float
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Fits a Gaussian with a diagonal covariance from each point, and returns the best one.
 
     Adam moves the mean in units of the standard deviations, and the logarithms of the standard
@@ -102,7 +104,9 @@ def _scales(scores, x):
     return scale
 
 
-def states(scores, dim: int, points: np.ndarray, rng, deadline: float) -> np.ndarray:
+def states(
+    scores: hmc.Scores, dim: int, points: np.ndarray, rng: np.random.Generator, deadline: float
+) -> np.ndarray:
     """Returns states of short chains, [chains, kept, dim], that start from a fitted Gaussian.
 
     Args:

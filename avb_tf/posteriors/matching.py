@@ -10,7 +10,14 @@ UPDATES = 100
 _FAR = 1e12  # standard deviation at which a Gaussian counts as divergent
 
 
-def match(scores, mean, covariance, rng, updates=UPDATES, deadline=np.inf):
+def match(
+    scores: hmc.Scores,
+    mean: np.ndarray,
+    covariance: np.ndarray,
+    rng: np.random.Generator,
+    updates: int = UPDATES,
+    deadline: float = np.inf,
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Fits a Gaussian whose score is close to the density's.
 
     If the density is finite at fewer than half of the draws, the Gaussian first shrinks towards its

@@ -4,6 +4,7 @@ They replace a posterior where an exact density is needed: as the proposal of ju
 as the known density that a mode not yet found would exceed, and as the proposal of bridge sampling.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +86,9 @@ def largest(dim: int) -> int:
     return int(np.clip(_LARGEST_WORK // dim**2, 1, 64))
 
 
-def of_gaussians(gaussians, degrees=np.inf) -> Mixture:
+def of_gaussians(
+    gaussians: Iterable[tuple[np.ndarray, np.ndarray]], degrees: float = np.inf
+) -> Mixture:
     """Returns the mixture of Gaussians, given as (mean, root), with equal weights.
 
     Args:

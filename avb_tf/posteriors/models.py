@@ -16,7 +16,7 @@ from tensorflow_probability.python.experimental.distributions import joint_distr
 
 from avb_tf.errors import UserError
 from avb_tf.posteriors import constraints
-from avb_tf.posteriors.target import Structure, Target, check_continuous, first_line
+from avb_tf.posteriors.target import LogProb, Structure, Target, check_continuous, first_line
 
 _PINNED = tfp.experimental.distributions.JointDistributionPinned
 
@@ -53,7 +53,12 @@ class Problem:
 
 
 def make(
-    model, observed=None, shape=None, bijector=None, dtype="float32", batch_size=None
+    model: Any,
+    observed: Any = None,
+    shape: Any = None,
+    bijector: Any = None,
+    dtype: Any = "float32",
+    batch_size: int | None = None,
 ) -> Target:
     """Returns the `Target` of a model.
 
@@ -98,7 +103,7 @@ def of_problem(problem: Problem) -> Target:
     return make(p.model, p.observed, p.shape, p.bijector, p.dtype, p.batch_size)
 
 
-def pin(joint, observed):
+def pin(joint: Any, observed: Any) -> Any:
     """Returns the joint distribution pinned on the observed values.
 
     Raises:
@@ -160,7 +165,7 @@ def _check_observed(joint, observed):
         except Exception:  # `of_joint` reports a joint that fails here
             return
         shape = dict(zip(joint._flat_resolve_names(), shapes, strict=True))[name]
-        if not isinstance(shape, tf.TensorShape) or shape.rank is None:
+        if not isinstance(shape, tf.TensorShape) or shape.rank is None:  # pyright: ignore[reportUnnecessaryComparison]
             continue
         rank = shape.rank
         if value.ndim < rank or not shape.is_compatible_with(value.shape[value.ndim - rank :]):
@@ -170,7 +175,9 @@ def _check_observed(joint, observed):
             )
 
 
-def of_joint(pinned, of_batch=None) -> Target:
+def of_joint(
+    pinned: Any, of_batch: Callable[[tf.random.Generator], LogProb] | None = None
+) -> Target:
     """Returns the `Target` of a pinned joint.
 
     Args:
@@ -216,11 +223,14 @@ def _bijector(pinned):
     for name, part in zip(pinned._flat_resolve_names(), parts, strict=True):
         if not isinstance(part, tfd.JointDistribution):  # `Target` refuses nested joints
             constraints.checked(name, part)
-    if pinned.use_vectorized_map:
-        return joint_distribution_pinned._DefaultJointBijectorAutoBatchedWithPins(
-            pinned, bijector_fn=constraints.of_distribution
-        )
-    return joint_distribution._DefaultJointBijector(pinned, bijector_fn=constraints.of_distribution)
+    joints: Any = joint_distribution  # TFP has no public way to choose the parts' bijectors
+    of_pinned: Any = joint_distribution_pinned
+    kind = (
+        of_pinned._DefaultJointBijectorAutoBatchedWithPins
+        if pinned.use_vectorized_map
+        else joints._DefaultJointBijector
+    )
+    return kind(pinned, bijector_fn=constraints.of_distribution)
 
 
 def _prior(pinned, count, seed):
@@ -231,7 +241,7 @@ def _prior(pinned, count, seed):
     return structured(pinned, by_name)
 
 
-def structured(pinned, values: Mapping[str, Any]) -> Structure:
+def structured(pinned: Any, values: Mapping[str, Any]) -> Structure:
     """Packs values by name into the structure of a pinned joint's parameters.
 
     A dict keeps the joint's order, in which parts follow those that they depend on; `tf.nest` would
@@ -243,7 +253,7 @@ def structured(pinned, values: Mapping[str, Any]) -> Structure:
     return tf.nest.pack_sequence_as(pinned.dtype, [values[name] for name in names])
 
 
-def of_batches(model: Any, data, batch_size: int) -> Target:
+def of_batches(model: Any, data: Any, batch_size: int) -> Target:
     """Returns the `Target` of all rows of `data`; its `estimator` uses a minibatch at each call.
 
     The rows of a minibatch are drawn independently with replacement, and their likelihood is scaled
@@ -315,7 +325,9 @@ def of_batches(model: Any, data, batch_size: int) -> Target:
     return of_joint(whole, of_batch)
 
 
-def of_log_density(log_density, shape, bijector, dtype) -> Target:
+def of_log_density(
+    log_density: Callable[..., Any], shape: Any, bijector: Any, dtype: tf.DType
+) -> Target:
     """Returns the `Target` of a log density, a function of one tensor or of several.
 
     Args:

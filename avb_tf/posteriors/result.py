@@ -13,7 +13,7 @@ from avb_tf.figures.pairs import pairs
 from avb_tf.model import AVB
 from avb_tf.posteriors import hmc, mixture, sampling, verdict
 from avb_tf.posteriors import start as starting
-from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.sampler import Chart
 from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import Structure, Target
@@ -33,7 +33,7 @@ class Draws(NamedTuple):
     log_q: np.ndarray  # [n], log r + T as a density of u
 
     @property
-    def log_weights(self):
+    def log_weights(self) -> np.ndarray:
         """Log importance weights, [n]: the mean of their exponentials estimates the evidence."""
         return self.log_density - self.log_q
 
@@ -83,7 +83,7 @@ class PosteriorFit:
         """Returns `n` draws of the posterior in the model's own structure and dtypes, [n, ...]."""
         return self.constrain(self._z(n, seed))
 
-    def constrain(self, z) -> Structure:
+    def constrain(self, z: tf.Tensor) -> Structure:
         """Maps the sampler's z [n, dim] to the model's parameters [n, ...]."""
         return self.target.constrain(self._charted(z)[0])
 
@@ -99,7 +99,7 @@ class PosteriorFit:
         return self._described(self._z(n, seed))
 
     @property
-    def log_evidence(self) -> Estimate:
+    def log_evidence(self) -> Evidence:
         """log p(data) in nats, by a bridge between a mixture of known density and the chains.
 
         It is unknown, that is NaN with an infinite error, if the two hardly overlap.
@@ -171,7 +171,7 @@ class PosteriorFit:
             float(kept.acceptance.mean()),
         )
 
-    def to_arviz(self, draws: int = 2000, seed: int = 0):
+    def to_arviz(self, draws: int = 2000, seed: int = 0) -> Any:
         """Returns `arviz.InferenceData` with draws, log densities, log weights and observed data.
 
         The draws are independent and form one chain. `.to_netcdf(path)` writes the result.
@@ -184,7 +184,7 @@ class PosteriorFit:
             self.target.observed,
         )
 
-    def plot(self, draws: int = 2000, seed: int = 0):
+    def plot(self, draws: int = 2000, seed: int = 0) -> Any:
         """Returns a matplotlib figure of all pairs of at most the last six parameter entries."""
         values = map(np.asarray, tf.nest.flatten(self.sample(draws, seed)))
         columns: dict[str, np.ndarray] = {}
@@ -197,7 +197,7 @@ class PosteriorFit:
                     columns[f"{name}{list(i)}" if i else name] = column
         return pairs({"fit": np.stack(list(columns.values()), -1)}, list(columns))
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the fit as a directory without pickled files; `avb_tf.load_posterior` reads it.
 
         Raises:
@@ -217,7 +217,7 @@ class PosteriorFit:
             self.target.save(new / MODEL)
             self.start.save(new / START)
 
-    def export(self, directory, **settings) -> Path:
+    def export(self, directory: str | Path, **settings: Any) -> Path:
         """Writes `<directory>/<version>/` for TensorFlow Serving, with the signature `sample`.
 
         The settings are those of `serving.writing.export_posterior`. It needs the extra [serving].

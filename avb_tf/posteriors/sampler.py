@@ -1,6 +1,7 @@
 """The networks of a fixed model's posterior: noise -> z, and a chart from z to parameters."""
 
 import math
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -16,16 +17,16 @@ _register = keras.saving.register_keras_serializable("avb_tf")
 class NormalEncoder(Encoder):
     """z ~ N(0, I) for every x, with a known density and no weights."""
 
-    def __init__(self, latent_dim: int, **kwargs):
+    def __init__(self, latent_dim: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.latent_dim = self.noise_dim = latent_dim
 
-    def parameters(self, x, training=False):
+    def parameters(self, x: tf.Tensor, training: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns mean 0 and scale I, the same for every x [batch, ...]."""
         zeros = tf.zeros([tf.shape(x)[0], self.latent_dim])
         return zeros, tf.linalg.diag(tf.ones_like(zeros))
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Returns the noise itself as z, with its log density.
 
         Args:
@@ -55,7 +56,7 @@ class GatedEncoder(Encoder):
       width: units of each hidden layer.
     """
 
-    def __init__(self, latent_dim: int, noise_dim: int, blocks: int, width: int, **kwargs):
+    def __init__(self, latent_dim: int, noise_dim: int, blocks: int, width: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.latent_dim, self.noise_dim = latent_dim, latent_dim + noise_dim
         dense, count = keras.layers.Dense, range(blocks)
@@ -63,11 +64,11 @@ class GatedEncoder(Encoder):
         self.stacks = [DenseStack(width, 2, "tanh") for _ in count]
         self.gates = [dense(2 * latent_dim, kernel_initializer="zeros") for _ in count]
 
-    def parameters(self, x, training=False):
+    def parameters(self, x: tf.Tensor, training: bool = False) -> tuple[()]:
         """Returns no parameters, because x is fixed."""
         return ()
 
-    def draw(self, parameters, noise, training=False):
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
         """Returns z with its moments.
 
         Args:
@@ -83,7 +84,7 @@ class GatedEncoder(Encoder):
         moments_of = z if training else self.z(tf.constant(fixed_noise(self.noise_dim)))
         return Posterior(z, *moments_of_draws(moments_of))
 
-    def z(self, noise):
+    def z(self, noise: tf.Tensor) -> tf.Tensor:
         """Returns z for noise, [..., noise_dim] -> [..., latent]."""
         z, more = tf.split(noise, [self.latent_dim, self.noise_dim - self.latent_dim], -1)
         for mixing, stack, gate in zip(self.mixing, self.stacks, self.gates, strict=True):
@@ -108,11 +109,11 @@ class Chart(Restorable, keras.layers.Layer):
       width: units of each hidden layer.
     """
 
-    def __init__(self, dim: int, steps: int, width: int, **kwargs):
+    def __init__(self, dim: int, steps: int, width: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.steps = [MADE(dim, 2, width, 2) for _ in range(steps)]
 
-    def call(self, z):
+    def call(self, z: tf.Tensor) -> tf.Tensor:
         """Returns the coordinates u of z and log |du / dz|, [..., dim] -> [..., dim + 1]."""
         volume = tf.zeros(tf.shape(z)[:-1])
         for step in self.steps:
@@ -124,7 +125,7 @@ class Chart(Restorable, keras.layers.Layer):
             z = tf.reverse(z, [-1])
         return tf.concat([z, volume[..., tf.newaxis]], -1)
 
-    def inverse(self, u):
+    def inverse(self, u: tf.Tensor) -> tf.Tensor:
         """Returns z [n, dim] for coordinates u [n, dim], by one pass for each dimension."""
         z = tf.reverse(u, [-1]) if len(self.steps) % 2 else u
         for step in reversed(self.steps):
@@ -139,18 +140,18 @@ class Chart(Restorable, keras.layers.Layer):
 class Plain(Restorable, keras.layers.Layer):
     """A chart that is the identity."""
 
-    def call(self, z):
+    def call(self, z: tf.Tensor) -> tf.Tensor:
         """Returns z and a log determinant of 0, [..., dim] -> [..., dim + 1]."""
         return tf.concat([z, tf.zeros_like(z[..., :1])], -1)
 
-    def inverse(self, u):
+    def inverse(self, u: tf.Tensor) -> tf.Tensor:
         """Returns u itself."""
         return u
 
 
-def log_normal(z):
+def log_normal(z: tf.Tensor) -> tf.Tensor:
     """Returns log N(z; 0, I) in nats, [..., dim] -> [...]."""
-    constant = 0.5 * z.shape[-1] * math.log(2.0 * math.pi)
+    constant = 0.5 * z.shape[-1:].num_elements() * math.log(2.0 * math.pi)
     return -0.5 * tf.reduce_sum(z**2, -1) - constant
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from avb_tf import diagnostics
 from avb_tf.errors import UserError
 from avb_tf.posteriors import evidence, hmc, mixture
-from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
 
 CHAINS = 256
@@ -28,7 +28,7 @@ class Sampled(NamedTuple):
 
     states: np.ndarray  # [chains, kept, dim]
     mixture: Mixture
-    log_evidence: Estimate
+    log_evidence: Evidence
     log_normaliser: float  # nats: the log evidence, or a rough estimate if it is unknown
 
     @property
@@ -42,7 +42,7 @@ class Sampled(NamedTuple):
         return dim * (dim + 3.0) / (chains * kept)
 
 
-def weighed(scores, proposal: Mixture, rng) -> np.ndarray:
+def weighed(scores: hmc.Scores, proposal: Mixture, rng: np.random.Generator) -> np.ndarray:
     """Returns draws of a mixture, [CHAINS, dim], resampled by their importance weights.
 
     The weight of a draw is p over the density of the whole mixture (the balance heuristic of Veach
@@ -69,7 +69,7 @@ def weighed(scores, proposal: Mixture, rng) -> np.ndarray:
     return u[rng.choice(len(u), CHAINS, p=weights / weights.sum())]
 
 
-def around(draws, rng) -> Mixture:
+def around(draws: np.ndarray, rng: np.random.Generator) -> Mixture:
     """Returns a mixture with components at some of the draws, half as wide as all draws."""
     count = min(8, mixture.largest(draws.shape[1]))
     means = draws[rng.choice(len(draws), count, replace=False)]
@@ -77,7 +77,13 @@ def around(draws, rng) -> Mixture:
     return Mixture(np.full(count, 1.0 / count), means, np.stack([root] * count))
 
 
-def sampled(scores, draws, proposal: Mixture, rng, deadline: float) -> Sampled:
+def sampled(
+    scores: hmc.Scores,
+    draws: np.ndarray,
+    proposal: Mixture,
+    rng: np.random.Generator,
+    deadline: float,
+) -> Sampled:
     """Runs short adaptive chains, and an exact round without adaptation at their end.
 
     Args:

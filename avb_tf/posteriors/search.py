@@ -5,6 +5,7 @@ finds a posterior ten thousand times narrower than its prior as easily as any ot
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,9 @@ import tensorflow as tf
 from scipy import special
 
 from avb_tf.posteriors import mixture
+from avb_tf.posteriors.hmc import Scores
 from avb_tf.posteriors.mixture import Mixture
+from avb_tf.posteriors.target import LogDensity
 
 WIDTHS = (0.5, 2.0, 5.0, 15.0, 50.0)  # standard deviations of the first points around 0
 _POINTS = 4096  # number of first points of all widths together
@@ -36,7 +39,13 @@ class Modes(NamedTuple):
     log_mass: np.ndarray  # [modes], in nats
 
 
-def first_points(log_density, prior: np.ndarray, dim: int, rng, count: int) -> np.ndarray:
+def first_points(
+    log_density: Callable[[np.ndarray], np.ndarray],
+    prior: np.ndarray,
+    dim: int,
+    rng: np.random.Generator,
+    count: int,
+) -> np.ndarray:
     """Returns starts of the optimisation, [at most count, dim]: 0, and good points of many.
 
     Candidates are normal draws of several widths around 0, and the prior's draws. They are chosen
@@ -70,7 +79,7 @@ def starts(dim: int) -> int:
     return int(np.clip(_ROWS // dim, 8, 256))
 
 
-def climb(scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray:
+def climb(scores: Scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray:
     """Climbs from all points at once to local maxima by Newton's method.
 
     Each iteration tries several lengths of a step along the Newton direction, which uses the
@@ -143,7 +152,7 @@ def _roots(hessians):
     return units[:, :, np.newaxis] * vectors / np.sqrt(values)[:, np.newaxis]
 
 
-def modes(scores, x: np.ndarray) -> Modes:
+def modes(scores: Scores, x: np.ndarray) -> Modes:
     """Returns the distinct modes among local maxima x [n, dim], with Laplace's approximations.
 
     Two maxima count as one mode if their Mahalanobis distance is less than sqrt(dim) / 2.
@@ -183,7 +192,9 @@ def _laplace(scores, x, score):
     return inverse.T @ inverse, (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
-def masses(scores, modes: Modes, log_normaliser: float, rng) -> np.ndarray:
+def masses(
+    scores: Scores, modes: Modes, log_normaliser: float, rng: np.random.Generator
+) -> np.ndarray:
     """Returns the share of the posterior at each mode, [modes], by importance sampling.
 
     Laplace's approximation is far off at a pole, such as the neck of a hierarchical model.
@@ -221,7 +232,13 @@ class Look(NamedTuple):
 
 
 def look(
-    log_density, dtype, known: Mixture, slack: float, deadline: float, most: int, seed: int
+    log_density: LogDensity,
+    dtype: tf.DType,
+    known: Mixture,
+    slack: float,
+    deadline: float,
+    most: int,
+    seed: int,
 ) -> Look:
     """Searches widely around a mixture for points where the density exceeds the mixture's.
 

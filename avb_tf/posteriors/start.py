@@ -15,7 +15,8 @@ the shape. The stages need no tuning, since none depends on the units of the par
 """
 
 import time
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -24,10 +25,10 @@ from avb_tf import archives
 from avb_tf.errors import UserError
 from avb_tf.posteriors import evidence, hmc, large, matching, mixture, sampling, search
 from avb_tf.posteriors import tails as tailing
-from avb_tf.posteriors.evidence import Estimate
+from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
 from avb_tf.posteriors.tails import Tails
-from avb_tf.posteriors.target import Target
+from avb_tf.posteriors.target import LogDensity, Target
 
 MATCHES = 3  # Gaussians matched from around 0, in addition to those matched from the modes
 LARGEST = 200  # most dimensions for a full covariance
@@ -59,7 +60,7 @@ class Start(NamedTuple):
     z: np.ndarray  # [chains * kept, dim], the chains' states standardised, chain after chain
     tails: Tails
     chains: int  # number of chains
-    log_evidence: Estimate = evidence.UNKNOWN
+    log_evidence: Evidence = evidence.UNKNOWN
     points: int = 0  # number of points that were searched for further modes
     directions: np.ndarray = np.zeros([0, 0])  # [dim, rank], orthonormal
     stretch: np.ndarray = np.zeros(0)  # [rank], standard deviations along them, before the scale
@@ -72,7 +73,7 @@ class Start(NamedTuple):
             return np.linalg.norm(self.scale_tril, axis=1)
         return self.scale_tril * np.sqrt(1.0 + self.directions**2 @ (self.stretch**2 - 1.0))
 
-    def place(self, z, dtype):
+    def place(self, z: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns u [n, dim] and log |du / dz| [n] in nats for z [n, dim], in `dtype`.
 
         `dtype` should be the model's, because float32 has few significant digits far from 0.
@@ -90,7 +91,7 @@ class Start(NamedTuple):
         u, of_tails = self.tails.forward(v)
         return u, of_tails + float(volume)
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes a `.npz` file without pickled arrays; `load` reads it."""
         np.savez(
             path,
@@ -104,7 +105,7 @@ class Start(NamedTuple):
         )
 
 
-def load(path) -> Start:
+def load(path: Path) -> Start:
     """Loads a start that `Start.save` wrote."""
     arrays = archives.read_arrays(path)
     location, scale, *weight = arrays["tails"]
@@ -115,7 +116,7 @@ def load(path) -> Start:
         arrays["z"].astype(np.float64),
         Tails(location, scale, np.stack(weight)),
         int(chains),
-        Estimate(value, error),
+        Evidence(value, error),
         int(points),
         arrays["directions"],
         arrays["stretch"],
@@ -123,7 +124,7 @@ def load(path) -> Start:
     )
 
 
-def of_record(record: dict) -> Start:
+def of_record(record: dict[str, Any]) -> Start:
     """Returns the start from the JSON record of earlier versions, with 4 states of each chain."""
     mean, scale_tril, z = (np.array(record[name]) for name in ("mean", "scale_tril", "z"))
     z = np.swapaxes(z.reshape(4, -1, len(mean)), 0, 1).reshape(-1, len(mean))
@@ -271,7 +272,7 @@ def _diverges(scores, x, scale, gaussians, noise) -> bool:
     )
 
 
-def of_tails(target, tails):
+def of_tails(target: Target, tails: Tails) -> LogDensity:
     """Returns the target's log density as a function of v, where u = tails(v)."""
 
     def log_density(v):

@@ -10,6 +10,7 @@ which has tails like |u|^(-1 - 1 / weight). Source: Hickling and Prangle (2024),
 normalizing flows".
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ class Tails(NamedTuple):
         """Whether each coordinate is transformed, [dim]."""
         return np.any(self.weight > 0, axis=0)
 
-    def forward(self, v):
+    def forward(self, v: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns u [..., dim] and log |du / dv| [...] in nats for v [..., dim]."""
         if not self.heavy.any():
             return v, tf.zeros(tf.shape(v)[:-1], v.dtype)
@@ -82,7 +83,9 @@ def light(dim: int) -> Tails:
     return Tails(np.zeros(dim), np.ones(dim), np.zeros([2, dim]))
 
 
-def slopes(log_density, x: np.ndarray, directions: np.ndarray) -> np.ndarray:
+def slopes(
+    log_density: Callable[[np.ndarray], np.ndarray], x: np.ndarray, directions: np.ndarray
+) -> np.ndarray:
     """Returns d log p / d log distance, far out along lines, at both ends.
 
     Args:
@@ -127,7 +130,7 @@ def of_slopes(slopes: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Ta
     return of_weights(1.0 / np.maximum(power, 1e-3), location, scale)
 
 
-def of_weights(weight, location, scale) -> Tails:
+def of_weights(weight: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:
     """Returns tails of the weights; weights of light tails become 0, and none exceeds 2.
 
     Args:

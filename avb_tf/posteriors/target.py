@@ -7,7 +7,7 @@ includes the log Jacobian determinant, and a map from u to the model's own param
 import functools
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from avb_tf.errors import UserError
 
 RECORD = "record.json"
 Structure = Any  # the parameters: one tensor, or a dict, a sequence or a named tuple of tensors
+LogProb = Callable[[Structure], Any]  # log density of parameters in their structure, in nats
+LogDensity = Callable[[tf.Tensor], tf.Tensor]  # of u [n, dim] -> [n], in nats
 
 
 class Target:
@@ -32,7 +34,14 @@ class Target:
     """
 
     def __init__(
-        self, log_prob, bijector, shapes, dtypes, observed=None, of_batch=None, prior=None
+        self,
+        log_prob: LogProb,
+        bijector: Any,
+        shapes: Structure,
+        dtypes: Structure,
+        observed: Mapping[str, Any] | None = None,
+        of_batch: Callable[[tf.random.Generator], LogProb] | None = None,
+        prior: Callable[[int, int], Structure] | None = None,
     ):
         """Builds the target from a log density and the bijector to its support.
 
@@ -67,15 +76,15 @@ class Target:
         self.dim = sum(self.sizes)
         self._lift = self._lifted()
 
-    def log_density(self, u):
+    def log_density(self, u: tf.Tensor) -> tf.Tensor:
         """Returns log p(data, parameters) + log |d parameters / du| in nats, [n, dim] -> [n]."""
         return self._lift(self._log_density, u)
 
-    def log_density_by(self, log_prob, u):
+    def log_density_by(self, log_prob: LogProb, u: tf.Tensor) -> tf.Tensor:
         """Returns `log_density` for another function `log_prob` of the same parameters."""
         return self._lift(functools.partial(self._log_density, log_prob=log_prob), u)
 
-    def estimator(self, seed: int):
+    def estimator(self, seed: int) -> LogDensity:
         """Returns an unbiased estimator of `log_density` that uses a new minibatch at every call.
 
         Without minibatches, it is `log_density` itself.
@@ -89,19 +98,19 @@ class Target:
 
         return estimate
 
-    def constrain(self, u):
+    def constrain(self, u: tf.Tensor) -> Structure:
         """Maps u to parameters in the model's structure and dtypes, [n, dim] -> [n, ...]."""
         return self._lift(self._parameters, u)
 
-    def log_volume(self, u):
+    def log_volume(self, u: tf.Tensor) -> tf.Tensor:
         """Returns log |d parameters / du| in nats, [n, dim] -> [n]."""
         return self._lift(self._log_volume, u)
 
-    def unconstrain(self, parameters):
+    def unconstrain(self, parameters: Structure) -> np.ndarray:
         """Applies the inverse of `constrain`, and returns an array [n, dim]."""
         return self.free(parameters).numpy()
 
-    def free(self, parameters):
+    def free(self, parameters: Structure) -> tf.Tensor:
         """Applies the inverse of `constrain`, and returns a tensor [n, dim]."""
         typed = tf.nest.map_structure(tf.cast, parameters, self._dtypes)
         flat = tf.nest.flatten(self._bijector.inverse(typed))
@@ -127,7 +136,7 @@ class Target:
             labels += [f"{name}{list(i)}" if i else name for i in np.ndindex(*map(int, shape))]
         return labels
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes the log density and the constraint as a SavedModel, for `load`."""
         signature = [tf.TensorSpec([None, self.dim], self.dtype)]
         module = tf.Module()
@@ -265,12 +274,12 @@ class Target:
         return tf.random.stateless_normal([3, self.dim], [0, 0], dtype=self.dtype)
 
 
-def value_and_gradient(function, x):
+def value_and_gradient(function: Callable[[tf.Tensor], Any], x: tf.Tensor) -> tuple[Any, Any]:
     """Returns `function(x)` and its dense gradient by x, or None if it does not depend on x."""
     with tf.GradientTape() as tape:
         tape.watch(x)
         value = function(x)
-    gradient = tape.gradient(value, x)
+    gradient: Any = tape.gradient(value, x)
     # The gradient of indexing is IndexedSlices, which neither numpy nor `tf.where` accept.
     return value, None if gradient is None else tf.convert_to_tensor(gradient)
 
@@ -330,7 +339,7 @@ class _Loaded:
 load = _Loaded
 
 
-def check_continuous(dtypes) -> None:
+def check_continuous(dtypes: Structure) -> None:
     """Checks that no parameter is discrete.
 
     Raises:
@@ -372,6 +381,6 @@ def _ranks_and_shapes(shapes, dtypes):
     return tf.nest.pack_sequence_as(dtypes, [shape.rank for shape in flat]), flat
 
 
-def first_line(error) -> str:
+def first_line(error: BaseException | None) -> str:
     """Returns the first line of an exception's message, at most 200 characters."""
     return (str(error).strip().splitlines() or ["no message"])[0][:200]

@@ -60,7 +60,12 @@ class Clock:
 
 
 def train(
-    model: AVB, settings: dict[str, Any], clock: Clock, until: float, rate: float, emerged=None
+    model: AVB,
+    settings: dict[str, Any],
+    clock: Clock,
+    until: float,
+    rate: float,
+    emerged: tf.Variable | None = None,
 ) -> dict[str, list[float]]:
     """Trains until a share of the whole training is over.
 

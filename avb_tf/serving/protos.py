@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from avb_tf.errors import UserError
 
 
 @contextlib.contextmanager
-def _bare_tensorflow() -> Iterator[None]:
+def _bare_tensorflow() -> Generator[None]:
     """Replaces `tensorflow` by a package without its `__init__`, which the messages do not need."""
     spec = importlib.util.find_spec("tensorflow")
     if "tensorflow" in sys.modules or spec is None:

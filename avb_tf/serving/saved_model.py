@@ -145,7 +145,7 @@ class SavedModel:
                 if tensor:
                     _C.TF_DeleteTensor(tensor)
 
-    def close(self):
+    def close(self) -> None:
         """Frees the session; the model cannot run after this. A second call does nothing."""
         session, self._session = self._session, None
         if session is None:

@@ -24,7 +24,7 @@ _CHUNK = 32  # draws to decode at once, to limit the memory
 _POSTERIOR, _PRIOR = 0, 1  # independent streams of one seed
 
 
-def of_model(model: Any, importance_samples: int, max_batch: int) -> dict[str, Callable]:
+def of_model(model: Any, importance_samples: int, max_batch: int) -> dict[str, Callable[..., Any]]:
     """Returns an `AVB`'s signatures by name, each a `tf.function` of tensors to a dict of tensors.
 
     A signature of x in [0, 1] has a variant named `*_uint8` for images with values 0..255.
@@ -66,7 +66,7 @@ def of_model(model: Any, importance_samples: int, max_batch: int) -> dict[str, C
     return signatures | {f"{name}_uint8": of_bytes(signatures[name]) for name in of_x}
 
 
-def of_posterior(fit: Any, max_batch: int) -> dict[str, Callable]:
+def of_posterior(fit: Any, max_batch: int) -> dict[str, Callable[..., Any]]:
     """Returns the signatures of a `PosteriorFit`: draws, with one output for each parameter.
 
     Args:
@@ -86,7 +86,7 @@ def of_posterior(fit: Any, max_batch: int) -> dict[str, Callable]:
     }
 
 
-def of_amortised(fit: Any, draws: int, max_batch: int) -> dict[str, Callable]:
+def of_amortised(fit: Any, draws: int, max_batch: int) -> dict[str, Callable[..., Any]]:
     """Returns the signatures of an `AmortisedFit`; a row of a request is a data set.
 
     Args:
@@ -159,12 +159,12 @@ def _of_support(likelihood: Any, x: tf.Tensor):
 
 
 def signature(
-    function: Callable,
+    function: Callable[..., dict[str, tf.Tensor]],
     specs: Sequence[tf.TensorSpec],
     max_batch: int,
     valid: Callable[[tf.Tensor], None] = lambda x: None,
     data: Sequence[str] = ("x",),
-) -> Callable:
+) -> Callable[..., Any]:
     """Wraps `function` in a `tf.function` that rejects invalid values and too many rows.
 
     Args:
@@ -187,7 +187,7 @@ def signature(
     return tf.function(serve, input_signature=specs, autograph=False)
 
 
-def of_bytes(function: Callable) -> Callable:
+def of_bytes(function: Any) -> Callable[..., Any]:
     """Returns a variant of a signature that takes x, its first input, as uint8 in 0..255."""
     x, *rest = function.input_signature
 
@@ -212,7 +212,7 @@ def _checked(tensor, spec, data, valid):
 # One function for each signature.
 
 
-def encode(model: Any, x: tf.Tensor, seed: tf.Tensor):
+def encode(model: Any, x: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
     """Returns z ~ q(z|x) and the mean of q(z|x), each [batch, latent].
 
     Args:
@@ -223,7 +223,7 @@ def encode(model: Any, x: tf.Tensor, seed: tf.Tensor):
     return {"z": _draw(model, x, seed), "mean": _mean(model, x)}
 
 
-def reconstruct(model: Any, x: tf.Tensor, seed: tf.Tensor):
+def reconstruct(model: Any, x: tf.Tensor, seed: tf.Tensor) -> dict[str, tf.Tensor]:
     """Returns E[x'|z] for z ~ q(z|x), [batch, *event].
 
     Args:
@@ -234,28 +234,28 @@ def reconstruct(model: Any, x: tf.Tensor, seed: tf.Tensor):
     return {"reconstruction": model.decode(_draw(model, x, seed))}
 
 
-def reconstruct_mean(model: Any, x: tf.Tensor):
+def reconstruct_mean(model: Any, x: tf.Tensor) -> dict[str, tf.Tensor]:
     """Returns E[x'|z] at the mean of q(z|x), [batch, *event], for x [batch, *event]."""
     return {"reconstruction": model.decode(_mean(model, x))}
 
 
-def decode(model: Any, z: tf.Tensor):
+def decode(model: Any, z: tf.Tensor) -> dict[str, tf.Tensor]:
     """Returns E[x|z], [batch, *event], for z [batch, latent]."""
     return {"x": model.decode(z)}
 
 
-def sample(model: Any, seed: tf.Tensor):
+def sample(model: Any, seed: tf.Tensor) -> dict[str, tf.Tensor]:
     """Returns E[x|z] for z ~ p(z), [batch, *event], for seeds int64 [batch]."""
     return {"x": model.decode(normal(seed, _PRIOR, model.encoder.latent_dim))}
 
 
-def elbo(model: Any, x: tf.Tensor):
+def elbo(model: Any, x: tf.Tensor) -> dict[str, tf.Tensor]:
     """Returns the bound on log p(x) in nats, [batch], with the adversary's T if there is one."""
     noise = _points(ELBO_DRAWS, model.encoder.noise_dim, x)
     return {"elbo": tf.reduce_mean(model.terms(x, noise).elbo, 0)}
 
 
-def importance_weighted(model: Any, x: tf.Tensor, samples: int):
+def importance_weighted(model: Any, x: tf.Tensor, samples: int) -> dict[str, tf.Tensor]:
     """Estimates log p(x) in nats by importance sampling, [batch], without the adversary.
 
     The proposal is q(z|x) if its density is known, and otherwise `proposal.widened_gaussian`, as in
@@ -294,7 +294,7 @@ def importance_weighted(model: Any, x: tf.Tensor, samples: int):
     }
 
 
-def normal(seed: tf.Tensor, stream: int, size: int):
+def normal(seed: tf.Tensor, stream: int, size: int) -> tf.Tensor:
     """Draws standard normal numbers, [batch, size]; each row is a function of its own seed.
 
     Args:

@@ -129,7 +129,7 @@ def _weights(model) -> list[tf.Variable]:
 def write(
     directory: Path,
     weights: Sequence[tf.Variable],
-    functions: Mapping[str, Callable],
+    functions: Mapping[str, Callable[..., Any]],
     max_batch: int,
     facts: Mapping[str, Any],
     version: int = 0,
