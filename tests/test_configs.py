@@ -43,11 +43,11 @@ def test_celeba_trains_on_a_folder_of_images(tmp_path):
     assert model.sample(2).shape == (2, 64, 64, 3)
 
 
-@pytest.mark.parametrize("latents", ["", "-32"])
-def test_mnist_conv_trains_with_narrow_versions_of_the_authors_networks(latents, tmp_path):
+@pytest.mark.parametrize("variant", ["avb_ac_paper", "avb_ac_paper-32", "avb_flow-32"])
+def test_mnist_conv_trains_with_narrow_networks(variant, tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "x.npz", x_train=rng.integers(0, 256, (30, 28, 28, 1), np.uint8))
-    config = shorten(mnist_conv.get_config(f"avb_ac_paper{latents}"))
+    config = shorten(mnist_conv.get_config(variant))
     config.model.update(NARROW | {"products": 16, "adversary_depth": 1})
     config.monitor.examples, config.monitor.samples = 2, 4
     config.data.name, config.data.path = "npz", str(tmp_path / "x.npz")
@@ -57,5 +57,5 @@ def test_mnist_conv_trains_with_narrow_versions_of_the_authors_networks(latents,
     assert model.encode(rng.random((3, 28, 28, 1), np.float32)).shape == (
         1,
         3,
-        int(latents[1:] or 8),
+        int(variant.partition("-")[2] or 8),
     )
