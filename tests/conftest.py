@@ -21,10 +21,11 @@ DATA_FOLDERS = (os.environ.get("AVB_TF_DATA_DIR"), Path(__file__).parents[2] / "
 
 # Files whose tests train, export or start processes; `make test-fast` leaves them out.
 SLOW = (
-    "ais", "amortised*", "baselines", "benchmarks_*", "checkpoints", "command_line", "compare",
-    "draw", "estimates", "evaluate", "explore", "export*", "faults", "golden", "guard", "hub",
-    "inference_gap", "loops", "mistakes", "model", "monitor", "posterior*", "precision", "replicas",
-    "serving_*", "tensorboard", "train",
+    "ais", "amortised*", "annealing", "baselines", "benchmarks_*", "checkpoints", "columns",
+    "command_line", "compare", "documents", "draw", "estimates", "evaluate", "explore", "export*",
+    "faults", "figures", "flows", "golden", "guard", "hub", "inference_gap", "keras", "loops",
+    "mistakes", "model", "model_card", "monitor", "parts", "posterior*", "precision", "replicas",
+    "serving_*", "signatures", "tensorboard", "train",
 )  # fmt: skip
 
 # Slow tests of which CI runs a quicker counterpart; `make test-long` runs them.
