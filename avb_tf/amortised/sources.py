@@ -83,21 +83,45 @@ def of_simulator(
             f"prior is of type {type(prior).__name__}; expected a TFP distribution of the "
             "parameters, as the model is a function"
         )
-    if isinstance(prior, tfd.JointDistribution):
-        for name, part in zip(
-            prior._flat_resolve_names(), prior._get_single_sample_distributions(), strict=True
-        ):
-            constraints.checked(name, part)
-        joints: Any = joint_distribution  # TFP has no public way to choose the parts' bijectors
-        kind = (
-            joints._DefaultJointBijectorAutoBatched
-            if prior.use_vectorized_map
-            else joints._DefaultJointBijector
-        )
-        bijector = kind(prior, bijector_fn=constraints.of_distribution)
-    else:
-        bijector = constraints.checked("parameters", prior)
-    target = Target(prior.log_prob, bijector, prior.event_shape, prior.dtype)
+    target = Target(prior.log_prob, _bijector(prior), prior.event_shape, prior.dtype)
+    data_of = _listed(simulator, observed)
+    trial = prior.sample(_TRIAL, seed=_seed(prior, 0))
+    parts = _tried(data_of, trial, observed)
+    portable = _traces(data_of, trial)
+    dtypes = [dtype for _, dtype in parts.values()]
+    compute = data_of if portable else _by_numpy(data_of, prior.dtype, dtypes)
+
+    def draw(n, seed):
+        # numpy refuses negative seeds, so the sign bit is cleared.
+        seeds = tf.bitwise.bitwise_and(tf.random.split(tf.cast(seed, tf.int32), 2), 2**31 - 1)
+        parameters = prior.sample(n, seed=_seed(prior, seeds[0]))
+        return parameters, compute(parameters, seeds[1])
+
+    def redraw(parameters, seed):
+        return compute(parameters, tf.bitwise.bitwise_and(tf.cast(seed, tf.int32), 2**31 - 1))
+
+    return Simulation(target, parts, draw, redraw, None, portable=portable)
+
+
+def _bijector(prior):
+    """Returns the checked bijector of a prior, part by part if it is a joint distribution."""
+    if not isinstance(prior, tfd.JointDistribution):
+        return constraints.checked("parameters", prior)
+    for name, part in zip(
+        prior._flat_resolve_names(), prior._get_single_sample_distributions(), strict=True
+    ):
+        constraints.checked(name, part)
+    joints: Any = joint_distribution  # TFP has no public way to choose the parts' bijectors
+    kind = (
+        joints._DefaultJointBijectorAutoBatched
+        if prior.use_vectorized_map
+        else joints._DefaultJointBijector
+    )
+    return kind(prior, bijector_fn=constraints.of_distribution)
+
+
+def _listed(simulator, observed):
+    """Wraps a simulator so that it returns a list of the observed parts, in their order."""
 
     def data_of(parameters, seed):
         values = simulator(parameters, seed)
@@ -115,7 +139,11 @@ def of_simulator(
             )
         return [values]
 
-    trial = prior.sample(_TRIAL, seed=_seed(prior, 0))
+    return data_of
+
+
+def _tried(data_of, trial, observed):
+    """Calls a simulator twice; returns the shape and the dtype of each observed part, by name."""
     try:
         values, again = (
             [np.asarray(v) for v in data_of(trial, tf.constant([0, 0]))] for _ in range(2)
@@ -140,24 +168,10 @@ def of_simulator(
                 "expected equal ones: draw the noise from `seed`, for example by "
                 "np.random.default_rng(np.asarray(seed))"
             )
-    parts = {
+    return {
         name: (tf.TensorShape(value.shape[1:]), tf.as_dtype(value.dtype))
         for name, value in zip(observed, values, strict=True)
     }
-    dtypes = [dtype for _, dtype in parts.values()]
-    portable = _traces(data_of, trial)
-    compute = data_of if portable else _by_numpy(data_of, prior.dtype, dtypes)
-
-    def draw(n, seed):
-        # numpy refuses negative seeds, so the sign bit is cleared.
-        seeds = tf.bitwise.bitwise_and(tf.random.split(tf.cast(seed, tf.int32), 2), 2**31 - 1)
-        parameters = prior.sample(n, seed=_seed(prior, seeds[0]))
-        return parameters, compute(parameters, seeds[1])
-
-    def redraw(parameters, seed):
-        return compute(parameters, tf.bitwise.bitwise_and(tf.cast(seed, tf.int32), 2**31 - 1))
-
-    return Simulation(target, parts, draw, redraw, None, portable=portable)
 
 
 def _traces(data_of, trial) -> bool:

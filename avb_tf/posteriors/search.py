@@ -243,8 +243,7 @@ def look(
     """Searches widely around a mixture for points where the density exceeds the mixture's.
 
     Gradients do not lead to a mode that takes up less than a thousandth of the space; only points
-    that fall on it reveal it. One graph draws the points of a batch and compares them, and keeps
-    only the densest.
+    that fall on it reveal it.
 
     Args:
       log_density: function from x [n, dim] to the log density [n] in nats, normalised by an
@@ -262,33 +261,8 @@ def look(
     covariance = np.einsum("k,kij->ij", known.weights, known.roots @ np.swapaxes(known.roots, 1, 2))
     covariance += np.einsum("k,ki,kj->ij", known.weights, spread, spread)
     root = np.linalg.cholesky(covariance + 1e-12 * np.trace(covariance) * np.eye(dim) / dim)
-    inverses = np.linalg.inv(known.roots)
-    log_scales = np.log(known.weights) + np.linalg.slogdet(inverses)[1] + known.log_peak
-    white = inverses.reshape(-1, dim).T  # x @ white - offsets is standardised in each component
-    offsets = np.einsum("kij,kj->ki", inverses, known.means)
-
     widest = max(2.0, REACH / np.sqrt(dim))
-
-    @tf.function(autograph=False)
-    def batch(seed):
-        noise = tf.random.stateless_normal([_LOOK, dim], seed)
-        noise *= tf.random.stateless_uniform([_LOOK, 1], seed + 1, 1.0, widest)
-        x = tf.constant(mean, dtype) + tf.matmul(tf.cast(noise, dtype), tf.constant(root.T, dtype))
-        density = tf.cast(log_density(x), dtype)
-        density = tf.where(tf.math.is_finite(density), density, -np.inf)
-        # Comparing points with all components is expensive, so only the densest are compared.
-        # Density counts relative to the distance from the centre.
-        distance = tf.cast(tf.math.log1p(0.5 * tf.reduce_sum(noise**2, -1)), dtype)
-        rows = tf.math.top_k(density + 0.5 * (dim + 3.0) * distance, _COMPARED, sorted=False)[1]
-        x, density = tf.gather(x, rows), tf.gather(density, rows)
-        y = tf.reshape(tf.matmul(x, tf.constant(white, dtype)), [_COMPARED, -1, dim])
-        squares = tf.reduce_sum((y - tf.constant(offsets, dtype)) ** 2, -1)
-        kernels = tf.math.log1p(squares / (known.degrees - 2.0))
-        kernels = tf.constant(log_scales, dtype) - 0.5 * (known.degrees + dim) * kernels
-        excess = density - tf.reduce_logsumexp(kernels, -1)
-        radius = tf.norm(tf.gather(noise, rows), axis=-1)
-        return x, excess, density, radius
-
+    batch = _batch(log_density, dtype, known, mean, root, widest)
     log_wide = _log_wide(dim, widest)
     volume = np.linalg.slogdet(root)[1]
     seen, weights, where, points = [], [], [], 0
@@ -313,6 +287,41 @@ def look(
         rows = rng.choice(len(mass) - 1, _SEEN, p=mass[1:] / mass.sum())
         draws = np.concatenate(where)[rows]
     return Look(highest, points, float(lacking / (1.0 + lacking)), draws)
+
+
+def _batch(log_density, dtype, known, mean, root, widest):
+    """Returns the graph that draws the points of a batch and compares the densest with `known`.
+
+    It takes a seed and returns these points [n, dim], the excess of their log density over the
+    mixture's, their log density, and their distance from `mean` in standardised coordinates.
+    """
+    dim = len(mean)
+    inverses = np.linalg.inv(known.roots)
+    log_scales = np.log(known.weights) + np.linalg.slogdet(inverses)[1] + known.log_peak
+    white = inverses.reshape(-1, dim).T  # x @ white - offsets is standardised in each component
+    offsets = np.einsum("kij,kj->ki", inverses, known.means)
+
+    @tf.function(autograph=False)
+    def batch(seed):
+        noise = tf.random.stateless_normal([_LOOK, dim], seed)
+        noise *= tf.random.stateless_uniform([_LOOK, 1], seed + 1, 1.0, widest)
+        x = tf.constant(mean, dtype) + tf.matmul(tf.cast(noise, dtype), tf.constant(root.T, dtype))
+        density = tf.cast(log_density(x), dtype)
+        density = tf.where(tf.math.is_finite(density), density, -np.inf)
+        # Comparing points with all components is expensive, so only the densest are compared.
+        # Density counts relative to the distance from the centre.
+        distance = tf.cast(tf.math.log1p(0.5 * tf.reduce_sum(noise**2, -1)), dtype)
+        rows = tf.math.top_k(density + 0.5 * (dim + 3.0) * distance, _COMPARED, sorted=False)[1]
+        x, density = tf.gather(x, rows), tf.gather(density, rows)
+        y = tf.reshape(tf.matmul(x, tf.constant(white, dtype)), [_COMPARED, -1, dim])
+        squares = tf.reduce_sum((y - tf.constant(offsets, dtype)) ** 2, -1)
+        kernels = tf.math.log1p(squares / (known.degrees - 2.0))
+        kernels = tf.constant(log_scales, dtype) - 0.5 * (known.degrees + dim) * kernels
+        excess = density - tf.reduce_logsumexp(kernels, -1)
+        radius = tf.norm(tf.gather(noise, rows), axis=-1)
+        return x, excess, density, radius
+
+    return batch
 
 
 def _log_wide(dim, widest):
