@@ -12,7 +12,7 @@ from avb_tf.encoders import Encoder, Posterior
 from avb_tf.errors import UserError
 from avb_tf.likelihood_estimation import annealing
 from avb_tf.likelihood_estimation.annealing import LogLikelihood
-from avb_tf.training import Trained
+from avb_tf.training.fit import Trained
 
 
 class Inference(Trained):

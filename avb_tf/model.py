@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import auxiliary, columns, flows, objectives, optimizers, parts, replicas, schedules
+from avb_tf import auxiliary, columns, flows, objectives, parts, replicas
 from avb_tf import contrast as contrasts
 from avb_tf.adversaries import Adversary
 from avb_tf.data.table import Table
@@ -22,6 +22,7 @@ from avb_tf.errors import UserError
 from avb_tf.inference import Inference
 from avb_tf.likelihoods import Likelihood, log_likelihood
 from avb_tf.networks import Restorable
+from avb_tf.training import optimizers, schedules
 
 # Imported so that Keras has registered every class that a saved model may hold.
 __all__ = ["AVB", "auxiliary", "flows", "schedules"]

@@ -10,11 +10,12 @@ from scipy import stats
 from tensorflow_probability import distributions as tfd
 
 import avb_tf
-from avb_tf import UserError, optimizers
+from avb_tf import UserError
 from avb_tf.amortised import calibration, judging, sources, training
 from avb_tf.posteriors import models
 from avb_tf.posteriors.mixture import Mixture
 from avb_tf.serving.saved_model import RunError, SavedModel
+from avb_tf.training import optimizers
 
 TINY = {
     "verbose": False,

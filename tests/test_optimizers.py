@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from avb_tf.errors import UserError
-from avb_tf.optimizers import Adam
+from avb_tf.training.optimizers import Adam
 
 SHAPES = [(3, 4), (4,), (4, 2)]
 

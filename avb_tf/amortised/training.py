@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import optimizers
 from avb_tf.amortised.checkpoint import State, Workdir, assign
 from avb_tf.amortised.network import ConditionalMixture, scaling
 from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
 from avb_tf.posteriors.training import CHUNK, Clock
+from avb_tf.training import optimizers
 
 _SCALING_PAIRS = 10_000  # simulated pairs that set the locations and scales
 _SCALING_NUMBERS = 2**24  # largest number of entries of their data

@@ -17,8 +17,8 @@ from avb_tf.data.table import Table
 from avb_tf.errors import DivergenceError, UserError
 from avb_tf.likelihoods import LIKELIHOODS
 from avb_tf.model import AVB
-from avb_tf.optimizers import Adam
-from avb_tf.schedules import DelayedCosine
+from avb_tf.training.optimizers import Adam
+from avb_tf.training.schedules import DelayedCosine
 
 FIRST = "first_elbo.json"  # beside the checkpoints, for the guard of a resumed run
 FIGURE_EXAMPLES = 500  # held-out examples in figures and validation curves

@@ -7,10 +7,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import optimizers
 from avb_tf.data import pipeline
 from avb_tf.errors import UserError
 from avb_tf.model import AVB
+from avb_tf.training import optimizers
 
 CHUNK = 25  # most steps between readings of the clock
 

@@ -11,9 +11,10 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import tensorflow as tf
 
-from avb_tf import loops, tables
+from avb_tf import tables
 from avb_tf.commands import train
 from avb_tf.configs import benchmark, mnist
+from avb_tf.training import loops
 
 RUNS = ((mnist, "vae"), (mnist, "avb_flow"), (benchmark, "mlp"))
 EVENT_SHAPE = (28, 28, 1)

@@ -23,7 +23,7 @@ from sklearn.decomposition import FactorAnalysis
 
 import avb_tf
 from avb_tf import tables
-from avb_tf.optimizers import Adam
+from avb_tf.training.optimizers import Adam
 
 METHODS = ("vae", "avb_ac")
 TEST = 100  # rows

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import avb_tf
 from avb_tf.command_line import main
-from avb_tf.optimizers import Adam
+from avb_tf.training.optimizers import Adam
 
 EVENT, IMAGE = (6,), (4, 4, 1)
 SMALL = {

@@ -35,8 +35,8 @@ class Adam(keras.optimizers.Adam):
         for name in _UNSUPPORTED:
             if kwargs.get(name):
                 raise UserError(
-                    f"avb_tf.optimizers.Adam got {name}={kwargs[name]}; expected none: use "
-                    "global_clipnorm to clip, or keras.optimizers.Adam"
+                    f"avb_tf.training.optimizers.Adam got {name}={kwargs[name]}; expected none: "
+                    "use global_clipnorm to clip, or keras.optimizers.Adam"
                 )
         super().__init__(learning_rate, beta_1, beta_2, epsilon, **kwargs)
 

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from avb_tf.optimizers import pieces, value
+from avb_tf.training.optimizers import pieces, value
 
 Step = Callable[[Any], object]  # takes a batch and is called in each replica
 Logs = dict[str, tf.Tensor]

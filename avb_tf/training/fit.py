@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from avb_tf import epochs, loops
 from avb_tf.data import checks, pipeline, resident
 from avb_tf.data.source import Split, array_split
 from avb_tf.data.table import Table
 from avb_tf.errors import UserError
+from avb_tf.training import epochs, loops
 
 
 class Trained(keras.Model):
