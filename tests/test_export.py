@@ -15,9 +15,8 @@ import scipy.stats
 import tensorflow as tf
 
 import avb_tf
-from avb_tf import command_line
+from avb_tf import command_line, proposal
 from avb_tf.errors import UserError
-from avb_tf.likelihood_estimation import proposal
 from avb_tf.serving import check, layout
 from avb_tf.serving.saved_model import RunError, SavedModel
 from avb_tf.settings import methods

@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from avb_tf import results
-from avb_tf.likelihood_estimation import joint, proposal
+from avb_tf import proposal, results
+from avb_tf.likelihood_estimation import joint
 
 # Beyond these values q and r hardly overlap. An adversary cannot learn the density ratio of such a
 # pair from draws, so T underestimates it.

@@ -21,7 +21,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
-from avb_tf.likelihood_estimation import joint, proposal
+from avb_tf import proposal
+from avb_tf.likelihood_estimation import joint
 
 ROWS = 800  # chains of all examples in a call; enough to keep the processor busy
 _LARGEST = 2**21  # numbers in the decoded x of all chains of a chunk, to bound the memory

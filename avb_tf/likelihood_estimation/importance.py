@@ -3,7 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from avb_tf.likelihood_estimation import joint, proposal
+from avb_tf import proposal
+from avb_tf.likelihood_estimation import joint
 from avb_tf.model import AVB
 
 _CHUNK = 2**23  # numbers in the tensor of all E[x|z] that one call computes

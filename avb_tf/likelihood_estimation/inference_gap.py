@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf.likelihood_estimation import entropy, joint, proposal
+from avb_tf import proposal
+from avb_tf.likelihood_estimation import entropy, joint
 from avb_tf.model import AVB
 
 PAIRS = 8  # antithetic pairs of draws for each start of each x in a step

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import proposal
 from avb_tf.encoders import sobol_normal
 from avb_tf.errors import UserError
-from avb_tf.likelihood_estimation import proposal
 from avb_tf.likelihoods import log_likelihood
 
 ELBO_DRAWS = 64  # draws of z for each x in the bound
