@@ -6,16 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from avb_tf import diagnostics
-from avb_tf.likelihood_estimation import (
-    ais,
-    chunks,
-    entropy,
-    importance,
-    joint,
-    proposal,
-    quadrature,
-)
+from avb_tf import diagnostics, proposal
+from avb_tf.likelihood_estimation import ais, chunks, entropy, importance, joint, quadrature
 from avb_tf.likelihood_estimation.inference_gap import (
     COMPONENTS,
     DRAWS_PER_STEP,
