@@ -12,6 +12,9 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TF_NUM_INTRAOP_THREADS"] = "1"
 os.environ["PYTHONPATH"] = str(ROOT)  # of the notebooks' kernels
 
+from docutils import nodes  # noqa: E402
+from latex2mathml.converter import convert  # noqa: E402
+
 from avb_tf.version import __version__  # noqa: E402
 
 project = "avb_tf"
@@ -22,11 +25,11 @@ version = release = __version__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
+html_math_renderer = "mathml"
 html_theme = "pydata_sphinx_theme"
 html_title = f"avb_tf {release}"
 html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
@@ -73,7 +76,21 @@ def _signature(app, what, name, obj, options, signature, returned):
     return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters])), None
 
 
+def _mathml(display):
+    """Formulas become MathML, which browsers show without a script from the network."""
+
+    def visit(translator, node):
+        formula = convert(node.astext(), display=display)
+        # The converter leaves no space between an operator and its argument.
+        formula = re.sub("<mi>(log|det)</mi>", r'\g<0><mspace width="0.17em" />', formula)
+        translator.body.append(formula if display == "inline" else f"<p>{formula}</p>")
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app):
     """Docstrings come before napoleon, which has priority 500."""
+    app.add_html_math_renderer("mathml", _mathml("inline"), _mathml("block"))
     app.connect("autodoc-process-docstring", _to_rst, priority=400)
     app.connect("autodoc-process-signature", _signature)
