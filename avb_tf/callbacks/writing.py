@@ -13,8 +13,9 @@ import tensorflow as tf
 from avb_tf import checkpoints, figures
 from avb_tf.figures import model as model_figures
 
-# Logged once more as "Bound/...": TensorBoard sorts capitals first, and so opens on the bounds.
-BOUNDS = ("elbo", "importance_bound")
+# Logged once more as "Bound/...": TensorBoard sorts capitals first, and so opens on the bound and on
+# its paired difference from another bound. That bound itself is of fewer examples than the ELBO.
+BOUND = ("elbo", "elbo_minus_importance_bound")
 
 
 @contextlib.contextmanager
@@ -88,7 +89,7 @@ class Scalars(keras.callbacks.Callback):
             tag = name.removeprefix("val_")
             with self.writers[side].as_default(step):
                 tf.summary.scalar(tag, value)
-                if tag in BOUNDS:
+                if tag in BOUND:
                     tf.summary.scalar(f"Bound/{tag}", value)
         for writer in self.writers.values():
             writer.flush()  # so that the logs survive if the process is killed
