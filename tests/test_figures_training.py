@@ -46,6 +46,12 @@ def test_every_run_is_drawn_in_both_panels_in_its_methods_colour():
     assert high > best
 
 
+def test_one_panel_shows_curves_that_are_close_and_a_single_point():
+    curves = {"vae": np.array([[100.0, -3.0]]), "avb": np.array([[100.0, -2.5], [200.0, -2.0]])}
+    (axes,) = training_curves.draw(curves, {run: run for run in curves}).axes
+    assert {line.get_marker() for line in axes.lines if len(line.get_xdata())} == {"o"}
+
+
 def test_a_run_is_drawn_with_both_bounds_of_the_same_examples(tmp_path):
     for tag, value in {
         "elbo": -2.0, "monitored_elbo": -2.5, training_curves.BOUND: -2.25,

@@ -40,29 +40,38 @@ def read(workdir: Path, tag: str = BOUND, side: str = "validation") -> np.ndarra
 
 
 def draw(curves: Mapping[str, np.ndarray], methods: Mapping[str, str]) -> Figure:
-    """Draws the importance-weighted bound of every run against the step; a second panel zooms in.
+    """Draws the importance-weighted bound of every run against the step.
+
+    If the range is wide, a second panel zooms in on the best values.
 
     Args:
       curves: run -> [points, 2], as `read` returns them, not empty.
       methods: run -> its method, which sets the colour.
     """
-    figure = Figure((10, 4), layout="constrained")
-    whole, close = figure.subplots(1, 2)
-    colours = {m: _COLOURS[i % 10] for i, m in enumerate(dict.fromkeys(methods.values()))}
-    for run, curve in curves.items():
-        for axes in (whole, close):
-            axes.plot(*curve.T, color=colours[methods[run]], linewidth=1)
-    for method, colour in colours.items():
-        whole.plot([], [], color=colour, label=method)
     best = max(curve[:, 1].max() for curve in curves.values())
-    close.set_ylim(best - _CLOSE, best + 0.1 * _CLOSE)
-    whole.set_title("log p(x) by importance sampling, a lower bound")
-    close.set_title(f"within {_CLOSE:.0f} nats of the best")
-    for axes in (whole, close):
+    worst = min(curve[:, 1].min() for curve in curves.values())
+    panels = 2 if worst < best - _CLOSE else 1
+    figure = Figure((5 * panels, 4), layout="constrained")
+    whole, *close = figure.subplots(1, panels, squeeze=False)[0]
+    colours = {m: _COLOURS[i % 10] for i, m in enumerate(dict.fromkeys(methods.values()))}
+    for axes in (whole, *close):
+        for run, curve in curves.items():
+            axes.plot(*curve.T, color=colours[methods[run]], linewidth=1, **_marker(curve))
         axes.set_xlabel("primal steps")
         axes.set_ylabel("nats per held-out example")
+    for method, colour in colours.items():
+        whole.plot([], [], color=colour, label=method)
+    whole.set_title("log p(x) by importance sampling, a lower bound")
+    for axes in close:
+        axes.set_ylim(best - _CLOSE, best + 0.1 * _CLOSE)
+        axes.set_title(f"within {_CLOSE:.0f} nats of the best")
     whole.legend(loc="center right", frameon=False)
     return figure
+
+
+def _marker(curve) -> dict[str, Any]:
+    """Returns the marker of a short curve, because a single point has no line."""
+    return {"marker": "o", "markersize": 3} if len(curve) <= _MARKED else {}
 
 
 def of_run(workdir: Path) -> Figure | None:
@@ -96,8 +105,7 @@ def of_run(workdir: Path) -> Figure | None:
         for name, curve in curves.items():
             if len(curve):
                 style = "--" if name.endswith("train") else "-"
-                marker = "o" if len(curve) <= _MARKED else None  # a single point has no line
-                axes.plot(*curve.T, style, marker=marker, markersize=3, linewidth=1.2, label=name)
+                axes.plot(*curve.T, style, linewidth=1.2, label=name, **_marker(curve))
         if curves is difference:
             lower, upper = (read(workdir, f"{DIFFERENCE}_{end}") for end in ("lower", "upper"))
             if len(lower):
