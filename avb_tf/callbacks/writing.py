@@ -13,8 +13,8 @@ import tensorflow as tf
 from avb_tf import checkpoints, figures
 from avb_tf.figures import model as model_figures
 
-# Logged once more as "Bound/...": TensorBoard sorts capitals first, and so opens on the bound and on
-# its paired difference from another bound. That bound itself is of fewer examples than the ELBO.
+# Logged once more as "Bound/...": TensorBoard sorts capitals first, and so opens on the bound and
+# on its paired difference from another bound. That bound itself is of fewer examples than the ELBO.
 BOUND = ("elbo", "elbo_minus_importance_bound")
 
 
