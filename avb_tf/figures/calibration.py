@@ -74,7 +74,7 @@ def _ranks(axes, shares: Mapping[str, np.ndarray], band: float):
         uniform = np.arange(1, len(share) + 1) / len(share)
         axes.plot(uniform, _difference(share), linewidth=1.0, label=name)
     axes.axhspan(-band, band, color="0.9", zorder=0, label="95% of uniform ranks")
-    axes.set_ylabel("distribution function minus the uniform one")
+    axes.set_ylabel("distribution minus uniform")
     axes.legend(fontsize=6, ncols=2)
 
 
