@@ -142,12 +142,12 @@ def main():
     parser.add_argument("--tables", nargs="+", default=["real", "counts"])
     arguments = parser.parse_args()
     for name in arguments.tables:
-        cells = []
+        header = ("seed", name, "log p(x)", "less the reference", "imputation error")
         for seed in arguments.seeds:
             made = {"real": real, "counts": counts}[name](seed)
-            cells += [(str(seed), *row) for row in rows(*made)]
-        header = ("seed", name, "log p(x)", "less the reference", "imputation error")
-        print(tables.aligned([list(column) for column in zip(header, *cells, strict=True)]))
+            cells = [(str(seed), *row) for row in rows(*made)]
+            columns = [list(column) for column in zip(header, *cells, strict=True)]
+            print(tables.aligned(columns), flush=True)
 
 
 if __name__ == "__main__":
