@@ -49,6 +49,7 @@ def test_mnist_conv_trains_with_narrow_networks(variant, tmp_path):
     np.savez(tmp_path / "x.npz", x_train=rng.integers(0, 256, (30, 28, 28, 1), np.uint8))
     config = shorten(mnist_conv.get_config(variant))
     config.model.update(NARROW | {"products": 16, "adversary_depth": 1})
+    config.model.filters = (4,) * len(config.model.strides)
     config.monitor.examples, config.monitor.samples = 2, 4
     config.data.name, config.data.path = "npz", str(tmp_path / "x.npz")
     train.train(config, tmp_path / "run")
