@@ -517,7 +517,7 @@ class AVB(Restorable, Inference):
         }
         return {"loss": -means["elbo"], **means}
 
-    # Use, beside the methods of `Inference`.
+    # Use. `Inference` has the methods that do not need the adversary.
 
     def log_ratios(
         self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0
