@@ -151,7 +151,8 @@ class Plain(Restorable, keras.layers.Layer):
 
 def log_normal(z: tf.Tensor) -> tf.Tensor:
     """Returns log N(z; 0, I) in nats, [..., dim] -> [...]."""
-    constant = 0.5 * z.shape[-1:].num_elements() * math.log(2.0 * math.pi)
+    dim: Any = z.shape[-1]
+    constant = 0.5 * dim * math.log(2.0 * math.pi)
     return -0.5 * tf.reduce_sum(z**2, -1) - constant
 
 
