@@ -184,6 +184,40 @@ def test_a_proper_posterior_with_a_pole_and_heavy_tails_is_not_called_improper()
     np.testing.assert_allclose(u.mean(0), means, atol=0.3)
 
 
+def normal(x, mean=0.0, deviation=1.0):
+    return tfd.Normal(mean, deviation).log_prob(x)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "density",
+    [
+        lambda x: normal(x[..., 0]) + normal(x[..., 1], 3.0 * (x[..., 0] ** 2 - 1.0), 0.3),
+        lambda x: normal(x[..., 0]) + normal(x[..., 1], x[..., 0] ** 3, 0.3),
+        lambda x: normal(x[..., 0]) + normal(x[..., 1], 3.0 * tf.sin(x[..., 0]), 0.3),
+        lambda x: normal(x[..., 0], 0.0, 3.0) + normal(x[..., 1], 0.0, tf.exp(x[..., 0] / 2.0)),
+    ],
+    ids=["parabola", "cubic", "sine", "funnel"],
+)
+def test_a_posterior_with_a_bent_ridge_is_not_called_improper(density, seed):
+    assert right(start.find(models.make(density, shape=[2]), seed).log_evidence, 0.0)
+
+
+def test_a_line_that_climbs_a_ridge_far_out_is_no_sign_of_an_improper_posterior():
+    def density(x):
+        bent = 3.0 * (x[:, 0] ** 2 - 1.0)
+        return stats.norm.logpdf(x[:, 0]) + stats.norm.logpdf(x[:, 1], bent, 0.3)
+
+    def flat(x):
+        return np.where(np.abs(x[:, 1]) < 1e6, -0.5 * x[:, 0] ** 2, -np.inf)
+
+    for slope in (1e-1, 1e-2, 1e-3):  # the lines cross the parabola at 30, ..., 3e5
+        line = np.array([[slope, 1.0], [-slope, 1.0]])
+        assert not tails.improper(tails.slopes(density, np.zeros(2), line)).any()
+    # A density that overflows far out, after it has been flat, is improper.
+    assert tails.improper(tails.slopes(flat, np.zeros(2), np.eye(2))).tolist() == [False, True]
+
+
 @pytest.mark.parametrize(
     "density",
     [

@@ -20,7 +20,7 @@ from tensorflow_probability import distributions as tfd
 
 _LIGHT = 0.06  # tails of lower weight stay as they are: t with about 17 degrees of freedom
 _HEAVIEST = 2.0  # largest weight: t with half a degree of freedom
-_DISTANCES = 10.0 ** np.arange(2.0, 6.0)  # distances between which slopes are measured, in scales
+_DISTANCES = 10.0 ** np.arange(2.0, 8.0)  # distances between which slopes are measured, in scales
 
 
 class Tails(NamedTuple):
@@ -108,12 +108,18 @@ def slopes(
 def improper(slopes: np.ndarray, dim: int = 1) -> np.ndarray:
     """Returns whether the density's integral diverges at either end of each line, [lines].
 
+    The farthest slope that is finite decides. Nearer ones may be positive although the posterior is
+    proper: a line that crosses a bent ridge far out climbs it first.
+
     Args:
       slopes: slopes from the function `slopes`, [2, lines, distances - 1].
       dim: dimensions of the cone around a line in which the density falls alike; 1 for a line
         alone.
     """
-    return (slopes[..., -2:].max(-1) > -1.02 * dim).any(0)
+    finite = np.isfinite(slopes)
+    farthest = slopes.shape[-1] - 1 - finite[..., ::-1].argmax(-1)
+    last = np.take_along_axis(slopes, farthest[..., np.newaxis], -1)[..., 0]
+    return (finite.any(-1) & (last > -1.02 * dim)).any(0)
 
 
 def of_slopes(slopes: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:
