@@ -89,9 +89,32 @@ def test_the_share_of_a_mode_does_not_depend_on_the_gaussian_put_there(factor):
     scores = hmc.scores(target.log_density, target.dtype)
     roots = factor * widths[:, np.newaxis, np.newaxis] * np.eye(2)
     modes = search.Modes(np.array([[0.0, 0.0], [9.0, 9.0]]), roots, np.zeros(2))
-    shares = search.masses(scores, modes, 0.0, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    shares = search.unseen(scores, modes, 0.0, lambda x: np.full(len(x), -np.inf), rng)
     # The standard deviation of the weights of 256 draws is 0.4 and 0.9 times their mean.
     np.testing.assert_allclose(shares / weights, 1.0, atol=4 * (0.4 if factor == 1 else 0.9) / 16)
+
+
+def test_modes_on_one_shell_count_once_and_only_where_the_known_density_is_low():
+    """Each point of a shell is a mode, and each of their Gaussians covers the whole shell."""
+    radii = np.linspace(0.0, 6.0, 2001)
+    mass = 2.0 * np.pi**2 * radii**3 * np.exp(-0.5 * ((radii - 3.0) / 0.3) ** 2)
+    evidence = np.log(integrate.trapezoid(mass, radii))
+    target = models.make(
+        lambda x: -0.5 * ((tf.norm(x, axis=-1) - 3.0) / 0.3) ** 2, shape=[4], dtype="float64"
+    )
+    scores = hmc.scores(target.log_density, target.dtype)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=[20, 4])
+    x *= 3.0 / np.linalg.norm(x, axis=1, keepdims=True)
+    modes = search.Modes(x, np.stack([1.5 * np.eye(4)] * 20), np.zeros(20))
+
+    def known_on_one_side(x):
+        return np.where(x[:, 0] > 0, scores(x)[0] - evidence, -np.inf)
+
+    for known, share in ((lambda x: np.full(len(x), -np.inf), 1.0), (known_on_one_side, 0.5)):
+        found = search.unseen(scores, modes, evidence, known, rng).sum()
+        assert found == pytest.approx(share, abs=0.08)  # the weights' relative sd is about 1.5
 
 
 def test_the_neck_of_a_hierarchical_model_is_no_lost_mode():

@@ -174,8 +174,7 @@ def _lost_modes(given: Given, points: np.ndarray, log_evidence: float, rng) -> M
     if not len(maxima):
         return None
     modes = search.modes(given.scores, maxima)
-    excess = given.scores(modes.x)[0] - log_evidence - given.log_density(modes.x)
-    lost = (excess > np.log(10.0)) & (search.masses(given.scores, modes, log_evidence, rng) > _LOST)
+    lost = search.unseen(given.scores, modes, log_evidence, given.log_density, rng) > _LOST
     if not lost.any():
         return None
     gaussians = list(zip(modes.x[lost], modes.roots[lost], strict=True))

@@ -95,9 +95,9 @@ def of_gaussians(
       gaussians: pairs of a mean [dim] and the symmetric root of a covariance [dim, dim].
       degrees: degrees of freedom of the components; infinity for Gaussians.
     """
-    means = np.stack([mean for mean, _ in gaussians])
-    roots = np.stack([lower(root @ root.T) for _, root in gaussians])
-    return Mixture(np.full(len(means), 1.0 / len(means)), means, roots, degrees)
+    means, roots = map(np.stack, zip(*gaussians, strict=True))
+    lowered = np.stack([lower(root @ root.T) for root in roots])
+    return Mixture(np.full(len(means), 1.0 / len(means)), means, lowered, degrees)
 
 
 def lower(covariance: np.ndarray) -> np.ndarray:

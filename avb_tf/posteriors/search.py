@@ -192,26 +192,39 @@ def _laplace(scores, x, score):
     return inverse.T @ inverse, (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
-def masses(
-    scores: Scores, modes: Modes, log_normaliser: float, rng: np.random.Generator
+def unseen(
+    scores: Scores,
+    modes: Modes,
+    log_normaliser: float,
+    known: Callable[[np.ndarray], np.ndarray],
+    rng: np.random.Generator,
+    slack: float = 0.0,
 ) -> np.ndarray:
-    """Returns the share of the posterior at each mode, [modes], by importance sampling.
+    """Returns the share of the posterior at each mode that a known density lacks, [modes].
 
-    Laplace's approximation is far off at a pole, such as the neck of a hierarchical model.
+    The share is that of the region where the known density is less than a tenth of the posterior's.
+    It is found by importance sampling, because Laplace's approximation is far off at a pole, such
+    as the neck of a hierarchical model. The proposal is a mixture over all modes, so that the mass
+    of a shell, on which each point is a mode, counts once.
 
     Args:
       scores: function from x [n, dim] to the log density [n] and its gradient [n, dim].
       modes: the modes, from the function `modes`.
       log_normaliser: log normaliser of the density, in nats.
+      known: function from x [n, dim] to the known log density [n] in nats.
       rng: source of random numbers.
+      slack: nats by which the posterior's density exceeds the known one in the known region.
     """
-    shares = []
-    for mode, root in zip(modes.x, modes.roots, strict=True):
-        near = mixture.of_gaussians([(mode, root)], mixture.DEGREES)
-        x = near.draw(_MASS_DRAWS, rng)
-        log_weights = scores(x)[0] - near.log_density(x) - log_normaliser
-        shares.append(np.exp(np.minimum(np.nan_to_num(log_weights, nan=-np.inf), 50.0)).mean())
-    return np.array(shares)
+    gaussians = list(zip(modes.x, modes.roots, strict=True))
+    near = mixture.of_gaussians(gaussians, mixture.DEGREES)
+    each = [mixture.of_gaussians([one], mixture.DEGREES) for one in gaussians]
+    x = np.concatenate([one.draw(_MASS_DRAWS, rng) for one in each])
+    density = np.nan_to_num(scores(x)[0], nan=-np.inf) - log_normaliser
+    joint = near.log_densities(x)
+    log_near = np.logaddexp.reduce(joint)
+    weights = np.exp(np.minimum(density - log_near, 50.0))
+    weights *= density - known(x) > np.log(10.0) + slack
+    return (weights * np.exp(joint - log_near)).mean(1)
 
 
 class Look(NamedTuple):

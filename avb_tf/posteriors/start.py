@@ -35,6 +35,7 @@ LARGEST = 200  # most dimensions for a full covariance
 LARGEST_OF_ALL = 2000  # most dimensions of a posterior
 AGAIN = 2  # most times that the chains run again with the findings of the wide search
 LACKING = 0.03  # share of the posterior that the chains may lack
+NEW = 1e-3  # share of the posterior from which a mode that the chains lack is added
 LOOK_SHARE = 0.6  # share of the start's seconds for the wide search
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, if no seconds are given
 LOOK_POINTS = 2**13  # points of the wide search per training step, if no seconds are given
@@ -316,22 +317,23 @@ def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
     means, roots, lacking = [], [], 0.0
     if len(look.x):
         modes = search.modes(scores, search.climb(scores, look.x))
-        excess = scores(modes.x)[0] - sampled.log_normaliser - known.log_density(modes.x)
-        mass = search.masses(scores, modes, sampled.log_normaliser, rng)
-        fresh = (excess > np.log(3.0) + sampled.excess) & (mass > 1e-3)
+        mass = search.unseen(
+            scores, modes, sampled.log_normaliser, known.log_density, rng, sampled.excess
+        )
+        fresh = mass > NEW
         means += list(modes.x[fresh])
         roots += [mixture.lower(root @ root) for root in modes.roots[fresh]]
-        lacking = mass[fresh].sum() / (1.0 + mass[fresh].sum())
+        lacking = mass.sum() / (1.0 + mass.sum())
     if len(look.where) and look.lacking > LACKING:
         density = scores(look.where)[0] - sampled.log_normaliser
         excess = density - known.log_density(look.where)
-        unseen = look.where[excess > np.log(10.0) + sampled.excess]
-        share = look.lacking * len(unseen) / len(look.where)
+        where = look.where[excess > np.log(10.0) + sampled.excess]
+        share = look.lacking * len(where) / len(look.where)
         if share > LACKING:
             lacking = max(lacking, share)
-            means.append(unseen.mean(0))
-            spread = np.cov(unseen.T) if len(unseen) > 1 else np.zeros([unseen.shape[1]] * 2)
-            small = 1e-6 * np.eye(unseen.shape[1]) * (1.0 + np.trace(np.atleast_2d(spread)))
+            means.append(where.mean(0))
+            spread = np.cov(where.T) if len(where) > 1 else np.zeros([where.shape[1]] * 2)
+            small = 1e-6 * np.eye(where.shape[1]) * (1.0 + np.trace(np.atleast_2d(spread)))
             roots.append(mixture.lower(np.atleast_2d(spread) + small))
     if not means:
         return None, lacking
