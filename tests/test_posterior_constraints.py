@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
 from avb_tf import UserError
-from avb_tf.posteriors import constraints, hmc, models
+from avb_tf.posteriors import constraints, hmc, models, start
 
 EYE = np.eye(3, dtype=np.float64)
 
@@ -80,6 +80,49 @@ def test_tfps_own_bijectors_of_these_are_still_wrong():
         )
     with pytest.raises(TypeError, match="newshape"):
         tfd.Dirichlet([1.0, 1.0]).experimental_default_event_space_bijector()
+    # The last probability at u = 30 is 9e-14, which float32 has.
+    assert float(tfb.IteratedSigmoidCentered().forward(tf.constant([30.0]))[1]) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_small_probabilities_keep_their_digits(dtype):
+    u = np.array([[60.0, 0.0], [-60.0, 0.0], [0.0, 1000.0], [-40.0, -50.0]], dtype)
+    padded = np.concatenate([u.astype(np.float64), np.zeros([4, 1])], 1)
+    logs = padded - special.logsumexp(padded, axis=1, keepdims=True)
+    bijector = constraints.simplex()
+    with np.errstate(under="ignore"):
+        exact = np.exp(logs).astype(dtype)
+    np.testing.assert_allclose(bijector.forward(tf.constant(u)), exact, rtol=2e-5, atol=1e-37)
+    stated = bijector.forward_log_det_jacobian(tf.constant(u), event_ndims=1)
+    np.testing.assert_allclose(stated, logs.sum(1), rtol=1e-6)
+    p = tf.constant(exact[:2])
+    np.testing.assert_allclose(bijector.inverse(p), u[:2], rtol=1e-5, atol=1e-4)
+    volume = bijector.inverse_log_det_jacobian(p, event_ndims=1)
+    np.testing.assert_allclose(volume, -logs[:2].sum(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [3, 10])
+@pytest.mark.parametrize("concentration", [0.1, 1.0])
+def test_a_sparse_dirichlet_and_counts_have_the_closed_forms(dim, concentration):
+    counts = np.zeros(dim, np.float32)
+    counts[:2] = 7.0, 2.0
+    prior = np.full(dim, concentration, np.float32)
+    joint = tfd.JointDistributionNamed(
+        {"p": tfd.Dirichlet(prior), "y": lambda p: tfd.Multinomial(9.0, probs=p)}
+    )
+    target = models.make(joint, {"y": counts})
+    begun = start.find(target)
+    after = prior + counts
+    exact = (
+        special.gammaln(10.0) - special.gammaln(counts + 1.0).sum()
+        + special.gammaln(prior.sum()) - special.gammaln(after.sum())
+        + (special.gammaln(after) - special.gammaln(prior)).sum()
+    )  # fmt: skip
+    value, error = begun.log_evidence
+    assert abs(value - exact) < max(4.0 * error, 0.02)
+    u, _ = begun.place(begun.z, target.dtype)
+    p = target.constrain(u)["p"].numpy()
+    np.testing.assert_allclose(p.mean(0), after / after.sum(), atol=0.03)
 
 
 def test_moments_of_priors_by_quadrature_and_by_draws():

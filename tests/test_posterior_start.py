@@ -156,9 +156,9 @@ def test_coordinates_of_heavy_tails_and_their_inverse():
 def test_slopes_tell_tails_apart():
     def heaviness(distribution):
         scores = hmc.scores(lambda x: distribution.log_prob(x[..., 0]), tf.float64)
-        slopes = tails.slopes(lambda x: scores(x)[0], np.zeros(1), np.ones([1, 1]))
-        assert not tails.improper(slopes).any()
-        return tails.of_slopes(slopes, np.zeros(1), np.ones(1)).weight.max()
+        profile = tails.profile(lambda x: scores(x)[0], np.zeros(1), np.ones([1, 1]))
+        assert not tails.improper(profile).any()
+        return tails.of_profile(profile, np.zeros(1), np.ones(1)).weight.max()
 
     one = np.float64(1.0)
     for degrees in (1.0, 2.0, 4.0):
@@ -236,9 +236,23 @@ def test_a_line_that_climbs_a_ridge_far_out_is_no_sign_of_an_improper_posterior(
 
     for slope in (1e-1, 1e-2, 1e-3):  # the lines cross the parabola at 30, ..., 3e5
         line = np.array([[slope, 1.0], [-slope, 1.0]])
-        assert not tails.improper(tails.slopes(density, np.zeros(2), line)).any()
-    # A density that overflows far out, after it has been flat, is improper.
-    assert tails.improper(tails.slopes(flat, np.zeros(2), np.eye(2))).tolist() == [False, True]
+        assert not tails.improper(tails.profile(density, np.zeros(2), line)).any()
+
+    # A line through a funnel climbs until the density overflows.
+    def funnel(x):
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            width = np.exp(x[:, 0] / 2.0)
+            return (
+                stats.norm.logpdf(x[:, 0], 0.0, 3.0)
+                + stats.norm.logpdf(x[:, 1] / width)
+                - (np.log(width))
+            )
+
+    line = np.array([[0.015, 1.0]])
+    assert not tails.improper(tails.profile(funnel, np.array([-10.0, 0.0]), line)).any()
+    # A density that overflows far out after it was flat, or that grows, is improper.
+    assert tails.improper(tails.profile(flat, np.zeros(2), np.eye(2))).tolist() == [False, True]
+    assert tails.improper(tails.profile(lambda x: x[:, 1], np.zeros(2), np.eye(2))).all()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from avb_tf.posteriors import (
     comparison,
     fit,
     hmc,
+    mixture,
     models,
     result,
     sampler,
@@ -359,11 +360,54 @@ def test_refining_brings_a_lost_mode_back(one_mode):
 
 
 def test_a_fit_that_was_given_no_time_is_not_trusted():
-    def log_density(x):  # a thin ring, which no Gaussian fits
-        return -4.0 * (tf.reduce_sum(x**2, -1) - 4.0) ** 2
+    def log_density(x):  # a shell that is too thin for a few Gaussians
+        return -40.0 * (tf.reduce_sum(x**2, -1) - 4.0) ** 2
 
-    fit = avb_tf.fit_posterior(log_density, shape=[2], **QUICK)
+    fit = avb_tf.fit_posterior(log_density, shape=[4], **QUICK)
     assert fit.diagnostics().verdict != "trust"
+
+
+@pytest.mark.parametrize("seconds", [6.0, None])
+def test_modes_that_no_network_reaches_are_fitted_by_a_mixture(seconds, tmp_path):
+    """Three spikes in the plane, 100 and more standard deviations apart, 2 to 3 to 5."""
+    centres = np.array([[-3.0, 0.0], [0.0, 1.0], [4.0, 0.0]], np.float32)
+    weights, width = np.array([0.2, 0.3, 0.5], np.float32), 0.01
+    density = tfd.MixtureSameFamily(
+        tfd.Categorical(probs=weights),
+        tfd.MultivariateNormalDiag(centres, width * np.ones([3, 2], np.float32)),
+    )
+    settings = {"seconds": seconds, "verbose": False} if seconds else QUICK
+    fit = avb_tf.fit_posterior(density.log_prob, shape=[2], **settings)
+    assert fit.diagnostics().verdict == "trust"
+    u = fit.sample(20_000).numpy()
+    nearest = np.linalg.norm(u[:, np.newaxis] - centres, axis=-1).argmin(1)
+    np.testing.assert_allclose(np.bincount(nearest) / len(u), weights, atol=0.03)
+    away = u - centres[nearest]
+    np.testing.assert_allclose(away.std(0), width, rtol=0.05)
+    # log q is exact, so the mean log weight is the evidence less a small divergence.
+    assert -0.03 < fit.draws(4000).log_weights.mean() < 0.005
+    fit.save(tmp_path)
+    loaded = avb_tf.load_posterior(tmp_path)
+    np.testing.assert_array_equal(loaded.sample(100, seed=3), fit.sample(100, seed=3))
+    assert str(loaded.diagnostics()) == str(fit.diagnostics())
+
+
+def test_the_density_of_a_mixture_integrates_to_one_and_is_that_of_its_draws():
+    near = mixture.Mixture(
+        np.array([0.25, 0.75]), np.array([[-1.0], [2.0]]), np.array([[[0.5]], [[1.0]]]), np.inf
+    )
+    encoder = sampler.MixtureEncoder(near)
+    line = np.linspace(-6.0, 8.0, 2001, dtype=np.float32)
+    density = np.exp(encoder.log_density(line[:, np.newaxis]))
+    assert np.trapezoid(density, line) == pytest.approx(1.0, abs=1e-4)
+    noise = tf.random.stateless_normal([4000, 2], [0, 0])
+    z = encoder.z(noise).numpy()[:, 0]
+    cumulative = np.cumsum(density) * (line[1] - line[0])
+    assert stats.kstest(z, lambda x: np.interp(x, line, cumulative)).pvalue > 1e-3
+    drawn = encoder(tf.zeros([1, 1]), noise[:, tf.newaxis])
+    assert float(drawn.mean[0, 0]) == pytest.approx(1.25)
+    exact = 0.25 * (0.25 + 1.0) + 0.75 * (1.0 + 4.0) - 1.25**2
+    assert float(drawn.scale_tril[0, 0, 0]) ** 2 == pytest.approx(exact)
 
 
 # The networks.

@@ -9,7 +9,14 @@ from avb_tf.adversaries import ResidualAdversary
 from avb_tf.likelihoods import Likelihood
 from avb_tf.model import AVB
 from avb_tf.networks import DenseStack
-from avb_tf.posteriors.sampler import Chart, GatedEncoder, NormalEncoder, Plain, log_normal
+from avb_tf.posteriors.sampler import (
+    Chart,
+    GatedEncoder,
+    MixtureEncoder,
+    NormalEncoder,
+    Plain,
+    log_normal,
+)
 from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import LogDensity, Target, value_and_gradient
 
@@ -56,6 +63,20 @@ def chart_trainer(
     chart = Chart(target.dim, settings["chart_steps"], settings["chart_width"])
     encoder = NormalEncoder(target.dim)
     return _model(target, start, seed, settings, encoder, chart, None, emerged)
+
+
+def mixed(target: Target, start: Start, seed: int, settings: dict[str, Any]) -> AVB:
+    """Returns a model whose q is the mixture that the start has fitted to its chains.
+
+    Args:
+      target: the posterior.
+      start: coordinates in which the posterior has mean 0 and covariance I, with the mixture.
+      seed: seed of the noise.
+      settings: settings of the fit.
+    """
+    encoder = MixtureEncoder(start.mixture)
+    settings = {**settings, "ema_decay": 0.0}  # nothing is trained
+    return _model(target, start, seed, settings, encoder, Plain(), None, 1.0)
 
 
 def _model(target, start, seed, settings, encoder, decoder, adversary, emerged):

@@ -4,7 +4,8 @@
 
 This module uses TFP's bijectors except for those that are wrong or fail. It replaces the bijectors
 of correlation matrices (wrong log determinant), Wishart matrices (softplus applied twice),
-simplexes (`SoftmaxCentered` fails with current numpy) and intervals with one infinite end (NaN).
+simplexes (`SoftmaxCentered` fails with current numpy, and `IteratedSigmoidCentered` loses small
+probabilities to cancellation) and intervals with one infinite end (NaN).
 """
 
 import numpy as np
@@ -15,6 +16,7 @@ from tensorflow_probability import distributions as tfd
 from avb_tf.errors import UserError
 from avb_tf.posteriors.target import first_line, value_and_gradient
 
+TINY = np.finfo(np.float32).tiny  # smallest probability
 _DRAWS = 512  # draws of the prior that the inverse and the bijector must reproduce
 _MANY = 2048  # draws that check a density against its own draws
 _STANDARD_ERRORS = 7.0  # largest deviation that this check accepts
@@ -55,6 +57,53 @@ class CorrelationOuterProduct(tfb.Bijector):
         )[..., 0]
 
 
+class LogRatios(tfb.Bijector):
+    """Probabilities from the logarithms of their ratios to the last one: p = softmax([u, 0]).
+
+        LogRatios().forward(tf.zeros([2]))  # [1/3, 1/3, 1/3]
+
+    The log determinant is that of all entries but the last, over which TFP defines densities. It is
+    the sum of all log p.
+    """
+
+    def __init__(self, name: str = "log_ratios"):
+        parameters = dict(locals())
+        super().__init__(forward_min_event_ndims=1, parameters=parameters, name=name)
+
+    def _forward(self, x):
+        # A probability of 0 would have an infinite density under a sparse Dirichlet.
+        return tf.maximum(tf.exp(self._log_forward(x)), x.dtype.as_numpy_dtype(TINY))
+
+    def _log_forward(self, x):
+        return tf.nn.log_softmax(tf.concat([x, tf.zeros_like(x[..., :1])], -1))
+
+    def _inverse(self, y):
+        logs = tf.math.log(y)
+        return logs[..., :-1] - logs[..., -1:]
+
+    def _forward_log_det_jacobian(self, x):
+        return tf.reduce_sum(self._log_forward(x), -1)
+
+    def _inverse_log_det_jacobian(self, y):
+        return -tf.reduce_sum(tf.math.log(y), -1)
+
+    def _forward_event_shape(self, input_shape):
+        return input_shape[:-1].concatenate(
+            [None if input_shape[-1] is None else input_shape[-1] + 1]
+        )
+
+    def _inverse_event_shape(self, output_shape):
+        return output_shape[:-1].concatenate(
+            [None if output_shape[-1] is None else output_shape[-1] - 1]
+        )
+
+    def _forward_event_shape_tensor(self, input_shape):
+        return tf.concat([input_shape[:-1], input_shape[-1:] + 1], 0)
+
+    def _inverse_event_shape_tensor(self, output_shape):
+        return tf.concat([output_shape[:-1], output_shape[-1:] - 1], 0)
+
+
 class VolumeOf(tfb.Bijector):
     """The identity with another bijector's log determinant.
 
@@ -82,8 +131,8 @@ class VolumeOf(tfb.Bijector):
 
 
 def simplex() -> tfb.Bijector:
-    """Returns the bijector from R^n to n + 1 probabilities: stick-breaking, uniform at 0."""
-    return tfb.IteratedSigmoidCentered()
+    """Returns the bijector from R^n to n + 1 probabilities, uniform at 0."""
+    return LogRatios()
 
 
 def cholesky_factor() -> tfb.Bijector:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 _ROUNDS = 100
-_UNKNOWN = 0.5  # nats: with a larger standard error, the two sets of draws hardly overlap
+_UNKNOWN = 0.5  # nats: with a larger standard error, the evidence counts as unknown
 
 
 class Evidence(NamedTuple):
@@ -62,6 +62,12 @@ def bridge(at_proposal: np.ndarray, at_states: np.ndarray) -> Evidence:
     variance += spread / of_p.mean() ** 2
     error = float(np.sqrt(variance))
     return Evidence(float(value), error) if error < _UNKNOWN else UNKNOWN
+
+
+def with_error(estimate: Evidence, error: float) -> Evidence:
+    """Returns the estimate with another independent standard error, in nats, added to its own."""
+    total = float(np.hypot(estimate.standard_error, error))
+    return estimate._replace(standard_error=total) if total < _UNKNOWN else UNKNOWN
 
 
 def _sigmoid(log_ratio, share):

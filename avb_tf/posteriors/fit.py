@@ -33,8 +33,9 @@ FAR = 10.0  # nats, see `divergence`
 CLOSE, FOLLOWED = 0.3, 3.0  # nats of `divergence`, see `helps`
 TIE = 0.02  # total variation: about the error of the difference of two distances
 START_SHARE = 0.35  # share of the seconds that the start may take
-# Fewer seconds than SHORT do not suffice to train a network, so the start gets SHORT_SHARE of them.
-SHORT, SHORT_SHARE = 15.0, 0.75
+# Fewer seconds than SHORT do not suffice to train a network. The start then gets SHORT_SHARE of
+# them, and the fit is the mixture that it found.
+SHORT, SHORT_SHARE = 15.0, 0.65
 VERDICT_SHARE = 0.1  # share of the seconds reserved for the verdict
 TRACED = 5.0  # time to trace a model, relative to the time to build it
 SLOWER = 1.5  # time to trace AVB, relative to the time to trace the chart's trainer
@@ -67,8 +68,8 @@ def fit_posterior(
         unobserved parts.
       steps: number of training steps; 3000 if `seconds` is not given either.
       seconds: time that the whole call may take. The number of training steps then depends on the
-        machine, so the fit is not determined by `seed` alone. If the time does not suffice to build
-        and train networks, the fit is a Gaussian.
+        machine, so the fit is not determined by `seed` alone. Below 15 seconds no network is
+        trained, and the fit is a mixture of Gaussians.
       seed: seed of the whole fit. TensorFlow's global seed is set.
       shape: shape of the log density's argument, or a dict or sequence of shapes.
       bijector: bijector from R^n to the log density's support, in the structure of `shape`.
@@ -119,28 +120,39 @@ def seeded(seed: int) -> Generator[None]:
 
 
 def _trained(target, start, seed, settings, clock) -> PosteriorFit:
-    """Trains the chart, then AVB on the chart, and returns the better of the two fits."""
+    """Trains the chart, then AVB on the chart, and returns the best of the three fits.
+
+    The other two have a known density: T is exactly 0 for the chart alone, applied to N(0, I), and
+    exact for the mixture that the start has found. The chart is better if the adversary cannot
+    follow the posterior, and the mixture if the modes lie so far apart that networks do not reach
+    them from N(0, I).
+    """
+    mixed = None
+    if start.mixture is not None:
+        model = building.mixed(target, start, seed, settings)
+        mixed = PosteriorFit(target, start, model, 0.0, seed, settings, {})
+        if clock.seconds and clock.seconds < SHORT:
+            return mixed
     emerged = tf.Variable(0.0, trainable=False)
     chart = _charted(target, start, seed, settings, clock, emerged)
     charted = not isinstance(chart, Plain)
-    # If the adversary cannot follow the posterior, the chart alone, applied to N(0, I), is the
-    # better fit: T is exactly 0 there, so the importance weights are exact.
     alone = _fit(target, start, seed, {**settings, "blocks": 0}, chart)
-    if target.dim > starting.LARGEST:  # no adversary can follow in so many dimensions
+    if mixed is None:  # no adversary can follow in so many dimensions
         return alone
+    known = mixed if mixed.overlap() + TIE < alone.overlap() else alone
     began = clock.elapsed()
     fit = _fit(target, start, seed, settings, chart, 1.0 if charted else emerged)
     tracing = SLOWER * clock.traced or TRACED * (clock.elapsed() - began)
     if clock.left() < tracing:
-        return alone
+        return known
     # The chart is frozen: trained together, the chart and the encoder undid each other's scales,
     # and the adversary could follow neither.
     fit.model.decoder.trainable = False
     annealed = None if charted else emerged
     history = training.train(fit.model, settings, clock, 1.0, settings["learning_rate"], annealed)
-    alone.steps = fit.steps = int(fit.model.step.value)
-    alone.history = fit.history = history
-    return fit if fit.overlap() <= alone.overlap() + TIE else alone
+    known.steps = fit.steps = int(fit.model.step.value)
+    known.history = fit.history = history
+    return fit if fit.overlap() <= known.overlap() + TIE else known
 
 
 def _fit(target, start, seed, settings, chart, emerged=1.0) -> PosteriorFit:
@@ -225,10 +237,14 @@ def load_posterior(path: Path | str) -> PosteriorFit:
         target = targets.load(path / MODEL)
         before = "z" in meta  # an earlier version stored the start in the JSON file
         start = starting.of_record(meta) if before else starting.load(path / START)
-        avb = building.avb(target, start, meta["seed"], meta["settings"], meta["charted"])
-        avb.load_weights(path / WEIGHTS)
+        settings = meta["seed"], meta["settings"]
+        if meta.get("mixed", False):  # an earlier version had no mixtures
+            model = building.mixed(target, start, *settings)
+        else:
+            model = building.avb(target, start, *settings, meta["charted"])
+        model.load_weights(path / WEIGHTS)
         fit = PosteriorFit(
-            target, start, avb, meta["seconds"], meta["seed"], meta["settings"], meta["history"]
+            target, start, model, meta["seconds"], meta["seed"], meta["settings"], meta["history"]
         )
         fit.steps = meta.get("steps", fit.steps)  # earlier versions did not store it
         return fit

@@ -28,7 +28,8 @@ class ChainStates(NamedTuple):
 def scores(log_density: LogDensity, dtype: tf.DType) -> Scores:
     """Returns the function from x [n, dim] to the log density [n] and its gradient [n, dim].
 
-    The result is in float64; `log_density` is evaluated in `dtype`.
+    The result is in float64; `log_density` is evaluated in `dtype`. Where it is not finite, the
+    result is minus infinity.
     """
 
     @tf.function(autograph=False, reduce_retracing=True)
@@ -38,8 +39,8 @@ def scores(log_density: LogDensity, dtype: tf.DType) -> Scores:
     def evaluate(x):
         with np.errstate(over="ignore"):  # x overflows far out, where the density is not finite
             x = np.asarray(x, dtype.as_numpy_dtype)
-        density, gradient = function(tf.constant(x))
-        return np.asarray(density, np.float64), np.asarray(gradient, np.float64)
+        density, gradient = (np.asarray(part, np.float64) for part in function(tf.constant(x)))
+        return np.where(np.isfinite(density), density, -np.inf), gradient
 
     return evaluate
 

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import special
 
 DEGREES = 5.0  # degrees of freedom: tails heavier than a Gaussian's, and a finite covariance
+_LIGHTER = (5.0, 10.0, 20.0, 50.0, 100.0)  # degrees of freedom, see `with_likely_tails`
 _LARGEST_WORK = 2 * 10**5  # largest product of components and squared dimensions
 _ROUNDS = 4  # rounds of expectation maximisation
 
@@ -44,6 +45,18 @@ class Mixture(NamedTuple):
         The scale matrix of a Student t differs from its covariance by (degrees - 2) / degrees.
         """
         return (self.degrees - 2.0) / chi_square
+
+    def merged(self) -> "Mixture":
+        """Returns a single component with the mixture's mean and covariance."""
+        mean = self.weights @ self.means
+        away = self.means - mean
+        covariance = np.einsum(
+            "k,kij->ij", self.weights, self.roots @ np.swapaxes(self.roots, 1, 2)
+        )
+        covariance += np.einsum("k,ki,kj->ij", self.weights, away, away)
+        return self._replace(
+            weights=np.ones(1), means=mean[np.newaxis], roots=lower(covariance)[np.newaxis]
+        )
 
     def log_densities(self, x: np.ndarray) -> np.ndarray:
         """Returns log(weight * density) of each component in nats, [n, dim] -> [components, n]."""
@@ -135,3 +148,23 @@ def fitted(x: np.ndarray, initial: Mixture) -> Mixture:
         weights = mass / count + 0.02 / len(mass)
         weights /= weights.sum()
     return Mixture(weights, means, roots, degrees(dim))
+
+
+def weighted(mixture: Mixture, x: np.ndarray) -> Mixture:
+    """Returns the Gaussians of the mixture that have some of the draws x [n, dim], so weighted."""
+    mixture = mixture._replace(degrees=np.inf)
+    joint = mixture.log_densities(x)
+    weights = np.exp(joint - np.logaddexp.reduce(joint)).mean(1)
+    kept = weights > 1.0 / len(x)
+    kept_weights = weights[kept] / weights[kept].sum()
+    return Mixture(kept_weights, mixture.means[kept], mixture.roots[kept], np.inf)
+
+
+def with_likely_tails(mixture: Mixture, x: np.ndarray) -> Mixture:
+    """Returns the mixture with the degrees of freedom that are likeliest for draws x [n, dim].
+
+    As a proposal, a mixture needs heavy tails. As the known density of a search, it would hide
+    narrow modes far out by them.
+    """
+    candidates = [mixture._replace(degrees=degrees) for degrees in _LIGHTER]
+    return max(candidates, key=lambda one: one.log_density(x).mean())

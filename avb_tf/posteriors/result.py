@@ -210,6 +210,7 @@ class PosteriorFit:
             "settings": self.settings,
             "history": self.history,
             "charted": isinstance(self.model.decoder, Chart),
+            "mixed": self.model.adversary is None,
         }
         content = json.dumps(meta) + "\n"
         with files.saving(Path(path), META, content, WEIGHTS, MODEL, START) as new:
@@ -254,8 +255,11 @@ class PosteriorFit:
         return contrast.full_contrast(self.model.averaged_encoder(tf.zeros([1, 1]), noise))
 
     def _t(self, z, r):
-        """Returns T at z, [n, dim] -> [n]."""
+        """Returns T = log q - log r at z, [n, dim] -> [n]; it is exact for a mixture."""
         adversary: Any = self.model.adversary
+        if adversary is None:
+            encoder: Any = self.model.averaged_encoder
+            return encoder.log_density(z) - r.log_prob(z[:, tf.newaxis])[:, 0]
         return adversary(tf.zeros([1, 1]), contrast.whiten(z[:, tf.newaxis], r))[:, 0]
 
     def _described(self, z) -> Draws:
@@ -266,19 +270,22 @@ class PosteriorFit:
         density, log_q = self._log_density(u), self._log_q(z, volume)
         return Draws(
             np.asarray(u, np.float64),
-            np.where(np.isnan(density), -np.inf, density),
+            np.where(np.isfinite(density), density, -np.inf),
             np.where(np.isfinite(log_q), log_q, np.inf),
         )
 
     def _chains(self) -> Draws:
         """Returns the states of the start's chains as `Draws`, with q's density at them.
 
-        T is not trained far from the draws of q and r, where a large value could hide any distance.
-        It is therefore limited to the largest value at q's draws. Where the chart's inverse
-        overflows, q has no mass.
+        A learned T is not trained far from the draws of q and r, where a large value could hide any
+        distance. It is therefore limited to the largest value at q's draws. Where the chart's
+        inverse overflows, q has no mass.
         """
         chart: Any = self.model.averaged_decoder
-        highest = np.max(self._t(self._z(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED), self._contrast()))
+        highest = np.inf
+        if self.model.adversary is not None:
+            z = self._z(_DIAGNOSTIC_DRAWS, _DIAGNOSTIC_SEED)
+            highest = np.max(self._t(z, self._contrast()))
         u, _ = self.start.place(self.start.z, self.target.dtype)
         z = chart.inverse(tf.constant(self.start.z, tf.float32))
         log_q = self._log_q(z, self._charted(z)[1], highest)

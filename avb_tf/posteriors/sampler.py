@@ -10,6 +10,7 @@ from tensorflow_probability import distributions as tfd
 from avb_tf.encoders import Encoder, Posterior, fixed_noise, moments_of_draws
 from avb_tf.flows import MADE
 from avb_tf.networks import DenseStack, Restorable
+from avb_tf.posteriors.mixture import Mixture
 
 _register = keras.saving.register_keras_serializable("avb_tf")
 
@@ -37,6 +38,60 @@ class NormalEncoder(Encoder):
         mean, scale_tril = parameters
         log_prob = tfd.MultivariateNormalTriL(mean, scale_tril).log_prob(noise)
         return Posterior(noise, mean, scale_tril, log_prob=log_prob)
+
+
+class MixtureEncoder(Encoder):
+    """z from a mixture of Gaussians, the same for every x, with a known density and no weights.
+
+    The first noise selects the component, so that modes may lie far apart.
+
+    Args:
+      mixture: the mixture; it must be one of Gaussians.
+    """
+
+    def __init__(self, mixture: Mixture, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.latent_dim = mixture.means.shape[1]
+        self.noise_dim = self.latent_dim + 1
+        merged = mixture.merged()
+        self._moments = merged.means[0], merged.roots[0]
+        weights, self._means, self._roots = (
+            tf.constant(part, tf.float32)
+            for part in (mixture.weights, mixture.means, mixture.roots)
+        )
+        self._below = tf.cumsum(weights)[:-1]
+        components = tfd.MultivariateNormalTriL(self._means, self._roots)
+        self._density = tfd.MixtureSameFamily(tfd.Categorical(tf.math.log(weights)), components)
+
+    def parameters(self, x: tf.Tensor, training: bool = False) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the mixture's mean and scale, the same for every x [batch, ...]."""
+        shape = tf.shape(x)[:1]
+        return tuple(
+            tf.broadcast_to(tf.constant(moment, tf.float32), tf.concat([shape, moment.shape], 0))
+            for moment in self._moments
+        )
+
+    def draw(self, parameters: Any, noise: tf.Tensor, training: bool = False) -> Posterior:
+        """Returns draws of the mixture, with their log density.
+
+        Args:
+          parameters: mean [batch, latent] and scale [batch, latent, latent].
+          noise: [samples, batch, latent + 1].
+          training: ignored.
+        """
+        z = self.z(noise)
+        return Posterior(z, *parameters, log_prob=self.log_density(z))
+
+    def z(self, noise: tf.Tensor) -> tf.Tensor:
+        """Returns z for noise, [..., latent + 1] -> [..., latent]."""
+        uniform = 0.5 * tf.math.erfc(-noise[..., :1] / math.sqrt(2.0))
+        component = tf.reduce_sum(tf.cast(uniform > self._below, tf.int32), -1)
+        moved = self._means + tf.einsum("...j,kij->...ki", noise[..., 1:], self._roots)
+        return tf.gather(moved, component, axis=-2, batch_dims=len(component.shape))
+
+    def log_density(self, z: tf.Tensor) -> tf.Tensor:
+        """Returns the log density of z in nats, [..., latent] -> [...]."""
+        return self._density.log_prob(z)
 
 
 @_register

@@ -7,7 +7,7 @@ import numpy as np
 
 from avb_tf import diagnostics
 from avb_tf.errors import UserError
-from avb_tf.posteriors import evidence, hmc, mixture
+from avb_tf.posteriors import evidence, hmc, mixture, verdict
 from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
 
@@ -17,6 +17,8 @@ TRANSITIONS = 16  # transitions in a round
 LEAPFROGS = 6  # leapfrog steps in a transition
 KEPT = 16  # states kept of each chain, from the exact round at the end
 THINNED = 2  # transitions from one kept state to the next
+MIXED = 1.05  # R-hat up to which chains visit all regions in the right proportions
+ATTEMPTS = 4  # most times that all rounds run, if the chains do not mix
 NOT_FINITE = (
     "the log density is not finite wherever the fit started; expected a finite number near 0 in "
     "unconstrained space: check the model at a plausible value of its parameters"
@@ -30,16 +32,10 @@ class Sampled(NamedTuple):
     mixture: Mixture
     log_evidence: Evidence
     log_normaliser: float  # nats: the log evidence, or a rough estimate if it is unknown
-
-    @property
-    def excess(self) -> float:
-        """Nats by which the density exceeds the mixture because the covariances are estimated.
-
-        The divergence of a Gaussian from one with the moments of n draws is d (d + 3) / (4 n) nats
-        on average. One state in four counts as independent of the others.
-        """
-        chains, kept, dim = self.states.shape
-        return dim * (dim + 3.0) / (chains * kept)
+    # Share of the states where a mixture fitted to the other half of the chains has less than a
+    # tenth of the density: the share of the posterior that a mixture misses though chains visit it.
+    uncovered: float
+    excess: float  # nats by which the density exceeds the mixture, as covariances are estimated
 
 
 def weighed(scores: hmc.Scores, proposal: Mixture, rng: np.random.Generator) -> np.ndarray:
@@ -86,6 +82,8 @@ def sampled(
 ) -> Sampled:
     """Runs short adaptive chains, and an exact round without adaptation at their end.
 
+    If the chains have not mixed, both are repeated while there is time.
+
     Args:
       scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
       draws: initial states, [CHAINS, dim].
@@ -95,45 +93,71 @@ def sampled(
     """
     step_size: float | np.ndarray = 0.3
     jumps = _components(draws, proposal, rng)
-    for _ in range(ROUNDS):
-        draws = _typical(scores, draws, rng)
-        root = hmc.root(np.cov(draws.T))
-        chains = hmc.run_chains(
-            scores, draws, root, TRANSITIONS, LEAPFROGS, step_size, rng, adapt=True, jumps=jumps
+    for _ in range(ATTEMPTS):
+        for _ in range(ROUNDS):
+            draws = _typical(scores, draws, rng)
+            root = hmc.root(np.cov(draws.T))
+            chains = hmc.run_chains(
+                scores, draws, root, TRANSITIONS, LEAPFROGS, step_size, rng, adapt=True, jumps=jumps
+            )
+            draws, step_size = chains.states[-1], chains.step_size
+            jumps = mixture.fitted(chains.states[::4].reshape(-1, draws.shape[1]), jumps)
+            if time.monotonic() > deadline:
+                break
+        root = hmc.root(np.cov(chains.states[::4].reshape(-1, draws.shape[1]).T))
+        kept = hmc.run_chains(
+            scores, draws, root, KEPT * THINNED, LEAPFROGS, step_size, rng, jumps=jumps
         )
-        draws, step_size = chains.states[-1], chains.step_size
-        jumps = mixture.fitted(chains.states[::4].reshape(-1, draws.shape[1]), jumps)
-        if time.monotonic() > deadline:
+        draws = kept.states[-1]
+        states = np.swapaxes(kept.states[THINNED - 1 :: THINNED], 0, 1)
+        r_hat = verdict.largest_r_hat(states)
+        if r_hat < MIXED or time.monotonic() > deadline:
             break
-    root = hmc.root(np.cov(chains.states[::4].reshape(-1, draws.shape[1]).T))
-    kept = hmc.run_chains(
-        scores, draws, root, KEPT * THINNED, LEAPFROGS, step_size, rng, jumps=jumps
-    )
-    states = np.swapaxes(kept.states[THINNED - 1 :: THINNED], 0, 1)
     density = kept.log_density[THINNED - 1 :: THINNED].T
-    return Sampled(states, *_described(scores, states, density, jumps, rng))
+    return _described(scores, states, density, jumps, r_hat, rng)
 
 
-def _described(scores, states, density, jumps, rng):
-    """Returns a mixture close to the chains' states, the evidence and a rough log normaliser.
+def _described(scores, states, density, jumps, r_hat, rng) -> Sampled:
+    """Describes the states by a mixture, the evidence, and what the mixture misses.
 
     The evidence is the mean of two bridges. For each, the mixture is fitted to one half of the
-    chains and compared with the states of the other half.
+    chains and compared with the states of the other half. Chains that have not mixed visit their
+    regions in wrong proportions. R-hat - 1 is about the relative error of such a proportion, so it
+    is part of the standard error.
     """
-    dim, half = states.shape[-1], len(states) // 2
-    estimates = []
-    for fitted, other in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
-        near = mixture.fitted(states[fitted].reshape(-1, dim), jumps)
-        x = near.draw(half * states.shape[1], rng)
-        at_states = density[other] - near.log_density(states[other].reshape(-1, dim)).reshape(
-            density[other].shape
-        )
+    chains, kept, dim = states.shape
+    halves = [half.reshape(-1, dim) for half in np.split(states, 2)]
+    # Of a posterior with one mode in many dimensions, a single component is a better description.
+    candidates = [(initial, _of_halves(halves, initial)) for initial in (jumps, jumps.merged())]
+    initial, pair = max(candidates, key=lambda one: _likelihood(halves, one[1]))
+    estimates, held_out = [], []
+    for near, half, at_half in zip(pair, halves[::-1], np.split(density, 2)[::-1], strict=True):
+        x = near.draw(len(half), rng)
+        at_states = at_half - near.log_density(half).reshape(at_half.shape)
         estimates.append(evidence.bridge(scores(x)[0] - near.log_density(x), at_states))
+        held_out.append(at_states)
     log_evidence = evidence.average(estimates)
-    near = mixture.fitted(states.reshape(-1, dim), jumps)
+    near = mixture.fitted(states.reshape(-1, dim), initial)
     roughly = np.median(density.ravel() - near.log_density(states.reshape(-1, dim)))
     known = np.isfinite(log_evidence.standard_error)
-    return near, log_evidence, float(log_evidence.value if known else roughly)
+    log_normaliser = float(log_evidence.value if known else roughly)
+    # The divergence of a Gaussian from one with the moments of n draws is d (d + 3) / (4 n) nats on
+    # average. One state in four counts as independent of the others.
+    excess = dim * (dim + 3.0) / (chains * kept)
+    uncovered = np.mean(np.stack(held_out) - log_normaliser > np.log(10.0) + excess)
+    if r_hat > MIXED:
+        log_evidence = evidence.with_error(log_evidence, r_hat - 1.0)
+    return Sampled(states, near, log_evidence, log_normaliser, float(uncovered), excess)
+
+
+def _of_halves(halves, initial):
+    """Returns a mixture fitted to each of two sets of states."""
+    return [mixture.fitted(half, initial) for half in halves]
+
+
+def _likelihood(halves, pair):
+    """Returns the mean log density of each half of the states under the other half's mixture."""
+    return sum(near.log_density(half).mean() for near, half in zip(pair, halves[::-1], strict=True))
 
 
 def _components(draws, proposal, rng) -> Mixture:

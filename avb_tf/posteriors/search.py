@@ -219,7 +219,7 @@ def unseen(
     near = mixture.of_gaussians(gaussians, mixture.DEGREES)
     each = [mixture.of_gaussians([one], mixture.DEGREES) for one in gaussians]
     x = np.concatenate([one.draw(_MASS_DRAWS, rng) for one in each])
-    density = np.nan_to_num(scores(x)[0], nan=-np.inf) - log_normaliser
+    density = scores(x)[0] - log_normaliser
     joint = near.log_densities(x)
     log_near = np.logaddexp.reduce(joint)
     weights = np.exp(np.minimum(density - log_near, 50.0))
@@ -269,11 +269,8 @@ def look(
       seed: seed of the points.
     """
     dim = known.means.shape[1]
-    mean = known.weights @ known.means
-    spread = known.means - mean
-    covariance = np.einsum("k,kij->ij", known.weights, known.roots @ np.swapaxes(known.roots, 1, 2))
-    covariance += np.einsum("k,ki,kj->ij", known.weights, spread, spread)
-    root = np.linalg.cholesky(covariance + 1e-12 * np.trace(covariance) * np.eye(dim) / dim)
+    merged = known.merged()
+    mean, root = merged.means[0], merged.roots[0]
     widest = max(2.0, REACH / np.sqrt(dim))
     batch = _batch(log_density, dtype, known, mean, root, widest)
     log_wide = _log_wide(dim, widest)
@@ -316,15 +313,17 @@ def _batch(log_density, dtype, known, mean, root, widest):
 
     @tf.function(autograph=False)
     def batch(seed):
-        noise = tf.random.stateless_normal([_LOOK, dim], seed)
-        noise *= tf.random.stateless_uniform([_LOOK, 1], seed + 1, 1.0, widest)
+        noise = tf.random.stateless_normal([_LOOK // 2, dim], seed)
+        noise *= tf.random.stateless_uniform([_LOOK // 2, 1], seed + 1, 1.0, widest)
+        noise = tf.concat([noise, -noise], 0)
         x = tf.constant(mean, dtype) + tf.matmul(tf.cast(noise, dtype), tf.constant(root.T, dtype))
         density = tf.cast(log_density(x), dtype)
         density = tf.where(tf.math.is_finite(density), density, -np.inf)
         # Comparing points with all components is expensive, so only the densest are compared.
-        # Density counts relative to the distance from the centre.
-        distance = tf.cast(tf.math.log1p(0.5 * tf.reduce_sum(noise**2, -1)), dtype)
-        rows = tf.math.top_k(density + 0.5 * (dim + 3.0) * distance, _COMPARED, sorted=False)[1]
+        # Density counts relative to that of one component at the centre with the same covariance.
+        squares = tf.reduce_sum(noise**2, -1)
+        kernel = 0.5 * (known.degrees + dim) * tf.math.log1p(squares / (known.degrees - 2.0))
+        rows = tf.math.top_k(density + tf.cast(kernel, dtype), _COMPARED, sorted=False)[1]
         x, density = tf.gather(x, rows), tf.gather(density, rows)
         y = tf.reshape(tf.matmul(x, tf.constant(white, dtype)), [_COMPARED, -1, dim])
         squares = tf.reduce_sum((y - tf.constant(offsets, dtype)) ** 2, -1)

@@ -66,6 +66,7 @@ class Start(NamedTuple):
     directions: np.ndarray = np.zeros([0, 0])  # [dim, rank], orthonormal
     stretch: np.ndarray = np.zeros(0)  # [rank], standard deviations along them, before the scale
     lacking: float = 0.0  # share of the posterior that the search found and the chains lack
+    mixture: Mixture | None = None  # Gaussians of z, fitted to the chains; None if it is large
 
     @property
     def deviations(self) -> np.ndarray:
@@ -94,6 +95,10 @@ class Start(NamedTuple):
 
     def save(self, path: str | Path) -> None:
         """Writes a `.npz` file without pickled arrays; `load` reads it."""
+        near = self.mixture
+        of_mixture = (
+            {"weights": near.weights, "means": near.means, "roots": near.roots} if near else {}
+        )
         np.savez(
             path,
             mean=self.mean,
@@ -103,6 +108,7 @@ class Start(NamedTuple):
             stretch=self.stretch,
             tails=np.vstack([self.tails.location, self.tails.scale, self.tails.weight]),
             numbers=[self.chains, *self.log_evidence, self.points, self.lacking],
+            **of_mixture,
         )
 
 
@@ -122,7 +128,15 @@ def load(path: Path) -> Start:
         arrays["directions"],
         arrays["stretch"],
         lacking,
+        _mixture_of(arrays),
     )
+
+
+def _mixture_of(arrays):
+    """Returns the mixture of a saved start; None for a large one, or one of an earlier version."""
+    if "weights" not in arrays:
+        return None
+    return Mixture(arrays["weights"], arrays["means"], arrays["roots"], np.inf)
 
 
 def of_record(record: dict[str, Any]) -> Start:
@@ -169,12 +183,15 @@ def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int
         log_density = of_tails(target, tails)
         moved = hmc.scores(log_density, target.dtype)
         sampled = sampling.sampled(moved, draws, sampling.around(draws, rng), rng, by(0.4))
+    states = sampled.states.reshape(-1, target.dim)
     look = search.look(
         lambda v: log_density(v) - tf.cast(sampled.log_normaliser, target.dtype),
         target.dtype,
-        sampled.mixture,
+        mixture.with_likely_tails(sampled.mixture, states),
         sampled.excess,
-        time.monotonic() + (LOOK_SHARE * seconds if seconds else LOOK_SECONDS * steps),
+        min(
+            by(0.9), time.monotonic() + (LOOK_SHARE * seconds if seconds else LOOK_SECONDS * steps)
+        ),
         2**62 if seconds else LOOK_POINTS * steps,
         seed,
     )
@@ -183,15 +200,23 @@ def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int
         wider, lacking = _wider(moved, look, sampled, rng)
         if wider is None:
             break
-        sampled = sampling.sampled(moved, sampling.weighed(moved, wider, rng), wider, rng, by(1.2))
+        sampled = sampling.sampled(moved, sampling.weighed(moved, wider, rng), wider, rng, by(1.0))
+    else:
         lacking = _wider(moved, look, sampled, rng)[1]
     states = sampled.states.reshape(-1, target.dim)
     mean, scale_tril = states.mean(0), mixture.lower(np.cov(states.T))
     z = np.linalg.solve(scale_tril, (states - mean).T).T
-    chains = len(sampled.states)
-    return Start(
-        mean, scale_tril, z, tails, chains, sampled.log_evidence, look.points, lacking=lacking
+    near = mixture.weighted(sampled.mixture, states)
+    near = Mixture(
+        near.weights,
+        np.linalg.solve(scale_tril, (near.means - mean).T).T,
+        np.linalg.solve(scale_tril, near.roots),
+        np.inf,
     )
+    return Start(
+        mean, scale_tril, z, tails, len(sampled.states), sampled.log_evidence, look.points,
+        lacking=lacking, mixture=near,
+    )  # fmt: skip
 
 
 def _find_large(target, seed, seconds) -> Start:
@@ -251,12 +276,12 @@ def _tails(scores, draws, gaussians, rng) -> Tails:
     x = draws[density.argmax()]
     scale = np.subtract(*np.quantile(draws, [0.84, 0.16], axis=0)) / 2.0
     scale = np.maximum(scale, 1e-12 * (1.0 + np.abs(x)))
-    slopes = tailing.slopes(lambda u: scores(u)[0], x, np.diag(scale))
+    profile = tailing.profile(lambda u: scores(u)[0], x, np.diag(scale))
     noise = rng.normal(size=[8, len(x)])
     # Around a pole, the draws' scales do not show where the density falls.
     if all(_diverges(scores, x, s, gaussians, noise) for s in (scale, np.maximum(scale, 1.0))):
         raise UserError(_RUNS_AWAY)
-    return tailing.of_slopes(slopes, np.median(draws, 0), scale)
+    return tailing.of_profile(profile, np.median(draws, 0), scale)
 
 
 def _diverges(scores, x, scale, gaussians, noise) -> bool:
@@ -268,7 +293,7 @@ def _diverges(scores, x, scale, gaussians, noise) -> bool:
     flat = np.stack([np.linalg.svd(root)[0][:, 0] * length for root in gaussians.roots])
     lines = (np.diag(scale), 1), (flat, 1), (noise * scale, len(x))
     return any(
-        tailing.improper(tailing.slopes(lambda u: scores(u)[0], x, directions), dim).any()
+        tailing.improper(tailing.profile(lambda u: scores(u)[0], x, directions), dim).any()
         for directions, dim in lines
     )
 
@@ -320,15 +345,15 @@ def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
         mass = search.unseen(
             scores, modes, sampled.log_normaliser, known.log_density, rng, sampled.excess
         )
-        fresh = mass > NEW
+        fresh = mass > max(NEW, sampled.uncovered)
         means += list(modes.x[fresh])
         roots += [mixture.lower(root @ root) for root in modes.roots[fresh]]
-        lacking = mass.sum() / (1.0 + mass.sum())
+        lacking = mass.sum() / (1.0 + mass.sum()) - sampled.uncovered
     if len(look.where) and look.lacking > LACKING:
         density = scores(look.where)[0] - sampled.log_normaliser
         excess = density - known.log_density(look.where)
         where = look.where[excess > np.log(10.0) + sampled.excess]
-        share = look.lacking * len(where) / len(look.where)
+        share = look.lacking * len(where) / len(look.where) - sampled.uncovered
         if share > LACKING:
             lacking = max(lacking, share)
             means.append(where.mean(0))
@@ -336,11 +361,11 @@ def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
             small = 1e-6 * np.eye(where.shape[1]) * (1.0 + np.trace(np.atleast_2d(spread)))
             roots.append(mixture.lower(np.atleast_2d(spread) + small))
     if not means:
-        return None, lacking
+        return None, max(0.0, float(lacking))
     weights = np.full(len(roots), 0.5 / len(roots))
     wider = known._replace(
         weights=np.concatenate([0.5 * known.weights, weights]),
         means=np.concatenate([known.means, means]),
         roots=np.concatenate([known.roots, roots]),
     )
-    return wider, float(lacking)
+    return wider, max(0.0, float(lacking))

@@ -20,7 +20,8 @@ from tensorflow_probability import distributions as tfd
 
 _LIGHT = 0.06  # tails of lower weight stay as they are: t with about 17 degrees of freedom
 _HEAVIEST = 2.0  # largest weight: t with half a degree of freedom
-_DISTANCES = 10.0 ** np.arange(2.0, 8.0)  # distances between which slopes are measured, in scales
+_DISTANCES = 10.0 ** np.arange(2.0, 8.0)  # distances at which the density is measured, in scales
+_CLIMB = 10.0  # slope, in powers of the distance for each dimension, that only a ridge explains
 
 
 class Tails(NamedTuple):
@@ -83,53 +84,62 @@ def light(dim: int) -> Tails:
     return Tails(np.zeros(dim), np.ones(dim), np.zeros([2, dim]))
 
 
-def slopes(
+def profile(
     log_density: Callable[[np.ndarray], np.ndarray], x: np.ndarray, directions: np.ndarray
 ) -> np.ndarray:
-    """Returns d log p / d log distance, far out along lines, at both ends.
+    """Returns the log density far out along lines, at both ends, relative to that at x, in nats.
 
     Args:
       log_density: function from x [n, dim] to the log density [n] in nats.
       x: point where the lines cross, [dim].
       directions: directions of the lines, [lines, dim], each about a standard deviation long.
     Returns:
-      Slopes from each distance to the next, [2, lines, distances - 1], first at the end opposite to
-      the direction; minus infinity where the density is not finite.
+      [2, lines, distances], first at the end opposite to the direction; minus infinity where the
+      density is not finite.
     """
     signs = np.array([-1.0, 1.0])[:, np.newaxis, np.newaxis, np.newaxis]
     points = x + signs * _DISTANCES[:, np.newaxis] * directions[:, np.newaxis]
-    density = log_density(points.reshape(-1, len(x))).reshape(points.shape[:-1])
-    density = np.where(np.isfinite(density), density, -np.inf)
+    density = log_density(np.vstack([x, points.reshape(-1, len(x))]))
+    density = (density[1:] - density[0]).reshape(points.shape[:-1])
+    return np.where(np.isfinite(density), density, -np.inf)
+
+
+def _slopes(profile):
+    """Returns d log p / d log distance from each distance to the next; the last axis shrinks."""
     with np.errstate(invalid="ignore"):
-        steps = np.diff(density, axis=-1) / np.log(10.0)
+        steps = np.diff(profile, axis=-1) / np.log(10.0)
     return np.where(np.isnan(steps), -np.inf, steps)
 
 
-def improper(slopes: np.ndarray, dim: int = 1) -> np.ndarray:
+def improper(profile: np.ndarray, dim: int = 1) -> np.ndarray:
     """Returns whether the density's integral diverges at either end of each line, [lines].
 
-    The farthest slope that is finite decides. Nearer ones may be positive although the posterior is
-    proper: a line that crosses a bent ridge far out climbs it first.
+    The farthest slope that is finite decides. A steep climb that has not reached the density at the
+    centre does not count: it leads to a bent ridge that the line crosses.
 
     Args:
-      slopes: slopes from the function `slopes`, [2, lines, distances - 1].
+      profile: the log density along the lines, from the function `profile`.
       dim: dimensions of the cone around a line in which the density falls alike; 1 for a line
         alone.
     """
+    slopes = _slopes(profile)
     finite = np.isfinite(slopes)
-    farthest = slopes.shape[-1] - 1 - finite[..., ::-1].argmax(-1)
-    last = np.take_along_axis(slopes, farthest[..., np.newaxis], -1)[..., 0]
-    return (finite.any(-1) & (last > -1.02 * dim)).any(0)
+    last = slopes.shape[-1] - 1 - finite[..., ::-1].argmax(-1)[..., np.newaxis]
+    slope = np.take_along_axis(slopes, last, -1)[..., 0]
+    height = np.take_along_axis(profile, last + 1, -1)[..., 0]
+    falls = (slope < -1.02 * dim) | ((slope > _CLIMB * dim) & (height < 0.0))
+    return (finite.any(-1) & ~falls).any(0)
 
 
-def of_slopes(slopes: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:
+def of_profile(profile: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:
     """Returns tails as heavy as the density's own along each coordinate.
 
     Args:
-      slopes: slopes along the coordinates from the function `slopes`, [2, dim, distances - 1].
+      profile: the log density along the coordinates, from the function `profile`.
       location: centre of each coordinate, [dim].
       scale: scale of each coordinate, [dim].
     """
+    slopes = _slopes(profile)
     power = -slopes[..., 0] - 1.0  # P(|u| > distance) ~ distance^-power, near the bulk
     far = -slopes[..., -1] - 1.0
     power = np.where(np.isfinite(far) & (far < 50.0), np.minimum(power, far), np.inf)
