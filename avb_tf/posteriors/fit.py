@@ -4,7 +4,7 @@ The bound, the model class and the training step are those of all other models. 
 constant example with many samples of z. log p(x, z) is the model's own density, which includes the
 prior, so that E_q[log r] is minus the entropy of r. These are the stages of a fit:
 
-    model -> target -> start -> chart -> AVB on the chart -> the better of the two -> verdict
+    model -> target -> start -> chart -> AVB on the chart -> the best of these -> verdict
 """
 
 import contextlib
