@@ -443,6 +443,10 @@ def test_steps_that_are_not_finite_are_left_out_of_the_mean_loss():
             ),
             "different 'y' for the same parameters and seed",
         ),
+        (
+            lambda fit: fit(lambda p, seed: 2.0 * np.asarray(p), "y", prior=tfd.Normal(0.0, 1.0)),
+            "the simulator returned the same data for 20 seeds",
+        ),
         (lambda fit: fit(linear(), "y", steps=0), "expected numbers above 0"),
         (lambda fit: fit(linear(), "y", widht=3), "unknown setting 'widht'"),
         (
