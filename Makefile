@@ -101,9 +101,9 @@ posteriors: setup
 	$(RUN) --mode=compare --workdir=runs/fits
 
 # Measures the error rate of the verdict on targets with exact draws, with fits of 60 and of 6
-# seconds: five hours, resumable.
+# seconds, two at a time: two and a half hours, resumable.
 verdicts: setup
-	$(BIN)/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6
+	$(BIN)/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6 --jobs 2
 
 # Compares amortised posteriors of five benchmark tasks with reference draws: three seeds with half an
 # hour of training each, and ten observations; resumable. The references are in
