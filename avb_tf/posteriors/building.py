@@ -74,7 +74,8 @@ def mixed(target: Target, start: Start, seed: int, settings: dict[str, Any]) -> 
       seed: seed of the noise.
       settings: settings of the fit.
     """
-    encoder = MixtureEncoder(start.mixture)
+    of_chains: Any = start.mixture
+    encoder = MixtureEncoder(of_chains.standardised(start.mean, start.scale_tril))
     settings = {**settings, "ema_decay": 0.0}  # nothing is trained
     return _model(target, start, seed, settings, encoder, Plain(), None, 1.0)
 

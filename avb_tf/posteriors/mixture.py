@@ -58,6 +58,18 @@ class Mixture(NamedTuple):
             weights=np.ones(1), means=mean[np.newaxis], roots=lower(covariance)[np.newaxis]
         )
 
+    def standardised(self, mean: np.ndarray, scale_tril: np.ndarray) -> "Mixture":
+        """Returns the mixture of z, where x = mean + scale_tril @ z.
+
+        Args:
+          mean: [dim].
+          scale_tril: lower triangular, [dim, dim].
+        """
+        return self._replace(
+            means=np.linalg.solve(scale_tril, (self.means - mean).T).T,
+            roots=np.linalg.solve(scale_tril, self.roots),
+        )
+
     def log_densities(self, x: np.ndarray) -> np.ndarray:
         """Returns log(weight * density) of each component in nats, [n, dim] -> [components, n]."""
         # One product serves all components: solving for each separately takes ten times as long.

@@ -158,7 +158,7 @@ class PosteriorFit:
         # Without jumps, a chain stays in the mode where it starts.
         jumps = None
         if self.target.dim <= starting.LARGEST:
-            jumps = mixture.fitted(v, sampling.around(v, rng))
+            jumps = mixture.fitted(v, self.start.mixture or sampling.around(v, rng))
         first = hmc.run_chains(scores, v, root, half, 8, 0.3, rng, adapt=True, jumps=jumps)
         kept = hmc.run_chains(
             scores, first.states[-1], root, half, 8, first.step_size, rng, jumps=jumps

@@ -66,7 +66,8 @@ class Start(NamedTuple):
     directions: np.ndarray = np.zeros([0, 0])  # [dim, rank], orthonormal
     stretch: np.ndarray = np.zeros(0)  # [rank], standard deviations along them, before the scale
     lacking: float = 0.0  # share of the posterior that the search found and the chains lack
-    mixture: Mixture | None = None  # Gaussians of z, fitted to the chains; None if it is large
+    # Gaussians fitted to the chains, before the tails as `mean` is; None if they are too large.
+    mixture: Mixture | None = None
 
     @property
     def deviations(self) -> np.ndarray:
@@ -206,16 +207,9 @@ def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int
     states = sampled.states.reshape(-1, target.dim)
     mean, scale_tril = states.mean(0), mixture.lower(np.cov(states.T))
     z = np.linalg.solve(scale_tril, (states - mean).T).T
-    near = mixture.weighted(sampled.mixture, states)
-    near = Mixture(
-        near.weights,
-        np.linalg.solve(scale_tril, (near.means - mean).T).T,
-        np.linalg.solve(scale_tril, near.roots),
-        np.inf,
-    )
     return Start(
         mean, scale_tril, z, tails, len(sampled.states), sampled.log_evidence, look.points,
-        lacking=lacking, mixture=near,
+        lacking=lacking, mixture=mixture.weighted(sampled.mixture, states),
     )  # fmt: skip
 
 
