@@ -36,7 +36,7 @@ LARGEST_OF_ALL = 2000  # most dimensions of a posterior
 AGAIN = 2  # most times that the chains run again with the findings of the wide search
 LACKING = 0.03  # share of the posterior that the chains may lack
 NEW = 1e-3  # share of the posterior from which a mode that the chains lack is added
-LOOK_SHARE = 0.6  # share of the start's seconds for the wide search
+LOOK_SHARE, LEAST_LOOK_SHARE = 0.6, 0.1  # shares of the start's seconds for the wide search
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, if no seconds are given
 LOOK_POINTS = 2**13  # points of the wide search per training step, if no seconds are given
 LOOK_SECONDS = 0.02  # most seconds of the wide search per training step, likewise
@@ -184,15 +184,17 @@ def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int
         log_density = of_tails(target, tails)
         moved = hmc.scores(log_density, target.dtype)
         sampled = sampling.sampled(moved, draws, sampling.around(draws, rng), rng, by(0.4))
-    states = sampled.states.reshape(-1, target.dim)
+    states, until = sampled.states.reshape(-1, target.dim), time.monotonic()
+    if seconds:  # at least a little, however long the chains took
+        until += max(LEAST_LOOK_SHARE * seconds, min(LOOK_SHARE * seconds, by(0.9) - until))
+    else:
+        until += LOOK_SECONDS * steps
     look = search.look(
         lambda v: log_density(v) - tf.cast(sampled.log_normaliser, target.dtype),
         target.dtype,
         mixture.with_likely_tails(sampled.mixture, states),
         sampled.excess,
-        min(
-            by(0.9), time.monotonic() + (LOOK_SHARE * seconds if seconds else LOOK_SECONDS * steps)
-        ),
+        until,
         2**62 if seconds else LOOK_POINTS * steps,
         seed,
     )
