@@ -12,6 +12,7 @@ import numpy.typing as npt
 PARETO_K_LIMIT = 0.7  # above it importance sampling is unreliable (Vehtari et al., 2024)
 PARETO_K_SHARE = 0.1  # largest share of examples above the limit without a warning
 _FEWEST_DRAWS = 25  # leaves five draws in the tail
+_COORDINATES = 40  # most coordinates used for the largest R-hat
 
 
 def pareto_k(log_weights: npt.ArrayLike) -> np.ndarray:
@@ -75,6 +76,20 @@ def convergence(states: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     each = [states[..., i] for i in range(states.shape[-1])]
     arviz = _arviz()
     return np.array([arviz.rhat(x) for x in each]), np.array([arviz.ess(x) for x in each])
+
+
+def largest_r_hat(states: np.ndarray) -> float:
+    """Returns the largest rank-normalised split R-hat of any coordinate.
+
+    In many dimensions it is computed only for the 40 coordinates whose chains differ most.
+
+    Args:
+      states: states of chains, [chains, kept, dim].
+    """
+    between = states.mean(1).var(0) / np.maximum(states.var(1).mean(0), 1e-300)
+    widest = np.argsort(-between)[:_COORDINATES]
+    rhat = _arviz().rhat
+    return max(float(rhat(np.asarray(states[..., i], np.float64))) for i in widest)
 
 
 def inference_data(

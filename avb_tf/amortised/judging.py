@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import diagnostics as weighing
 from avb_tf.amortised.network import ConditionalMixture
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.posteriors import evidence, hmc, mixture, sampling, search, verdict
@@ -159,7 +160,8 @@ def judge(given: Given, near: np.ndarray, prior: np.ndarray, seed: int = 0) -> J
     density = kept.log_density[_THINNED - 1 :: _THINNED].T
     flat = states.reshape(-1, x.shape[1])
     at_p = density.ravel() - given.log_density(flat)
-    diagnostics = verdict.diagnose(at_q, at_p, float("nan"), r_hat=verdict.largest_r_hat(states))
+    r_hat = weighing.largest_r_hat(states)
+    diagnostics = verdict.diagnose(at_q, at_p, float("nan"), r_hat=r_hat)
     at_states = density - proposal.log_density(flat).reshape(density.shape)
     x = proposal.draw(DRAWS, rng)
     at_proposal = _finite(given.scores(x)[0]) - proposal.log_density(x)

@@ -120,7 +120,7 @@ class PosteriorFit:
                 chains.log_weights,
                 float(np.mean(accuracy)),
                 self._classified(z, drawn, chains),
-                verdict.largest_r_hat(states),
+                weighing.largest_r_hat(states),
                 self.start.points,
                 self.start.lacking,
             )

@@ -7,7 +7,7 @@ import numpy as np
 
 from avb_tf import diagnostics
 from avb_tf.errors import UserError
-from avb_tf.posteriors import evidence, hmc, mixture, verdict
+from avb_tf.posteriors import evidence, hmc, mixture
 from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
 
@@ -110,7 +110,7 @@ def sampled(
         )
         draws = kept.states[-1]
         states = np.swapaxes(kept.states[THINNED - 1 :: THINNED], 0, 1)
-        r_hat = verdict.largest_r_hat(states)
+        r_hat = diagnostics.largest_r_hat(states)
         if r_hat < MIXED or time.monotonic() > deadline:
             break
     density = kept.log_density[THINNED - 1 :: THINNED].T

@@ -27,7 +27,7 @@ _LEVELS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 # Effective sample size, as a share, above which Pareto k is ignored: the tail of nearly equal
 # weights may have any shape.
 _EQUAL = 0.99
-_COORDINATES = 40  # most coordinates used for R-hat and gradient boosting
+_COORDINATES = 40  # most coordinates used for gradient boosting
 _FAR = 8.0  # standard deviations at which a classifier's inputs are clipped
 
 
@@ -93,19 +93,6 @@ def total_variation(at_q: np.ndarray, at_p: np.ndarray) -> tuple[float, float]:
 def _against(at_q, at_p):
     """Counts NaN against the fit: a draw of q without posterior mass, a state where q has none."""
     return np.where(np.isnan(at_q), -np.inf, at_q), np.where(np.isnan(at_p), np.inf, at_p)
-
-
-def largest_r_hat(states: np.ndarray) -> float:
-    """Returns the largest rank-normalised split R-hat of any coordinate.
-
-    In many dimensions it is computed only for the 40 coordinates whose chains differ most.
-
-    Args:
-      states: states of chains, [chains, kept, dim].
-    """
-    between = states.mean(1).var(0) / np.maximum(states.var(1).mean(0), 1e-300)
-    widest = np.argsort(-between)[:_COORDINATES]
-    return float(np.max(weighing.convergence(states[..., widest])[0]))
 
 
 def classified(q: np.ndarray, p: np.ndarray, chains: int, seed: int = 0) -> float:
