@@ -33,10 +33,9 @@ FAR = 10.0  # nats, see `divergence`
 CLOSE, FOLLOWED = 0.3, 3.0  # nats of `divergence`, see `helps`
 TIE = 0.02  # total variation: about the error of the difference of two distances
 START_SHARE = 0.35  # share of the seconds that the start may take
-# Fewer seconds than SHORT do not suffice to train a network. The start then gets SHORT_SHARE of
-# them, and the fit is the mixture that it found.
-SHORT, SHORT_SHARE = 15.0, 0.65
-VERDICT_SHARE = 0.1  # share of the seconds reserved for the verdict
+SHORT = 15.0  # fewer seconds do not suffice to train a network: the start's mixture is the fit
+LEAST_START_SHARE = 0.3  # share of so few seconds that the start may take at least
+VERDICT_SHARE, VERDICT_SECONDS = 0.1, 1.5  # reserved for the verdict of a long and of a short fit
 TRACED = 5.0  # time to trace a model, relative to the time to build it
 SLOWER = 1.5  # time to trace AVB, relative to the time to trace the chart's trainer
 
@@ -92,8 +91,7 @@ def fit_posterior(
     target = models.make(model, observed, shape, bijector, dtype, batch_size)
     resolved_settings = resolved(target.dim, **settings)
     clock = Clock(steps, seconds, began, verbose)
-    share = SHORT_SHARE if seconds and seconds < SHORT else START_SHARE
-    allowed = seconds and share * (seconds - clock.elapsed())
+    allowed = seconds and _of_start(seconds, clock.elapsed())
     start = starting.find(target, seed, allowed, steps or STEPS)
     clock.start_training(VERDICT_SHARE * (seconds or 0.0))
     with seeded(seed):
@@ -102,6 +100,14 @@ def fit_posterior(
         fit.diagnostics()  # the seconds include the verdict
     fit.seconds = clock.elapsed()
     return fit
+
+
+def _of_start(seconds, elapsed):
+    """Returns the seconds that the start may take, of `seconds` for the whole fit."""
+    if seconds >= SHORT:
+        return START_SHARE * (seconds - elapsed)
+    # Tracing the model for the mixture and the verdict takes about as long as checking it took.
+    return max(LEAST_START_SHARE * seconds, seconds - 2.0 * elapsed - VERDICT_SECONDS)
 
 
 @contextlib.contextmanager

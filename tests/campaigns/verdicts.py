@@ -81,36 +81,60 @@ def file_of(directory: Path, name: str, seconds: float, seed: int) -> Path:
 
 
 def table(directory: Path) -> str:
-    """Returns a Markdown table of all finished fits, with the counts of verdicts."""
-    from avb_tf import tables
+    """Returns a Markdown table of all finished fits, by target and seconds, with their counts.
 
-    rows = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
-    columns = {
-        "target": [row["target"] for row in rows],
-        "seconds": [f"{row['limit']:g}" for row in rows],
-        "taken": [f"{row['seconds']:.0f}" for row in rows],
-        "seed": [str(row["seed"]) for row in rows],
-        "verdict": [row["verdict"] + (" FALSE" if false_trust(row) else "") for row in rows],
-        "distance": [f"{row['distance']:.2f}" if "distance" in row else "" for row in rows],
-        "C2ST": [f"{row['c2st']:.3f}" if "c2st" in row else "" for row in rows],
-        "SW2": [f"{row['sliced_wasserstein']:.3f}" if "c2st" in row else "" for row in rows],
-        "share off": [_two_digits(row.get("share_off")) for row in rows],
-        "evidence, in errors": [_errors(row) for row in rows],
-    }
+    A cell has the values of all seeds, in their order. `FALSE` marks false trust.
+    """
+    from avb_tf import tables
+    from tests.campaigns.verdict_targets import TARGETS
+
+    rows = [json.loads(path.read_text()) for path in directory.glob("*.json")]
+    order = list(TARGETS)
+    rows.sort(key=lambda row: (-row["limit"], order.index(row["target"]), row["seed"]))
+    texts, summaries = [], []
+    for seconds, of_limit in itertools.groupby(rows, lambda row: row["limit"]):
+        fits = list(of_limit)
+        head = ["target", "verdict", "distance", "C2ST", "SW2", "share off", "evidence", "taken"]
+        cells = [
+            [name, *(", ".join(filter(None, v)) for v in zip(*map(_cells, same), strict=True))]
+            for name, same in itertools.groupby(fits, lambda row: row["target"])
+        ]
+        columns = [list(column) for column in zip(head, *cells, strict=True)]
+        texts.append(f"Fits of {seconds:g} seconds:\n\n{tables.aligned(columns)}")
+        summaries.append(f"{seconds:g} seconds: {_summary(fits)}")
+    return "\n\n".join([*summaries, *texts]) + "\n"
+
+
+def _cells(row):
+    """Returns the cells of a fit; the evidence is its error in standard errors."""
+    short = {"use with refinement": "refine", "do not trust": "no"}.get(
+        row["verdict"], row["verdict"]
+    )
+    if row["verdict"] == "refused":
+        return [short, "", "", "", "", "", f"{row['seconds']:.0f} s"]
+    off = row["share_off"]
+    return [
+        short + (" FALSE" if false_trust(row) else ""),
+        f"{row['distance']:.2f}",
+        f"{row['c2st']:.3f}",
+        f"{row['sliced_wasserstein']:.3f}",
+        "" if off is None else f"{off:.2f}",
+        _errors(row),
+        f"{row['seconds']:.0f} s",
+    ]
+
+
+def _summary(rows):
+    """Returns the counts of the verdicts and of estimates of the evidence, in a sentence."""
     verdicts = [row["verdict"] for row in rows]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
-    false = sum(map(false_trust, rows))
     errors = [abs(float(error)) for error in map(_errors, rows) if error != "unknown"]
-    summary = (
-        f"{len(rows)} fits: {counts}; {false} of them false trust. The evidence is known for "
-        f"{len(errors)} and within three standard errors of the exact one for "
-        f"{sum(error <= 3.0 for error in errors)}."
+    close = sum(error <= 3.0 for error in errors)
+    return (
+        f"{len(rows)} fits: {counts}; {sum(map(false_trust, rows))} of them false trust. The "
+        f"evidence is within three standard errors of the exact one for {close} of the "
+        f"{len(errors)} for which both are known."
     )
-    return tables.aligned([[k, *v] for k, v in columns.items()]) + "\n\n" + summary + "\n"
-
-
-def _two_digits(value):
-    return "" if value is None else f"{value:.2f}"
 
 
 def _errors(row):
