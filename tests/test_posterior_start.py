@@ -203,7 +203,9 @@ def test_a_proper_posterior_with_a_pole_and_heavy_tails_is_not_called_improper()
         density = np.exp(prior.log_prob(w)) * stats.norm.pdf(one, w)
         evidences.append(integrate.trapezoid(density, w))
         means.append(integrate.trapezoid(w * density, w) / evidences[-1])
-    assert right(begun.log_evidence, np.log(evidences).sum())
+    # Chains hardly mix between the pole and the slab, and the error says so.
+    value, error = begun.log_evidence
+    assert abs(value - np.log(evidences).sum()) < 2.0 * error < 0.4
     np.testing.assert_allclose(u.mean(0), means, atol=0.3)
 
 

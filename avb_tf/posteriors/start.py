@@ -107,7 +107,7 @@ class Start(NamedTuple):
             z=self.z.astype(np.float32),
             directions=self.directions,
             stretch=self.stretch,
-            tails=np.vstack([self.tails.location, self.tails.scale, self.tails.weight]),
+            tukey=np.vstack([self.tails.location, self.tails.scale, self.tails.weight]),
             numbers=[self.chains, *self.log_evidence, self.points, self.lacking],
             **of_mixture,
         )
@@ -116,7 +116,7 @@ class Start(NamedTuple):
 def load(path: Path) -> Start:
     """Loads a start that `Start.save` wrote."""
     arrays = archives.read_arrays(path)
-    location, scale, *weight = arrays["tails"]
+    location, scale, *weight = arrays["tukey"]
     chains, value, error, points, lacking = arrays["numbers"].tolist()
     return Start(
         arrays["mean"],
@@ -317,11 +317,15 @@ def _moved(proposal: Mixture, tails: Tails) -> Mixture:
 
 
 def _estimated(tails, sampled, dtype, rng):
-    """Returns tails as heavy as those of the chains' states, and draws in their coordinates."""
+    """Returns tails as heavy as those of the chains' states, and draws in their coordinates.
+
+    The states' tails are heavier than the density's along a line if coordinates depend on each
+    other.
+    """
     v = sampled.states.reshape(-1, sampled.states.shape[-1])
     u = np.asarray(tails.forward(tf.constant(v, dtype))[0], np.float64)
     estimate = tailing.estimated(u)
-    weight = np.where(tails.heavy, np.maximum(estimate.weight, tails.weight), 0.0)
+    weight = np.where(tails.heavy, estimate.weight, 0.0)
     tails = tailing.of_weights(weight, estimate.location, estimate.scale)
     draws = tails.inverse(u)
     return tails, draws[rng.choice(len(draws), sampling.CHAINS)]

@@ -2,12 +2,13 @@
 
 A Gaussian through a smooth network has Gaussian tails. It cannot fit a posterior with the tails of
 a Student t, and short chains cannot explore such a posterior. If the density falls like a power of
-a coordinate u, the coordinate is replaced by v, which is Gaussian in the tails, with
+a coordinate u, the coordinate is replaced by v, which is nearly Gaussian, with Tukey's h
 
-    u = location + scale * sign(v) (erfc(|v| / sqrt 2)^-weight - 1) / weight
+    u = location + scale * v exp(weight v^2 / 2)
 
-which has tails like |u|^(-1 - 1 / weight). Source: Hickling and Prangle (2024), "Flexible tails for
-normalizing flows".
+which has tails like |u|^(-1 - 1 / weight). The lower and the upper tail have a weight each. A
+Student t with 1 to 10 degrees of freedom is at most 0.002 nats from this family. Source: Goerg
+(2015), "The Lambert Way to Gaussianize Heavy-Tailed Data".
 """
 
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 from scipy import special
-from tensorflow_probability import distributions as tfd
 
-_LIGHT = 0.06  # tails of lower weight stay as they are: t with about 17 degrees of freedom
+_LIGHT = 0.03  # tails of lower weight stay as they are
+_WEIGHTS = np.geomspace(_LIGHT, 2.0, 20)  # weights that an estimate chooses from
+_USED = 1024  # most draws that an estimate uses
 _HEAVIEST = 2.0  # largest weight: t with half a degree of freedom
 _DISTANCES = 10.0 ** np.arange(2.0, 8.0)  # distances at which the density is measured, in scales
 _CLIMB = 10.0  # slope, in powers of the distance for each dimension, that only a ridge explains
@@ -46,23 +48,18 @@ class Tails(NamedTuple):
             return v, tf.zeros(tf.shape(v)[:-1], v.dtype)
         location, scale, heavy = (tf.constant(x, v.dtype) for x in self._flat())
         lower, upper = (tf.constant(w, v.dtype) for w in self._safe())
-        weight = tf.where(v < 0, lower, upper)
-        size = tf.abs(v)
-        log_tail = _log_erfc(size)
-        u = location + scale * tf.sign(v) * tf.math.expm1(-weight * log_tail) / weight
-        slope = 0.5 * np.log(2.0 / np.pi) - 0.5 * size**2 - (weight + 1.0) * log_tail
+        squares = tf.where(v < 0, lower, upper) * v**2
+        u = location + scale * v * tf.exp(0.5 * squares)
+        slope = tf.math.log(scale) + 0.5 * squares + tf.math.log1p(squares)
         is_heavy = heavy > 0
-        log_slope = tf.where(is_heavy, slope + tf.math.log(scale), 0.0)
-        return tf.where(is_heavy, u, v), tf.reduce_sum(log_slope, -1)
+        return tf.where(is_heavy, u, v), tf.reduce_sum(tf.where(is_heavy, slope, 0.0), -1)
 
     def inverse(self, u: np.ndarray) -> np.ndarray:
         """Returns v for u [n, dim], in float64."""
         location, scale, heavy = self._flat()
         lower, upper = self._safe()
         y = (u - location) / scale
-        weight = np.where(y < 0, lower, upper)
-        log_tail = -np.log1p(weight * np.abs(y)) / weight
-        v = np.sign(y) * -special.ndtri_exp(log_tail - np.log(2.0))
+        v = np.sign(y) * _inverse(np.abs(y), np.where(y < 0, lower, upper))
         return np.where(heavy > 0, v, u)
 
     def _flat(self):
@@ -73,10 +70,10 @@ class Tails(NamedTuple):
         return np.maximum(self.weight, 0.5 * _LIGHT)
 
 
-def _log_erfc(size):
-    """Returns log erfc(size / sqrt 2) for size >= 0."""
-    normal = tfd.Normal(tf.zeros([], size.dtype), tf.ones([], size.dtype))
-    return np.log(2.0) + normal.log_cdf(-size)
+def _inverse(size, weight):
+    """Returns the v >= 0 with v exp(weight v^2 / 2) = size, for weight > 0."""
+    with np.errstate(divide="ignore"):  # of a size of 0
+        return np.sqrt(special.wrightomega(np.log(weight) + 2.0 * np.log(size)) / weight)
 
 
 def light(dim: int) -> Tails:
@@ -159,14 +156,25 @@ def of_weights(weight: np.ndarray, location: np.ndarray, scale: np.ndarray) -> T
 
 
 def estimated(u: np.ndarray) -> Tails:
-    """Returns tails of draws u [n, dim], by Hill's estimator on a twentieth of them at each end."""
+    """Returns the tails of draws u [n, dim] by maximum likelihood, for each half by itself.
+
+    Given a weight, the upper half of a coordinate is a half-normal distribution of v, whose scale
+    has a closed form.
+    """
     location = np.median(u, 0)
     scale = np.subtract(*np.quantile(u, [0.75, 0.25], axis=0)) / 1.35
     y = (u - location) / np.maximum(scale, 1e-300)
-    count = max(20, len(u) // 20)
+    y = y[:: max(1, len(y) // _USED)]
     weights = []
-    for side in (-y, y):
-        largest = np.sort(side, 0)[-count - 1 :]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            weights.append(np.mean(np.log(largest[1:] / largest[0]), 0))
-    return Tails(location, scale, np.nan_to_num(np.stack(weights)))
+    for upper in (y < 0, y > 0):
+        count = np.maximum(1, upper.sum(0))
+        likelihoods = []
+        for weight in _WEIGHTS:
+            squares = np.where(upper, _inverse(np.abs(y), weight) ** 2, 0.0)
+            slopes = 0.5 * weight * squares + np.log1p(weight * squares)
+            with np.errstate(divide="ignore"):  # where a coordinate has a single value
+                spread = np.log(squares.sum(0) / count)
+            likelihoods.append(-0.5 * spread - slopes.sum(0) / count)
+        weights.append(_WEIGHTS[np.argmax(likelihoods, 0)])
+    weights = np.stack(weights)
+    return Tails(location, scale, np.where(weights > _LIGHT, weights, 0.0))
