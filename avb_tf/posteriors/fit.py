@@ -33,6 +33,7 @@ FAR = 10.0  # nats, see `divergence`
 CLOSE, FOLLOWED = 0.3, 3.0  # nats of `divergence`, see `helps`
 TIE = 0.02  # total variation: about the error of the difference of two distances
 START_SHARE = 0.35  # share of the seconds that the start may take
+SPARE_SHARE = 0.35  # share by which its search may go on if the modes found need no network
 SHORT = 15.0  # fewer seconds do not suffice to train a network: the start's mixture is the fit
 LEAST_START_SHARE = 0.3  # share of so few seconds that the start may take at least
 VERDICT_SHARE, VERDICT_SECONDS = 0.1, 1.5  # reserved for the verdict of a long and of a short fit
@@ -92,7 +93,8 @@ def fit_posterior(
     resolved_settings = resolved(target.dim, **settings)
     clock = Clock(steps, seconds, began, verbose)
     allowed = seconds and _of_start(seconds, clock.elapsed())
-    start = starting.find(target, seed, allowed, steps or STEPS)
+    spare = SPARE_SHARE * seconds if seconds and seconds >= SHORT else 0.0
+    start = starting.find(target, seed, allowed, steps or STEPS, spare)
     clock.start_training(VERDICT_SHARE * (seconds or 0.0))
     with seeded(seed):
         fit = _trained(target, start, seed, resolved_settings, clock)

@@ -35,6 +35,7 @@ class Sampled(NamedTuple):
     # Share of the states where a mixture fitted to the other half of the chains has less than a
     # tenth of the density: the share of the posterior that a mixture misses though chains visit it.
     uncovered: float
+    divergence: float  # KL(posterior || such a mixture with the likeliest tails) in nats
     excess: float  # nats by which the density exceeds the mixture, as covariances are estimated
 
 
@@ -130,12 +131,14 @@ def _described(scores, states, density, jumps, r_hat, rng) -> Sampled:
     # Of a posterior with one mode in many dimensions, a single component is a better description.
     candidates = [(initial, _of_halves(halves, initial)) for initial in (jumps, jumps.merged())]
     initial, pair = max(candidates, key=lambda one: _likelihood(halves, one[1]))
-    estimates, held_out = [], []
+    estimates, held_out, closest = [], [], []
     for near, half, at_half in zip(pair, halves[::-1], np.split(density, 2)[::-1], strict=True):
         x = near.draw(len(half), rng)
         at_states = at_half - near.log_density(half).reshape(at_half.shape)
         estimates.append(evidence.bridge(scores(x)[0] - near.log_density(x), at_states))
         held_out.append(at_states)
+        likely = mixture.with_likely_tails(near, half)
+        closest.append(at_half.mean() - likely.log_density(half).mean())
     log_evidence = evidence.average(estimates)
     near = mixture.fitted(states.reshape(-1, dim), initial)
     roughly = np.median(density.ravel() - near.log_density(states.reshape(-1, dim)))
@@ -145,9 +148,12 @@ def _described(scores, states, density, jumps, r_hat, rng) -> Sampled:
     # average. One state in four counts as independent of the others.
     excess = dim * (dim + 3.0) / (chains * kept)
     uncovered = np.mean(np.stack(held_out) - log_normaliser > np.log(10.0) + excess)
+    divergence = np.mean(closest) - log_normaliser
     if r_hat > MIXED:
         log_evidence = evidence.with_error(log_evidence, r_hat - 1.0)
-    return Sampled(states, near, log_evidence, log_normaliser, float(uncovered), excess)
+    return Sampled(
+        states, near, log_evidence, log_normaliser, float(uncovered), float(divergence), excess
+    )
 
 
 def _of_halves(halves, initial):

@@ -37,9 +37,11 @@ AGAIN = 2  # most times that the chains run again with the findings of the wide 
 LACKING = 0.03  # share of the posterior that the chains may lack
 NEW = 1e-3  # share of the posterior from which a mode that the chains lack is added
 LOOK_SHARE, LEAST_LOOK_SHARE = 0.6, 0.1  # shares of the start's seconds for the wide search
+CLOSE = 0.03  # nats of divergence up to which a mixture of the modes found needs no network
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, if no seconds are given
 LOOK_POINTS = 2**13  # points of the wide search per training step, if no seconds are given
 LOOK_SECONDS = 0.02  # most seconds of the wide search per training step, likewise
+LONGER = 4  # times as many points, if the modes found need no network
 _RUNS_AWAY = (
     "the fit runs away: the log density does not fall as parameters grow; expected a proper "
     "posterior: look for a parameter without a prior"
@@ -147,7 +149,13 @@ def of_record(record: dict[str, Any]) -> Start:
     return Start(mean, scale_tril, z, tailing.light(len(mean)), len(z) // 4)
 
 
-def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int = 50) -> Start:
+def find(
+    target: Target,
+    seed: int = 0,
+    seconds: float | None = None,
+    steps: int = 50,
+    spare: float = 0.0,
+) -> Start:
     """Finds rough draws of the posterior and coordinates in which it is standard.
 
     Args:
@@ -155,6 +163,7 @@ def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int
       seed: seed of all random numbers.
       seconds: time that the start may take, or None.
       steps: number of training steps, which sets the effort of the search if `seconds` is None.
+      spare: seconds by which the search may go on if the modes found need no network.
     Raises:
       UserError: the density is not finite at any point tried, or does not fall as parameters grow,
         or the posterior has more than `LARGEST_OF_ALL` dimensions.
@@ -185,8 +194,10 @@ def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int
         moved = hmc.scores(log_density, target.dtype)
         sampled = sampling.sampled(moved, draws, sampling.around(draws, rng), rng, by(0.4))
     states, until = sampled.states.reshape(-1, target.dim), time.monotonic()
+    close = sampled.divergence < CLOSE
     if seconds:  # at least a little, however long the chains took
         until += max(LEAST_LOOK_SHARE * seconds, min(LOOK_SHARE * seconds, by(0.9) - until))
+        until += spare * close
     else:
         until += LOOK_SECONDS * steps
     look = search.look(
@@ -195,7 +206,7 @@ def find(target: Target, seed: int = 0, seconds: float | None = None, steps: int
         mixture.with_likely_tails(sampled.mixture, states),
         sampled.excess,
         until,
-        2**62 if seconds else LOOK_POINTS * steps,
+        2**62 if seconds else LOOK_POINTS * steps * (LONGER if close else 1),
         seed,
     )
     lacking = 0.0
