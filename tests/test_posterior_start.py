@@ -9,7 +9,17 @@ from scipy import integrate, stats
 from tensorflow_probability import distributions as tfd
 
 from avb_tf import UserError
-from avb_tf.posteriors import evidence, hmc, large, mixture, models, search, start, tails
+from avb_tf.posteriors import (
+    evidence,
+    hmc,
+    large,
+    mixture,
+    models,
+    sampling,
+    search,
+    start,
+    tails,
+)
 
 
 def states(target, **settings):
@@ -151,6 +161,49 @@ def test_coordinates_of_heavy_tails_and_their_inverse():
     np.testing.assert_allclose(volume, np.linalg.slogdet(jacobian)[1], atol=1e-8)
     np.testing.assert_allclose(one.inverse(u.numpy()), v, atol=1e-8)
     np.testing.assert_array_equal(u[:, 1], v[:, 1])  # a light tail does not change
+
+
+@pytest.mark.parametrize("degrees", [1.0, 2.0, 5.0, 10.0])
+def test_the_estimated_tails_of_a_student_t_leave_it_nearly_gaussian(degrees):
+    distribution = stats.t(degrees)
+    estimate = tails.estimated(distribution.rvs([4096, 2], random_state=0))
+    u = distribution.rvs([100_000, 2], random_state=1)
+    v = estimate.inverse(u)
+    volume = estimate.forward(tf.constant(v))[1]
+    # The coordinates are standardised afterwards, so the location and scale of v do not matter.
+    log_q = stats.norm.logpdf(v, v.mean(0), v.std(0)).sum(1) - volume
+    assert np.mean(distribution.logpdf(u).sum(1) - log_q) < 2 * 0.01  # nats
+
+
+def test_light_tails_hardly_change():
+    draws = np.random.default_rng(0).normal(size=[4096, 20])
+    weights = tails.estimated(draws).weight
+    # The weight of a Gaussian is 0, and its estimate from 512 draws has a standard deviation of
+    # about 0.02.
+    assert weights.max() < 0.08
+    assert np.mean(weights > 0) < 0.3
+
+
+def test_the_likeliest_degrees_of_freedom_of_a_mixture():
+    rng = np.random.default_rng(0)
+    one = mixture.Mixture(np.ones(1), np.zeros([1, 2]), np.eye(2)[np.newaxis])
+    for degrees, likely in ((5.0, {5.0, 10.0}), (np.inf, {50.0, 100.0})):
+        x = one._replace(degrees=degrees).draw(4000, rng)
+        assert mixture.with_likely_tails(one, x).degrees in likely
+
+
+def test_the_divergence_tells_whether_a_mixture_of_the_modes_suffices():
+    rng = np.random.default_rng(0)
+
+    def divergence(density):
+        target = models.make(density, shape=[2])
+        scores = hmc.scores(target.log_density, target.dtype)
+        draws = rng.normal(size=[sampling.CHAINS, 2])
+        return sampling.sampled(scores, draws, sampling.around(draws, rng), rng, np.inf).divergence
+
+    assert abs(divergence(lambda x: normal(x[..., 0]) + normal(x[..., 1], x[..., 0]))) < 0.02
+    ring = divergence(lambda x: -0.5 * ((tf.norm(x, axis=-1) - 3.0) / 0.05) ** 2)
+    assert ring > start.CLOSE
 
 
 def test_slopes_tell_tails_apart():
