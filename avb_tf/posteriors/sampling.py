@@ -115,10 +115,10 @@ def sampled(
         if r_hat < MIXED or time.monotonic() > deadline:
             break
     density = kept.log_density[THINNED - 1 :: THINNED].T
-    return _described(scores, states, density, jumps, r_hat, rng)
+    return _described(scores, states, density, proposal, jumps, r_hat, rng)
 
 
-def _described(scores, states, density, jumps, r_hat, rng) -> Sampled:
+def _described(scores, states, density, proposal, jumps, r_hat, rng) -> Sampled:
     """Describes the states by a mixture, the evidence, and what the mixture misses.
 
     The evidence is the mean of two bridges. For each, the mixture is fitted to one half of the
@@ -127,21 +127,19 @@ def _described(scores, states, density, jumps, r_hat, rng) -> Sampled:
     is part of the standard error.
     """
     chains, kept, dim = states.shape
-    halves = [half.reshape(-1, dim) for half in np.split(states, 2)]
-    # Of a posterior with one mode in many dimensions, a single component is a better description.
-    candidates = [(initial, _of_halves(halves, initial)) for initial in (jumps, jumps.merged())]
-    initial, pair = max(candidates, key=lambda one: _likelihood(halves, one[1]))
+    flat = states.reshape(-1, dim)
+    halves = np.split(flat, 2)
+    pair, near = _closest(flat, halves, proposal, jumps)
     estimates, held_out, closest = [], [], []
-    for near, half, at_half in zip(pair, halves[::-1], np.split(density, 2)[::-1], strict=True):
-        x = near.draw(len(half), rng)
-        at_states = at_half - near.log_density(half).reshape(at_half.shape)
-        estimates.append(evidence.bridge(scores(x)[0] - near.log_density(x), at_states))
+    for one, half, at_half in zip(pair, halves[::-1], np.split(density, 2)[::-1], strict=True):
+        x = one.draw(len(half), rng)
+        at_states = at_half - one.log_density(half).reshape(at_half.shape)
+        estimates.append(evidence.bridge(scores(x)[0] - one.log_density(x), at_states))
         held_out.append(at_states)
-        likely = mixture.with_likely_tails(near, half)
+        likely = mixture.with_likely_tails(one, half)
         closest.append(at_half.mean() - likely.log_density(half).mean())
     log_evidence = evidence.average(estimates)
-    near = mixture.fitted(states.reshape(-1, dim), initial)
-    roughly = np.median(density.ravel() - near.log_density(states.reshape(-1, dim)))
+    roughly = np.median(density.ravel() - near.log_density(flat))
     known = np.isfinite(log_evidence.standard_error)
     log_normaliser = float(log_evidence.value if known else roughly)
     # The divergence of a Gaussian from one with the moments of n draws is d (d + 3) / (4 n) nats on
@@ -156,14 +154,23 @@ def _described(scores, states, density, jumps, r_hat, rng) -> Sampled:
     )
 
 
-def _of_halves(halves, initial):
-    """Returns a mixture fitted to each of two sets of states."""
-    return [mixture.fitted(half, initial) for half in halves]
+def _closest(flat, halves, proposal, jumps):
+    """Returns the mixture closest to the states, as two fitted to half of them and as one to all.
 
+    The mixture of the jumps is a better description of several modes, and a single component of one
+    mode. The Gaussians of the proposal, which Newton's method has found, are better still if the
+    posterior is Gaussian and has many dimensions: they have no sampling error.
+    """
+    found = mixture.weighted(proposal, flat)
+    found = found._replace(degrees=mixture.degrees(flat.shape[1]))
+    pairs: list[tuple[Mixture | None, list[Mixture]]] = [(None, [found, found])]
+    pairs += [(one, [mixture.fitted(h, one) for h in halves]) for one in (jumps, jumps.merged())]
 
-def _likelihood(halves, pair):
-    """Returns the mean log density of each half of the states under the other half's mixture."""
-    return sum(near.log_density(half).mean() for near, half in zip(pair, halves[::-1], strict=True))
+    def held_out(pair):
+        return sum(one.log_density(h).mean() for one, h in zip(pair, halves[::-1], strict=True))
+
+    initial, pair = max(pairs, key=lambda candidate: held_out(candidate[1]))
+    return pair, found if initial is None else mixture.fitted(flat, initial)
 
 
 def _components(draws, proposal, rng) -> Mixture:

@@ -26,6 +26,7 @@ _CLIMBS = np.array([10.0, 1.0, 0.1, 1e-2, 1e-3])  # lengths of a step along the 
 _MODES = 60  # most modes returned
 _MASS_DRAWS = 256  # draws that estimate the mass of a mode
 _LOOK = 2**15  # points in a batch of the wide search
+_LARGEST_WEIGHT = 50.0  # nats: limits the weight of a point if the evidence is far off
 _SEEN = 64  # most points returned, those that exceed the mixture most
 _COMPARED = 256  # points of a batch compared with the mixture, the densest for their distance
 REACH = 12.0  # radius that the widest points reach, roughly, in standard deviations
@@ -222,7 +223,7 @@ def unseen(
     density = scores(x)[0] - log_normaliser
     joint = near.log_densities(x)
     log_near = np.logaddexp.reduce(joint)
-    weights = np.exp(np.minimum(density - log_near, 50.0))
+    weights = np.exp(np.minimum(density - log_near, _LARGEST_WEIGHT))
     weights *= density - known(x) > np.log(10.0) + slack
     return (weights * np.exp(joint - log_near)).mean(1)
 
@@ -284,7 +285,8 @@ def look(
         if excess[row] > np.log(3.0) + slack:
             seen.append((excess[row], x[row]))
         unseen = excess > np.log(10.0) + slack
-        weights.append(np.exp(density[unseen] - log_wide(radius[unseen]) + volume))
+        log_weights = density[unseen] - log_wide(radius[unseen]) + volume
+        weights.append(np.exp(np.minimum(log_weights, _LARGEST_WEIGHT)))
         where.append(x[unseen])
     seen.sort(key=lambda pair: -pair[0])
     highest = np.reshape([x for _, x in seen[:_SEEN]], [-1, dim])
