@@ -76,6 +76,7 @@ ORDER = [
     "avb_tf.figures.training",
     "avb_tf.posteriors",
     "avb_tf.posteriors.target",
+    "avb_tf.posteriors.bijectors",
     "avb_tf.posteriors.constraints",
     "avb_tf.posteriors.models",
     "avb_tf.posteriors.mixture",

@@ -8,7 +8,7 @@ from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
 from avb_tf import UserError
-from avb_tf.posteriors import constraints, hmc, models, start
+from avb_tf.posteriors import bijectors, constraints, hmc, models, start
 
 EYE = np.eye(3, dtype=np.float64)
 
@@ -48,10 +48,10 @@ def test_a_density_of_one_unconstrained_number_integrates_to_one(distribution, e
 @pytest.mark.parametrize(
     ("make", "lower"),
     [
-        (constraints.correlation, -1),
-        (constraints.covariance, 0),
-        (constraints.cholesky_factor, 0),
-        (constraints.simplex, None),
+        (bijectors.correlation, -1),
+        (bijectors.covariance, 0),
+        (bijectors.cholesky_factor, 0),
+        (bijectors.simplex, None),
     ],
 )
 def test_log_determinants_are_those_of_automatic_differentiation(make, lower, size):
@@ -89,7 +89,7 @@ def test_small_probabilities_keep_their_digits(dtype):
     u = np.array([[60.0, 0.0], [-60.0, 0.0], [0.0, 1000.0], [-40.0, -50.0]], dtype)
     padded = np.concatenate([u.astype(np.float64), np.zeros([4, 1])], 1)
     logs = padded - special.logsumexp(padded, axis=1, keepdims=True)
-    bijector = constraints.simplex()
+    bijector = bijectors.simplex()
     with np.errstate(under="ignore"):
         exact = np.exp(logs).astype(dtype)
     np.testing.assert_allclose(bijector.forward(tf.constant(u)), exact, rtol=2e-5, atol=1e-37)
@@ -248,5 +248,5 @@ def test_a_wishart_precision_has_its_exact_mean():
     log_ratio = target.log_density(tf.constant(u)).numpy() - stats.wishart(30, scale).logpdf(
         np.moveaxis(draws, 0, -1)
     )
-    volume = constraints.covariance().forward_log_det_jacobian(tf.constant(u), event_ndims=1)
+    volume = bijectors.covariance().forward_log_det_jacobian(tf.constant(u), event_ndims=1)
     np.testing.assert_allclose(np.ptp(log_ratio - volume), 0.0, atol=1e-6)

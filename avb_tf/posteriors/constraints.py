@@ -2,10 +2,7 @@
 
     bijector = constraints.checked("R", tfd.LKJ(3, 1.0))  # from R^3
 
-This module uses TFP's bijectors except for those that are wrong or fail. It replaces the bijectors
-of correlation matrices (wrong log determinant), Wishart matrices (softplus applied twice),
-simplexes (`SoftmaxCentered` fails with current numpy, and `IteratedSigmoidCentered` loses small
-probabilities to cancellation) and intervals with one infinite end (NaN).
+TFP's bijectors are used except for those that are wrong or fail, which `bijectors` replaces.
 """
 
 import numpy as np
@@ -14,9 +11,9 @@ from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
 from avb_tf.errors import UserError
+from avb_tf.posteriors import bijectors
 from avb_tf.posteriors.target import first_line, value_and_gradient
 
-TINY = np.finfo(np.float32).tiny  # smallest probability
 _DRAWS = 512  # draws of the prior that the inverse and the bijector must reproduce
 _MANY = 2048  # draws that check a density against its own draws
 _STANDARD_ERRORS = 7.0  # largest deviation that this check accepts
@@ -26,186 +23,40 @@ _SPHERES = (tfd.VonMisesFisher, tfd.PowerSpherical, tfd.SphericalUniform)
 _WISHARTS = (tfd.WishartTriL, tfd.WishartLinearOperator)
 
 
-class CorrelationOuterProduct(tfb.Bijector):
-    """Correlation matrices R = L L^T from their Cholesky factors L, whose rows have norm 1.
-
-        bijector = tfb.Chain([CorrelationOuterProduct(), tfb.CorrelationCholesky()])
-        bijector.forward(tf.zeros([3]))  # the identity, [3, 3]
-
-    TFP's `CholeskyOuterProduct` counts the diagonal of L as free, but here the other entries
-    determine it. The log determinant is that of the strictly lower entries, because the density of
-    `tfd.LKJ` is defined over them: dR_ij / dL_ij = L_jj for i > j, and the Jacobian is triangular.
-    """
-
-    def __init__(self, name: str = "correlation_outer_product"):
-        parameters = dict(locals())
-        super().__init__(forward_min_event_ndims=2, parameters=parameters, name=name)
-
-    def _forward(self, x):
-        product = tf.matmul(x, x, transpose_b=True)
-        return tf.linalg.set_diag(product, tf.ones_like(tf.linalg.diag_part(product)))
-
-    def _inverse(self, y):
-        return tf.linalg.cholesky(y)
-
-    def _forward_log_det_jacobian(self, x):
-        diagonal = tf.linalg.diag_part(x)
-        size = diagonal.shape[-1]
-        return tf.linalg.matvec(
-            tf.math.log(diagonal)[..., tf.newaxis, :],
-            tf.range(size - 1, -1, -1, dtype=diagonal.dtype),
-        )[..., 0]
-
-
-class LogRatios(tfb.Bijector):
-    """Probabilities from the logarithms of their ratios to the last one: p = softmax([u, 0]).
-
-        LogRatios().forward(tf.zeros([2]))  # [1/3, 1/3, 1/3]
-
-    The log determinant is that of all entries but the last, over which TFP defines densities. It is
-    the sum of all log p.
-    """
-
-    def __init__(self, name: str = "log_ratios"):
-        parameters = dict(locals())
-        super().__init__(forward_min_event_ndims=1, parameters=parameters, name=name)
-
-    def _forward(self, x):
-        # A probability of 0 would have an infinite density under a sparse Dirichlet.
-        return tf.maximum(tf.exp(self._log_forward(x)), x.dtype.as_numpy_dtype(TINY))
-
-    def _log_forward(self, x):
-        return tf.nn.log_softmax(tf.concat([x, tf.zeros_like(x[..., :1])], -1))
-
-    def _inverse(self, y):
-        logs = tf.math.log(y)
-        return logs[..., :-1] - logs[..., -1:]
-
-    def _forward_log_det_jacobian(self, x):
-        return tf.reduce_sum(self._log_forward(x), -1)
-
-    def _inverse_log_det_jacobian(self, y):
-        return -tf.reduce_sum(tf.math.log(y), -1)
-
-    def _forward_event_shape(self, input_shape):
-        return input_shape[:-1].concatenate(
-            [None if input_shape[-1] is None else input_shape[-1] + 1]
-        )
-
-    def _inverse_event_shape(self, output_shape):
-        return output_shape[:-1].concatenate(
-            [None if output_shape[-1] is None else output_shape[-1] - 1]
-        )
-
-    def _forward_event_shape_tensor(self, input_shape):
-        return tf.concat([input_shape[:-1], input_shape[-1:] + 1], 0)
-
-    def _inverse_event_shape_tensor(self, output_shape):
-        return tf.concat([output_shape[:-1], output_shape[-1:] - 1], 0)
-
-
-class VolumeOf(tfb.Bijector):
-    """The identity with another bijector's log determinant.
-
-    TFP's distributions with `input_output_cholesky` need it: their draws are Cholesky factors, but
-    their `log_prob` is the density of the matrix.
-
-    Args:
-      bijector: the bijector from the Cholesky factor to the matrix.
-      name: name of this bijector.
-    """
-
-    def __init__(self, bijector: tfb.Bijector, name: str = "volume_of"):
-        parameters = dict(locals())
-        self._bijector = bijector
-        super().__init__(forward_min_event_ndims=2, parameters=parameters, name=name)
-
-    def _forward(self, x):
-        return x
-
-    def _inverse(self, y):
-        return y
-
-    def _forward_log_det_jacobian(self, x):
-        return self._bijector.forward_log_det_jacobian(x, event_ndims=2)
-
-
-def simplex() -> tfb.Bijector:
-    """Returns the bijector from R^n to n + 1 probabilities, uniform at 0."""
-    return LogRatios()
-
-
-def cholesky_factor() -> tfb.Bijector:
-    """Returns the bijector from R^(n (n + 1) / 2) to triangles [n, n] with a positive diagonal."""
-    return tfb.FillScaleTriL(diag_bijector=tfb.Softplus(), diag_shift=None)
-
-
-def covariance() -> tfb.Bijector:
-    """Returns the bijector from R^(n (n + 1) / 2) to positive definite matrices [n, n]."""
-    return tfb.Chain([tfb.CholeskyOuterProduct(), cholesky_factor()])
-
-
-def correlation_factor() -> tfb.Bijector:
-    """Returns the bijector from R^(n (n - 1) / 2) to Cholesky factors of correlation matrices.
-
-    With `CorrelationCholesky` alone, a uniform correlation has tails as heavy as those of Student's
-    t with 2 degrees of freedom. With sinh before it, r = tanh(u) and the tails are exponential.
-    """
-    return tfb.Chain([tfb.CorrelationCholesky(), tfb.Sinh()])
-
-
-def correlation() -> tfb.Bijector:
-    """Returns the bijector from R^(n (n - 1) / 2) to correlation matrices [n, n]."""
-    return tfb.Chain([CorrelationOuterProduct(), correlation_factor()])
-
-
-def interval(low: tf.Tensor, high: tf.Tensor) -> tfb.Bijector | None:
-    """Returns the bijector from R to (low, high) if an end is infinite.
-
-    TFP's sigmoid gives NaN in this case. The result is None if both ends are finite or if an end is
-    not known statically; TFP's bijector serves then.
-    """
-    lowest, highest = (tf.get_static_value(end) for end in (low, high))
-    if lowest is None or highest is None:
-        return None
-    below, above = np.isneginf(lowest).all(), np.isposinf(highest).all()
-    if below and above:
-        return tfb.Identity()
-    if above and np.isfinite(lowest).all():
-        return tfb.Chain([tfb.Shift(lowest), tfb.Softplus()])
-    if below and np.isfinite(highest).all():
-        minus = tfb.Scale(np.array(-1.0, highest.dtype))
-        return tfb.Chain([tfb.Shift(highest), minus, tfb.Softplus()])
-    return None
-
-
 def of_distribution(distribution: tfd.Distribution) -> tfb.Bijector | None:
     """Returns the bijector from R^n to the support of a distribution, or None if it has none.
 
-    The bijectors of this module replace TFP's at any depth, such as in
+    Ours replace TFP's at any depth, such as in
     `tfd.Sample(tfd.Dirichlet(...), 3)`.
     """
     return _corrected(distribution).experimental_default_event_space_bijector()
 
 
 def _own(distribution):
-    """Returns this module's bijector for a distribution's support, or None if TFP's is right."""
+    """Returns our bijector for a distribution's support, or None if TFP's is right."""
     if isinstance(distribution, _SIMPLEXES):
-        return simplex()
+        return bijectors.simplex()
     if isinstance(distribution, tfd.ExpRelaxedOneHotCategorical):
-        return tfb.Chain([tfb.Log(), simplex()])
+        return tfb.Chain([tfb.Log(), bijectors.simplex()])
     if isinstance(distribution, tfd.CholeskyLKJ):
-        return correlation_factor()
+        return bijectors.correlation_factor()
     if isinstance(distribution, tfd.LKJ):
         if distribution.input_output_cholesky:
-            return tfb.Chain([VolumeOf(CorrelationOuterProduct()), correlation_factor()])
-        return correlation()
+            return tfb.Chain(
+                [
+                    bijectors.VolumeOf(bijectors.CorrelationOuterProduct()),
+                    bijectors.correlation_factor(),
+                ]
+            )
+        return bijectors.correlation()
     if isinstance(distribution, _WISHARTS):
         if distribution.input_output_cholesky:
-            return tfb.Chain([VolumeOf(tfb.CholeskyOuterProduct()), cholesky_factor()])
-        return covariance()
+            return tfb.Chain(
+                [bijectors.VolumeOf(tfb.CholeskyOuterProduct()), bijectors.cholesky_factor()]
+            )
+        return bijectors.covariance()
     if isinstance(distribution, tfd.TruncatedNormal | tfd.TruncatedCauchy):
-        return interval(distribution.low, distribution.high)
+        return bijectors.interval(distribution.low, distribution.high)
     if isinstance(distribution, tfd.Blockwise):
         return _blocks(distribution.distributions)
     if isinstance(distribution, tfd.MixtureSameFamily):
@@ -217,23 +68,23 @@ def _own(distribution):
 
 def _blocks(components):
     """Returns the joined bijectors of a `tfd.Blockwise`, or None if one is not elementwise."""
-    bijectors = [of_distribution(component) for component in components]
-    if any(one is None or one.forward_min_event_ndims != 0 for one in bijectors):
+    parts = [of_distribution(component) for component in components]
+    if any(one is None or one.forward_min_event_ndims != 0 for one in parts):
         return None
     sizes = [component.event_shape.num_elements() for component in components]
-    return tfb.Blockwise(bijectors, block_sizes=sizes)
+    return tfb.Blockwise(parts, block_sizes=sizes)
 
 
 def _shared(components):
     """Returns the bijector that all components of a mixture share, or None if supports differ."""
-    bijectors = [of_distribution(component) for component in components]
-    alike = all(type(one) is type(bijectors[0]) for one in bijectors)
-    if not alike or bijectors[0] is None:
+    parts = [of_distribution(component) for component in components]
+    alike = all(type(one) is type(parts[0]) for one in parts)
+    if not alike or parts[0] is None:
         return None
     # A bijector with a batch shape, such as for Uniform(0, [1, 2]), differs between components.
-    free = [tf.TensorShape(one.experimental_batch_shape()).rank == 0 for one in bijectors]
-    known = not any(tf.nest.flatten([_limits(one) for one in bijectors]))
-    return bijectors[0] if all(free) and known else None
+    free = [tf.TensorShape(one.experimental_batch_shape()).rank == 0 for one in parts]
+    known = not any(tf.nest.flatten([_limits(one) for one in parts]))
+    return parts[0] if all(free) and known else None
 
 
 def _limits(bijector):
