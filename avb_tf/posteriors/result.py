@@ -79,6 +79,16 @@ class PosteriorFit:
         self._diagnosed: Diagnostics | None = None
         self._drawn: Draws | None = None
 
+    @property
+    def kind(self) -> str:
+        """The sampler: "AVB", or "chart", "mixture" or "Gaussian", whose densities are exact."""
+        encoder: Any = self.model.encoder
+        if self.model.adversary is None:
+            return "mixture"
+        if encoder.stacks:
+            return "AVB"
+        return "chart" if isinstance(self.model.decoder, Chart) else "Gaussian"
+
     def sample(self, n: int, seed: int = 0) -> Structure:
         """Returns `n` draws of the posterior in the model's own structure and dtypes, [n, ...]."""
         return self.constrain(self._z(n, seed))

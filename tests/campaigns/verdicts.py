@@ -55,6 +55,7 @@ def measured(name: str, seconds: float, seed: int) -> dict:
         counts = [np.bincount(k, minlength=len(truth.modes)) / DRAWS for k in nearest]
         shares = float(np.abs(counts[0] - counts[1]).max())
     return {
+        "kind": fit.kind,
         "verdict": diagnostics.verdict,
         "reason": diagnostics.reason,
         "distance": diagnostics.distance,
