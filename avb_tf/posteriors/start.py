@@ -212,7 +212,7 @@ def find(
     lacking = 0.0
     for _ in range(AGAIN):
         wider, lacking = _wider(moved, look, sampled, rng)
-        if wider is None:
+        if wider is None or time.monotonic() > by(1.0) + spare:
             break
         sampled = sampling.sampled(moved, sampling.weighed(moved, wider, rng), wider, rng, by(1.0))
     else:
