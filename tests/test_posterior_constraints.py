@@ -101,6 +101,27 @@ def test_small_probabilities_keep_their_digits(dtype):
     np.testing.assert_allclose(volume, -logs[:2].sum(1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_correlations_are_never_singular(size, dtype):
+    lkj = tfd.LKJ(size, dtype(1.0))
+    bijector = constraints.of_distribution(lkj)
+    rng = np.random.default_rng(size)
+    u = tf.constant(rng.normal(size=[200, size * (size - 1) // 2]) * 50.0, dtype)
+
+    def density(u):
+        return lkj.log_prob(bijector.forward(u)) + bijector.forward_log_det_jacobian(u, 1)
+
+    with tf.GradientTape() as tape:
+        tape.watch(u)
+        far = density(u)
+    gradient = tape.gradient(far, u)  # it inverts the matrix, which raises an error if it cannot
+    assert np.isfinite(far).all()
+    assert np.isfinite(gradient).all()
+    farther = density(2.0 * u)
+    assert np.mean(farther < far) > 0.99  # the posterior is proper
+
+
 @pytest.mark.parametrize("dim", [3, 10])
 @pytest.mark.parametrize("concentration", [0.1, 1.0])
 def test_a_sparse_dirichlet_and_counts_have_the_closed_forms(dim, concentration):

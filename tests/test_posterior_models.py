@@ -235,6 +235,17 @@ def test_a_density_that_is_finite_nowhere(value):
     refused("not finite", lambda x: tf.reduce_sum(x, -1) * 0.0 + value, shape=[2])
 
 
+def test_a_density_whose_operations_fail_far_out_is_refused_in_one_line():
+    def log_density(x):  # the matrix is singular where tanh(x) rounds to 1
+        matrix = tf.eye(2) + tf.tanh(x)[..., tf.newaxis, tf.newaxis] * (1.0 - tf.eye(2))
+        return -0.01 * x**2 - 1e-3 * tf.linalg.trace(tf.linalg.inv(matrix))
+
+    with pytest.raises(UserError, match="the log density fails at some parameters") as refused:
+        avb_tf.fit_posterior(log_density, shape=[], **QUICK)
+    assert "Input is not invertible" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_an_improper_posterior_that_runs_away():
     refused("runs away", lambda x: tf.reduce_sum(0.0 * x, -1), shape=[2])
     refused("runs away", lambda x: -(x[..., 0] ** 2) + 0.0 * x[..., 1], shape=[2])

@@ -43,6 +43,35 @@ class CorrelationOuterProduct(tfb.Bijector):
         )[..., 0]
 
 
+class LimitedSinh(tfb.Bijector):
+    """sinh, limited so that a correlation tanh(u) never rounds to 1.
+
+    Such a correlation makes a matrix singular, and TensorFlow's inverse then raises an error for
+    the whole batch. Beyond the limit, where a posterior has next to no mass, the value stays and
+    the volume falls, so that the posterior stays proper.
+    """
+
+    def __init__(self, name: str = "limited_sinh"):
+        parameters = dict(locals())
+        super().__init__(forward_min_event_ndims=0, parameters=parameters, name=name)
+
+    def _forward(self, x):
+        limit = self._limit(x)
+        return tf.sinh(tf.clip_by_value(x, -limit, limit))
+
+    def _inverse(self, y):
+        return tf.asinh(y)
+
+    def _forward_log_det_jacobian(self, x):
+        size, limit = tf.abs(x), self._limit(x)
+        inside = tf.math.log(tf.cosh(tf.minimum(size, limit)))
+        return inside - tf.nn.relu(size - limit)
+
+    @staticmethod
+    def _limit(x):
+        return -0.375 * np.log(np.finfo(x.dtype.as_numpy_dtype).eps)
+
+
 class LogRatios(tfb.Bijector):
     """Probabilities from the logarithms of their ratios to the last one: p = softmax([u, 0]).
 
@@ -137,7 +166,7 @@ def correlation_factor() -> tfb.Bijector:
     With `CorrelationCholesky` alone, a uniform correlation has tails as heavy as those of Student's
     t with 2 degrees of freedom. With sinh before it, r = tanh(u) and the tails are exponential.
     """
-    return tfb.Chain([tfb.CorrelationCholesky(), tfb.Sinh()])
+    return tfb.Chain([tfb.CorrelationCholesky(), LimitedSinh()])
 
 
 def correlation() -> tfb.Bijector:

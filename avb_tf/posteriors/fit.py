@@ -94,14 +94,27 @@ def fit_posterior(
     clock = Clock(steps, seconds, began, verbose)
     allowed = seconds and _of_start(seconds, clock.elapsed())
     spare = SPARE_SHARE * seconds if seconds and seconds >= SHORT else 0.0
-    start = starting.find(target, seed, allowed, steps or STEPS, spare)
-    clock.start_training(VERDICT_SHARE * (seconds or 0.0))
-    with seeded(seed):
-        fit = _trained(target, start, seed, resolved_settings, clock)
-    if seconds:
-        fit.diagnostics()  # the seconds include the verdict
+    try:
+        start = starting.find(target, seed, allowed, steps or STEPS, spare)
+        clock.start_training(VERDICT_SHARE * (seconds or 0.0))
+        with seeded(seed):
+            fit = _trained(target, start, seed, resolved_settings, clock)
+        if seconds:
+            fit.diagnostics()  # the seconds include the verdict
+    except tf.errors.InvalidArgumentError as error:
+        raise UserError(
+            f"the log density fails at some parameters ({_cause(error)}); expected a number or NaN "
+            "everywhere: for example, add 1e-6 I to a matrix before its inverse"
+        ) from error
     fit.seconds = clock.elapsed()
     return fit
+
+
+def _cause(error):
+    """Returns the line of an error in a graph that says what happened, before the node's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    nodes = [i for i, line in enumerate(lines) if i and line.startswith("[[")]
+    return lines[nodes[0] - 1][:200] if nodes else targets.first_line(error)
 
 
 def _of_start(seconds, elapsed):
