@@ -125,7 +125,7 @@ def improper(profile: np.ndarray, dim: int = 1) -> np.ndarray:
     slope = np.take_along_axis(slopes, last, -1)[..., 0]
     height = np.take_along_axis(profile, last + 1, -1)[..., 0]
     falls = (slope < -1.02 * dim) | ((slope > _CLIMB * dim) & (height < 0.0))
-    return (finite.any(-1) & ~falls).any(0)
+    return np.any(finite.any(-1) & ~falls, axis=0)
 
 
 def of_profile(profile: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:
