@@ -176,7 +176,9 @@ def _lost_modes(given: Given, points: np.ndarray, log_evidence: float, rng) -> M
     if not len(maxima):
         return None
     modes = search.modes(given.scores, maxima)
-    lost = search.unseen(given.scores, modes, log_evidence, given.log_density, rng) > _LOST
+    excess = given.scores(modes.x)[0] - log_evidence - given.log_density(modes.x)
+    mass = search.unseen(given.scores, modes, log_evidence, lambda x: np.full(len(x), -np.inf), rng)
+    lost = (excess > np.log(10.0)) & (mass > _LOST)
     if not lost.any():
         return None
     gaussians = list(zip(modes.x[lost], modes.roots[lost], strict=True))
