@@ -447,6 +447,12 @@ def test_steps_that_are_not_finite_are_left_out_of_the_mean_loss():
             lambda fit: fit(lambda p, seed: 2.0 * np.asarray(p), "y", prior=tfd.Normal(0.0, 1.0)),
             "the simulator returned the same data for 20 seeds",
         ),
+        (
+            lambda fit: fit(  # it fails for all seeds but the first
+                lambda p, seed: np.asarray(p) * [1.0][int(seed[1])], "y", prior=tfd.Normal(0.0, 1.0)
+            ),
+            "the simulator fails .IndexError",
+        ),
         (lambda fit: fit(linear(), "y", steps=0), "expected numbers above 0"),
         (lambda fit: fit(linear(), "y", widht=3), "unknown setting 'widht'"),
         (
