@@ -177,7 +177,7 @@ def _lost_modes(given: Given, points: np.ndarray, log_evidence: float, rng) -> M
         return None
     modes = search.modes(given.scores, maxima)
     excess = given.scores(modes.x)[0] - log_evidence - given.log_density(modes.x)
-    mass = search.unseen(given.scores, modes, log_evidence, lambda x: np.full(len(x), -np.inf), rng)
+    mass = search.unseen(given.scores, modes, log_evidence, rng)
     lost = (excess > np.log(10.0)) & (mass > _LOST)
     if not lost.any():
         return None

@@ -58,6 +58,11 @@ class Mixture(NamedTuple):
             weights=np.ones(1), means=mean[np.newaxis], roots=lower(covariance)[np.newaxis]
         )
 
+    def components(self) -> "list[Mixture]":
+        """Returns each component as a mixture of its own."""
+        parts = zip(self.means, self.roots, strict=True)
+        return [Mixture(np.ones(1), m[np.newaxis], r[np.newaxis], self.degrees) for m, r in parts]
+
     def standardised(self, mean: np.ndarray, scale_tril: np.ndarray) -> "Mixture":
         """Returns the mixture of z, where x = mean + scale_tril @ z.
 

@@ -197,34 +197,34 @@ def unseen(
     scores: Scores,
     modes: Modes,
     log_normaliser: float,
-    known: Callable[[np.ndarray], np.ndarray],
     rng: np.random.Generator,
+    known: Callable[[np.ndarray], np.ndarray] | None = None,
     slack: float = 0.0,
 ) -> np.ndarray:
     """Returns the share of the posterior at each mode that a known density lacks, [modes].
 
-    The share is that of the region where the known density is less than a tenth of the posterior's.
-    It is found by importance sampling, because Laplace's approximation is far off at a pole, such
-    as the neck of a hierarchical model. The proposal is a mixture over all modes, so that the mass
-    of a shell, on which each point is a mode, counts once.
+    The share is that of the region where the known density is less than a tenth of the posterior's,
+    or that of the mode if no density is known. It is found by importance sampling, because
+    Laplace's approximation is far off at a pole, such as the neck of a hierarchical model. The
+    proposal is a mixture over all modes, so that the mass of a shell, on which each point is a
+    mode, counts once.
 
     Args:
       scores: function from x [n, dim] to the log density [n] and its gradient [n, dim].
       modes: the modes, from the function `modes`.
       log_normaliser: log normaliser of the density, in nats.
-      known: function from x [n, dim] to the known log density [n] in nats.
       rng: source of random numbers.
+      known: function from x [n, dim] to the known log density [n] in nats, or None.
       slack: nats by which the posterior's density exceeds the known one in the known region.
     """
-    gaussians = list(zip(modes.x, modes.roots, strict=True))
-    near = mixture.of_gaussians(gaussians, mixture.DEGREES)
-    each = [mixture.of_gaussians([one], mixture.DEGREES) for one in gaussians]
-    x = np.concatenate([one.draw(_MASS_DRAWS, rng) for one in each])
+    near = mixture.of_gaussians(zip(modes.x, modes.roots, strict=True), mixture.DEGREES)
+    x = np.concatenate([one.draw(_MASS_DRAWS, rng) for one in near.components()])
     density = scores(x)[0] - log_normaliser
     joint = near.log_densities(x)
     log_near = np.logaddexp.reduce(joint)
     weights = np.exp(np.minimum(density - log_near, _LARGEST_WEIGHT))
-    weights *= density - known(x) > np.log(10.0) + slack
+    if known is not None:
+        weights *= density - known(x) > np.log(10.0) + slack
     return (weights * np.exp(joint - log_near)).mean(1)
 
 

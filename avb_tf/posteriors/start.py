@@ -37,7 +37,7 @@ AGAIN = 2  # most times that the chains run again with the findings of the wide 
 LACKING = 0.03  # share of the posterior that the chains may lack
 NEW = 1e-3  # share of the posterior from which a mode that the chains lack is added
 LOOK_SHARE, LEAST_LOOK_SHARE = 0.6, 0.1  # shares of the start's seconds for the wide search
-CLOSE = 0.03  # nats of divergence up to which a mixture of the modes found needs no network
+NO_NETWORK = 0.03  # nats of divergence up to which a mixture of the modes found needs no network
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, if no seconds are given
 LOOK_POINTS = 2**13  # points of the wide search per training step, if no seconds are given
 LOOK_SECONDS = 0.02  # most seconds of the wide search per training step, likewise
@@ -98,10 +98,6 @@ class Start(NamedTuple):
 
     def save(self, path: str | Path) -> None:
         """Writes a `.npz` file without pickled arrays; `load` reads it."""
-        near = self.mixture
-        of_mixture = (
-            {"weights": near.weights, "means": near.means, "roots": near.roots} if near else {}
-        )
         np.savez(
             path,
             mean=self.mean,
@@ -111,7 +107,7 @@ class Start(NamedTuple):
             stretch=self.stretch,
             tukey=np.vstack([self.tails.location, self.tails.scale, self.tails.weight]),
             numbers=[self.chains, *self.log_evidence, self.points, self.lacking],
-            **of_mixture,
+            **(self.mixture._asdict() if self.mixture else {}),
         )
 
 
@@ -139,7 +135,7 @@ def _mixture_of(arrays):
     """Returns the mixture of a saved start; None for a large one, or one of an earlier version."""
     if "weights" not in arrays:
         return None
-    return Mixture(arrays["weights"], arrays["means"], arrays["roots"], np.inf)
+    return Mixture(*(arrays[name] for name in Mixture._fields))
 
 
 def of_record(record: dict[str, Any]) -> Start:
@@ -193,22 +189,14 @@ def find(
         log_density = of_tails(target, tails)
         moved = hmc.scores(log_density, target.dtype)
         sampled = sampling.sampled(moved, draws, sampling.around(draws, rng), rng, by(0.4))
-    states, until = sampled.states.reshape(-1, target.dim), time.monotonic()
-    close = sampled.divergence < CLOSE
+    close, until, most = sampled.divergence < NO_NETWORK, time.monotonic(), 2**62
     if seconds:  # at least a little, however long the chains took
         until += max(LEAST_LOOK_SHARE * seconds, min(LOOK_SHARE * seconds, by(0.9) - until))
         until += spare * close
     else:
         until += LOOK_SECONDS * steps
-    look = search.look(
-        lambda v: log_density(v) - tf.cast(sampled.log_normaliser, target.dtype),
-        target.dtype,
-        mixture.with_likely_tails(sampled.mixture, states),
-        sampled.excess,
-        until,
-        2**62 if seconds else LOOK_POINTS * steps * (LONGER if close else 1),
-        seed,
-    )
+        most = LOOK_POINTS * steps * (LONGER if close else 1)
+    look = _looked(log_density, target.dtype, sampled, until, most, seed)
     lacking = 0.0
     for _ in range(AGAIN):
         wider, lacking = _wider(moved, look, sampled, rng)
@@ -224,6 +212,20 @@ def find(
         mean, scale_tril, z, tails, len(sampled.states), sampled.log_evidence, look.points,
         lacking=lacking, mixture=mixture.weighted(sampled.mixture, states),
     )  # fmt: skip
+
+
+def _looked(log_density, dtype, sampled, until, most, seed) -> search.Look:
+    """Searches widely around the chains' mixture."""
+    states = sampled.states.reshape(-1, sampled.states.shape[-1])
+    return search.look(
+        lambda v: log_density(v) - tf.cast(sampled.log_normaliser, dtype),
+        dtype,
+        mixture.with_likely_tails(sampled.mixture, states),
+        sampled.excess,
+        until,
+        most,
+        seed,
+    )
 
 
 def _find_large(target, seed, seconds) -> Start:
@@ -354,7 +356,7 @@ def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
     if len(look.x):
         modes = search.modes(scores, search.climb(scores, look.x))
         mass = search.unseen(
-            scores, modes, sampled.log_normaliser, known.log_density, rng, sampled.excess
+            scores, modes, sampled.log_normaliser, rng, known.log_density, sampled.excess
         )
         fresh = mass > max(NEW, sampled.uncovered)
         means += list(modes.x[fresh])
