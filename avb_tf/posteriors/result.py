@@ -78,6 +78,7 @@ class PosteriorFit:
         self.history = history
         self._diagnosed: Diagnostics | None = None
         self._drawn: Draws | None = None
+        self._visited: Draws | None = None
 
     @property
     def kind(self) -> str:
@@ -289,8 +290,10 @@ class PosteriorFit:
 
         A learned T is not trained far from the draws of q and r, where a large value could hide any
         distance. It is therefore limited to the largest value at q's draws. Where the chart's
-        inverse overflows, q has no mass.
+        inverse overflows, q has no mass. The states are evaluated once.
         """
+        if self._visited is not None:
+            return self._visited
         chart: Any = self.model.averaged_decoder
         highest = np.inf
         if self.model.adversary is not None:
@@ -299,11 +302,12 @@ class PosteriorFit:
         u, _ = self.start.place(self.start.z, self.target.dtype)
         z = chart.inverse(tf.constant(self.start.z, tf.float32))
         log_q = self._log_q(z, self._charted(z)[1], highest)
-        return Draws(
+        self._visited = Draws(
             np.asarray(u, np.float64),
             self._log_density(u),
             np.where(np.isfinite(log_q), log_q, -np.inf),
         )
+        return self._visited
 
     def _log_density(self, u):
         """Returns log p(data, parameters) in nats as a density of u, [n, dim] -> [n]."""

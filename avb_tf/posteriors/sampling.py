@@ -139,9 +139,9 @@ def _described(scores, states, density, proposal, jumps, r_hat, rng) -> Sampled:
         likely = mixture.with_likely_tails(one, half)
         closest.append(at_half.mean() - likely.log_density(half).mean())
     log_evidence = evidence.average(estimates)
-    roughly = np.median(density.ravel() - near.log_density(flat))
-    known = np.isfinite(log_evidence.standard_error)
-    log_normaliser = float(log_evidence.value if known else roughly)
+    log_normaliser = log_evidence.value
+    if not np.isfinite(log_evidence.standard_error):
+        log_normaliser = float(np.median(density.ravel() - near.log_density(flat)))
     # The divergence of a Gaussian from one with the moments of n draws is d (d + 3) / (4 n) nats on
     # average. One state in four counts as independent of the others.
     excess = dim * (dim + 3.0) / (chains * kept)
