@@ -26,8 +26,7 @@ _WISHARTS = (tfd.WishartTriL, tfd.WishartLinearOperator)
 def of_distribution(distribution: tfd.Distribution) -> tfb.Bijector | None:
     """Returns the bijector from R^n to the support of a distribution, or None if it has none.
 
-    Ours replace TFP's at any depth, such as in
-    `tfd.Sample(tfd.Dirichlet(...), 3)`.
+    Ours replace TFP's at any depth, such as in `tfd.Sample(tfd.Dirichlet(...), 3)`.
     """
     return _corrected(distribution).experimental_default_event_space_bijector()
 

@@ -18,10 +18,10 @@ import numpy as np
 import tensorflow as tf
 from scipy import special
 
-_LIGHT = 0.03  # tails of lower weight stay as they are
-_WEIGHTS = np.geomspace(_LIGHT, 2.0, 20)  # weights that an estimate chooses from
-_USED = 1024  # most draws that an estimate uses
+_LIGHT = 0.03  # tails of lower weight stay as they are, such as those of t with 20 degrees
 _HEAVIEST = 2.0  # largest weight: t with half a degree of freedom
+_WEIGHTS = np.geomspace(_LIGHT, _HEAVIEST, 20)  # weights that an estimate chooses from
+_USED = 1024  # most draws that an estimate uses
 _DISTANCES = 10.0 ** np.arange(2.0, 8.0)  # distances at which the density is measured, in scales
 _CLIMB = 10.0  # slope, in powers of the distance for each dimension, that only a ridge explains
 

@@ -95,7 +95,17 @@ def table(directory: Path) -> str:
     texts, summaries = [], []
     for seconds, of_limit in itertools.groupby(rows, lambda row: row["limit"]):
         fits = list(of_limit)
-        head = ["target", "verdict", "distance", "C2ST", "SW2", "share off", "evidence", "taken"]
+        head = [
+            "target",
+            "fit",
+            "verdict",
+            "distance",
+            "C2ST",
+            "SW2",
+            "share off",
+            "evidence",
+            "taken",
+        ]
         cells = [
             [name, *(", ".join(filter(None, v)) for v in zip(*map(_cells, same), strict=True))]
             for name, same in itertools.groupby(fits, lambda row: row["target"])
@@ -112,9 +122,10 @@ def _cells(row):
         row["verdict"], row["verdict"]
     )
     if row["verdict"] == "refused":
-        return [short, "", "", "", "", "", f"{row['seconds']:.0f} s"]
+        return ["", short, "", "", "", "", "", f"{row['seconds']:.0f} s"]
     off = row["share_off"]
     return [
+        row.get("kind", ""),
         short + (" FALSE" if false_trust(row) else ""),
         f"{row['distance']:.2f}",
         f"{row['c2st']:.3f}",
