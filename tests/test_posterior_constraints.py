@@ -201,6 +201,7 @@ def test_the_density_of_an_unconstrained_prior_is_that_of_its_draws(distribution
     flat = u.reshape(len(u), -1)
     scores = hmc.scores(
         lambda v: pulled_back(distribution, bijector, tf.reshape(v, [-1, *u.shape[1:]])),
+        flat.shape[1],
         tf.float64,
     )
     score = scores(flat)[1]

@@ -109,14 +109,32 @@ def test_a_density_of_one_draw_of_a_batch_or_of_both(name):
     log_density, size = (ONE_DRAW | BATCHES | BROADCAST)[name]
     target = models.make(log_density, shape=[size])
     u = np.random.default_rng(0).normal(size=[5, size]).astype(np.float32)
-    density, gradient = hmc.scores(target.log_density, target.dtype)(u)
+    density, gradient = hmc.scores(target.log_density, target.dim, target.dtype)(u)
     singles = [log_density(tf.constant(one[np.newaxis]))[0] for one in u] if name in BATCHES else [
         log_density(tf.constant(one)) for one in u]  # fmt: skip
     np.testing.assert_allclose(density, singles, rtol=1e-5)
     step = 1e-2 * np.eye(size)[0]
-    scores = hmc.scores(target.log_density, target.dtype)
+    scores = hmc.scores(target.log_density, target.dim, target.dtype)
     numerical = (scores(u + step)[0] - scores(u - step)[0]) / 2e-2
     np.testing.assert_allclose(gradient[:, 0], numerical, rtol=2e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["indexing", "scan", "columns", "broadcast"])
+def test_a_density_is_traced_once_for_all_parts_of_a_fit(name):
+    log_density, size = (ONE_DRAW | BATCHES | BROADCAST)[name]
+    calls = []
+
+    def counted(x):
+        calls.append(x)
+        return log_density(x)
+
+    target = models.make(counted, shape=[size])
+    before = len(calls)
+    scores = hmc.scores(target.log_density, target.dim, target.dtype)
+    for count in (1, 4, 7):
+        scores(np.zeros([count, size]))
+        assert target.log_density(tf.zeros([count, size])).shape == (count,)
+    assert len(calls) == before
 
 
 def test_a_density_by_indexing_is_fitted():
@@ -329,7 +347,7 @@ def test_a_matrix_normal_that_tfp_takes_one_draw_at_a_time():
     )
     target = models.make(joint, {"y": np.zeros(3, np.float32)})
     u = np.random.default_rng(0).normal(size=[5, 4]).astype(np.float32)
-    density = hmc.scores(target.log_density, target.dtype)(u)[0]
+    density = hmc.scores(target.log_density, target.dim, target.dtype)(u)[0]
     expected = stats.norm.logpdf(u).sum(1) + 3 * stats.norm.logpdf(u.sum(1))
     np.testing.assert_allclose(density, expected, rtol=1e-5)
 

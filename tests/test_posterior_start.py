@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from scipy import integrate, stats
+from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
 from avb_tf import UserError
@@ -80,7 +81,7 @@ def test_newtons_method_finds_modes_from_afar_whatever_the_units():
     target = models.make(
         lambda x: -0.5 * tf.reduce_sum(((x - 5.0 * sd) / sd) ** 2, -1), shape=[3], dtype="float64"
     )
-    scores = hmc.scores(target.log_density, target.dtype)
+    scores = hmc.scores(target.log_density, target.dim, target.dtype)
     points = sd * np.random.default_rng(0).normal(size=[10, 3]) * 100.0
     maxima = search.climb(scores, points)
     np.testing.assert_allclose(maxima / sd, 5.0, atol=0.05)
@@ -96,7 +97,7 @@ def test_the_share_of_a_mode_does_not_depend_on_the_gaussian_put_there(factor):
     """Laplace's approximation would be off by the square of the factor."""
     weights, widths = np.array([0.3, 0.7]), np.array([0.5, 0.02])
     target = mixture_of([[0.0, 0.0], [9.0, 9.0]], widths, weights)
-    scores = hmc.scores(target.log_density, target.dtype)
+    scores = hmc.scores(target.log_density, target.dim, target.dtype)
     roots = factor * widths[:, np.newaxis, np.newaxis] * np.eye(2)
     modes = search.Modes(np.array([[0.0, 0.0], [9.0, 9.0]]), roots, np.zeros(2))
     rng = np.random.default_rng(0)
@@ -113,7 +114,7 @@ def test_modes_on_one_shell_count_once_and_only_where_the_known_density_is_low()
     target = models.make(
         lambda x: -0.5 * ((tf.norm(x, axis=-1) - 3.0) / 0.3) ** 2, shape=[4], dtype="float64"
     )
-    scores = hmc.scores(target.log_density, target.dtype)
+    scores = hmc.scores(target.log_density, target.dim, target.dtype)
     rng = np.random.default_rng(0)
     x = rng.normal(size=[20, 4])
     x *= 3.0 / np.linalg.norm(x, axis=1, keepdims=True)
@@ -160,13 +161,15 @@ def test_coordinates_of_heavy_tails_and_their_inverse():
     jacobian = tape.batch_jacobian(u, x)
     np.testing.assert_allclose(volume, np.linalg.slogdet(jacobian)[1], atol=1e-8)
     np.testing.assert_allclose(one.inverse(u.numpy()), v, atol=1e-8)
+    np.testing.assert_allclose(one.slope(v), tf.linalg.diag_part(jacobian), rtol=1e-6)
     np.testing.assert_array_equal(u[:, 1], v[:, 1])  # a light tail does not change
 
 
 @pytest.mark.parametrize("degrees", [1.0, 2.0, 5.0, 10.0])
 def test_the_estimated_tails_of_a_student_t_leave_it_nearly_gaussian(degrees):
     distribution = stats.t(degrees)
-    estimate = tails.estimated(distribution.rvs([4096, 2], random_state=0))
+    draws = distribution.rvs([4096, 2], random_state=0)
+    estimate = tails.estimated(draws, np.ones(2, bool), np.zeros([2, 2], bool))
     u = distribution.rvs([100_000, 2], random_state=1)
     v = estimate.inverse(u)
     volume = estimate.forward(tf.constant(v))[1]
@@ -177,11 +180,63 @@ def test_the_estimated_tails_of_a_student_t_leave_it_nearly_gaussian(degrees):
 
 def test_light_tails_hardly_change():
     draws = np.random.default_rng(0).normal(size=[4096, 20])
-    weights = tails.estimated(draws).weight
-    # The weight of a Gaussian is 0, and its estimate from 512 draws has a standard deviation of
-    # about 0.02.
-    assert weights.max() < 0.08
+    weights = tails.estimated(draws, np.ones(20, bool), np.zeros([2, 20], bool)).weight
+    # The weight of a Gaussian is 0, and its estimate from 2,048 draws has a standard deviation of
+    # about 0.01.
+    assert weights.max() < 0.06
     assert np.mean(weights > 0) < 0.3
+    none = tails.estimated(draws, np.zeros(20, bool), np.ones([2, 20], bool)).weight
+    assert np.mean(none > 0) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("distribution", "expected"),
+    [
+        (tfd.Logistic(np.float64(0.0), 1.0), [True, True]),
+        (tfd.Laplace(np.float64(0.0), 1.0), [True, True]),
+        (tfd.Gumbel(np.float64(0.0), 1.0), [False, True]),
+        (tfd.ExpGamma(np.float64(1.0), 1.0), [True, False]),
+        # 1 - p is 0 from a log odds of 37 on: the density is not finite at ten scales.
+        (tfb.Invert(tfb.Sigmoid())(tfd.Beta(np.float64(0.5), 0.5)), [True, True]),
+        (tfd.StudentT(np.float64(3.0), 0.0, 1.0), [True, True]),
+        (tfd.Normal(np.float64(0.0), 1.0), [False, False]),
+        (tfd.GeneralizedNormal(np.float64(0.0), 1.0, 4.0), [False, False]),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_the_profile_tells_exponential_tails(distribution, expected):
+    scores = hmc.scores(lambda x: distribution.log_prob(x[..., 0]), 1, tf.float64)
+    draws = np.asarray(distribution.sample(1000, seed=(0, 0)))
+    scale = np.subtract(*np.quantile(draws, [0.84, 0.16])) / 2.0
+    x = draws[[scores(draws[:, np.newaxis])[0].argmax()]]
+    profile = tails.profile(lambda x: scores(x)[0], x, scale * np.ones([1, 1]))
+    np.testing.assert_array_equal(tails.exponential(profile)[:, 0], expected)
+
+
+@pytest.mark.parametrize("distribution", [stats.laplace, stats.logistic, stats.gumbel_r])
+def test_exponential_tails_become_nearly_gaussian(distribution):
+    """The divergence of the coordinate from a Gaussian falls by half at the least."""
+    draws = distribution.rvs(size=[4096, 1], random_state=0)
+    estimate = tails.estimated(draws, np.zeros(1, bool), np.ones([2, 1], bool))
+    u = distribution.rvs(size=[100_000, 1], random_state=1)
+
+    def divergence(tails):
+        v = tails.inverse(u)
+        volume = tails.forward(tf.constant(v))[1]
+        log_q = stats.norm.logpdf(v, v.mean(0), v.std(0)).sum(1) - volume
+        return np.mean(distribution.logpdf(u).sum(1) - log_q)
+
+    assert divergence(estimate) < 0.5 * divergence(tails.light(1))
+
+
+def test_a_component_far_out_of_a_heavy_tail_stays_a_density():
+    """Its slope was found by differences, which round to 0."""
+    heavy = tails.Tails(np.zeros(1), np.ones(1), np.full([2, 1], 0.5))
+    far = mixture.Mixture(np.ones(1), np.array([[1e17]]), np.array([[[1e15]]]), np.inf)
+    moved = start._moved(far, heavy)
+    v = heavy.inverse(np.array([[0.999e17], [1.001e17]]))
+    width = np.ptp(v) / 2e14 * 1e15
+    assert moved.roots.item() == pytest.approx(width, rel=1e-3)
 
 
 def test_the_likeliest_degrees_of_freedom_of_a_mixture():
@@ -197,7 +252,7 @@ def test_the_divergence_tells_whether_a_mixture_of_the_modes_suffices():
 
     def divergence(density):
         target = models.make(density, shape=[2])
-        scores = hmc.scores(target.log_density, target.dtype)
+        scores = hmc.scores(target.log_density, target.dim, target.dtype)
         draws = rng.normal(size=[sampling.CHAINS, 2])
         return sampling.sampled(scores, draws, sampling.around(draws, rng), rng, np.inf).divergence
 
@@ -208,7 +263,7 @@ def test_the_divergence_tells_whether_a_mixture_of_the_modes_suffices():
 
 def test_slopes_tell_tails_apart():
     def heaviness(distribution):
-        scores = hmc.scores(lambda x: distribution.log_prob(x[..., 0]), tf.float64)
+        scores = hmc.scores(lambda x: distribution.log_prob(x[..., 0]), 1, tf.float64)
         profile = tails.profile(lambda x: scores(x)[0], np.zeros(1), np.ones([1, 1]))
         assert not tails.improper(profile).any()
         return tails.of_profile(profile, np.zeros(1), np.ones(1)).weight.max()
@@ -484,7 +539,8 @@ def test_three_hundred_correlated_dimensions(tmp_path):
         along = tf.linalg.matvec(z, direction / np.linalg.norm(direction))
         return -0.5 * (tf.reduce_sum(z**2, -1) - (1.0 - 1.0 / 25.0) * along**2)
 
-    u, begun = states(models.make(log_density, shape=[dim], dtype="float64"), seconds=15.0)
+    target = models.make(log_density, shape=[dim], dtype="float64")
+    u, begun = states(target, limits=start.Limits(15.0, 0.0, 15.0))
     unit = direction / np.linalg.norm(direction)
     exact = sd * np.sqrt(1.0 + 24.0 * unit**2)
     np.testing.assert_allclose((u.mean(0) - mean) / exact, 0.0, atol=0.2)
@@ -508,3 +564,17 @@ def test_the_noise_of_an_estimated_covariance_is_no_lost_mode():
     begun = start.find(target)
     assert begun.lacking == 0.0
     assert right(begun.log_evidence, 0.0)
+
+
+def test_a_slow_density_gets_the_time_of_the_networks_and_fewer_transitions(monkeypatch):
+    """A scan over hundreds of rows takes a tenth of a second for all chains."""
+    target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])
+    monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: 0.1)
+    limits = start.Limits(1.0, 0.0, 60.0)
+    # 0.8 of the 60 seconds suffice for 9 transitions in a round: 49 evaluations for each.
+    begun = start.find(target, limits=limits)
+    assert len(begun.z) == 9 * begun.chains
+    monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: 1.0)
+    assert len(start.find(target, limits=limits).z) == sampling.TRANSITIONS[0] * begun.chains
+    monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: 1e-5)
+    assert len(start.find(target, limits=limits).z) == sampling.TRANSITIONS[1] * begun.chains

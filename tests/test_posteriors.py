@@ -225,7 +225,7 @@ def test_refining_brings_a_wrong_start_to_the_posterior(gaussian_fit):
 
 
 def test_chains_of_hmc_reach_a_gaussian_from_afar():
-    scores = hmc.scores(lambda x: -0.5 * tf.reduce_sum((x - 3.0) ** 2, -1), tf.float32)
+    scores = hmc.scores(lambda x: -0.5 * tf.reduce_sum((x - 3.0) ** 2, -1), 2, tf.float32)
     rng = np.random.default_rng(0)
     x = rng.normal(size=[500, 2])
     warm = hmc.run_chains(scores, x, np.eye(2), 30, 5, 0.3, rng, adapt=True)

@@ -26,6 +26,7 @@ from avb_tf.posteriors import start as starting
 from avb_tf.posteriors import target as targets
 from avb_tf.posteriors.result import META, MODEL, START, WEIGHTS, PosteriorFit
 from avb_tf.posteriors.sampler import Chart, Plain, log_normal
+from avb_tf.posteriors.start import Limits
 from avb_tf.posteriors.training import Clock
 from avb_tf.settings.posterior import STEPS, resolved
 
@@ -35,6 +36,7 @@ TIE = 0.02  # total variation: about the error of the difference of two distance
 START_SHARE = 0.35  # share of the seconds that the start may take
 SPARE_SHARE = 0.35  # share by which its search may go on if the modes found need no network
 SHORT = 15.0  # fewer seconds do not suffice to train a network: the start's mixture is the fit
+USEFUL = 0.2  # share of the seconds below which training is not worth its tracing
 LEAST_START_SHARE = 0.3  # share of so few seconds that the start may take at least
 VERDICT_SHARE, VERDICT_SECONDS = 0.1, 1.5  # reserved for the verdict of a long and of a short fit
 TRACED = 5.0  # time to trace a model, relative to the time to build it
@@ -92,10 +94,9 @@ def fit_posterior(
     target = models.make(model, observed, shape, bijector, dtype, batch_size)
     resolved_settings = resolved(target.dim, **settings)
     clock = Clock(steps, seconds, began, verbose)
-    allowed = seconds and _of_start(seconds, clock.elapsed())
-    spare = SPARE_SHARE * seconds if seconds and seconds >= SHORT else 0.0
+    limits = _limits(seconds, clock.elapsed()) if seconds else None
     try:
-        start = starting.find(target, seed, allowed, steps or STEPS, spare)
+        start = starting.find(target, seed, limits, steps or STEPS)
         clock.start_training(VERDICT_SHARE * (seconds or 0.0))
         with seeded(seed):
             fit = _trained(target, start, seed, resolved_settings, clock)
@@ -117,12 +118,13 @@ def _cause(error):
     return lines[nodes[0] - 1][:200] if nodes else targets.first_line(error)
 
 
-def _of_start(seconds, elapsed):
-    """Returns the seconds that the start may take, of `seconds` for the whole fit."""
-    if seconds >= SHORT:
-        return START_SHARE * (seconds - elapsed)
+def _limits(seconds, elapsed) -> Limits:
+    """Returns the time that the start may take of `seconds` for the whole fit."""
     # Tracing the model for the mixture and the verdict takes about as long as checking it took.
-    return max(LEAST_START_SHARE * seconds, seconds - 2.0 * elapsed - VERDICT_SECONDS)
+    alone = max(LEAST_START_SHARE * seconds, seconds - 2.0 * elapsed - VERDICT_SECONDS)
+    if seconds < SHORT:
+        return Limits(alone, 0.0, alone)
+    return Limits(START_SHARE * (seconds - elapsed), SPARE_SHARE * seconds, alone)
 
 
 @contextlib.contextmanager
@@ -152,7 +154,7 @@ def _trained(target, start, seed, settings, clock) -> PosteriorFit:
     if start.mixture is not None:
         model = building.mixed(target, start, seed, settings)
         mixed = PosteriorFit(target, start, model, 0.0, seed, settings, {})
-        if clock.seconds and clock.seconds < SHORT:
+        if clock.seconds and (clock.seconds < SHORT or clock.left() < USEFUL * clock.seconds):
             return mixed
     emerged = tf.Variable(0.0, trainable=False)
     chart = _charted(target, start, seed, settings, clock, emerged)

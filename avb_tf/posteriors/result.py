@@ -164,7 +164,8 @@ class PosteriorFit:
         weights = np.concatenate([taken, lacking])
         rows = rng.choice(len(weights), chains, p=weights / weights.sum())
         v = self.start.tails.inverse(np.concatenate([drawn.u, states.u])[rows])
-        scores = hmc.scores(starting.of_tails(self.target, self.start.tails), self.target.dtype)
+        density = starting.of_tails(self.target, self.start.tails)
+        scores = hmc.scores(density, self.target.dim, self.target.dtype)
         root, half = hmc.root(np.cov(v.T)), (steps + 1) // 2
         # Without jumps, a chain stays in the mode where it starts.
         jumps = None

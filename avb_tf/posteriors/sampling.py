@@ -13,10 +13,9 @@ from avb_tf.posteriors.mixture import Mixture
 
 CHAINS = 256
 ROUNDS = 5  # warm-up rounds; the covariance is estimated again from all chains after each
-TRANSITIONS = 16  # transitions in a round
+TRANSITIONS = 6, 16  # fewest and most transitions in a round, and states kept of each chain
 LEAPFROGS = 6  # leapfrog steps in a transition
-KEPT = 16  # states kept of each chain, from the exact round at the end
-THINNED = 2  # transitions from one kept state to the next
+THINNED = 2  # transitions of the exact round, at the end, from one kept state to the next
 MIXED = 1.05  # R-hat up to which chains visit all regions in the right proportions
 ATTEMPTS = 4  # most times that all rounds run, if the chains do not mix
 NOT_FINITE = (
@@ -94,12 +93,13 @@ def sampled(
     """
     step_size: float | np.ndarray = 0.3
     jumps = _components(draws, proposal, rng)
+    transitions = _transitions(scores, draws, deadline)
     for _ in range(ATTEMPTS):
         for _ in range(ROUNDS):
             draws = _typical(scores, draws, rng)
             root = hmc.root(np.cov(draws.T))
             chains = hmc.run_chains(
-                scores, draws, root, TRANSITIONS, LEAPFROGS, step_size, rng, adapt=True, jumps=jumps
+                scores, draws, root, transitions, LEAPFROGS, step_size, rng, adapt=True, jumps=jumps
             )
             draws, step_size = chains.states[-1], chains.step_size
             jumps = mixture.fitted(chains.states[::4].reshape(-1, draws.shape[1]), jumps)
@@ -107,7 +107,7 @@ def sampled(
                 break
         root = hmc.root(np.cov(chains.states[::4].reshape(-1, draws.shape[1]).T))
         kept = hmc.run_chains(
-            scores, draws, root, KEPT * THINNED, LEAPFROGS, step_size, rng, jumps=jumps
+            scores, draws, root, transitions * THINNED, LEAPFROGS, step_size, rng, jumps=jumps
         )
         draws = kept.states[-1]
         states = np.swapaxes(kept.states[THINNED - 1 :: THINNED], 0, 1)
@@ -116,6 +116,13 @@ def sampled(
             break
     density = kept.log_density[THINNED - 1 :: THINNED].T
     return _described(scores, states, density, proposal, jumps, r_hat, rng)
+
+
+def _transitions(scores, draws, deadline):
+    """Returns the number of transitions in a round for which the time suffices."""
+    calls = (ROUNDS + THINNED) * (LEAPFROGS + 1)  # for each transition of a round
+    seconds = calls * hmc.seconds_of(scores, draws)
+    return int(np.clip((deadline - time.monotonic()) / max(1e-9, seconds), *TRANSITIONS))
 
 
 def _described(scores, states, density, proposal, jumps, r_hat, rng) -> Sampled:

@@ -20,7 +20,7 @@ from avb_tf.posteriors.target import LogDensity
 WIDTHS = (0.5, 2.0, 5.0, 15.0, 50.0)  # standard deviations of the first points around 0
 _POINTS = 4096  # number of first points of all widths together
 _ROWS = 4096  # evaluations of the gradient in an iteration, which limit the number of starts
-_ITERATIONS = 30
+_LEAST, _ITERATIONS = 8, 30  # fewest and most iterations of Newton's method
 _LENGTHS = np.array([1.0, 0.3, 0.1, 0.02, 1e-3, 1e-5])  # relative lengths of Newton's step
 _CLIMBS = np.array([10.0, 1.0, 0.1, 1e-2, 1e-3])  # lengths of a step along the gradient
 _MODES = 60  # most modes returned
@@ -89,7 +89,7 @@ def climb(scores: Scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray
     Args:
       scores: function from x [n, dim] to the log density [n] and its gradient [n, dim].
       x: first points, [n, dim].
-      deadline: value of `time.monotonic` after which no further iteration begins.
+      deadline: value of `time.monotonic` after which no further iteration begins but the first 8.
     Returns:
       The last points, [at most n, dim]; first points where the density is not finite are left out.
     """
@@ -98,8 +98,8 @@ def climb(scores: Scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray
     x, density, score = x[usable], density[usable], score[usable]
     size = np.full(x.shape, 1e-2)  # step of the finite differences, by coordinate
     active = np.ones(len(x), bool)
-    for _ in range(_ITERATIONS):
-        if not active.any() or time.monotonic() > deadline:
+    for iteration in range(_ITERATIONS):
+        if not active.any() or (iteration >= _LEAST and time.monotonic() > deadline):
             break
         roots = _roots(_hessians(scores, x[active], score[active], size[active]))
         newton = np.einsum("nij,nkj,nk->ni", roots, roots, score[active])
@@ -160,37 +160,30 @@ def modes(scores: Scores, x: np.ndarray) -> Modes:
     """
     density, score = scores(x)
     dim = x.shape[1]
+    precisions, roots = _laplace(scores, x, score)
+    log_mass = density + np.linalg.slogdet(roots)[1] + 0.5 * dim * np.log(2.0 * np.pi)
     kept: list[int] = []
-    roots, masses, precisions = [], [], []
     for i in np.argsort(-density):
-        away = [x[i] - x[j] for j in kept]
-        if any(d @ p @ d < 0.25 * dim for d, p in zip(away, precisions, strict=True)):
-            continue
-        precision, root = _laplace(scores, x[i], score[i])
-        volume = np.linalg.slogdet(root)[1] + 0.5 * dim * np.log(2.0 * np.pi)
-        kept.append(int(i))
-        roots.append(root)
-        precisions.append(precision)
-        masses.append(density[i] + volume)
-        if len(kept) == 4 * _MODES:
-            break
-    order = np.argsort(masses)[::-1][:_MODES]
-    return Modes(
-        np.stack([x[kept[k]] for k in order]),
-        np.stack([roots[k] for k in order]),
-        np.array(masses)[order],
-    )
+        away = x[i] - x[kept]
+        if not (np.einsum("ni,nij,nj->n", away, precisions[kept], away) < 0.25 * dim).any():
+            kept.append(int(i))
+    order = np.array(kept)[np.argsort(-log_mass[kept])][:_MODES]
+    return Modes(x[order], roots[order], log_mass[order])
 
 
 def _laplace(scores, x, score):
-    """Returns the precision and the covariance's root at a mode, by two rounds of differences."""
-    size = np.full([1, len(x)], 1e-2)
-    for _ in range(2):
-        root = _roots(_hessians(scores, x[np.newaxis], score[np.newaxis], size))[0]
-        size = np.clip(0.3 * np.linalg.norm(root, axis=1), 1e-7, 1e3)[np.newaxis]
-    inverse = np.linalg.inv(root)
-    values, vectors = np.linalg.eigh(root @ root.T)
-    return inverse.T @ inverse, (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    """Returns precisions and the covariances' roots at modes x [n, dim], both [n, dim, dim].
+
+    The Hessians are found by two rounds of differences.
+    """
+    roots = _roots(_hessians(scores, x, score, np.full(x.shape, 1e-2)))
+    size = np.clip(0.3 * np.linalg.norm(roots, axis=2), 1e-7, 1e3)
+    roots = _roots(_hessians(scores, x, score, size))
+    inverses = np.linalg.inv(roots)
+    values, vectors = np.linalg.eigh(roots @ np.swapaxes(roots, 1, 2))
+    halves = vectors * np.sqrt(np.maximum(values, 0.0))[:, np.newaxis]
+    precisions = np.swapaxes(inverses, 1, 2) @ inverses
+    return precisions, halves @ np.swapaxes(vectors, 1, 2)
 
 
 def unseen(

@@ -27,6 +27,7 @@ from avb_tf.posteriors import evidence, hmc, large, matching, mixture, sampling,
 from avb_tf.posteriors import tails as tailing
 from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
+from avb_tf.posteriors.sampling import Sampled
 from avb_tf.posteriors.tails import Tails
 from avb_tf.posteriors.target import LogDensity, Target
 
@@ -37,6 +38,7 @@ AGAIN = 2  # most times that the chains run again with the findings of the wide 
 LACKING = 0.03  # share of the posterior that the chains may lack
 NEW = 1e-3  # share of the posterior from which a mode that the chains lack is added
 LOOK_SHARE, LEAST_LOOK_SHARE = 0.6, 0.1  # shares of the start's seconds for the wide search
+EVALUATIONS = 3000  # of the density at all chains, that a fit with networks needs
 NO_NETWORK = 0.03  # nats of divergence up to which a mixture of the modes found needs no network
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, if no seconds are given
 LOOK_POINTS = 2**13  # points of the wide search per training step, if no seconds are given
@@ -46,6 +48,14 @@ _RUNS_AWAY = (
     "the fit runs away: the log density does not fall as parameters grow; expected a proper "
     "posterior: look for a parameter without a prior"
 )
+
+
+class Limits(NamedTuple):
+    """Seconds that a start may take."""
+
+    seconds: float  # if networks are trained after it
+    spare: float  # by which its search may go on if the modes found need no network
+    alone: float  # if the density is too slow to train networks
 
 
 class Start(NamedTuple):
@@ -145,21 +155,17 @@ def of_record(record: dict[str, Any]) -> Start:
     return Start(mean, scale_tril, z, tailing.light(len(mean)), len(z) // 4)
 
 
-def find(
-    target: Target,
-    seed: int = 0,
-    seconds: float | None = None,
-    steps: int = 50,
-    spare: float = 0.0,
-) -> Start:
+def find(target: Target, seed: int = 0, limits: Limits | None = None, steps: int = 50) -> Start:
     """Finds rough draws of the posterior and coordinates in which it is standard.
+
+    Some densities take a tenth of a second, however few the draws: those with a scan over hundreds
+    of rows, such as of a time series. Networks would have too few steps, and the start takes all.
 
     Args:
       target: the posterior.
       seed: seed of all random numbers.
-      seconds: time that the start may take, or None.
-      steps: number of training steps, which sets the effort of the search if `seconds` is None.
-      spare: seconds by which the search may go on if the modes found need no network.
+      limits: time that the start may take, or None.
+      steps: number of training steps, which sets the effort of the search without limits.
     Raises:
       UserError: the density is not finite at any point tried, or does not fall as parameters grow,
         or the posterior has more than `LARGEST_OF_ALL` dimensions.
@@ -169,26 +175,22 @@ def find(
             f"the posterior has {target.dim} dimensions; expected {LARGEST_OF_ALL} at most: "
             "integrate some parameters out"
         )
+    seconds, spare, alone = limits or (0.0, 0.0, 0.0)
     if target.dim > LARGEST:
         return _find_large(target, seed, seconds)
     rng = np.random.default_rng(seed)
     began = time.monotonic()
+    scores = hmc.scores(target.log_density, target.dim, target.dtype)
+    cost = hmc.seconds_of(scores, np.zeros([sampling.CHAINS, target.dim]))
+    chained = 0.3  # share of the time for Newton's method and the chains
+    if EVALUATIONS * cost > alone > 0.0:
+        seconds, spare, chained = alone, 0.0, 0.8
 
     def by(share):
         return began + share * seconds if seconds else np.inf
 
-    scores = hmc.scores(target.log_density, target.dtype)
-    gaussians = _gaussians(target, scores, rng, by(0.2))
-    draws = sampling.weighed(scores, gaussians, rng)
-    tails = _tails(scores, draws, gaussians, rng)
-    log_density = of_tails(target, tails)
-    moved = hmc.scores(log_density, target.dtype) if tails.heavy.any() else scores
-    sampled = sampling.sampled(moved, tails.inverse(draws), _moved(gaussians, tails), rng, by(0.3))
-    if tails.heavy.any():
-        tails, draws = _estimated(tails, sampled, target.dtype, rng)
-        log_density = of_tails(target, tails)
-        moved = hmc.scores(log_density, target.dtype)
-        sampled = sampling.sampled(moved, draws, sampling.around(draws, rng), rng, by(0.4))
+    tails, sampled = _sampled(target, scores, rng, by, chained)
+    log_density, moved = _in_tails(target, scores, tails)
     close, until, most = sampled.divergence < NO_NETWORK, time.monotonic(), 2**62
     if seconds:  # at least a little, however long the chains took
         until += max(LEAST_LOOK_SHARE * seconds, min(LOOK_SHARE * seconds, by(0.9) - until))
@@ -199,12 +201,12 @@ def find(
     look = _looked(log_density, target.dtype, sampled, until, most, seed)
     lacking = 0.0
     for _ in range(AGAIN):
-        wider, lacking = _wider(moved, look, sampled, rng)
+        wider, lacking = _wider(moved, look, sampled, rng, by(1.0))
         if wider is None or time.monotonic() > by(1.0) + spare:
             break
         sampled = sampling.sampled(moved, sampling.weighed(moved, wider, rng), wider, rng, by(1.0))
     else:
-        lacking = _wider(moved, look, sampled, rng)[1]
+        lacking = _wider(moved, look, sampled, rng, by(1.0))[1]
     states = sampled.states.reshape(-1, target.dim)
     mean, scale_tril = states.mean(0), mixture.lower(np.cov(states.T))
     z = np.linalg.solve(scale_tril, (states - mean).T).T
@@ -212,6 +214,45 @@ def find(
         mean, scale_tril, z, tails, len(sampled.states), sampled.log_evidence, look.points,
         lacking=lacking, mixture=mixture.weighted(sampled.mixture, states),
     )  # fmt: skip
+
+
+def _sampled(target, scores, rng, by, chained) -> tuple[Tails, Sampled]:
+    """Returns the tails and the chains in their coordinates.
+
+    Args:
+      target: the posterior.
+      scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
+      rng: source of random numbers.
+      by: function from a share of the start's time to a value of `time.monotonic`.
+      chained: share at which the chains should end.
+    """
+    gaussians = _gaussians(target, scores, rng, by(0.2))
+    draws = sampling.weighed(scores, gaussians, rng)
+    tails, exponential = _tails(scores, draws, gaussians, rng)
+    moved = _in_tails(target, scores, tails)[1]
+    draws, gaussians = tails.inverse(draws), _moved(gaussians, tails)
+    sampled = sampling.sampled(moved, draws, gaussians, rng, by(chained))
+    if not (tails.heavy.any() or exponential.any()) or time.monotonic() > by(0.5):
+        return tails, sampled
+    v = sampled.states.reshape(-1, target.dim)
+    u = np.asarray(tails.forward(tf.constant(v, target.dtype))[0], np.float64)
+    # The states' tails are heavier than the density's along a line if coordinates depend on each
+    # other.
+    estimate = tailing.estimated(u, tails.heavy, exponential)
+    if not (tails.heavy.any() or estimate.heavy.any()):
+        return tails, sampled
+    moved = _in_tails(target, scores, estimate)[1]
+    draws = estimate.inverse(u)[rng.choice(len(u), sampling.CHAINS)]
+    around = sampling.around(draws, rng)
+    return estimate, sampling.sampled(moved, draws, around, rng, by(max(0.4, chained)))
+
+
+def _in_tails(target, scores, tails) -> tuple[LogDensity, hmc.Scores]:
+    """Returns the log density of v, where u = tails(v), and its scores, given those of u."""
+    log_density = of_tails(target, tails)
+    if not tails.heavy.any():
+        return log_density, scores
+    return log_density, hmc.scores(log_density, target.dim, target.dtype)
 
 
 def _looked(log_density, dtype, sampled, until, most, seed) -> search.Look:
@@ -235,7 +276,7 @@ def _find_large(target, seed, seconds) -> Start:
     is unknown, because no mixture of known density comes close enough.
     """
     rng = np.random.default_rng(seed)
-    scores = hmc.scores(target.log_density, target.dtype)
+    scores = hmc.scores(target.log_density, target.dim, target.dtype)
     points = np.concatenate([np.zeros([1, target.dim]), target.prior_draws(2, seed)])
     deadline = time.monotonic() + (seconds or LARGE_SECONDS)
     states = large.states(scores, target.dim, points, rng, deadline)
@@ -274,8 +315,8 @@ def _gaussians(target, scores, rng, deadline) -> Mixture:
     return mixture.of_gaussians(gaussians)
 
 
-def _tails(scores, draws, gaussians, rng) -> Tails:
-    """Returns tails as heavy as the density's far out along each coordinate.
+def _tails(scores, draws, gaussians, rng) -> tuple[Tails, np.ndarray]:
+    """Returns tails as heavy as the density's far out, and which of them are exponential, [2, dim].
 
     Raises:
       UserError: the density's integral diverges along a coordinate, along the direction in which a
@@ -290,7 +331,7 @@ def _tails(scores, draws, gaussians, rng) -> Tails:
     # Around a pole, the draws' scales do not show where the density falls.
     if all(_diverges(scores, x, s, gaussians, noise) for s in (scale, np.maximum(scale, 1.0))):
         raise UserError(_RUNS_AWAY)
-    return tailing.of_profile(profile, np.median(draws, 0), scale)
+    return tailing.of_profile(profile, np.median(draws, 0), scale), tailing.exponential(profile)
 
 
 def _diverges(scores, x, scale, gaussians, noise) -> bool:
@@ -321,30 +362,12 @@ def _moved(proposal: Mixture, tails: Tails) -> Mixture:
     """Returns a mixture of u in the coordinates v, with each component linearised at its mean."""
     if not tails.heavy.any():
         return proposal
-    step = 1e-3 * tails.scale
-    slope = (tails.inverse(proposal.means + step) - tails.inverse(proposal.means - step)) / (
-        2.0 * step
-    )
-    roots = slope[:, :, np.newaxis] * proposal.roots
-    return proposal._replace(means=tails.inverse(proposal.means), roots=roots)
+    means = tails.inverse(proposal.means)
+    roots = proposal.roots / tails.slope(means)[:, :, np.newaxis]
+    return proposal._replace(means=means, roots=roots)
 
 
-def _estimated(tails, sampled, dtype, rng):
-    """Returns tails as heavy as those of the chains' states, and draws in their coordinates.
-
-    The states' tails are heavier than the density's along a line if coordinates depend on each
-    other.
-    """
-    v = sampled.states.reshape(-1, sampled.states.shape[-1])
-    u = np.asarray(tails.forward(tf.constant(v, dtype))[0], np.float64)
-    estimate = tailing.estimated(u)
-    weight = np.where(tails.heavy, estimate.weight, 0.0)
-    tails = tailing.of_weights(weight, estimate.location, estimate.scale)
-    draws = tails.inverse(u)
-    return tails, draws[rng.choice(len(draws), sampling.CHAINS)]
-
-
-def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
+def _wider(scores, look, sampled, rng, deadline) -> tuple[Mixture | None, float]:
     """Returns the mixture with added components, and the share of the posterior that it lacked.
 
     Newton's method leads from the points that the wide search found to new modes. A region without
@@ -354,7 +377,7 @@ def _wider(scores, look, sampled, rng) -> tuple[Mixture | None, float]:
     known = sampled.mixture
     means, roots, lacking = [], [], 0.0
     if len(look.x):
-        modes = search.modes(scores, search.climb(scores, look.x))
+        modes = search.modes(scores, search.climb(scores, look.x, deadline))
         mass = search.unseen(
             scores, modes, sampled.log_normaliser, rng, known.log_density, sampled.excess
         )

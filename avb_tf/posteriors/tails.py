@@ -7,8 +7,9 @@ a coordinate u, the coordinate is replaced by v, which is nearly Gaussian, with 
     u = location + scale * v exp(weight v^2 / 2)
 
 which has tails like |u|^(-1 - 1 / weight). The lower and the upper tail have a weight each. A
-Student t with 1 to 10 degrees of freedom is at most 0.002 nats from this family. Source: Goerg
-(2015), "The Lambert Way to Gaussianize Heavy-Tailed Data".
+Student t with 1 to 10 degrees of freedom is at most 0.002 nats from this family. An exponential
+tail, such as that of the logarithm of a scale near 0, is replaced likewise, with the small weight
+that its draws show. Source: Goerg (2015), "The Lambert Way to Gaussianize Heavy-Tailed Data".
 """
 
 from collections.abc import Callable
@@ -21,8 +22,12 @@ from scipy import special
 _LIGHT = 0.03  # tails of lower weight stay as they are, such as those of t with 20 degrees
 _HEAVIEST = 2.0  # largest weight: t with half a degree of freedom
 _WEIGHTS = np.geomspace(_LIGHT, _HEAVIEST, 20)  # weights that an estimate chooses from
-_USED = 1024  # most draws that an estimate uses
-_DISTANCES = 10.0 ** np.arange(2.0, 8.0)  # distances at which the density is measured, in scales
+_USED = 2 * 10**5  # most entries of draws that an estimate uses, but at least 1,024 draws
+_STEP = 0.5 * np.log(10.0)  # from the log of one distance to the next
+_DISTANCES = np.exp(_STEP * np.arange(1, 15))  # at which the density is measured, in scales
+_OUTSIDE = 3  # index of the first distance that is outside the bulk: 100 scales
+_EXPONENTIAL = 1.5  # a density exp(-|u|^power) of a lower power has a tail that no Gaussian has
+_OF_EXPONENTIAL = 0.05  # least weight, by its draws, at which such a tail counts as heavy
 _CLIMB = 10.0  # slope, in powers of the distance for each dimension, that only a ridge explains
 
 
@@ -61,6 +66,13 @@ class Tails(NamedTuple):
         y = (u - location) / scale
         v = np.sign(y) * _inverse(np.abs(y), np.where(y < 0, lower, upper))
         return np.where(heavy > 0, v, u)
+
+    def slope(self, v: np.ndarray) -> np.ndarray:
+        """Returns du / dv of each coordinate at v [n, dim], in float64."""
+        _, scale, heavy = self._flat()
+        lower, upper = self._safe()
+        squares = np.where(v < 0, lower, upper) * v**2
+        return np.where(heavy > 0, scale * np.exp(0.5 * squares) * (1.0 + squares), 1.0)
 
     def _flat(self):
         return self.location, self.scale, self.heavy.astype(np.float64)
@@ -104,8 +116,14 @@ def profile(
 def _slopes(profile):
     """Returns d log p / d log distance from each distance to the next; the last axis shrinks."""
     with np.errstate(invalid="ignore"):
-        steps = np.diff(profile, axis=-1) / np.log(10.0)
+        steps = np.diff(profile, axis=-1) / _STEP
     return np.where(np.isnan(steps), -np.inf, steps)
+
+
+def _farthest(profile):
+    """Returns the index of the farthest distance of each line end at which the slope is finite."""
+    finite = np.isfinite(_slopes(profile))
+    return finite.shape[-1] - 1 - finite[..., ::-1].argmax(-1)[..., np.newaxis]
 
 
 def improper(profile: np.ndarray, dim: int = 1) -> np.ndarray:
@@ -119,13 +137,12 @@ def improper(profile: np.ndarray, dim: int = 1) -> np.ndarray:
       dim: dimensions of the cone around a line in which the density falls alike; 1 for a line
         alone.
     """
-    slopes = _slopes(profile)
-    finite = np.isfinite(slopes)
-    last = slopes.shape[-1] - 1 - finite[..., ::-1].argmax(-1)[..., np.newaxis]
+    profile = profile[..., _OUTSIDE:]
+    slopes, last = _slopes(profile), _farthest(profile)
     slope = np.take_along_axis(slopes, last, -1)[..., 0]
     height = np.take_along_axis(profile, last + 1, -1)[..., 0]
     falls = (slope < -1.02 * dim) | ((slope > _CLIMB * dim) & (height < 0.0))
-    return np.any(finite.any(-1) & ~falls, axis=0)
+    return np.any(np.isfinite(slopes).any(-1) & ~falls, axis=0)
 
 
 def of_profile(profile: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:
@@ -137,10 +154,23 @@ def of_profile(profile: np.ndarray, location: np.ndarray, scale: np.ndarray) -> 
       scale: scale of each coordinate, [dim].
     """
     slopes = _slopes(profile)
-    power = -slopes[..., 0] - 1.0  # P(|u| > distance) ~ distance^-power, near the bulk
+    power = -slopes[..., _OUTSIDE] - 1.0  # P(|u| > distance) ~ distance^-power, near the bulk
     far = -slopes[..., -1] - 1.0
     power = np.where(np.isfinite(far) & (far < 50.0), np.minimum(power, far), np.inf)
     return of_weights(1.0 / np.maximum(power, 1e-3), location, scale)
+
+
+def exponential(profile: np.ndarray) -> np.ndarray:
+    """Returns whether the log density falls about as fast as the distance, [2, lines].
+
+    The two farthest distances decide at which the density is finite. It may end near the bulk:
+    1 - p of a probability p is 0 in float64 from a log odds of 37 on.
+    """
+    last = _farthest(profile)
+    near, far = (np.take_along_axis(profile, last + i, -1)[..., 0] for i in (0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        power = np.log(far / near) / _STEP
+    return (near < 0.0) & (far < 0.0) & (power < _EXPONENTIAL)
 
 
 def of_weights(weight: np.ndarray, location: np.ndarray, scale: np.ndarray) -> Tails:
@@ -155,16 +185,22 @@ def of_weights(weight: np.ndarray, location: np.ndarray, scale: np.ndarray) -> T
     return Tails(location, scale, weight)
 
 
-def estimated(u: np.ndarray) -> Tails:
-    """Returns the tails of draws u [n, dim] by maximum likelihood, for each half by itself.
+def estimated(u: np.ndarray, heavy: np.ndarray, exponential: np.ndarray) -> Tails:
+    """Returns the tails of draws by maximum likelihood, for each half of a coordinate by itself.
 
     Given a weight, the upper half of a coordinate is a half-normal distribution of v, whose scale
-    has a closed form.
+    has a closed form. Draws of a Gaussian do not tell it from a slightly heavier distribution, so
+    only tails count that the density shows to be heavy.
+
+    Args:
+      u: draws, [n, dim].
+      heavy: coordinates along which the density falls like a power of the distance, [dim].
+      exponential: tails along which its logarithm falls like the distance, [2, dim].
     """
     location = np.median(u, 0)
     scale = np.subtract(*np.quantile(u, [0.75, 0.25], axis=0)) / 1.35
     y = (u - location) / np.maximum(scale, 1e-300)
-    y = y[:: max(1, len(y) // _USED)]
+    y = y[:: max(1, len(y) // max(1024, _USED // y.shape[1]))]
     weights = []
     for upper in (y < 0, y > 0):
         count = np.maximum(1, upper.sum(0))
@@ -176,5 +212,6 @@ def estimated(u: np.ndarray) -> Tails:
                 spread = np.log(squares.sum(0) / count)
             likelihoods.append(-0.5 * spread - slopes.sum(0) / count)
         weights.append(_WEIGHTS[np.argmax(likelihoods, 0)])
-    weights = np.stack(weights)
-    return Tails(location, scale, np.where(weights > _LIGHT, weights, 0.0))
+    weight = np.stack(weights)
+    counts = np.where(heavy, weight > _LIGHT, exponential & (weight > _OF_EXPONENTIAL))
+    return Tails(location, scale, np.where(counts, weight, 0.0))

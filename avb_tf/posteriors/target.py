@@ -74,11 +74,13 @@ class Target:
         )
         self.sizes = [shape.num_elements() for shape in self._free_shapes]
         self.dim = sum(self.sizes)
-        self._lift = self._lifted()
+        # Traced once for all parts of a fit: a scan over 400 rows takes a second to trace.
+        self._of_one = _compiled_gradient(self._log_density)
+        self._lift, self._compiled = self._lifted()
 
     def log_density(self, u: tf.Tensor) -> tf.Tensor:
         """Returns log p(data, parameters) + log |d parameters / du| in nats, [n, dim] -> [n]."""
-        return self._lift(self._log_density, u)
+        return self._compiled(u)
 
     def log_density_by(self, log_prob: LogProb, u: tf.Tensor) -> tf.Tensor:
         """Returns `log_density` for another function `log_prob` of the same parameters."""
@@ -180,10 +182,11 @@ class Target:
         return tf.cast(volume, self.dtype)
 
     def _lifted(self):
-        """Returns the way to apply this model to a batch: (function, u [n, dim]) -> [n, ...].
+        """Returns the way to apply this model to a batch, and the compiled log density.
 
-        It applies functions to the batch directly if they broadcast, and otherwise by
-        `tf.vectorized_map` or, as the last resort, in a loop.
+        The way is a function (function, u [n, dim]) -> [n, ...]. It applies functions to the batch
+        directly if they broadcast, and otherwise by `tf.vectorized_map` or, as the last resort, in
+        a loop.
 
         Raises:
           UserError: the density accepts neither one draw nor a batch.
@@ -192,16 +195,17 @@ class Target:
             self._check_one_draw()
         except UserError:
             if self._takes_batches_alone():
-                return _directly
+                return _directly, self._of_batches(_directly)
             raise
         lifts = [_one_by_one, _in_a_loop]
-        if all(map(self._broadcasts, (self._log_density, self._parameters))):
+        if self._parameters_broadcast():
             lifts = [_directly, *lifts]
         cause: Exception | None = None
         for lift in lifts:
+            compiled = self._of_batches(lift)
             try:
-                if self._agrees(lift):
-                    return lift
+                if self._agrees(compiled):
+                    return lift, compiled
             except Exception as error:  # a user's code may raise anything
                 cause = error
         raise UserError(
@@ -217,9 +221,7 @@ class Target:
           UserError: it is not.
         """
         try:
-            density, gradient = _compiled_gradient(self._log_density)(
-                tf.zeros([self.dim], self.dtype)
-            )
+            density, gradient = self._of_one(tf.zeros([self.dim], self.dtype))
         except Exception as error:  # a user's code may raise anything
             raise UserError(
                 f"the log density fails at one draw ({type(error).__name__}: "
@@ -249,26 +251,33 @@ class Target:
         alike = density.shape == (3,) and all(row.shape == (1,) for row in rows)
         return alike and gradient is not None and _close(density, tf.concat(rows, 0))
 
-    def _broadcasts(self, function) -> bool:
-        """Returns whether `function` gives the same for a batch as for each draw alone."""
+    def _parameters_broadcast(self) -> bool:
+        """Returns whether the parameters are the same for a batch as for each draw alone."""
         u = self._trial_draws()
-        singles = [tf.nest.flatten(function(one)) for one in u]
+        singles = [tf.nest.flatten(self._parameters(one)) for one in u]
         try:
-            batch = tf.nest.flatten(function(u))
-        except Exception:  # a user's code may raise anything
+            batch = tf.nest.flatten(self._parameters(u))
+        except Exception:  # a user's bijector may raise anything
             return False
         return all(
             part.shape == (3, *single[0].shape) and _close(part, tf.stack(single))
             for part, single in zip(batch, zip(*singles, strict=True), strict=True)
         )
 
-    def _agrees(self, lift) -> bool:
-        """Returns whether `lift` gives the right density and gradient for any batch size."""
-        u = self._trial_draws()
+    def _of_batches(self, lift):
+        """Returns the log density of u [n, dim] as a graph for any n."""
         batch = tf.TensorSpec([None, self.dim], self.dtype)
-        together = _compiled_gradient(functools.partial(lift, self._log_density), [batch])(u)
-        gradient_of_one = _compiled_gradient(self._log_density)
-        return all(map(_close, together, zip(*map(gradient_of_one, u), strict=True)))
+        density = functools.partial(lift, self._log_density)
+        return tf.function(density, input_signature=[batch], autograph=False)
+
+    def _agrees(self, log_density) -> bool:
+        """Returns whether a log density of batches and its gradient are those of single draws."""
+        u = self._trial_draws()
+        densities, gradients = zip(*map(self._of_one, u), strict=True)
+        density = log_density(u)
+        if density.shape != (3,) or not _close(density, densities):
+            return False
+        return _close(_compiled_gradient(log_density)(u)[1], gradients)
 
     def _trial_draws(self):
         return tf.random.stateless_normal([3, self.dim], [0, 0], dtype=self.dtype)
@@ -284,10 +293,8 @@ def value_and_gradient(function: Callable[[tf.Tensor], Any], x: tf.Tensor) -> tu
     return value, None if gradient is None else tf.convert_to_tensor(gradient)
 
 
-def _compiled_gradient(function, signature=None):
-    return tf.function(
-        lambda x: value_and_gradient(function, x), input_signature=signature, autograph=False
-    )
+def _compiled_gradient(function):
+    return tf.function(lambda x: value_and_gradient(function, x), autograph=False)
 
 
 def _close(x, y) -> bool:
