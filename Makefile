@@ -7,7 +7,7 @@ COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: setup demo test test-fast test-long coverage test-browser test-gpu load board lint seeds mnist \
-  posteriors verdicts amortised tables keras-ways faults durability bench bench-ais bench-replicas release-check docs clean
+  posteriors verdicts posteriordb amortised tables keras-ways faults durability bench bench-ais bench-replicas release-check docs clean
 
 setup: $(VENV)/installed
 
@@ -18,8 +18,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # Compares AVB with a Gaussian VAE on the paper's four points and on handwritten digits, with exact
 # log-likelihoods. Two runs train at a time, each on one core.
-demo seeds mnist posteriors verdicts amortised: export TF_NUM_INTEROP_THREADS = 1
-demo seeds mnist posteriors verdicts amortised: export OPENBLAS_NUM_THREADS = 1
+demo seeds mnist posteriors verdicts posteriordb amortised: export TF_NUM_INTEROP_THREADS = 1
+demo seeds mnist posteriors verdicts posteriordb amortised: export OPENBLAS_NUM_THREADS = 1
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/demo
@@ -104,6 +104,12 @@ posteriors: setup
 # seconds, two at a time: two and a half hours, resumable.
 verdicts: setup
 	$(BIN)/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6 --jobs 2
+
+# Fits the models of posteriordb that have reference draws with 60 seconds each, two at a time: half an
+# hour, resumable. POSTERIORDB is a copy of github.com/stan-dev/posteriordb.
+POSTERIORDB := ../posteriordb
+posteriordb: setup
+	$(BIN)/python -m tests.campaigns.posteriordb $(POSTERIORDB)/posterior_database runs/posteriordb
 
 # Compares amortised posteriors of five benchmark tasks with reference draws: three seeds with half an
 # hour of training each, and ten observations; resumable. The references are in

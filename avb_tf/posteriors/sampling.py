@@ -14,10 +14,11 @@ from avb_tf.posteriors.mixture import Mixture
 CHAINS = 256
 ROUNDS = 5  # warm-up rounds; the covariance is estimated again from all chains after each
 TRANSITIONS = 6, 16  # fewest and most transitions in a round, and states kept of each chain
-LEAPFROGS = 6  # leapfrog steps in a transition
+LEAPFROGS = 6, 24  # fewest and most leapfrog steps in a transition
+LENGTH = 2.0  # of a trajectory, in standard deviations
 THINNED = 2  # transitions of the exact round, at the end, from one kept state to the next
 MIXED = 1.05  # R-hat up to which chains visit all regions in the right proportions
-ATTEMPTS = 4  # most times that all rounds run, if the chains do not mix
+ATTEMPTS = 8  # most times that all rounds run, if the chains do not mix
 NOT_FINITE = (
     "the log density is not finite wherever the fit started; expected a finite number near 0 in "
     "unconstrained space: check the model at a plausible value of its parameters"
@@ -78,11 +79,13 @@ def sampled(
     draws: np.ndarray,
     proposal: Mixture,
     rng: np.random.Generator,
-    deadline: float,
+    deadline: float = np.inf,
+    last: float = np.inf,
 ) -> Sampled:
     """Runs short adaptive chains, and an exact round without adaptation at their end.
 
-    If the chains have not mixed, both are repeated while there is time.
+    If the chains have not mixed, both are repeated, with the leapfrog steps that their step sizes
+    need.
 
     Args:
       scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
@@ -90,37 +93,73 @@ def sampled(
       proposal: a mixture near the posterior, for jumps between its components.
       rng: source of random numbers.
       deadline: value of `time.monotonic` after which no further adaptive round begins.
+      last: value of `time.monotonic` after which chains that have not mixed are not continued.
     """
     step_size: float | np.ndarray = 0.3
     jumps = _components(draws, proposal, rng)
-    transitions = _transitions(scores, draws, deadline)
+    transitions, leapfrogs = _transitions(scores, draws, deadline), LEAPFROGS[0]
     for _ in range(ATTEMPTS):
-        for _ in range(ROUNDS):
-            draws = _typical(scores, draws, rng)
-            root = hmc.root(np.cov(draws.T))
-            chains = hmc.run_chains(
-                scores, draws, root, transitions, LEAPFROGS, step_size, rng, adapt=True, jumps=jumps
-            )
-            draws, step_size = chains.states[-1], chains.step_size
-            jumps = mixture.fitted(chains.states[::4].reshape(-1, draws.shape[1]), jumps)
-            if time.monotonic() > deadline:
-                break
-        root = hmc.root(np.cov(chains.states[::4].reshape(-1, draws.shape[1]).T))
+        effort = transitions, leapfrogs
+        warm, jumps = _adapted(scores, draws, step_size, jumps, effort, rng, deadline)
+        root = hmc.root(np.cov(warm.states[::4].reshape(-1, draws.shape[1]).T))
         kept = hmc.run_chains(
-            scores, draws, root, transitions * THINNED, LEAPFROGS, step_size, rng, jumps=jumps
-        )
-        draws = kept.states[-1]
+            scores, warm.states[-1], root, transitions * THINNED, leapfrogs, warm.step_size, rng,
+            jumps=jumps,
+        )  # fmt: skip
+        draws, step_size = kept.states[-1], warm.step_size
         states = np.swapaxes(kept.states[THINNED - 1 :: THINNED], 0, 1)
         r_hat = diagnostics.largest_r_hat(states)
-        if r_hat < MIXED or time.monotonic() > deadline:
+        if r_hat < MIXED or time.monotonic() > last:
             break
+        leapfrogs = int(np.clip(LENGTH / np.median(step_size), *LEAPFROGS))
     density = kept.log_density[THINNED - 1 :: THINNED].T
     return _described(scores, states, density, proposal, jumps, r_hat, rng)
 
 
+def warmed(
+    scores: hmc.Scores,
+    draws: np.ndarray,
+    proposal: Mixture,
+    rng: np.random.Generator,
+    deadline: float = np.inf,
+) -> np.ndarray:
+    """Returns states of adaptive chains, [n, dim], which have roughly the posterior's tails.
+
+    Args:
+      scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
+      draws: initial states, [CHAINS, dim].
+      proposal: a mixture near the posterior, for jumps between its components.
+      rng: source of random numbers.
+      deadline: value of `time.monotonic` after which no further round begins.
+    """
+    jumps = _components(draws, proposal, rng)
+    effort = _transitions(scores, draws, deadline), LEAPFROGS[0]
+    warm, _ = _adapted(scores, draws, 0.3, jumps, effort, rng, deadline)
+    return warm.states.reshape(-1, draws.shape[1])
+
+
+def _adapted(scores, draws, step_size, jumps, effort, rng, deadline):
+    """Runs adaptive rounds; returns the chains of the last and the mixture fitted to them.
+
+    `effort` is the number of transitions in a round, and of leapfrog steps in a transition.
+    """
+    transitions, leapfrogs = effort
+    for _ in range(ROUNDS):
+        draws = _typical(scores, draws, rng)
+        root = hmc.root(np.cov(draws.T))
+        chains = hmc.run_chains(
+            scores, draws, root, transitions, leapfrogs, step_size, rng, adapt=True, jumps=jumps
+        )
+        draws, step_size = chains.states[-1], chains.step_size
+        jumps = mixture.fitted(chains.states[::4].reshape(-1, draws.shape[1]), jumps)
+        if time.monotonic() > deadline:
+            break
+    return chains, jumps
+
+
 def _transitions(scores, draws, deadline):
     """Returns the number of transitions in a round for which the time suffices."""
-    calls = (ROUNDS + THINNED) * (LEAPFROGS + 1)  # for each transition of a round
+    calls = (ROUNDS + THINNED) * (LEAPFROGS[0] + 1)  # for each transition of a round
     seconds = calls * hmc.seconds_of(scores, draws)
     return int(np.clip((deadline - time.monotonic()) / max(1e-9, seconds), *TRANSITIONS))
 

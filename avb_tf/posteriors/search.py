@@ -80,6 +80,18 @@ def starts(dim: int) -> int:
     return int(np.clip(_ROWS // dim, 8, 256))
 
 
+def affordable(took: float, seconds: float, dim: int) -> int:
+    """Returns the number of points from which the first iterations of `climb` end in time.
+
+    Args:
+      took: seconds that the choice of the first points took.
+      seconds: seconds that are left; infinity without a limit.
+      dim: dimensions of x.
+    """
+    evaluations = _LEAST * (dim + len(_LENGTHS) + len(_CLIMBS))  # for each point
+    return int(np.clip(seconds * _POINTS / (took * evaluations), 8, starts(dim)))
+
+
 def climb(scores: Scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray:
     """Climbs from all points at once to local maxima by Newton's method.
 

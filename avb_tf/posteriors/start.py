@@ -37,6 +37,8 @@ LARGEST_OF_ALL = 2000  # most dimensions of a posterior
 AGAIN = 2  # most times that the chains run again with the findings of the wide search
 LACKING = 0.03  # share of the posterior that the chains may lack
 NEW = 1e-3  # share of the posterior from which a mode that the chains lack is added
+WARM_SHARE = 0.3  # share of the start's seconds for chains that show the tails
+PATIENCE = 0.7  # share of the start's seconds for chains that have not mixed
 LOOK_SHARE, LEAST_LOOK_SHARE = 0.6, 0.1  # shares of the start's seconds for the wide search
 EVALUATIONS = 3000  # of the density at all chains, that a fit with networks needs
 NO_NETWORK = 0.03  # nats of divergence up to which a mixture of the modes found needs no network
@@ -182,7 +184,7 @@ def find(target: Target, seed: int = 0, limits: Limits | None = None, steps: int
     began = time.monotonic()
     scores = hmc.scores(target.log_density, target.dim, target.dtype)
     cost = hmc.seconds_of(scores, np.zeros([sampling.CHAINS, target.dim]))
-    chained = 0.3  # share of the time for Newton's method and the chains
+    chained = 0.4  # share at which the chains end
     if EVALUATIONS * cost > alone > 0.0:
         seconds, spare, chained = alone, 0.0, 0.8
 
@@ -204,7 +206,8 @@ def find(target: Target, seed: int = 0, limits: Limits | None = None, steps: int
         wider, lacking = _wider(moved, look, sampled, rng, by(1.0))
         if wider is None or time.monotonic() > by(1.0) + spare:
             break
-        sampled = sampling.sampled(moved, sampling.weighed(moved, wider, rng), wider, rng, by(1.0))
+        draws = sampling.weighed(moved, wider, rng)
+        sampled = sampling.sampled(moved, draws, wider, rng, by(1.0), by(1.0))
     else:
         lacking = _wider(moved, look, sampled, rng, by(1.0))[1]
     states = sampled.states.reshape(-1, target.dim)
@@ -219,6 +222,10 @@ def find(target: Target, seed: int = 0, limits: Limits | None = None, steps: int
 def _sampled(target, scores, rng, by, chained) -> tuple[Tails, Sampled]:
     """Returns the tails and the chains in their coordinates.
 
+    Where the density has tails that no Gaussian has, the tails of short chains decide: they are
+    heavier than the density's along a line if coordinates depend on each other, and if the
+    posterior does not reach an exponential tail, they are light.
+
     Args:
       target: the posterior.
       scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
@@ -226,25 +233,21 @@ def _sampled(target, scores, rng, by, chained) -> tuple[Tails, Sampled]:
       by: function from a share of the start's time to a value of `time.monotonic`.
       chained: share at which the chains should end.
     """
-    gaussians = _gaussians(target, scores, rng, by(0.2))
-    draws = sampling.weighed(scores, gaussians, rng)
-    tails, exponential = _tails(scores, draws, gaussians, rng)
+    proposal = _gaussians(target, scores, rng, by(0.2))
+    draws = sampling.weighed(scores, proposal, rng)
+    tails, exponential = _tails(scores, draws, proposal, rng)
+    draws, proposal = tails.inverse(draws), _moved(proposal, tails)
+    if tails.heavy.any() or exponential.any():
+        moved = _in_tails(target, scores, tails)[1]
+        v = sampling.warmed(moved, draws, proposal, rng, by(WARM_SHARE))
+        u = np.asarray(tails.forward(tf.constant(v, target.dtype))[0], np.float64)
+        estimate = tailing.estimated(u, tails.heavy, exponential)
+        draws = estimate.inverse(u)[rng.choice(len(u), sampling.CHAINS)]
+        if tails.heavy.any() or estimate.heavy.any():
+            tails, proposal = estimate, sampling.around(draws, rng)
     moved = _in_tails(target, scores, tails)[1]
-    draws, gaussians = tails.inverse(draws), _moved(gaussians, tails)
-    sampled = sampling.sampled(moved, draws, gaussians, rng, by(chained))
-    if not (tails.heavy.any() or exponential.any()) or time.monotonic() > by(0.5):
-        return tails, sampled
-    v = sampled.states.reshape(-1, target.dim)
-    u = np.asarray(tails.forward(tf.constant(v, target.dtype))[0], np.float64)
-    # The states' tails are heavier than the density's along a line if coordinates depend on each
-    # other.
-    estimate = tailing.estimated(u, tails.heavy, exponential)
-    if not (tails.heavy.any() or estimate.heavy.any()):
-        return tails, sampled
-    moved = _in_tails(target, scores, estimate)[1]
-    draws = estimate.inverse(u)[rng.choice(len(u), sampling.CHAINS)]
-    around = sampling.around(draws, rng)
-    return estimate, sampling.sampled(moved, draws, around, rng, by(max(0.4, chained)))
+    last = by(max(PATIENCE, chained))
+    return tails, sampling.sampled(moved, draws, proposal, rng, by(chained), last)
 
 
 def _in_tails(target, scores, tails) -> tuple[LogDensity, hmc.Scores]:
@@ -297,9 +300,14 @@ def _gaussians(target, scores, rng, deadline) -> Mixture:
     Raises:
       UserError: there are none, because the density is not finite at any point tried.
     """
-    dim, count = target.dim, search.starts(target.dim)
+    dim = target.dim
     prior = target.prior_draws(1024, int(rng.integers(2**31)))
-    points = search.first_points(lambda x: scores(x)[0], prior, dim, rng, count)
+    began = time.monotonic()
+    points = search.first_points(lambda x: scores(x)[0], prior, dim, rng, search.starts(dim))
+    now = time.monotonic()
+    affordable = search.affordable(now - began, deadline - now, dim)
+    if affordable < len(points):
+        points = points[np.linspace(0, len(points) - 1, affordable).astype(int)]
     maxima = search.climb(scores, points, deadline)
     gaussians = []
     if len(maxima):

@@ -194,8 +194,9 @@ class Target:
         try:
             self._check_one_draw()
         except UserError:
-            if self._takes_batches_alone():
-                return _directly, self._of_batches(_directly)
+            compiled = self._of_batches(_directly)
+            if self._takes_batches_alone(compiled):
+                return _directly, compiled
             raise
         lifts = [_one_by_one, _in_a_loop]
         if self._parameters_broadcast():
@@ -240,11 +241,11 @@ class Target:
                 "TensorFlow's operations"
             )
 
-    def _takes_batches_alone(self) -> bool:
+    def _takes_batches_alone(self, log_density) -> bool:
         """Returns whether the density maps [n, dim] to [n] row by row, though it refuses [dim]."""
         u = self._trial_draws()
         try:
-            density, gradient = _compiled_gradient(self._log_density)(u)
+            density, gradient = _compiled_gradient(log_density)(u)
             rows = [self._log_density(row[tf.newaxis]) for row in u]
         except Exception:  # a user's code may raise anything
             return False
