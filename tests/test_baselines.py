@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from avb_tf.posteriors import baselines, tails
-from avb_tf.posteriors.start import Start
+from avb_tf.posteriors.coordinates import Start
 
 MEAN = np.array([1.0, -2.0], np.float32)
 FACTOR = np.array([[1.0, 0.0], [0.8, 0.5]], np.float32)

@@ -87,6 +87,7 @@ ORDER = [
     "avb_tf.posteriors.evidence",
     "avb_tf.posteriors.sampling",
     "avb_tf.posteriors.large",
+    "avb_tf.posteriors.coordinates",
     "avb_tf.posteriors.start",
     "avb_tf.posteriors.verdict",
     "avb_tf.posteriors.sampler",

@@ -11,6 +11,7 @@ from tensorflow_probability import distributions as tfd
 
 from avb_tf import UserError
 from avb_tf.posteriors import (
+    coordinates,
     evidence,
     hmc,
     large,
@@ -547,7 +548,7 @@ def test_three_hundred_correlated_dimensions(tmp_path):
     np.testing.assert_allclose(u.std(0) / exact, 1.0, atol=0.15)
     np.testing.assert_allclose(begun.deviations, u.std(0), rtol=0.1)
     begun.save(tmp_path / "start.npz")
-    again = start.load(tmp_path / "start.npz")
+    again = coordinates.load(tmp_path / "start.npz")
     z = np.random.default_rng(1).normal(size=[3, dim])
     places = [one.place(tf.constant(z), tf.float64) for one in (begun, again)]
     np.testing.assert_array_equal(places[0][0], places[1][0])

@@ -13,6 +13,7 @@ from avb_tf import UserError
 from avb_tf.posteriors import (
     building,
     comparison,
+    coordinates,
     fit,
     hmc,
     mixture,
@@ -251,7 +252,7 @@ def test_the_pair_plot_is_of_the_parameters_as_the_model_has_them():
     )
     target = models.make(joint, {"y": 3.0})
     z = np.random.default_rng(0).normal(size=[64, 2])
-    begun = start.Start(np.zeros(2), np.eye(2), z, tails.light(2), 4)
+    begun = coordinates.Start(np.zeros(2), np.eye(2), z, tails.light(2), 4)
     settings = posterior.resolved(2)
     avb = building.avb(target, begun, 0, settings, charted=False)
     figure = result.PosteriorFit(target, begun, avb, 0.0, 0, settings, {}).plot(100)

@@ -16,7 +16,7 @@ from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
 from avb_tf import diagnostics
-from avb_tf.posteriors.start import Start
+from avb_tf.posteriors.coordinates import Start
 from avb_tf.posteriors.target import Target
 
 R_HAT_LIMIT = 1.01  # chains with a larger R-hat have not mixed (Vehtari et al., 2021)

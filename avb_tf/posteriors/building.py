@@ -9,6 +9,7 @@ from avb_tf.adversaries import ResidualAdversary
 from avb_tf.likelihoods import Likelihood
 from avb_tf.model import AVB
 from avb_tf.networks import DenseStack
+from avb_tf.posteriors.coordinates import Start
 from avb_tf.posteriors.sampler import (
     Chart,
     GatedEncoder,
@@ -17,7 +18,6 @@ from avb_tf.posteriors.sampler import (
     Plain,
     log_normal,
 )
-from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import LogDensity, Target, value_and_gradient
 
 NOWHERE = -1e4  # nats: the log density where it is not finite, so that averages stay finite

@@ -16,7 +16,8 @@ import tensorflow as tf
 from avb_tf import archives, configuration, figures, files, results
 from avb_tf.errors import UserError
 from avb_tf.figures.pairs import pairs
-from avb_tf.posteriors import baselines, comparison, models, start
+from avb_tf.posteriors import baselines, comparison, models
+from avb_tf.posteriors.coordinates import Start
 from avb_tf.posteriors.fit import fit_posterior, load_posterior
 from avb_tf.posteriors.result import META, PosteriorFit
 from avb_tf.serving import layout
@@ -188,7 +189,7 @@ def returned(name: str) -> Any:
         raise UserError(f"{name} raised {type(error).__name__}: {error}") from error
 
 
-def _others(problem, target, begun: start.Start, config, stem: Path):
+def _others(problem, target, begun: Start, config, stem: Path):
     """Returns the baselines and the reference of a model, and the measures of the baselines.
 
     Fits of all seeds share them, so they are stored in `stem`.npz and `stem`.json.

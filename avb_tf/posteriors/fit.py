@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from avb_tf import files
 from avb_tf.errors import UserError
-from avb_tf.posteriors import building, models, training
+from avb_tf.posteriors import building, coordinates, models, training
 from avb_tf.posteriors import start as starting
 from avb_tf.posteriors import target as targets
 from avb_tf.posteriors.result import META, MODEL, START, WEIGHTS, PosteriorFit
@@ -259,7 +259,7 @@ def load_posterior(path: Path | str) -> PosteriorFit:
         meta = json.loads((path / META).read_text())
         target = targets.load(path / MODEL)
         before = "z" in meta  # an earlier version stored the start in the JSON file
-        start = starting.of_record(meta) if before else starting.load(path / START)
+        start = coordinates.of_record(meta) if before else coordinates.load(path / START)
         settings = meta["seed"], meta["settings"]
         if meta.get("mixed", False):  # an earlier version had no mixtures
             model = building.mixed(target, start, *settings)

@@ -13,9 +13,9 @@ from avb_tf.figures.pairs import pairs
 from avb_tf.model import AVB
 from avb_tf.posteriors import hmc, mixture, sampling, verdict
 from avb_tf.posteriors import start as starting
+from avb_tf.posteriors.coordinates import Start
 from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.sampler import Chart
-from avb_tf.posteriors.start import Start
 from avb_tf.posteriors.target import Structure, Target
 from avb_tf.posteriors.verdict import Diagnostics
 

@@ -14,7 +14,8 @@ from avb_tf.posteriors.mixture import Mixture
 CHAINS = 256
 ROUNDS = 5  # warm-up rounds; the covariance is estimated again from all chains after each
 TRANSITIONS = 6, 16  # fewest and most transitions in a round, and states kept of each chain
-LEAPFROGS = 6, 24  # fewest and most leapfrog steps in a transition
+LEAPFROGS = 6  # leapfrog steps in a transition
+MOST_LEAPFROGS = 24  # of chains that have not mixed
 LENGTH = 2.0  # of a trajectory, in standard deviations
 THINNED = 2  # transitions of the exact round, at the end, from one kept state to the next
 MIXED = 1.05  # R-hat up to which chains visit all regions in the right proportions
@@ -97,7 +98,7 @@ def sampled(
     """
     step_size: float | np.ndarray = 0.3
     jumps = _components(draws, proposal, rng)
-    transitions, leapfrogs = _transitions(scores, draws, deadline), LEAPFROGS[0]
+    transitions, leapfrogs = _transitions(scores, draws, deadline), LEAPFROGS
     for _ in range(ATTEMPTS):
         effort = transitions, leapfrogs
         warm, jumps = _adapted(scores, draws, step_size, jumps, effort, rng, deadline)
@@ -111,7 +112,7 @@ def sampled(
         r_hat = diagnostics.largest_r_hat(states)
         if r_hat < MIXED or time.monotonic() > last:
             break
-        leapfrogs = int(np.clip(LENGTH / np.median(step_size), *LEAPFROGS))
+        leapfrogs = int(np.clip(LENGTH / np.median(step_size), LEAPFROGS, MOST_LEAPFROGS))
     density = kept.log_density[THINNED - 1 :: THINNED].T
     return _described(scores, states, density, proposal, jumps, r_hat, rng)
 
@@ -133,7 +134,7 @@ def warmed(
       deadline: value of `time.monotonic` after which no further round begins.
     """
     jumps = _components(draws, proposal, rng)
-    effort = _transitions(scores, draws, deadline), LEAPFROGS[0]
+    effort = _transitions(scores, draws, deadline), LEAPFROGS
     warm, _ = _adapted(scores, draws, 0.3, jumps, effort, rng, deadline)
     return warm.states.reshape(-1, draws.shape[1])
 
@@ -159,7 +160,7 @@ def _adapted(scores, draws, step_size, jumps, effort, rng, deadline):
 
 def _transitions(scores, draws, deadline):
     """Returns the number of transitions in a round for which the time suffices."""
-    calls = (ROUNDS + THINNED) * (LEAPFROGS[0] + 1)  # for each transition of a round
+    calls = (ROUNDS + THINNED) * (LEAPFROGS + 1)  # for each transition of a round
     seconds = calls * hmc.seconds_of(scores, draws)
     return int(np.clip((deadline - time.monotonic()) / max(1e-9, seconds), *TRANSITIONS))
 

@@ -179,7 +179,7 @@ def modes(scores: Scores, x: np.ndarray) -> Modes:
         away = x[i] - x[kept]
         if not (np.einsum("ni,nij,nj->n", away, precisions[kept], away) < 0.25 * dim).any():
             kept.append(int(i))
-    order = np.array(kept)[np.argsort(-log_mass[kept])][:_MODES]
+    order = np.array(kept, int)[np.argsort(-log_mass[kept])][:_MODES]
     return Modes(x[order], roots[order], log_mass[order])
 
 

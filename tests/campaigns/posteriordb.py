@@ -55,7 +55,7 @@ def measured(database: Path, name: str, seconds: float, seed: int) -> dict:
     row = compared(fit.sample(DRAWS, seed=1))
     if diagnostics.verdict == "use with refinement":
         began = time.monotonic()
-        refined = compared(fit.refine(chains=DRAWS).parameters)
+        refined = compared(fit.refine().parameters)
         row |= {"refined": refined["c2st"], "refining": time.monotonic() - began}
     return row | {
         "dim": fit.target.dim,
