@@ -1,6 +1,7 @@
 """Training that is killed and resumed, and the command line, on a simulator of numpy."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,23 @@ def test_a_killed_training_ends_as_if_it_had_not_been(whole, tmp_path, monkeypat
     events = EventAccumulator(str(tmp_path / checkpoint.LOGS)).Reload()
     assert {"log_student", "log_q", "learning_rate"} <= set(events.Tags()["tensors"])
     assert [event.step for event in events.Tensors("log_q")] == [75, 100]
+
+
+def test_sigterm_saves_the_state_and_the_same_command_continues(whole, tmp_path, monkeypatch):
+    log = Workdir.log
+
+    def terminated(self, step, values):
+        log(self, step, values)
+        if step == 50:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workdir, "log", terminated)
+        with pytest.raises(SystemExit, match="143"):
+            run(tmp_path, "--mode=train")
+    assert Workdir(tmp_path / "run", {}).state().step == 50
+    run(tmp_path, "--mode=train")
+    assert_equal(avb_tf.AmortisedFit.load(tmp_path / "run/fit"), whole)
 
 
 def test_a_run_killed_at_its_first_stage_and_its_evaluation(whole, tmp_path, monkeypatch, capsys):

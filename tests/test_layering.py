@@ -48,6 +48,7 @@ ORDER = [
     "avb_tf.auxiliary",
     "avb_tf.objectives",
     "avb_tf.training",
+    "avb_tf.training.termination",
     "avb_tf.training.optimizers",
     "avb_tf.training.schedules",
     "avb_tf.training.epochs",

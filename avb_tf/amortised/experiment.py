@@ -14,6 +14,7 @@ from avb_tf.amortised.result import META, AmortisedFit
 from avb_tf.errors import UserError
 from avb_tf.posteriors.experiment import FIT, returned, write_draws
 from avb_tf.serving import layout
+from avb_tf.training import termination
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +47,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
     Raises:
       UserError: the model cannot be loaded or fitted.
+      SystemExit: with status 143 after SIGTERM; the same command continues.
     """
     problem = load_problem(config.model)
     # A mistake in the model is reported before anything is written.
     simulation_of(problem.model, problem.prior, problem.observed, problem.rows)
     configuration.save(config, workdir)
-    with files.locked(workdir / files.TRAINING):
+    with files.locked(workdir / files.TRAINING), termination.listening():
         fit = _trained(config, workdir, problem)
+        if termination.asked():  # while the fit was being saved
+            raise SystemExit(termination.STATUS)
     print(f"{workdir}: {fit.steps} steps in {fit.seconds:.0f} s")
 
 

@@ -18,7 +18,7 @@ from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
 from avb_tf.posteriors.training import CHUNK, Clock
-from avb_tf.training import optimizers
+from avb_tf.training import optimizers, termination
 
 _SCALING_PAIRS = 10_000  # simulated pairs that set the locations and scales
 _SCALING_NUMBERS = 2**24  # largest number of entries of their data
@@ -61,6 +61,7 @@ def train(
       "log_q", the mean log q(u|y) in nats over each `CHUNK` steps, after the whitening's stage.
     Raises:
       UserError: the loss is not finite, or the checkpoint is of another training.
+      SystemExit: SIGTERM has arrived inside `termination.listening`; the state is saved.
     """
     state = workdir.state()
     if state is None:
@@ -129,8 +130,10 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
         speed = CHUNK / (time.monotonic() - began)
         logged = {stage.name: -loss, "learning_rate": rate, "steps_per_second": speed}
         workdir.log(clock.step, logged)
-        if workdir.due:
+        if workdir.due or termination.asked():
             save()
+        if termination.asked():
+            raise SystemExit(termination.STATUS)
     save()
     return history
 

@@ -1,11 +1,9 @@
 """Ends `fit`: at its last step, on SIGTERM, or when training diverges."""
 
-import contextlib
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ import tensorflow as tf
 
 from avb_tf import files, replicas
 from avb_tf.errors import DivergenceError
-
-PREEMPTED = 128 + signal.SIGTERM  # exit status that a shell reports after SIGTERM
+from avb_tf.training import termination
 
 # Training has diverged when the ELBO drops by more than this factor times the sum of the first
 # ELBO's magnitude and the number of dimensions of x. The sum includes the dimensions because an
@@ -77,8 +74,9 @@ def _kept(file: Path, elbo: float) -> float:
 class SaveWhenTerminated(keras.callbacks.Callback):
     """Saves a checkpoint on SIGTERM, which most schedulers send, and exits with status 143.
 
-    The handler waits for the current graph call to end, so a call must be short. This callback
-    must come last, so that the others have finished an epoch before the process exits.
+    It acts inside `termination.listening`, and waits for the current graph call to end, so a call
+    must be short. This callback must come last, so that the others have finished an epoch before
+    the process exits.
 
     Args:
       save: writes a checkpoint on the chief, and does nothing on other workers.
@@ -88,19 +86,6 @@ class SaveWhenTerminated(keras.callbacks.Callback):
     def __init__(self, save: Callable[[], Any], strategy: tf.distribute.Strategy):
         super().__init__()
         self.save, self.strategy = save, strategy
-        self.asked = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Generator[None]:
-        """Handles SIGTERM inside the block and restores the previous handler on exit."""
-        before = signal.signal(signal.SIGTERM, self._ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _ask(self, *_):
-        self.asked = True
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Exits between two steps if SIGTERM has arrived."""
@@ -113,9 +98,9 @@ class SaveWhenTerminated(keras.callbacks.Callback):
         self._leave_if_asked()
 
     def _leave_if_asked(self):
-        if replicas.sum_over_workers(self.strategy, int(self.asked)):
+        if replicas.sum_over_workers(self.strategy, int(termination.asked())):
             self.save()
-            raise SystemExit(PREEMPTED)
+            raise SystemExit(termination.STATUS)
 
 
 class Stopwatch(keras.callbacks.Callback):

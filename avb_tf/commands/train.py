@@ -17,6 +17,7 @@ from avb_tf.data.table import Table
 from avb_tf.errors import DivergenceError, UserError
 from avb_tf.likelihoods import LIKELIHOODS
 from avb_tf.model import AVB
+from avb_tf.training import termination
 from avb_tf.training.optimizers import Adam
 from avb_tf.training.schedules import DelayedCosine
 
@@ -73,7 +74,7 @@ def _resumed(config, workdir, strategy, model, source) -> AVB:
         checkpoints.save(model, workdir, config.keep_checkpoints)
 
     training = Training(config, workdir, strategy, model, source)
-    with training.terminated.listening():
+    with termination.listening():
         while int(model.step.numpy()) < config.steps:
             try:
                 training.to_the_end()
