@@ -12,6 +12,8 @@ from avb_tf.flows import MADE
 from avb_tf.networks import DenseStack, Restorable
 from avb_tf.posteriors.mixture import Mixture
 
+_SOLVED = 1e-6  # change of a coordinate, relative to its size, below which it is solved
+
 _register = keras.saving.register_keras_serializable("avb_tf")
 
 
@@ -181,14 +183,32 @@ class Chart(Restorable, keras.layers.Layer):
         return tf.concat([z, volume[..., tf.newaxis]], -1)
 
     def inverse(self, u: tf.Tensor) -> tf.Tensor:
-        """Returns z [n, dim] for coordinates u [n, dim], by one pass for each dimension."""
+        """Returns z [n, dim] for coordinates u [n, dim].
+
+        Each pass of a step solves for one more coordinate exactly. It ends as soon as no coordinate
+        changes, which in hundreds of dimensions is long before all of them are solved.
+        """
         z = tf.reverse(u, [-1]) if len(self.steps) % 2 else u
         for step in reversed(self.steps):
-            moved, z = tf.reverse(z, [-1]), tf.zeros_like(z)
-            for _ in range(u.shape[-1]):  # each pass solves for one more coordinate
-                scale, shift = step(z, tf.zeros([]))
-                z = (moved - shift) / _gain(scale, 5.0)[0]
+            z = _solved(step, tf.reverse(z, [-1]))
         return z
+
+
+def _solved(step, moved):
+    """Returns the z that an autoregressive step moves to `moved`, [n, dim]."""
+
+    def closer(z, _):
+        scale, shift = step(z, tf.zeros([]))
+        new = (moved - shift) / _gain(scale, 5.0)[0]
+        return new, tf.reduce_all(tf.abs(new - z) <= _SOLVED * (1.0 + tf.abs(new)))
+
+    z, _ = tf.while_loop(
+        lambda _, solved: ~solved,  # NaN is not solved: it may depend on a later coordinate
+        closer,
+        (tf.zeros_like(moved), tf.constant(False)),
+        maximum_iterations=moved.shape[-1],
+    )
+    return z
 
 
 @_register

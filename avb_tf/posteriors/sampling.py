@@ -93,26 +93,25 @@ def sampled(
       draws: initial states, [CHAINS, dim].
       proposal: a mixture near the posterior, for jumps between its components.
       rng: source of random numbers.
-      deadline: value of `time.monotonic` after which no further adaptive round begins.
+      deadline: value of `time.monotonic` at which the exact round should end.
       last: value of `time.monotonic` after which chains that have not mixed are not continued.
     """
     step_size: float | np.ndarray = 0.3
     jumps = _components(draws, proposal, rng)
-    transitions, leapfrogs = _transitions(scores, draws, deadline), LEAPFROGS
+    plan, leapfrogs = _planned(scores, draws, deadline), LEAPFROGS
     for _ in range(ATTEMPTS):
-        effort = transitions, leapfrogs
-        warm, jumps = _adapted(scores, draws, step_size, jumps, effort, rng, deadline)
+        warm, jumps = _adapted(scores, draws, step_size, jumps, plan, leapfrogs, rng)
         root = hmc.root(np.cov(warm.states[::4].reshape(-1, draws.shape[1]).T))
         kept = hmc.run_chains(
-            scores, warm.states[-1], root, transitions * THINNED, leapfrogs, warm.step_size, rng,
-            jumps=jumps,
+            scores, warm.states[-1], root, plan.transitions * THINNED, leapfrogs, warm.step_size,
+            rng, jumps=jumps,
         )  # fmt: skip
         draws, step_size = kept.states[-1], warm.step_size
         states = np.swapaxes(kept.states[THINNED - 1 :: THINNED], 0, 1)
         r_hat = diagnostics.largest_r_hat(states)
-        if r_hat < MIXED or time.monotonic() > last:
-            break
         leapfrogs = int(np.clip(LENGTH / np.median(step_size), LEAPFROGS, MOST_LEAPFROGS))
+        if r_hat < MIXED or time.monotonic() + plan.seconds(1 + THINNED, leapfrogs) > last:
+            break
     density = kept.log_density[THINNED - 1 :: THINNED].T
     return _described(scores, states, density, proposal, jumps, r_hat, rng)
 
@@ -134,35 +133,53 @@ def warmed(
       deadline: value of `time.monotonic` after which no further round begins.
     """
     jumps = _components(draws, proposal, rng)
-    effort = _transitions(scores, draws, deadline), LEAPFROGS
-    warm, _ = _adapted(scores, draws, 0.3, jumps, effort, rng, deadline)
+    plan = _planned(scores, draws, deadline)
+    warm, _ = _adapted(scores, draws, 0.3, jumps, plan, LEAPFROGS, rng)
     return warm.states.reshape(-1, draws.shape[1])
 
 
-def _adapted(scores, draws, step_size, jumps, effort, rng, deadline):
-    """Runs adaptive rounds; returns the chains of the last and the mixture fitted to them.
-
-    `effort` is the number of transitions in a round, and of leapfrog steps in a transition.
-    """
-    transitions, leapfrogs = effort
+def _adapted(scores, draws, step_size, jumps, plan, leapfrogs, rng):
+    """Runs adaptive rounds; returns the chains of the last and the mixture fitted to them."""
     for _ in range(ROUNDS):
         draws = _typical(scores, draws, rng)
         root = hmc.root(np.cov(draws.T))
         chains = hmc.run_chains(
-            scores, draws, root, transitions, leapfrogs, step_size, rng, adapt=True, jumps=jumps
+            scores,
+            draws,
+            root,
+            plan.transitions,
+            leapfrogs,
+            step_size,
+            rng,
+            adapt=True,
+            jumps=jumps,
         )
         draws, step_size = chains.states[-1], chains.step_size
         jumps = mixture.fitted(chains.states[::4].reshape(-1, draws.shape[1]), jumps)
-        if time.monotonic() > deadline:
+        if time.monotonic() > plan.rounds_end:
             break
     return chains, jumps
 
 
-def _transitions(scores, draws, deadline):
-    """Returns the number of transitions in a round for which the time suffices."""
-    calls = (ROUNDS + THINNED) * (LEAPFROGS + 1)  # for each transition of a round
-    seconds = calls * hmc.seconds_of(scores, draws)
-    return int(np.clip((deadline - time.monotonic()) / max(1e-9, seconds), *TRANSITIONS))
+class _Plan(NamedTuple):
+    """Chains for which the time suffices."""
+
+    transitions: int  # in a round
+    cost: float  # seconds of an evaluation at all chains
+    rounds_end: float  # value of `time.monotonic` after which no further adaptive round begins
+
+    def seconds(self, rounds, leapfrogs):
+        """Returns the seconds that rounds take."""
+        return rounds * self.transitions * (leapfrogs + 1) * self.cost
+
+
+def _planned(scores, draws, deadline) -> _Plan:
+    """Returns the plan of the adaptive rounds and of the exact one, which ends at the deadline."""
+    cost = hmc.seconds_of(scores, draws)
+    one = _Plan(1, cost, deadline)
+    affordable = (deadline - time.monotonic()) / one.seconds(ROUNDS + THINNED, LEAPFROGS)
+    plan = one._replace(transitions=int(np.clip(affordable, *TRANSITIONS)))
+    return plan._replace(rounds_end=deadline - plan.seconds(THINNED, LEAPFROGS))
 
 
 def _described(scores, states, density, proposal, jumps, r_hat, rng) -> Sampled:
