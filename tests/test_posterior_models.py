@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -117,6 +119,21 @@ def test_a_density_of_one_draw_of_a_batch_or_of_both(name):
     scores = hmc.scores(target.log_density, target.dim, target.dtype)
     numerical = (scores(u + step)[0] - scores(u - step)[0]) / 2e-2
     np.testing.assert_allclose(gradient[:, 0], numerical, rtol=2e-2, atol=5e-3)
+
+
+def failing(b):
+    """A scan whose body raises while it is traced."""
+    return tf.reduce_sum(tf.scan(lambda total, x: total + tf.ones([2, 3]) @ x, b, b[0]))
+
+
+@pytest.mark.parametrize("log_density", [scanned, failing])
+def test_a_scan_that_raises_breaks_no_strategy(log_density):
+    """TensorFlow's scan left a caching device behind, and every later strategy failed."""
+    with contextlib.suppress(UserError):
+        models.make(log_density, shape=[1])
+    assert tf.compat.v1.get_variable_scope().caching_device is None
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    assert strategy.run(lambda: tf.constant(1.0)).numpy() == 1.0
 
 
 @pytest.mark.parametrize("name", ["indexing", "scan", "columns", "broadcast"])

@@ -172,7 +172,11 @@ class Target:
         return self._bijector.forward(self._free(u))
 
     def _log_density(self, u, log_prob=None):
-        density = (log_prob or self._log_prob)(self._parameters(u))
+        # In a graph, a `tf.scan` that raises leaves a device behind in the variable scope, which
+        # would break all strategies of the process. A scope of its own does not outlive the error.
+        scope = tf.compat.v1.get_variable_scope()
+        with tf.compat.v1.variable_scope(scope, auxiliary_name_scope=False):
+            density = (log_prob or self._log_prob)(self._parameters(u))
         return tf.cast(density, self.dtype) + self._log_volume(u)
 
     def _log_volume(self, u):
