@@ -9,11 +9,10 @@ observations.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from tests.campaigns import processes
 
 WRONG = 0.55  # a verdict "trust" with a C2ST above this is false
 GOALS = {
@@ -153,19 +152,8 @@ def main() -> None:
     if options.here:
         run(options)
         return
-    failed = []
-    for name in options.only:
-        arguments = [sys.executable, "-m", "tests.campaigns.amortised", str(options.directory)]
-        arguments += ["--here", "--only", name, "--seconds", str(options.seconds)]
-        arguments += ["--seeds", *map(str, options.seeds), "--draws", str(options.draws)]
-        arguments += ["--observations", str(options.observations)]
-        if subprocess.run(arguments, env=os.environ, check=False).returncode:
-            failed.append(name)
-    text = table(options.directory)
-    (options.directory / "table.md").write_text(text)
-    print(text)
-    if failed:
-        sys.exit(f"not finished: {', '.join(failed)}")
+    left = processes.unfinished("tests.campaigns.amortised", options.only)
+    processes.report(options.directory, table(options.directory), left)
 
 
 if __name__ == "__main__":

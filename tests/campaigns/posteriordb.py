@@ -7,18 +7,14 @@ a time, because TensorFlow never frees its graphs. `table.md` lists all fits.
 """
 
 import argparse
-import concurrent.futures
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-DRAWS = 3000  # one half trains the classifiers, the other half tests them
-FALSE = 0.55  # a C2ST above which "trust" is false
+from tests.campaigns import processes
+from tests.campaigns.verdicts import ACCURACY, DRAWS
 
 
 def measured(database: Path, name: str, seconds: float, seed: int) -> dict:
@@ -78,7 +74,7 @@ def table(directory: Path) -> str:
     cells = [_cells(row) for row in rows]
     verdicts = [row["verdict"] for row in rows]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts)))
-    wrong = sum(row["verdict"] == "trust" and row["c2st"] > FALSE for row in rows)
+    wrong = sum(row["verdict"] == "trust" and row["c2st"] > ACCURACY for row in rows)
     columns = [list(column) for column in zip(head, *cells, strict=True)]
     return (
         f"{len(rows)} fits: {counts}; {wrong} of them false trust.\n\n{tables.aligned(columns)}\n"
@@ -118,34 +114,18 @@ def main() -> None:
     options.directory.mkdir(parents=True, exist_ok=True)
     from tests.campaigns import posteriordb_models
 
-    def finished(name):
-        path = options.directory / f"{name}.json"
-        if path.exists():
-            return True
-        if options.here:
+    names = options.only or posteriordb_models.names(options.database)
+    files = {name: options.directory / f"{name}.json" for name in names}
+    begun = [name for name in names if not files[name].exists()]
+    if options.here:
+        for name in begun:
             row = {"posterior": name, "limit": options.seconds, "seed": options.seed}
             row |= measured(options.database, name, options.seconds, options.seed)
-            path.write_text(json.dumps(row) + "\n")
+            files[name].write_text(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-            return True
-        command = [sys.executable, "-m", "tests.campaigns.posteriordb", str(options.database)]
-        command += [str(options.directory), "--here", "--only", name]
-        command += ["--seconds", str(options.seconds), "--seed", str(options.seed)]
-        return subprocess.run(command, env=os.environ, check=False).returncode == 0
-
-    names = options.only or posteriordb_models.names(options.database)
-    if options.here:
-        for name in names:
-            finished(name)
         return
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        done = list(pool.map(finished, names))
-    text = table(options.directory)
-    (options.directory / "table.md").write_text(text)
-    print(text)
-    if not all(done):
-        left = [name for name, ok in zip(names, done, strict=True) if not ok]
-        sys.exit(f"not finished: {', '.join(left)}")
+    left = processes.unfinished("tests.campaigns.posteriordb", begun, options.jobs)
+    processes.report(options.directory, table(options.directory), left)
 
 
 if __name__ == "__main__":

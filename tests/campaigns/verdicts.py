@@ -9,14 +9,12 @@ because TensorFlow never frees its graphs. `table.md` lists all fits.
 """
 
 import argparse
-import concurrent.futures
 import itertools
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+
+from tests.campaigns import processes
 
 ACCURACY, SHARE = 0.55, 0.1
 DRAWS = 3000  # one half trains the classifiers, the other half tests them
@@ -95,17 +93,8 @@ def table(directory: Path) -> str:
     texts, summaries = [], []
     for seconds, of_limit in itertools.groupby(rows, lambda row: row["limit"]):
         fits = list(of_limit)
-        head = [
-            "target",
-            "fit",
-            "verdict",
-            "distance",
-            "C2ST",
-            "SW2",
-            "share off",
-            "evidence",
-            "taken",
-        ]
+        head = ["target", "fit", "verdict", "distance", "C2ST", "SW2", "share off", "evidence"]
+        head += ["taken"]
         cells = [
             [name, *(", ".join(filter(None, v)) for v in zip(*map(_cells, same), strict=True))]
             for name, same in itertools.groupby(fits, lambda row: row["target"])
@@ -177,14 +166,6 @@ def main() -> None:
             if not file_of(options.directory, name, seconds, seed).exists():
                 yield seconds, seed
 
-    def in_its_own_process(name):
-        if not any(fits(name)):
-            return True
-        arguments = [sys.executable, "-m", "tests.campaigns.verdicts", str(options.directory)]
-        arguments += ["--here", "--only", name, "--seconds", *map(str, options.seconds)]
-        arguments += ["--seeds", *map(str, options.seeds)]
-        return subprocess.run(arguments, env=os.environ, check=False).returncode == 0
-
     names = options.only or list(TARGETS)
     if options.here:
         for name in names:
@@ -194,14 +175,9 @@ def main() -> None:
                 file_of(options.directory, name, seconds, seed).write_text(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
         return
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        finished = list(pool.map(in_its_own_process, names))
-    text = table(options.directory)
-    (options.directory / "table.md").write_text(text)
-    print(text)
-    if not all(finished):
-        left = [name for name, done in zip(names, finished, strict=True) if not done]
-        sys.exit(f"not finished: {', '.join(left)}")
+    begun = [name for name in names if any(fits(name))]
+    left = processes.unfinished("tests.campaigns.verdicts", begun, options.jobs)
+    processes.report(options.directory, table(options.directory), left)
 
 
 if __name__ == "__main__":
