@@ -93,6 +93,13 @@ def test_newtons_method_finds_modes_from_afar_whatever_the_units():
     assert modes.log_mass[0] == pytest.approx(exact, abs=1e-2)
 
 
+def test_newtons_starts_fit_into_the_time():
+    """An iteration has a gradient for each dimension and for each of eleven trial steps."""
+    assert search.affordable(1.0, np.inf, 4) == search.starts(4) == 256
+    assert search.affordable(1.0, 1.0, 26) == 4096 // (8 * 37)
+    assert search.affordable(1.0, -1.0, 26) == 8  # the fewest, though the time is over
+
+
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_the_share_of_a_mode_does_not_depend_on_the_gaussian_put_there(factor):
     """Laplace's approximation would be off by the square of the factor."""

@@ -144,16 +144,9 @@ def _adapted(scores, draws, step_size, jumps, plan, leapfrogs, rng):
         draws = _typical(scores, draws, rng)
         root = hmc.root(np.cov(draws.T))
         chains = hmc.run_chains(
-            scores,
-            draws,
-            root,
-            plan.transitions,
-            leapfrogs,
-            step_size,
-            rng,
-            adapt=True,
+            scores, draws, root, plan.transitions, leapfrogs, step_size, rng, adapt=True,
             jumps=jumps,
-        )
+        )  # fmt: skip
         draws, step_size = chains.states[-1], chains.step_size
         jumps = mixture.fitted(chains.states[::4].reshape(-1, draws.shape[1]), jumps)
         if time.monotonic() > plan.rounds_end:
