@@ -105,8 +105,8 @@ posteriors: setup
 verdicts: setup
 	$(BIN)/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6 --jobs 2
 
-# Fits the models of posteriordb that have reference draws with 60 seconds each, two at a time: half an
-# hour, resumable. POSTERIORDB is a copy of github.com/stan-dev/posteriordb.
+# Fits the models of posteriordb that have reference draws with 60 seconds each, two at a time: 22
+# minutes for 25 of the 45, resumable. POSTERIORDB is a copy of github.com/stan-dev/posteriordb.
 POSTERIORDB := ../posteriordb
 posteriordb: setup
 	$(BIN)/python -m tests.campaigns.posteriordb $(POSTERIORDB)/posterior_database runs/posteriordb
