@@ -104,6 +104,7 @@ LONG = (
     "monitor.py::test_it_warns_of_prior_contrast_on_mnist",
     "monitor.py::test_the_difference_of_the_bounds_has_an_interval",
     "networks.py::test_running_averages_approach_the_moments",
+    "posterior_groups.py::test_a_thousand_groups",
     "posterior_models.py::test_a_density_of_several_parameters_by_name_with_bijectors",
     "posterior_models.py::test_minibatches_recover_a_conjugate_posterior",
     "posterior_start.py::test_student_t_with_two_degrees_has_its_quantiles[False",

@@ -2,8 +2,9 @@
 
 A Gaussian with a diagonal covariance is fitted by its bound on the evidence. It is not placed at
 the highest density, which in a hierarchical model is where all effects are equal. Chains from its
-draws then give means, scales, and those directions of correlation that exceed the sampling noise of
-a covariance of that many states.
+draws then give means and scales, which the density's gradient makes much more exact than the number
+of states alone would (`fitted`), and those directions of correlation that exceed the sampling
+noise of a covariance of that many states.
 """
 
 import time
@@ -143,6 +144,47 @@ def states(
     kept = int(np.clip(affordable, *KEPT))
     exact = hmc.run_chains(scores, draws, scale, kept * THINNED, LEAPFROGS, step_size, rng)
     return np.swapaxes(exact.states[THINNED - 1 :: THINNED], 0, 1)
+
+
+def fitted(
+    x: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the Gaussian of draws, with zero-variance control variates (Mira et al., 2013).
+
+    The errors of a thousand means and scales add up: with 4,000 draws they alone keep a Gaussian
+    half a nat away from the posterior. The gradient s of the log density has mean 0, and
+    (x - mean) (C s)^T has mean -C for any matrix C, so multiples of both may be added. If C is a
+    Gaussian's own covariance, no sampling error is left.
+
+    Args:
+      x: draws, [n, dim].
+      scores: gradients of the log density at x, [n, dim].
+    Returns:
+      Mean [dim], scale [dim], directions [dim, rank] and stretch [rank], as those of `Start`.
+    """
+    mean, deviation = x.mean(0), x.std(0)
+    along, stretch = directions((x - mean) / deviation)
+    inflation = np.sqrt(1.0 + along**2 @ (stretch**2 - 1.0))
+    scale = deviation / inflation
+    control = scores * scale
+    control = scale * (control + (control @ along * (stretch**2 - 1.0)) @ along.T)
+    mean = _controlled(x, control)
+    away = x - mean
+    variance = _controlled(away**2, away * control + deviation**2)
+    # A posterior far from Gaussian has no use for the control; its estimate might be negative.
+    usable = variance > 0.25 * deviation**2
+    scale = np.sqrt(np.where(usable, variance, deviation**2)) / inflation
+    return mean, scale, along, stretch
+
+
+def _controlled(values, control):
+    """Returns means of values [n, dim], given for each a control variate of mean 0, [n, dim]."""
+    control = np.where(np.isfinite(control).all(0), control, 0.0)
+    mean = control.mean(0)
+    variance, covariance = (((control - mean) * part).mean(0) for part in (control, values))
+    constant = variance <= 1e-12 * mean**2  # nothing but rounding, as of a flat density
+    slope = np.where(constant, 0.0, covariance / np.where(constant, 1.0, variance))
+    return values.mean(0) - slope * mean
 
 
 def directions(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

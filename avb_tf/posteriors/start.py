@@ -189,10 +189,8 @@ def _find_large(target, seed, seconds) -> Start:
     deadline = time.monotonic() + (seconds or LARGE_SECONDS)
     states = large.states(scores, target.dim, points, rng, deadline)
     flat = states.reshape(-1, target.dim)
-    mean, scale = flat.mean(0), flat.std(0)
-    z = (flat - mean) / scale
-    directions, stretch = large.directions(z)
-    scale = scale / np.sqrt(1.0 + directions**2 @ (stretch**2 - 1.0))
+    gradients = np.concatenate([scores(of_chain)[1] for of_chain in states])
+    mean, scale, directions, stretch = large.fitted(flat, gradients)
     z = (flat - mean) / scale
     z += (z @ directions * (1.0 / stretch - 1.0)) @ directions.T
     tails = tailing.light(target.dim)
