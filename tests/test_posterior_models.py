@@ -10,6 +10,7 @@ from tensorflow_probability import distributions as tfd
 import avb_tf
 from avb_tf import UserError
 from avb_tf.posteriors import hmc, models, start
+from avb_tf.posteriors.target import value_and_gradient
 
 QUICK = {"steps": 50, "verbose": False, "draws": 256, "adversary_steps": 1, "blocks": 1}
 QUICK |= {"chart_steps": 0}  # tracing the chart takes longer than training it
@@ -152,6 +153,35 @@ def test_a_density_is_traced_once_for_all_parts_of_a_fit(name):
         scores(np.zeros([count, size]))
         assert target.log_density(tf.zeros([count, size])).shape == (count,)
     assert len(calls) == before
+
+
+def test_the_gradient_of_a_density_is_derived_once_and_never_its_second():
+    """A tape within a tape, as in training, would derive the gradient's gradient, which is slow."""
+    derived = []
+
+    @tf.custom_gradient
+    def square(x):
+        def gradient(upstream):
+            derived.append(x)
+            return 2.0 * upstream * x
+
+        return x**2, gradient
+
+    target = models.make(lambda x: -tf.reduce_sum(square(x), -1), shape=[3])
+    before = len(derived)
+
+    @tf.function(autograph=False)
+    def trained(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            density, gradient = value_and_gradient(target.log_density, x)
+            loss = tf.reduce_sum(density) + tf.reduce_sum(tf.stop_gradient(gradient))
+        return gradient, tape.gradient(loss, x)
+
+    x = tf.constant([[1.0, -2.0, 0.5]])
+    for slope in trained(x):
+        np.testing.assert_allclose(slope, -2.0 * x)
+    assert len(derived) == before
 
 
 def test_a_density_by_indexing_is_fitted():

@@ -22,6 +22,7 @@ from avb_tf.posteriors import (
     start,
     tails,
 )
+from avb_tf.posteriors import target as targets
 
 
 def states(target, **settings):
@@ -95,9 +96,9 @@ def test_newtons_method_finds_modes_from_afar_whatever_the_units():
 
 def test_newtons_starts_fit_into_the_time():
     """An iteration has a gradient for each dimension and for each of eleven trial steps."""
-    assert search.affordable(1.0, np.inf, 4) == search.starts(4) == 256
-    assert search.affordable(1.0, 1.0, 26) == 4096 // (8 * 37)
-    assert search.affordable(1.0, -1.0, 26) == 8  # the fewest, though the time is over
+    assert search.affordable(1e-3, np.inf, 4) == search.starts(4) == 256
+    assert search.affordable(1e-3, 4.0, 26) == 4000 // (8 * 37)
+    assert search.affordable(1e-3, -1.0, 26) == 8  # the fewest, though the time is over
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
@@ -261,7 +262,7 @@ def test_the_divergence_tells_whether_a_mixture_of_the_modes_suffices():
     def divergence(density):
         target = models.make(density, shape=[2])
         scores = hmc.scores(target.log_density, target.dim, target.dtype)
-        draws = rng.normal(size=[sampling.CHAINS, 2])
+        draws = rng.normal(size=[sampling.CHAINS[1], 2])
         return sampling.sampled(scores, draws, sampling.around(draws, rng), rng, np.inf).divergence
 
     assert abs(divergence(lambda x: normal(x[..., 0]) + normal(x[..., 1], x[..., 0]))) < 0.02
@@ -605,14 +606,62 @@ def test_the_noise_of_an_estimated_covariance_is_no_lost_mode():
 
 
 def test_a_slow_density_gets_the_time_of_the_networks_and_fewer_transitions(monkeypatch):
-    """A scan over hundreds of rows takes a tenth of a second for all chains."""
-    target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])
-    monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: 0.1)
-    limits = start.Limits(1.0, 0.0, 60.0)
+    """A scan over hundreds of rows takes a tenth of a second for all chains, however few."""
+
+    def begun(cost):
+        target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])
+        target.cost = cost
+        monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: cost.of(len(x)))
+        found = start.find(target, limits=start.Limits(1.0, 0.0, 60.0))
+        return found.chains, len(found.z) // found.chains
+
+    fewest, most = sampling.TRANSITIONS
     # 0.8 of the 60 seconds suffice for 9 transitions in a round: 49 evaluations for each.
-    begun = start.find(target, limits=limits)
-    assert len(begun.z) == 9 * begun.chains
-    monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: 1.0)
-    assert len(start.find(target, limits=limits).z) == sampling.TRANSITIONS[0] * begun.chains
-    monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: 1e-5)
-    assert len(start.find(target, limits=limits).z) == sampling.TRANSITIONS[1] * begun.chains
+    assert begun(targets.Cost(0.1, 0.0)) == (256, 9)
+    assert begun(targets.Cost(1.0, 0.0)) == (256, fewest)
+    assert begun(targets.Cost(1e-5, 0.0)) == (256, most)
+    # Where each draw takes a millisecond, 64 chains run for as long as 256 would.
+    assert begun(targets.Cost(0.02, 1e-3)) == (64, 11)
+    assert begun(targets.Cost(0.1, 1e-3)) == (100, fewest)
+
+
+def test_a_density_with_a_matrix_for_each_draw_is_evaluated_in_batches():
+    """Otherwise 32,768 draws of the wide search take ten gigabytes."""
+    target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])
+    assert target.rows == targets.ROWS[1]  # a cheap density takes all at once
+    target.cost = targets.Cost(0.01, 0.25 / 1000)
+    assert target.rows == 1000
+    seen = []
+
+    def evaluated(u):
+        seen.append(len(u))
+        return -0.5 * tf.reduce_sum(u**2, -1), -u
+
+    target.log_density_and_gradient = evaluated
+    x = np.random.default_rng(0).normal(size=[2500, 2]).astype(np.float32)
+    density, gradient = hmc.of_target(target)(x)
+    assert seen == [1000, 1000, 500]
+    np.testing.assert_allclose(density, -0.5 * (x**2).sum(1), rtol=1e-5)
+    np.testing.assert_array_equal(gradient, -x)
+    target.cost = targets.Cost(1.0, 1.0)
+    assert target.rows == targets.ROWS[0]
+
+
+def test_chains_that_have_not_mixed_run_twice_as_long_each_time(monkeypatch):
+    """A chain that needs a hundred transitions never mixes in twelve, however often they run."""
+    lengths = []
+    run = hmc.run_chains
+
+    def counted(scores, x, root, transitions, *rest, **settings):
+        if not settings.get("adapt"):
+            lengths.append(transitions)
+        return run(scores, x, root, transitions, *rest, **settings)
+
+    monkeypatch.setattr(hmc, "run_chains", counted)
+    monkeypatch.setattr(sampling, "MIXED", 0.0)  # never reached
+    target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])
+    begun = start.find(target)
+    fewest, most = sampling.THINNED
+    thinned = [min(fewest * 2**i, most) for i in range(sampling.ATTEMPTS)]
+    assert lengths == [sampling.TRANSITIONS[1] * one for one in thinned]
+    assert len(begun.z) == begun.chains * sampling.TRANSITIONS[1]  # as many states as ever

@@ -39,7 +39,7 @@ SHORT = 15.0  # fewer seconds do not suffice to train a network: the start's mix
 USEFUL = 0.2  # share of the seconds below which training is not worth its tracing
 LEAST_START_SHARE = 0.3  # share of so few seconds that the start may take at least
 VERDICT_SHARE, VERDICT_SECONDS = 0.1, 1.5  # reserved for the verdict of a long and of a short fit
-TRACED = 5.0  # time to trace a model, relative to the time to build it
+TRACED = 5.0  # time to trace a model, relative to the time to build it; the density's at least
 SLOWER = 1.5  # time to trace AVB, relative to the time to trace the chart's trainer
 
 
@@ -120,8 +120,8 @@ def _cause(error):
 
 def _limits(seconds, elapsed) -> Limits:
     """Returns the time that the start may take of `seconds` for the whole fit."""
-    # Tracing the model for the mixture and the verdict takes about as long as checking it took.
-    alone = max(LEAST_START_SHARE * seconds, seconds - 2.0 * elapsed - VERDICT_SECONDS)
+    # Tracing the model for the mixture and the verdict takes about half as long as checking it.
+    alone = max(LEAST_START_SHARE * seconds, seconds - 1.5 * elapsed - VERDICT_SECONDS)
     if seconds < SHORT:
         return Limits(alone, 0.0, alone)
     return Limits(START_SHARE * (seconds - elapsed), SPARE_SHARE * seconds, alone)
@@ -165,7 +165,7 @@ def _trained(target, start, seed, settings, clock) -> PosteriorFit:
     known = mixed if mixed.overlap() + TIE < alone.overlap() else alone
     began = clock.elapsed()
     fit = _fit(target, start, seed, settings, chart, 1.0 if charted else emerged)
-    tracing = SLOWER * clock.traced or TRACED * (clock.elapsed() - began)
+    tracing = SLOWER * clock.traced or max(TRACED * (clock.elapsed() - began), target.traced)
     if clock.left() < tracing:
         return known
     # The chart is frozen: trained together, the chart and the encoder undid each other's scales,
@@ -197,7 +197,7 @@ def _charted(target, start, seed, settings, clock, emerged) -> Chart | Plain:
         return Plain()
     began = clock.elapsed()
     trainer = building.chart_trainer(target, start, seed, settings, emerged)
-    if clock.left() < TRACED * (clock.elapsed() - began):
+    if clock.left() < max(TRACED * (clock.elapsed() - began), target.traced):
         return Plain()
     rate = settings["chart_learning_rate"]
     training.train(trainer, settings, clock, settings["chart_share"], rate, emerged)

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf.posteriors.mixture import Mixture
-from avb_tf.posteriors.target import LogDensity, value_and_gradient
+from avb_tf.posteriors.target import ROWS, LogDensity, Target, value_and_gradient
 
 Scores = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -26,21 +26,35 @@ class ChainStates(NamedTuple):
     step_size: np.ndarray  # [chains, 1]
 
 
-def scores(log_density: LogDensity, dim: int, dtype: tf.DType) -> Scores:
+def scores(log_density: LogDensity, dim: int, dtype: tf.DType, rows: int = ROWS[1]) -> Scores:
     """Returns the function from x [n, dim] to the log density [n] and its gradient [n, dim].
 
-    The result is in float64; `log_density` is evaluated in `dtype`. Where it is not finite, the
-    result is minus infinity.
+    The result is in float64; `log_density` is evaluated in `dtype`, at most `rows` draws at once.
+    Where it is not finite, the result is minus infinity.
     """
 
     @tf.function(input_signature=[tf.TensorSpec([None, dim], dtype)], autograph=False)
     def function(x):
         return value_and_gradient(log_density, x)
 
+    return _in_float64(function, dtype, rows)
+
+
+def of_target(target: Target) -> Scores:
+    """Returns `scores` of a target's own log density, whose graph has been traced before."""
+    return _in_float64(target.log_density_and_gradient, target.dtype, target.rows)
+
+
+def _in_float64(function, dtype, rows):
+    """Returns the function from x to arrays in float64; `function` is evaluated in `dtype`."""
+
     def evaluate(x):
         with np.errstate(over="ignore"):  # x overflows far out, where the density is not finite
             x = np.asarray(x, dtype.as_numpy_dtype)
-        density, gradient = (np.asarray(part, np.float64) for part in function(tf.constant(x)))
+        parts = [function(tf.constant(x[i : i + rows])) for i in range(0, max(1, len(x)), rows)]
+        density, gradient = (
+            np.concatenate(part, dtype=np.float64) for part in zip(*parts, strict=True)
+        )
         return np.where(np.isfinite(density), density, -np.inf), gradient
 
     return evaluate

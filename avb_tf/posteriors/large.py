@@ -19,7 +19,7 @@ ROUNDS = 12  # warm-up rounds; the scales are estimated again from all chains af
 TRANSITIONS = 12  # transitions in a round
 LEAPFROGS = 8  # leapfrog steps in a transition
 KEPT = 16, 64  # fewest and most states kept of each chain
-THINNED = 4  # transitions from one kept state to the next
+THINNED = 4  # most transitions from one kept state to the next
 RANK = 20  # most directions of correlation
 _ROWS = 512  # evaluations of the gradient in a batch
 _DRAWS = 16  # draws in each step that fits the Gaussian
@@ -140,10 +140,11 @@ def states(
         lasted = (time.monotonic() - since) / TRANSITIONS
         if time.monotonic() > began + 0.6 * (deadline - began):
             break
-    affordable = (deadline - time.monotonic()) / (lasted * THINNED)
-    kept = int(np.clip(affordable, *KEPT))
-    exact = hmc.run_chains(scores, draws, scale, kept * THINNED, LEAPFROGS, step_size, rng)
-    return np.swapaxes(exact.states[THINNED - 1 :: THINNED], 0, 1)
+    affordable = (deadline - time.monotonic()) / lasted
+    kept = int(np.clip(affordable / THINNED, *KEPT))
+    thinned = int(np.clip(affordable / kept, 1, THINNED))
+    exact = hmc.run_chains(scores, draws, scale, kept * thinned, LEAPFROGS, step_size, rng)
+    return np.swapaxes(exact.states[thinned - 1 :: thinned], 0, 1)
 
 
 def fitted(

@@ -164,8 +164,7 @@ class PosteriorFit:
         weights = np.concatenate([taken, lacking])
         rows = rng.choice(len(weights), chains, p=weights / weights.sum())
         v = self.start.tails.inverse(np.concatenate([drawn.u, states.u])[rows])
-        density = starting.of_tails(self.target, self.start.tails)
-        scores = hmc.scores(density, self.target.dim, self.target.dtype)
+        scores = starting.scores_in(self.target, self.start.tails)
         root, half = hmc.root(np.cov(v.T)), (steps + 1) // 2
         # Without jumps, a chain stays in the mode where it starts.
         jumps = None
@@ -312,7 +311,9 @@ class PosteriorFit:
 
     def _log_density(self, u):
         """Returns log p(data, parameters) in nats as a density of u, [n, dim] -> [n]."""
-        return np.asarray(self.target.log_density(u), np.float64)
+        rows = self.target.rows
+        parts = [self.target.log_density(u[i : i + rows]) for i in range(0, len(u), rows)]
+        return np.concatenate(parts, dtype=np.float64)
 
     def _log_q(self, z, volume, highest=np.inf):
         """Returns log q in nats, a density of u, at z [n, dim] -> [n].

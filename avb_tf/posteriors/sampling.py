@@ -11,13 +11,13 @@ from avb_tf.posteriors import evidence, hmc, mixture
 from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
 
-CHAINS = 256
+CHAINS = 64, 256  # fewest chains, of densities that take long, and their usual number
 ROUNDS = 5  # warm-up rounds; the covariance is estimated again from all chains after each
 TRANSITIONS = 6, 16  # fewest and most transitions in a round, and states kept of each chain
 LEAPFROGS = 6  # leapfrog steps in a transition
 MOST_LEAPFROGS = 24  # of chains that have not mixed
 LENGTH = 2.0  # of a trajectory, in standard deviations
-THINNED = 2  # transitions of the exact round, at the end, from one kept state to the next
+THINNED = 2, 16  # fewest and most transitions of the exact round from one kept state to the next
 MIXED = 1.05  # R-hat up to which chains visit all regions in the right proportions
 ATTEMPTS = 8  # most times that all rounds run, if the chains do not mix
 NOT_FINITE = (
@@ -40,8 +40,10 @@ class Sampled(NamedTuple):
     excess: float  # nats by which the density exceeds the mixture, as covariances are estimated
 
 
-def weighed(scores: hmc.Scores, proposal: Mixture, rng: np.random.Generator) -> np.ndarray:
-    """Returns draws of a mixture, [CHAINS, dim], resampled by their importance weights.
+def weighed(
+    scores: hmc.Scores, proposal: Mixture, rng: np.random.Generator, count: int
+) -> np.ndarray:
+    """Returns draws of a mixture, [count, dim], resampled by their importance weights.
 
     The weight of a draw is p over the density of the whole mixture (the balance heuristic of Veach
     and Guibas, 1995). A mode therefore counts by its mass and not by the number of components on
@@ -52,19 +54,20 @@ def weighed(scores: hmc.Scores, proposal: Mixture, rng: np.random.Generator) -> 
       scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
       proposal: the mixture.
       rng: source of random numbers.
+      count: number of draws.
     Raises:
       UserError: the density is not finite at any draw.
     """
-    u = proposal.draw(16 * CHAINS, rng)
+    u = proposal.draw(16 * count, rng)
     log_weights = scores(u)[0] - proposal.log_density(u)
     usable = np.isfinite(log_weights)
     u, log_weights = u[usable], log_weights[usable]
     if not len(u):
         raise UserError(NOT_FINITE)
-    while diagnostics.effective_sample_size(log_weights) < min(CHAINS, len(u)) / 4:
+    while diagnostics.effective_sample_size(log_weights) < min(count, len(u)) / 4:
         log_weights = 0.5 * log_weights
     weights = np.exp(log_weights - log_weights.max())
-    return u[rng.choice(len(u), CHAINS, p=weights / weights.sum())]
+    return u[rng.choice(len(u), count, p=weights / weights.sum())]
 
 
 def around(draws: np.ndarray, rng: np.random.Generator) -> Mixture:
@@ -85,12 +88,12 @@ def sampled(
 ) -> Sampled:
     """Runs short adaptive chains, and an exact round without adaptation at their end.
 
-    If the chains have not mixed, both are repeated, with the leapfrog steps that their step sizes
-    need.
+    If the chains have not mixed, both are repeated from where they ended, with the leapfrog steps
+    that their step sizes need, and with twice as many transitions from one kept state to the next.
 
     Args:
       scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
-      draws: initial states, [CHAINS, dim].
+      draws: initial states, [chains, dim].
       proposal: a mixture near the posterior, for jumps between its components.
       rng: source of random numbers.
       deadline: value of `time.monotonic` at which the exact round should end.
@@ -99,20 +102,22 @@ def sampled(
     step_size: float | np.ndarray = 0.3
     jumps = _components(draws, proposal, rng)
     plan, leapfrogs = _planned(scores, draws, deadline), LEAPFROGS
+    thinned, most = THINNED
     for _ in range(ATTEMPTS):
         warm, jumps = _adapted(scores, draws, step_size, jumps, plan, leapfrogs, rng)
         root = hmc.root(np.cov(warm.states[::4].reshape(-1, draws.shape[1]).T))
         kept = hmc.run_chains(
-            scores, warm.states[-1], root, plan.transitions * THINNED, leapfrogs, warm.step_size,
+            scores, warm.states[-1], root, plan.transitions * thinned, leapfrogs, warm.step_size,
             rng, jumps=jumps,
         )  # fmt: skip
         draws, step_size = kept.states[-1], warm.step_size
-        states = np.swapaxes(kept.states[THINNED - 1 :: THINNED], 0, 1)
+        states = np.swapaxes(kept.states[thinned - 1 :: thinned], 0, 1)
+        density = kept.log_density[thinned - 1 :: thinned].T
         r_hat = diagnostics.largest_r_hat(states)
         leapfrogs = int(np.clip(LENGTH / np.median(step_size), LEAPFROGS, MOST_LEAPFROGS))
-        if r_hat < MIXED or time.monotonic() + plan.seconds(1 + THINNED, leapfrogs) > last:
+        thinned = min(2 * thinned, most)
+        if r_hat < MIXED or time.monotonic() + plan.seconds(1 + thinned, leapfrogs) > last:
             break
-    density = kept.log_density[THINNED - 1 :: THINNED].T
     return _described(scores, states, density, proposal, jumps, r_hat, rng)
 
 
@@ -127,7 +132,7 @@ def warmed(
 
     Args:
       scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
-      draws: initial states, [CHAINS, dim].
+      draws: initial states, [chains, dim].
       proposal: a mixture near the posterior, for jumps between its components.
       rng: source of random numbers.
       deadline: value of `time.monotonic` after which no further round begins.
@@ -170,9 +175,9 @@ def _planned(scores, draws, deadline) -> _Plan:
     """Returns the plan of the adaptive rounds and of the exact one, which ends at the deadline."""
     cost = hmc.seconds_of(scores, draws)
     one = _Plan(1, cost, deadline)
-    affordable = (deadline - time.monotonic()) / one.seconds(ROUNDS + THINNED, LEAPFROGS)
+    affordable = (deadline - time.monotonic()) / one.seconds(ROUNDS + THINNED[0], LEAPFROGS)
     plan = one._replace(transitions=int(np.clip(affordable, *TRANSITIONS)))
-    return plan._replace(rounds_end=deadline - plan.seconds(THINNED, LEAPFROGS))
+    return plan._replace(rounds_end=deadline - plan.seconds(THINNED[0], LEAPFROGS))
 
 
 def _described(scores, states, density, proposal, jumps, r_hat, rng) -> Sampled:

@@ -18,14 +18,13 @@ from avb_tf.posteriors.mixture import Mixture
 from avb_tf.posteriors.target import LogDensity
 
 WIDTHS = (0.5, 2.0, 5.0, 15.0, 50.0)  # standard deviations of the first points around 0
-_POINTS = 4096  # number of first points of all widths together
+POINTS = 512, 4096  # fewest and most first points of all widths together
 _ROWS = 4096  # evaluations of the gradient in an iteration, which limit the number of starts
 _LEAST, _ITERATIONS = 8, 30  # fewest and most iterations of Newton's method
 _LENGTHS = np.array([1.0, 0.3, 0.1, 0.02, 1e-3, 1e-5])  # relative lengths of Newton's step
 _CLIMBS = np.array([10.0, 1.0, 0.1, 1e-2, 1e-3])  # lengths of a step along the gradient
 _MODES = 60  # most modes returned
 _MASS_DRAWS = 256  # draws that estimate the mass of a mode
-_LOOK = 2**15  # points in a batch of the wide search
 _LARGEST_WEIGHT = 50.0  # nats: limits the weight of a point if the evidence is far off
 _SEEN = 64  # most points returned, those that exceed the mixture most
 _COMPARED = 256  # points of a batch compared with the mixture, the densest for their distance
@@ -46,6 +45,7 @@ def first_points(
     dim: int,
     rng: np.random.Generator,
     count: int,
+    candidates: int = POINTS[1],
 ) -> np.ndarray:
     """Returns starts of the optimisation, [at most count, dim]: 0, and good points of many.
 
@@ -58,8 +58,9 @@ def first_points(
       dim: dimensions of x.
       rng: source of random numbers.
       count: largest number of starts.
+      candidates: points of all widths together, from which the starts are chosen.
     """
-    each = _POINTS // len(WIDTHS)
+    each = candidates // len(WIDTHS)
     wide = [width * rng.normal(size=[each, dim]) for width in WIDTHS]
     points = np.concatenate([*wide, prior])
     density = log_density(points)
@@ -80,16 +81,17 @@ def starts(dim: int) -> int:
     return int(np.clip(_ROWS // dim, 8, 256))
 
 
-def affordable(took: float, seconds: float, dim: int) -> int:
+def affordable(each: float, seconds: float, dim: int, least: int = 8) -> int:
     """Returns the number of points from which the first iterations of `climb` end in time.
 
     Args:
-      took: seconds that the choice of the first points took.
+      each: seconds that the gradient at a point takes.
       seconds: seconds that are left; infinity without a limit.
       dim: dimensions of x.
+      least: fewest points, though the time is over.
     """
     evaluations = _LEAST * (dim + len(_LENGTHS) + len(_CLIMBS))  # for each point
-    return int(np.clip(seconds * _POINTS / (took * evaluations), 8, starts(dim)))
+    return int(np.clip(seconds / (each * evaluations + 1e-9), least, starts(dim)))
 
 
 def climb(scores: Scores, x: np.ndarray, deadline: float = np.inf) -> np.ndarray:
@@ -257,6 +259,7 @@ def look(
     slack: float,
     deadline: float,
     most: int,
+    rows: int,
     seed: int,
 ) -> Look:
     """Searches widely around a mixture for points where the density exceeds the mixture's.
@@ -272,20 +275,21 @@ def look(
       slack: nats by which the density exceeds the mixture within the known part.
       deadline: value of `time.monotonic` after which no further batch begins.
       most: largest number of points.
+      rows: points in a batch, an even number of 256 at least.
       seed: seed of the points.
     """
     dim = known.means.shape[1]
     merged = known.merged()
     mean, root = merged.means[0], merged.roots[0]
     widest = max(2.0, REACH / np.sqrt(dim))
-    batch = _batch(log_density, dtype, known, mean, root, widest)
+    batch = _batch(log_density, dtype, known, mean, root, widest, rows)
     log_wide = _log_wide(dim, widest)
     volume = np.linalg.slogdet(root)[1]
     seen, weights, where, points = [], [], [], 0
     while points < most and time.monotonic() < deadline:
-        parts = batch(tf.constant([seed, points // _LOOK], tf.int32))
+        parts = batch(tf.constant([seed, points // rows], tf.int32))
         x, excess, density, radius = (np.asarray(part, np.float64) for part in parts)
-        points += _LOOK
+        points += rows
         row = excess.argmax()
         if excess[row] > np.log(3.0) + slack:
             seen.append((excess[row], x[row]))
@@ -301,12 +305,11 @@ def look(
     # A share that rests on a few points is too noisy to draw from.
     if lacking > 0 and mass.sum() ** 2 / (mass**2).sum() > 20.0:
         rng = np.random.default_rng(seed)
-        rows = rng.choice(len(mass) - 1, _SEEN, p=mass[1:] / mass.sum())
-        draws = np.concatenate(where)[rows]
+        draws = np.concatenate(where)[rng.choice(len(mass) - 1, _SEEN, p=mass[1:] / mass.sum())]
     return Look(highest, points, float(lacking / (1.0 + lacking)), draws)
 
 
-def _batch(log_density, dtype, known, mean, root, widest):
+def _batch(log_density, dtype, known, mean, root, widest, rows):
     """Returns the graph that draws the points of a batch and compares the densest with `known`.
 
     It takes a seed and returns these points [n, dim], the excess of their log density over the
@@ -320,8 +323,8 @@ def _batch(log_density, dtype, known, mean, root, widest):
 
     @tf.function(autograph=False)
     def batch(seed):
-        noise = tf.random.stateless_normal([_LOOK // 2, dim], seed)
-        noise *= tf.random.stateless_uniform([_LOOK // 2, 1], seed + 1, 1.0, widest)
+        noise = tf.random.stateless_normal([rows // 2, dim], seed)
+        noise *= tf.random.stateless_uniform([rows // 2, 1], seed + 1, 1.0, widest)
         noise = tf.concat([noise, -noise], 0)
         x = tf.constant(mean, dtype) + tf.matmul(tf.cast(noise, dtype), tf.constant(root.T, dtype))
         density = tf.cast(log_density(x), dtype)
@@ -330,14 +333,14 @@ def _batch(log_density, dtype, known, mean, root, widest):
         # Density counts relative to that of one component at the centre with the same covariance.
         squares = tf.reduce_sum(noise**2, -1)
         kernel = 0.5 * (known.degrees + dim) * tf.math.log1p(squares / (known.degrees - 2.0))
-        rows = tf.math.top_k(density + tf.cast(kernel, dtype), _COMPARED, sorted=False)[1]
-        x, density = tf.gather(x, rows), tf.gather(density, rows)
+        densest = tf.math.top_k(density + tf.cast(kernel, dtype), _COMPARED, sorted=False)[1]
+        x, density = tf.gather(x, densest), tf.gather(density, densest)
         y = tf.reshape(tf.matmul(x, tf.constant(white, dtype)), [_COMPARED, -1, dim])
         squares = tf.reduce_sum((y - tf.constant(offsets, dtype)) ** 2, -1)
         kernels = tf.math.log1p(squares / (known.degrees - 2.0))
         kernels = tf.constant(log_scales, dtype) - 0.5 * (known.degrees + dim) * kernels
         excess = density - tf.reduce_logsumexp(kernels, -1)
-        radius = tf.norm(tf.gather(noise, rows), axis=-1)
+        radius = tf.norm(tf.gather(noise, densest), axis=-1)
         return x, excess, density, radius
 
     return batch

@@ -34,13 +34,17 @@ LARGEST = 200  # most dimensions for a full covariance
 LARGEST_OF_ALL = 2000  # most dimensions of a posterior
 AGAIN = 2  # most times that the chains run again with the findings of the wide search
 LACKING = 0.03  # share of the posterior that the chains may lack
+FEWEST = 4  # findings of the wide search from which Newton's method starts, though time is over
 NEW = 1e-3  # share of the posterior from which a mode that the chains lack is added
 WARM_SHARE = 0.3  # share of the start's seconds for chains that show the tails
-PATIENCE = 0.7  # share of the start's seconds for chains that have not mixed
+PATIENCE = 0.7, 0.5  # shares of the start's seconds, and of all, for chains that have not mixed
 LOOK_SHARE, LEAST_LOOK_SHARE = 0.6, 0.1  # shares of the start's seconds for the wide search
 EVALUATIONS = 3000  # of the density at all chains, that a fit with networks needs
 NO_NETWORK = 0.03  # nats of divergence up to which a mixture of the modes found needs no network
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, if no seconds are given
+LARGE_SHARE = (
+    0.8  # share of the seconds of such a start otherwise; evaluating its draws has the rest
+)
 LOOK_POINTS = 2**13  # points of the wide search per training step, if no seconds are given
 LOOK_SECONDS = 0.02  # most seconds of the wide search per training step, likewise
 LONGER = 4  # times as many points, if the modes found need no network
@@ -78,39 +82,66 @@ def find(target: Target, seed: int = 0, limits: Limits | None = None, steps: int
             f"the posterior has {target.dim} dimensions; expected {LARGEST_OF_ALL} at most: "
             "integrate some parameters out"
         )
-    seconds, spare, alone = limits or (0.0, 0.0, 0.0)
+    limits = limits or Limits(0.0, 0.0, 0.0)
     if target.dim > LARGEST:
-        return _find_large(target, seed, seconds)
+        return _find_large(target, seed, LARGE_SHARE * limits.alone)
     rng = np.random.default_rng(seed)
-    began = time.monotonic()
-    scores = hmc.scores(target.log_density, target.dim, target.dtype)
-    cost = hmc.seconds_of(scores, np.zeros([sampling.CHAINS, target.dim]))
-    chained = 0.4  # share at which the chains end
-    if EVALUATIONS * cost > alone > 0.0:
-        seconds, spare, chained = alone, 0.0, 0.8
-
-    def by(share):
-        return began + share * seconds if seconds else np.inf
-
-    tails, sampled = _sampled(target, scores, rng, by, chained)
-    log_density, moved = _in_tails(target, scores, tails)
+    budget = _budget(target, limits)
+    tails, sampled = _sampled(target, rng, budget)
+    scores = scores_in(target, tails)
     close, now = sampled.divergence < NO_NETWORK, time.monotonic()
-    if seconds:  # at least a little, however long the chains took
-        share = max(LEAST_LOOK_SHARE * seconds, min(LOOK_SHARE * seconds, by(0.9) - now))
-        until, most = now + share + spare * close, 2**62
+    if seconds := budget.seconds:  # at least a little, however long the chains took
+        share = max(LEAST_LOOK_SHARE * seconds, min(LOOK_SHARE * seconds, budget.by(0.9) - now))
+        until, most = now + share + budget.spare * close, 2**62
     else:
         until, most = now + LOOK_SECONDS * steps, LOOK_POINTS * steps * (LONGER if close else 1)
-    look = _looked(log_density, target.dtype, sampled, until, most, seed)
-    lacking = 0.0
+    look = _looked(target, tails, sampled, until, most, seed)
+    lacking, end = 0.0, budget.by(1.0)
     for _ in range(AGAIN):
-        wider, lacking = _wider(moved, look, sampled, rng, by(1.0))
-        if wider is None or time.monotonic() > by(1.0) + spare:
+        wider, lacking = _wider(scores, look, sampled, rng, end, target.cost)
+        if wider is None or time.monotonic() > end + budget.spare:
             break
-        draws = sampling.weighed(moved, wider, rng)
-        sampled = sampling.sampled(moved, draws, wider, rng, by(1.0), by(1.0))
+        draws = sampling.weighed(scores, wider, rng, budget.chains)
+        sampled = sampling.sampled(scores, draws, wider, rng, end, end)
     else:
-        lacking = _wider(moved, look, sampled, rng, by(1.0))[1]
+        lacking = _wider(scores, look, sampled, rng, end, target.cost)[1]
     return _standardised(sampled, tails, look.points, lacking)
+
+
+class _Budget(NamedTuple):
+    """What a start may spend; times are values of `time.monotonic`."""
+
+    began: float
+    seconds: float  # 0 without a limit
+    spare: float  # seconds by which the wide search may go on if the modes need no network
+    chained: float  # share of the seconds at which the chains should end
+    patience: float  # time at which chains that have not mixed should end
+    chains: int
+    points: int  # points from which Newton's starts are chosen
+
+    def by(self, share):
+        """Returns the time at which a share of the seconds is over."""
+        return self.began + share * self.seconds if self.seconds else np.inf
+
+
+def _budget(target, limits) -> _Budget:
+    """Returns what the start may spend, given what an evaluation costs."""
+    usual, points = sampling.CHAINS[1], search.POINTS[1]
+    budget = _Budget(time.monotonic(), limits.seconds, limits.spare, 0.4, np.inf, usual, points)
+    cost = target.cost
+    if EVALUATIONS * cost.of(usual) > limits.alone > 0.0:
+        # Fewer draws save time only if they, and not the call, are what takes it.
+        few = cost.call / (cost.each + 1e-9)
+        budget = budget._replace(
+            seconds=limits.alone,
+            spare=0.0,
+            chained=0.8,
+            chains=int(np.clip(few, *sampling.CHAINS)),
+            points=int(np.clip(few * points / usual, *search.POINTS)),
+        )
+    # Without chains that have mixed, no fit can be trusted.
+    last = budget.began + PATIENCE[1] * limits.alone
+    return budget._replace(patience=max(budget.by(max(PATIENCE[0], budget.chained)), last))
 
 
 def _standardised(sampled, tails, points, lacking) -> Start:
@@ -124,55 +155,50 @@ def _standardised(sampled, tails, points, lacking) -> Start:
     )  # fmt: skip
 
 
-def _sampled(target, scores, rng, by, chained) -> tuple[Tails, Sampled]:
+def _sampled(target, rng, budget) -> tuple[Tails, Sampled]:
     """Returns the tails and the chains in their coordinates.
 
     Where the density has tails that no Gaussian has, the tails of short chains decide: they are
     heavier than the density's along a line if coordinates depend on each other, and if the
     posterior does not reach an exponential tail, they are light.
-
-    Args:
-      target: the posterior.
-      scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
-      rng: source of random numbers.
-      by: function from a share of the start's time to a value of `time.monotonic`.
-      chained: share at which the chains should end.
     """
-    proposal = _gaussians(target, scores, rng, by(0.2))
-    draws = sampling.weighed(scores, proposal, rng)
+    scores = hmc.of_target(target)
+    proposal = _gaussians(target, scores, rng, budget)
+    draws = sampling.weighed(scores, proposal, rng, budget.chains)
     tails, exponential = _tails(scores, draws, proposal, rng)
     draws, proposal = tails.inverse(draws), _moved(proposal, tails)
     if tails.heavy.any() or exponential.any():
-        moved = _in_tails(target, scores, tails)[1]
-        v = sampling.warmed(moved, draws, proposal, rng, by(WARM_SHARE))
+        moved = scores_in(target, tails)
+        v = sampling.warmed(moved, draws, proposal, rng, budget.by(WARM_SHARE))
         u = np.asarray(tails.forward(tf.constant(v, target.dtype))[0], np.float64)
         estimate = tailing.estimated(u, tails.heavy, exponential)
-        draws = estimate.inverse(u)[rng.choice(len(u), sampling.CHAINS)]
+        draws = estimate.inverse(u)[rng.choice(len(u), budget.chains)]
         if tails.heavy.any() or estimate.heavy.any():
             tails, proposal = estimate, sampling.around(draws, rng)
-    moved = _in_tails(target, scores, tails)[1]
-    last = by(max(PATIENCE, chained))
-    return tails, sampling.sampled(moved, draws, proposal, rng, by(chained), last)
+    deadline = budget.by(budget.chained)
+    moved = scores_in(target, tails)
+    return tails, sampling.sampled(moved, draws, proposal, rng, deadline, budget.patience)
 
 
-def _in_tails(target, scores, tails) -> tuple[LogDensity, hmc.Scores]:
-    """Returns the log density of v, where u = tails(v), and its scores, given those of u."""
-    log_density = of_tails(target, tails)
-    if not tails.heavy.any():
-        return log_density, scores
-    return log_density, hmc.scores(log_density, target.dim, target.dtype)
+def scores_in(target: Target, tails: Tails) -> hmc.Scores:
+    """Returns the scores of v, where u = tails(v)."""
+    if tails.heavy.any():
+        return hmc.scores(of_tails(target, tails), target.dim, target.dtype, target.rows)
+    return hmc.of_target(target)
 
 
-def _looked(log_density, dtype, sampled, until, most, seed) -> search.Look:
+def _looked(target, tails, sampled, until, most, seed) -> search.Look:
     """Searches widely around the chains' mixture."""
+    log_density = of_tails(target, tails)
     states = sampled.states.reshape(-1, sampled.states.shape[-1])
     return search.look(
-        lambda v: log_density(v) - tf.cast(sampled.log_normaliser, dtype),
-        dtype,
+        lambda v: log_density(v) - tf.cast(sampled.log_normaliser, target.dtype),
+        target.dtype,
         mixture.with_likely_tails(sampled.mixture, states),
         sampled.excess,
         until,
         most,
+        target.rows,
         seed,
     )
 
@@ -184,7 +210,7 @@ def _find_large(target, seed, seconds) -> Start:
     is unknown, because no mixture of known density comes close enough.
     """
     rng = np.random.default_rng(seed)
-    scores = hmc.scores(target.log_density, target.dim, target.dtype)
+    scores = hmc.of_target(target)
     points = np.concatenate([np.zeros([1, target.dim]), target.prior_draws(2, seed)])
     deadline = time.monotonic() + (seconds or LARGE_SECONDS)
     states = large.states(scores, target.dim, points, rng, deadline)
@@ -197,18 +223,21 @@ def _find_large(target, seed, seconds) -> Start:
     return Start(mean, scale, z, tails, len(states), directions=directions, stretch=stretch)
 
 
-def _gaussians(target, scores, rng, deadline) -> Mixture:
+def _gaussians(target, scores, rng, budget) -> Mixture:
     """Returns Gaussians at the modes, and others matched to the density from modes and around 0.
 
     Raises:
       UserError: there are none, because the density is not finite at any point tried.
     """
-    dim = target.dim
-    prior = target.prior_draws(1024, int(rng.integers(2**31)))
+    dim, deadline = target.dim, budget.by(0.2)
+    prior = target.prior_draws(budget.points // 4, int(rng.integers(2**31)))
     began = time.monotonic()
-    points = search.first_points(lambda x: scores(x)[0], prior, dim, rng, search.starts(dim))
+    points = search.first_points(
+        lambda x: scores(x)[0], prior, dim, rng, search.starts(dim), budget.points
+    )
     now = time.monotonic()
-    affordable = search.affordable(now - began, deadline - now, dim)
+    each = (now - began) / (budget.points + len(prior))
+    affordable = search.affordable(each, deadline - now, dim)
     if affordable < len(points):
         points = points[np.linspace(0, len(points) - 1, affordable).astype(int)]
     maxima = search.climb(scores, points, deadline)
@@ -278,7 +307,7 @@ def _moved(proposal: Mixture, tails: Tails) -> Mixture:
     return proposal._replace(means=means, roots=roots)
 
 
-def _wider(scores, look, sampled, rng, deadline) -> tuple[Mixture | None, float]:
+def _wider(scores, look, sampled, rng, deadline, cost) -> tuple[Mixture | None, float]:
     """Returns the mixture with added components, and the share of the posterior that it lacked.
 
     Newton's method leads from the points that the wide search found to new modes. A region without
@@ -288,7 +317,9 @@ def _wider(scores, look, sampled, rng, deadline) -> tuple[Mixture | None, float]
     known = sampled.mixture
     means, roots, lacking = [], [], 0.0
     if len(look.x):
-        modes = search.modes(scores, search.climb(scores, look.x, deadline))
+        left = deadline - time.monotonic()
+        count = search.affordable(cost.each, left, look.x.shape[1], FEWEST)
+        modes = search.modes(scores, search.climb(scores, look.x[:count], deadline))
         mass = search.unseen(
             scores, modes, sampled.log_normaliser, rng, known.log_density, sampled.excess
         )

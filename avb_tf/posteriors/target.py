@@ -7,9 +7,10 @@ includes the log Jacobian determinant, and a map from u to the model's own param
 import functools
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,9 +21,56 @@ RECORD = "record.json"
 Structure = Any  # the parameters: one tensor, or a dict, a sequence or a named tuple of tensors
 LogProb = Callable[[Structure], Any]  # log density of parameters in their structure, in nats
 LogDensity = Callable[[tf.Tensor], tf.Tensor]  # of u [n, dim] -> [n], in nats
+ROWS = 256, 2**15  # fewest and most draws that are evaluated at once
+_ROWS_SECONDS = 0.25  # seconds that an evaluation of many draws should take at most
 
 
-class Target:
+class Cost(NamedTuple):
+    """Seconds that an evaluation takes: those of the call, and those of each draw."""
+
+    call: float
+    each: float
+
+    def of(self, draws: int) -> float:
+        """Returns the seconds of an evaluation of a number of draws."""
+        return self.call + self.each * draws
+
+
+class _Measured:
+    """What a target's evaluation takes."""
+
+    dim: int
+    dtype: tf.DType
+    log_density_and_gradient: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+    @functools.cached_property
+    def cost(self) -> Cost:
+        """Seconds that an evaluation of the log density and its gradient takes."""
+        few, many = (self._seconds(count) for count in (ROWS[0] // 4, ROWS[0]))
+        each = max(0.0, many - few) / (0.75 * ROWS[0])
+        return Cost(max(0.0, many - each * ROWS[0]), each)
+
+    @property
+    def rows(self) -> int:
+        """Most draws that should be evaluated at once, an even number.
+
+        A density with a matrix of a hundred rows for each draw needs ten gigabytes for 30,000
+        draws. What takes no longer than a quarter of a second fits into any memory.
+        """
+        halves = _ROWS_SECONDS / (2.0 * max(self.cost.each, 1e-9))
+        return 2 * round(np.clip(halves, ROWS[0] / 2, ROWS[1] / 2))
+
+    def _seconds(self, count):
+        """Returns the seconds of an evaluation, the faster of two after the first."""
+        times = []
+        for _ in range(3):
+            began = time.monotonic()
+            np.asarray(self.log_density_and_gradient(tf.zeros([count, self.dim], self.dtype))[1])
+            times.append(time.monotonic() - began)
+        return min(times[1:])
+
+
+class Target(_Measured):
     """The posterior's log density, up to its normaliser, over unconstrained vectors.
 
     Attributes:
@@ -31,6 +79,7 @@ class Target:
       names: names of the parameters, in the order of their parts in u.
       sizes: number of entries of u for each parameter, in the same order.
       observed: values on which the model was conditioned, by name, for reports.
+      traced: seconds that the log density and its gradient took at the first call, with tracing.
     """
 
     def __init__(
@@ -74,13 +123,29 @@ class Target:
         )
         self.sizes = [shape.num_elements() for shape in self._free_shapes]
         self.dim = sum(self.sizes)
-        # Traced once for all parts of a fit: a scan over 400 rows takes a second to trace.
-        self._of_one = _compiled_gradient(self._log_density)
-        self._lift, self._compiled = self._lifted()
+        self._of_one = tf.function(_with_gradient(self._log_density), autograph=False)
+        self.traced = 0.0
+        self._lift, self._evaluated = self._lifted()
 
     def log_density(self, u: tf.Tensor) -> tf.Tensor:
-        """Returns log p(data, parameters) + log |d parameters / du| in nats, [n, dim] -> [n]."""
-        return self._compiled(u)
+        """Returns log p(data, parameters) + log |d parameters / du| in nats, [n, dim] -> [n].
+
+        It has no second derivatives.
+        """
+
+        @tf.custom_gradient
+        def evaluated(u):
+            # A tape that sees the call would derive second derivatives, which nobody needs: for a
+            # joint of 30 parts that takes half a minute.
+            density, gradient = self.log_density_and_gradient(tf.stop_gradient(u))
+            return density, lambda upstream: upstream[:, tf.newaxis] * gradient
+
+        density: Any = evaluated(u)
+        return density
+
+    def log_density_and_gradient(self, u: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns `log_density` [n] and its gradient [n, dim] by a graph traced once for a fit."""
+        return self._evaluated(u)
 
     def log_density_by(self, log_prob: LogProb, u: tf.Tensor) -> tf.Tensor:
         """Returns `log_density` for another function `log_prob` of the same parameters."""
@@ -142,9 +207,9 @@ class Target:
         """Writes the log density and the constraint as a SavedModel, for `load`."""
         signature = [tf.TensorSpec([None, self.dim], self.dtype)]
         module = tf.Module()
-        for function in (self.log_density, self.constrain):
-            compiled = tf.function(function, signature, autograph=False)
-            setattr(module, function.__name__, compiled)
+        density = functools.partial(self._lift, self._log_density)
+        for name, function in (("log_density", density), ("constrain", self.constrain)):
+            setattr(module, name, tf.function(function, signature, autograph=False))
         tf.saved_model.save(module, str(path))
         observed = {name: np.asarray(value).tolist() for name, value in self.observed.items()}
         record = {
@@ -186,7 +251,7 @@ class Target:
         return tf.cast(volume, self.dtype)
 
     def _lifted(self):
-        """Returns the way to apply this model to a batch, and the compiled log density.
+        """Returns the way to apply this model to a batch, and its density with gradient as a graph.
 
         The way is a function (function, u [n, dim]) -> [n, ...]. It applies functions to the batch
         directly if they broadcast, and otherwise by `tf.vectorized_map` or, as the last resort, in
@@ -198,19 +263,19 @@ class Target:
         try:
             self._check_one_draw()
         except UserError:
-            compiled = self._of_batches(_directly)
-            if self._takes_batches_alone(compiled):
-                return _directly, compiled
+            evaluated = self._of_batches(_directly)
+            if self._takes_batches_alone(evaluated):
+                return _directly, evaluated
             raise
         lifts = [_one_by_one, _in_a_loop]
         if self._parameters_broadcast():
             lifts = [_directly, *lifts]
         cause: Exception | None = None
         for lift in lifts:
-            compiled = self._of_batches(lift)
+            evaluated = self._of_batches(lift)
             try:
-                if self._agrees(compiled):
-                    return lift, compiled
+                if self._agrees(evaluated):
+                    return lift, evaluated
             except Exception as error:  # a user's code may raise anything
                 cause = error
         raise UserError(
@@ -245,11 +310,11 @@ class Target:
                 "TensorFlow's operations"
             )
 
-    def _takes_batches_alone(self, log_density) -> bool:
+    def _takes_batches_alone(self, evaluated) -> bool:
         """Returns whether the density maps [n, dim] to [n] row by row, though it refuses [dim]."""
         u = self._trial_draws()
         try:
-            density, gradient = _compiled_gradient(log_density)(u)
+            density, gradient = evaluated(u)
             rows = [self._log_density(row[tf.newaxis]) for row in u]
         except Exception:  # a user's code may raise anything
             return False
@@ -257,32 +322,31 @@ class Target:
         return alike and gradient is not None and _close(density, tf.concat(rows, 0))
 
     def _parameters_broadcast(self) -> bool:
-        """Returns whether the parameters are the same for a batch as for each draw alone."""
+        """Returns whether the parameters of the first draw are the same in a batch as alone."""
         u = self._trial_draws()
-        singles = [tf.nest.flatten(self._parameters(one)) for one in u]
         try:
             batch = tf.nest.flatten(self._parameters(u))
         except Exception:  # a user's bijector may raise anything
             return False
         return all(
-            part.shape == (3, *single[0].shape) and _close(part, tf.stack(single))
-            for part, single in zip(batch, zip(*singles, strict=True), strict=True)
+            part.shape == (3, *alone.shape) and _close(part[0], alone)
+            for part, alone in zip(batch, tf.nest.flatten(self._parameters(u[0])), strict=True)
         )
 
     def _of_batches(self, lift):
-        """Returns the log density of u [n, dim] as a graph for any n."""
+        """Returns the log density of u [n, dim] and its gradient as a graph for any n."""
         batch = tf.TensorSpec([None, self.dim], self.dtype)
-        density = functools.partial(lift, self._log_density)
-        return tf.function(density, input_signature=[batch], autograph=False)
+        evaluated = _with_gradient(functools.partial(lift, self._log_density))
+        return tf.function(evaluated, input_signature=[batch], autograph=False)
 
-    def _agrees(self, log_density) -> bool:
+    def _agrees(self, evaluated) -> bool:
         """Returns whether a log density of batches and its gradient are those of single draws."""
         u = self._trial_draws()
         densities, gradients = zip(*map(self._of_one, u), strict=True)
-        density = log_density(u)
-        if density.shape != (3,) or not _close(density, densities):
-            return False
-        return _close(_compiled_gradient(log_density)(u)[1], gradients)
+        began = time.monotonic()
+        density, gradient = evaluated(u)
+        self.traced = time.monotonic() - began
+        return density.shape == (3,) and _close(density, densities) and _close(gradient, gradients)
 
     def _trial_draws(self):
         return tf.random.stateless_normal([3, self.dim], [0, 0], dtype=self.dtype)
@@ -298,8 +362,8 @@ def value_and_gradient(function: Callable[[tf.Tensor], Any], x: tf.Tensor) -> tu
     return value, None if gradient is None else tf.convert_to_tensor(gradient)
 
 
-def _compiled_gradient(function):
-    return tf.function(lambda x: value_and_gradient(function, x), autograph=False)
+def _with_gradient(function):
+    return functools.partial(value_and_gradient, function)
 
 
 def _close(x, y) -> bool:
@@ -321,7 +385,7 @@ def _in_a_loop(function, u):
     return tf.map_fn(function, u, fn_output_signature=signature)
 
 
-class _Loaded:
+class _Loaded(_Measured):
     """A target that `Target.save` wrote; it has no `unconstrain`."""
 
     def __init__(self, path):
@@ -332,6 +396,10 @@ class _Loaded:
         self._coordinates, self._path = record["coordinates"], path
         self._module = tf.saved_model.load(str(path))
         self.log_density, self.constrain = self._module.log_density, self._module.constrain
+        batch = tf.TensorSpec([None, self.dim], self.dtype)
+        self.log_density_and_gradient = tf.function(
+            _with_gradient(self.log_density), input_signature=[batch], autograph=False
+        )
 
     def coordinates(self):
         return self._coordinates
