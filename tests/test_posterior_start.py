@@ -612,6 +612,8 @@ def test_a_slow_density_gets_the_time_of_the_networks_and_fewer_transitions(monk
         target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])
         target.cost = cost
         monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: cost.of(len(x)))
+        monkeypatch.setattr(start, "LOOK_SHARE", 0.0)  # the wide search would take the rest
+        monkeypatch.setattr(start, "LEAST_LOOK_SHARE", 0.0)
         found = start.find(target, limits=start.Limits(1.0, 0.0, 60.0))
         return found.chains, len(found.z) // found.chains
 

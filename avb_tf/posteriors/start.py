@@ -136,7 +136,7 @@ def _budget(target, limits) -> _Budget:
             seconds=limits.alone,
             spare=0.0,
             chained=0.8,
-            chains=int(np.clip(few, *sampling.CHAINS)),
+            chains=2 * round(np.clip(few, *sampling.CHAINS) / 2.0),  # two halves are compared
             points=int(np.clip(few * points / usual, *search.POINTS)),
         )
     # Without chains that have mixed, no fit can be trusted.
