@@ -7,7 +7,7 @@ COMPARED := digits/avb_ac four_points/avb digits/vae four_points/vae
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .PHONY: setup demo test test-fast test-long coverage test-browser test-gpu load board lint seeds mnist \
-  posteriors verdicts posteriordb amortised tables keras-ways faults durability bench bench-ais bench-replicas release-check docs clean
+  posteriors verdicts posteriordb gym amortised tables keras-ways faults durability bench bench-ais bench-replicas release-check docs clean
 
 setup: $(VENV)/installed
 
@@ -18,8 +18,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # Compares AVB with a Gaussian VAE on the paper's four points and on handwritten digits, with exact
 # log-likelihoods. Two runs train at a time, each on one core.
-demo seeds mnist posteriors verdicts posteriordb amortised: export TF_NUM_INTEROP_THREADS = 1
-demo seeds mnist posteriors verdicts posteriordb amortised: export OPENBLAS_NUM_THREADS = 1
+demo seeds mnist posteriors verdicts posteriordb gym amortised: export TF_NUM_INTEROP_THREADS = 1
+demo seeds mnist posteriors verdicts posteriordb gym amortised: export OPENBLAS_NUM_THREADS = 1
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(COMPARED:%=runs/demo/%/results.json)
 	$(RUN) --mode=compare --workdir=runs/demo
@@ -110,6 +110,10 @@ verdicts: setup
 POSTERIORDB := ../posteriordb
 posteriordb: setup
 	$(BIN)/python -m tests.campaigns.posteriordb $(POSTERIORDB)/posterior_database runs/posteriordb
+
+# Fits ten models of inference_gym with 60 seconds each, two at a time: ten minutes, resumable.
+gym: setup
+	$(BIN)/python -m tests.campaigns.gym runs/gym
 
 # Compares amortised posteriors of five benchmark tasks with reference draws: three seeds with half an
 # hour of training each, and ten observations; resumable. The references are in

@@ -12,6 +12,7 @@ from tensorflow_probability import distributions as tfd
 from avb_tf import UserError
 from avb_tf.posteriors import (
     coordinates,
+    cost,
     evidence,
     hmc,
     large,
@@ -22,7 +23,6 @@ from avb_tf.posteriors import (
     start,
     tails,
 )
-from avb_tf.posteriors import target as targets
 
 
 def states(target, **settings):
@@ -608,10 +608,10 @@ def test_the_noise_of_an_estimated_covariance_is_no_lost_mode():
 def test_a_slow_density_gets_the_time_of_the_networks_and_fewer_transitions(monkeypatch):
     """A scan over hundreds of rows takes a tenth of a second for all chains, however few."""
 
-    def begun(cost):
+    def begun(taken):
         target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])
-        target.cost = cost
-        monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: cost.of(len(x)))
+        target.cost = taken
+        monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: taken.of(len(x)))
         monkeypatch.setattr(start, "LOOK_SHARE", 0.0)  # the wide search would take the rest
         monkeypatch.setattr(start, "LEAST_LOOK_SHARE", 0.0)
         found = start.find(target, limits=start.Limits(1.0, 0.0, 60.0))
@@ -619,20 +619,20 @@ def test_a_slow_density_gets_the_time_of_the_networks_and_fewer_transitions(monk
 
     fewest, most = sampling.TRANSITIONS
     # 0.8 of the 60 seconds suffice for 9 transitions in a round: 49 evaluations for each.
-    assert begun(targets.Cost(0.1, 0.0)) == (256, 9)
-    assert begun(targets.Cost(1.0, 0.0)) == (256, fewest)
-    assert begun(targets.Cost(1e-5, 0.0)) == (256, most)
+    assert begun(cost.Cost(0.1, 0.0)) == (256, 9)
+    assert begun(cost.Cost(1.0, 0.0)) == (256, fewest)
+    assert begun(cost.Cost(1e-5, 0.0)) == (256, most)
     # Where each draw takes a millisecond, 64 chains run for as long as 256 would.
-    assert begun(targets.Cost(0.02, 1e-3)) == (64, 11)
-    assert begun(targets.Cost(0.1, 1e-3)) == (100, fewest)
+    assert begun(cost.Cost(0.02, 1e-3)) == (64, 11)
+    assert begun(cost.Cost(0.1, 1e-3)) == (100, fewest)
 
 
 def test_a_density_with_a_matrix_for_each_draw_is_evaluated_in_batches():
     """Otherwise 32,768 draws of the wide search take ten gigabytes."""
     target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])
-    assert target.rows == targets.ROWS[1]  # a cheap density takes all at once
-    target.cost = targets.Cost(0.01, 0.25 / 1000)
-    assert target.rows == 1000
+    assert target.cost.rows == cost.ROWS[1]  # a cheap density takes all at once
+    target.cost = cost.Cost(0.01, 0.25 / 1000)
+    assert target.cost.rows == 1000
     seen = []
 
     def evaluated(u):
@@ -645,8 +645,8 @@ def test_a_density_with_a_matrix_for_each_draw_is_evaluated_in_batches():
     assert seen == [1000, 1000, 500]
     np.testing.assert_allclose(density, -0.5 * (x**2).sum(1), rtol=1e-5)
     np.testing.assert_array_equal(gradient, -x)
-    target.cost = targets.Cost(1.0, 1.0)
-    assert target.rows == targets.ROWS[0]
+    target.cost = cost.Cost(1.0, 1.0)
+    assert target.cost.rows == cost.ROWS[0]
 
 
 def test_chains_that_have_not_mixed_run_twice_as_long_each_time(monkeypatch):

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from avb_tf.posteriors.cost import ROWS
 from avb_tf.posteriors.mixture import Mixture
-from avb_tf.posteriors.target import ROWS, LogDensity, Target, value_and_gradient
+from avb_tf.posteriors.target import LogDensity, Target, value_and_gradient
 
 Scores = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -42,7 +43,7 @@ def scores(log_density: LogDensity, dim: int, dtype: tf.DType, rows: int = ROWS[
 
 def of_target(target: Target) -> Scores:
     """Returns `scores` of a target's own log density, whose graph has been traced before."""
-    return _in_float64(target.log_density_and_gradient, target.dtype, target.rows)
+    return _in_float64(target.log_density_and_gradient, target.dtype, target.cost.rows)
 
 
 def _in_float64(function, dtype, rows):

@@ -311,7 +311,7 @@ class PosteriorFit:
 
     def _log_density(self, u):
         """Returns log p(data, parameters) in nats as a density of u, [n, dim] -> [n]."""
-        rows = self.target.rows
+        rows = self.target.cost.rows
         parts = [self.target.log_density(u[i : i + rows]) for i in range(0, len(u), rows)]
         return np.concatenate(parts, dtype=np.float64)
 

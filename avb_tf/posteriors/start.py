@@ -183,7 +183,7 @@ def _sampled(target, rng, budget) -> tuple[Tails, Sampled]:
 def scores_in(target: Target, tails: Tails) -> hmc.Scores:
     """Returns the scores of v, where u = tails(v)."""
     if tails.heavy.any():
-        return hmc.scores(of_tails(target, tails), target.dim, target.dtype, target.rows)
+        return hmc.scores(of_tails(target, tails), target.dim, target.dtype, target.cost.rows)
     return hmc.of_target(target)
 
 
@@ -198,7 +198,7 @@ def _looked(target, tails, sampled, until, most, seed) -> search.Look:
         sampled.excess,
         until,
         most,
-        target.rows,
+        target.cost.rows,
         seed,
     )
 

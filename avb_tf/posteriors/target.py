@@ -10,67 +10,21 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from avb_tf.errors import UserError
+from avb_tf.posteriors import cost
 
 RECORD = "record.json"
 Structure = Any  # the parameters: one tensor, or a dict, a sequence or a named tuple of tensors
 LogProb = Callable[[Structure], Any]  # log density of parameters in their structure, in nats
 LogDensity = Callable[[tf.Tensor], tf.Tensor]  # of u [n, dim] -> [n], in nats
-ROWS = 256, 2**15  # fewest and most draws that are evaluated at once
-_ROWS_SECONDS = 0.25  # seconds that an evaluation of many draws should take at most
 
 
-class Cost(NamedTuple):
-    """Seconds that an evaluation takes: those of the call, and those of each draw."""
-
-    call: float
-    each: float
-
-    def of(self, draws: int) -> float:
-        """Returns the seconds of an evaluation of a number of draws."""
-        return self.call + self.each * draws
-
-
-class _Measured:
-    """What a target's evaluation takes."""
-
-    dim: int
-    dtype: tf.DType
-    log_density_and_gradient: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
-
-    @functools.cached_property
-    def cost(self) -> Cost:
-        """Seconds that an evaluation of the log density and its gradient takes."""
-        few, many = (self._seconds(count) for count in (ROWS[0] // 4, ROWS[0]))
-        each = max(0.0, many - few) / (0.75 * ROWS[0])
-        return Cost(max(0.0, many - each * ROWS[0]), each)
-
-    @property
-    def rows(self) -> int:
-        """Most draws that should be evaluated at once, an even number.
-
-        A density with a matrix of a hundred rows for each draw needs ten gigabytes for 30,000
-        draws. What takes no longer than a quarter of a second fits into any memory.
-        """
-        halves = _ROWS_SECONDS / (2.0 * max(self.cost.each, 1e-9))
-        return 2 * round(np.clip(halves, ROWS[0] / 2, ROWS[1] / 2))
-
-    def _seconds(self, count):
-        """Returns the seconds of an evaluation, the faster of two after the first."""
-        times = []
-        for _ in range(3):
-            began = time.monotonic()
-            np.asarray(self.log_density_and_gradient(tf.zeros([count, self.dim], self.dtype))[1])
-            times.append(time.monotonic() - began)
-        return min(times[1:])
-
-
-class Target(_Measured):
+class Target:
     """The posterior's log density, up to its normaliser, over unconstrained vectors.
 
     Attributes:
@@ -146,6 +100,11 @@ class Target(_Measured):
     def log_density_and_gradient(self, u: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns `log_density` [n] and its gradient [n, dim] by a graph traced once for a fit."""
         return self._evaluated(u)
+
+    @functools.cached_property
+    def cost(self) -> cost.Cost:
+        """What an evaluation of the log density and its gradient takes."""
+        return cost.measured(self.log_density_and_gradient, self.dim, self.dtype)
 
     def log_density_by(self, log_prob: LogProb, u: tf.Tensor) -> tf.Tensor:
         """Returns `log_density` for another function `log_prob` of the same parameters."""
@@ -385,7 +344,7 @@ def _in_a_loop(function, u):
     return tf.map_fn(function, u, fn_output_signature=signature)
 
 
-class _Loaded(_Measured):
+class _Loaded:
     """A target that `Target.save` wrote; it has no `unconstrain`."""
 
     def __init__(self, path):
@@ -400,6 +359,10 @@ class _Loaded(_Measured):
         self.log_density_and_gradient = tf.function(
             _with_gradient(self.log_density), input_signature=[batch], autograph=False
         )
+
+    @functools.cached_property
+    def cost(self):
+        return cost.measured(self.log_density_and_gradient, self.dim, self.dtype)
 
     def coordinates(self):
         return self._coordinates
