@@ -608,8 +608,8 @@ def test_the_noise_of_an_estimated_covariance_is_no_lost_mode():
 def test_a_slow_density_gets_the_time_of_the_networks_and_fewer_transitions(monkeypatch):
     """A scan over hundreds of rows takes a tenth of a second for all chains, however few."""
 
-    def begun(taken):
-        target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])
+    def begun(taken, dim=2):
+        target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[dim])
         target.cost = taken
         monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: taken.of(len(x)))
         monkeypatch.setattr(start, "LOOK_SHARE", 0.0)  # the wide search would take the rest
@@ -625,6 +625,7 @@ def test_a_slow_density_gets_the_time_of_the_networks_and_fewer_transitions(monk
     # Where each draw takes a millisecond, 64 chains run for as long as 256 would.
     assert begun(cost.Cost(0.02, 1e-3)) == (64, 11)
     assert begun(cost.Cost(0.1, 1e-3)) == (100, fewest)
+    assert begun(cost.Cost(0.1, 1e-3), dim=120) == (120, fewest)  # for the covariance
 
 
 def test_a_density_with_a_matrix_for_each_draw_is_evaluated_in_batches():

@@ -18,7 +18,9 @@ LEAPFROGS = 6  # leapfrog steps in a transition
 MOST_LEAPFROGS = 24  # of chains that have not mixed
 LENGTH = 2.0  # of a trajectory, in standard deviations
 THINNED = 2, 16  # fewest and most transitions of the exact round from one kept state to the next
-MIXED = 1.05  # R-hat up to which chains visit all regions in the right proportions
+# R-hat up to which chains visit all regions in the right proportions, and up to which they are good
+# enough to leave the time to the networks.
+MIXED, USABLE = 1.05, 1.1
 ATTEMPTS = 8  # most times that all rounds run, if the chains do not mix
 NOT_FINITE = (
     "the log density is not finite wherever the fit started; expected a finite number near 0 in "
@@ -85,6 +87,7 @@ def sampled(
     rng: np.random.Generator,
     deadline: float = np.inf,
     last: float = np.inf,
+    patience: float = np.inf,
 ) -> Sampled:
     """Runs short adaptive chains, and an exact round without adaptation at their end.
 
@@ -97,7 +100,9 @@ def sampled(
       proposal: a mixture near the posterior, for jumps between its components.
       rng: source of random numbers.
       deadline: value of `time.monotonic` at which the exact round should end.
-      last: value of `time.monotonic` after which chains that have not mixed are not continued.
+      last: value of `time.monotonic` after which chains of nearly the right proportions are not
+        continued.
+      patience: value of `time.monotonic` after which no chains are continued.
     """
     step_size: float | np.ndarray = 0.3
     jumps = _components(draws, proposal, rng)
@@ -116,7 +121,8 @@ def sampled(
         r_hat = diagnostics.largest_r_hat(states)
         leapfrogs = int(np.clip(LENGTH / np.median(step_size), LEAPFROGS, MOST_LEAPFROGS))
         thinned = min(2 * thinned, most)
-        if r_hat < MIXED or time.monotonic() + plan.seconds(1 + thinned, leapfrogs) > last:
+        end = time.monotonic() + plan.seconds(1 + thinned, leapfrogs)
+        if r_hat < MIXED or end > (last if r_hat < USABLE else patience):
             break
     return _described(scores, states, density, proposal, jumps, r_hat, rng)
 

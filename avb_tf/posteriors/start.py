@@ -37,7 +37,9 @@ LACKING = 0.03  # share of the posterior that the chains may lack
 FEWEST = 4  # findings of the wide search from which Newton's method starts, though time is over
 NEW = 1e-3  # share of the posterior from which a mode that the chains lack is added
 WARM_SHARE = 0.3  # share of the start's seconds for chains that show the tails
-PATIENCE = 0.7, 0.5  # shares of the start's seconds, and of all, for chains that have not mixed
+# Shares of the start's seconds for chains that have not quite mixed, and of all seconds for chains
+# that are of no use yet.
+PATIENCE = 0.7, 0.5
 LOOK_SHARE, LEAST_LOOK_SHARE = 0.6, 0.1  # shares of the start's seconds for the wide search
 EVALUATIONS = 3000  # of the density at all chains, that a fit with networks needs
 NO_NETWORK = 0.03  # nats of divergence up to which a mixture of the modes found needs no network
@@ -102,7 +104,7 @@ def find(target: Target, seed: int = 0, limits: Limits | None = None, steps: int
         if wider is None or time.monotonic() > end + budget.spare:
             break
         draws = sampling.weighed(scores, wider, rng, budget.chains)
-        sampled = sampling.sampled(scores, draws, wider, rng, end, end)
+        sampled = sampling.sampled(scores, draws, wider, rng, end, end, end)
     else:
         lacking = _wider(scores, look, sampled, rng, end, target.cost)[1]
     return _standardised(sampled, tails, look.points, lacking)
@@ -115,7 +117,8 @@ class _Budget(NamedTuple):
     seconds: float  # 0 without a limit
     spare: float  # seconds by which the wide search may go on if the modes need no network
     chained: float  # share of the seconds at which the chains should end
-    patience: float  # time at which chains that have not mixed should end
+    last: float  # time at which chains that have not quite mixed should end
+    patience: float  # time at which chains that are of no use yet should end
     chains: int
     points: int  # points from which Newton's starts are chosen
 
@@ -127,11 +130,13 @@ class _Budget(NamedTuple):
 def _budget(target, limits) -> _Budget:
     """Returns what the start may spend, given what an evaluation costs."""
     usual, points = sampling.CHAINS[1], search.POINTS[1]
-    budget = _Budget(time.monotonic(), limits.seconds, limits.spare, 0.4, np.inf, usual, points)
+    now, late = time.monotonic(), np.inf
+    budget = _Budget(now, limits.seconds, limits.spare, 0.4, late, late, usual, points)
     cost = target.cost
     if EVALUATIONS * cost.of(usual) > limits.alone > 0.0:
         # Fewer draws save time only if they, and not the call, are what takes it.
-        few = cost.call / (cost.each + 1e-9)
+        # A covariance needs as many chains as there are dimensions.
+        few = max(cost.call / (cost.each + 1e-9), target.dim)
         budget = budget._replace(
             seconds=limits.alone,
             spare=0.0,
@@ -139,9 +144,9 @@ def _budget(target, limits) -> _Budget:
             chains=2 * round(np.clip(few, *sampling.CHAINS) / 2.0),  # two halves are compared
             points=int(np.clip(few * points / usual, *search.POINTS)),
         )
+    last = budget.by(max(PATIENCE[0], budget.chained))
     # Without chains that have mixed, no fit can be trusted.
-    last = budget.began + PATIENCE[1] * limits.alone
-    return budget._replace(patience=max(budget.by(max(PATIENCE[0], budget.chained)), last))
+    return budget._replace(last=last, patience=max(last, now + PATIENCE[1] * limits.alone))
 
 
 def _standardised(sampled, tails, points, lacking) -> Start:
@@ -175,9 +180,8 @@ def _sampled(target, rng, budget) -> tuple[Tails, Sampled]:
         draws = estimate.inverse(u)[rng.choice(len(u), budget.chains)]
         if tails.heavy.any() or estimate.heavy.any():
             tails, proposal = estimate, sampling.around(draws, rng)
-    deadline = budget.by(budget.chained)
-    moved = scores_in(target, tails)
-    return tails, sampling.sampled(moved, draws, proposal, rng, deadline, budget.patience)
+    times = budget.by(budget.chained), budget.last, budget.patience
+    return tails, sampling.sampled(scores_in(target, tails), draws, proposal, rng, *times)
 
 
 def scores_in(target: Target, tails: Tails) -> hmc.Scores:
