@@ -646,6 +646,8 @@ def test_a_density_with_a_matrix_for_each_draw_is_evaluated_in_batches():
     assert seen == [1000, 1000, 500]
     np.testing.assert_allclose(density, -0.5 * (x**2).sum(1), rtol=1e-5)
     np.testing.assert_array_equal(gradient, -x)
+    target.cost = cost.Cost(0.0, 1e-5)  # a busy moment does not change the points of a search
+    assert target.cost.rows == cost.ROWS[1]
     target.cost = cost.Cost(1.0, 1.0)
     assert target.cost.rows == cost.ROWS[0]
 

@@ -44,9 +44,7 @@ LOOK_SHARE, LEAST_LOOK_SHARE = 0.6, 0.1  # shares of the start's seconds for the
 EVALUATIONS = 3000  # of the density at all chains, that a fit with networks needs
 NO_NETWORK = 0.03  # nats of divergence up to which a mixture of the modes found needs no network
 LARGE_SECONDS = 120.0  # of a start above LARGEST dimensions, if no seconds are given
-LARGE_SHARE = (
-    0.8  # share of the seconds of such a start otherwise; evaluating its draws has the rest
-)
+LARGE_SHARE = 0.8  # share of the seconds of such a start otherwise; its verdict has the rest
 LOOK_POINTS = 2**13  # points of the wide search per training step, if no seconds are given
 LOOK_SECONDS = 0.02  # most seconds of the wide search per training step, likewise
 LONGER = 4  # times as many points, if the modes found need no network
@@ -134,8 +132,8 @@ def _budget(target, limits) -> _Budget:
     budget = _Budget(now, limits.seconds, limits.spare, 0.4, late, late, usual, points)
     cost = target.cost
     if EVALUATIONS * cost.of(usual) > limits.alone > 0.0:
-        # Fewer draws save time only if they, and not the call, are what takes it.
-        # A covariance needs as many chains as there are dimensions.
+        # Fewer draws save time only if they, and not the call, take it. A covariance needs as many
+        # chains as there are dimensions.
         few = max(cost.call / (cost.each + 1e-9), target.dim)
         budget = budget._replace(
             seconds=limits.alone,
