@@ -111,7 +111,7 @@ POSTERIORDB := ../posteriordb
 posteriordb: setup
 	$(BIN)/python -m tests.campaigns.posteriordb $(POSTERIORDB)/posterior_database runs/posteriordb
 
-# Fits ten models of inference_gym with 60 seconds each, two at a time: ten minutes, resumable.
+# Fits ten models of inference_gym with 60 seconds each, two at a time; resumable.
 gym: setup
 	$(BIN)/python -m tests.campaigns.gym runs/gym
 

@@ -31,7 +31,7 @@ def test_a_thousand_groups():
         }
     )
     fit = fit_posterior(joint, {"y": y.astype(np.float32)}, seconds=120, verbose=False)
-    assert fit.diagnostics().verdict == "use with refinement"  # a Gaussian does not follow it all
+    assert 0.3 < fit.diagnostics().distance < 0.45  # a Gaussian does not follow it all
     draws = fit.sample(DRAWS, seed=1)
     found = np.column_stack([draws[name] for name in ("mu", "tau", "b", "sigma", "a")])
     mean, sd = _by_importance_sampling(x.astype(float), y, rng)

@@ -628,6 +628,23 @@ def test_a_slow_density_gets_the_time_of_the_networks_and_fewer_transitions(monk
     assert begun(cost.Cost(0.1, 1e-3), dim=120) == (120, fewest)  # for the covariance
 
 
+def test_modes_that_are_found_after_the_time_is_over_are_not_dropped():
+    """The wide search of a cheap density goes on beyond the start's time."""
+    means = [[9.0 * i, 0.0] for i in range(10)]
+    target = mixture_of(means, np.full(10, 1.0), np.full(10, 0.1))
+    scores, rng = hmc.of_target(target), np.random.default_rng(0)
+    known = mixture.of_gaussians([(np.zeros(2), np.eye(2))])
+    nothing, mass = np.zeros([2, 2, 2]), np.log(0.1)  # of the one mode that is known
+    sampled = sampling.Sampled(nothing, known, evidence.UNKNOWN, mass, 0.0, 0.0, 0.0)
+    look = search.Look(np.array(means[1:]), 1, 0.0, np.zeros([0, 2]))
+    budget = start._budget(target, start.Limits(6.0, 0.0, 6.0))
+    late = budget._replace(began=budget.began - 100.0)
+    wider, lacking = start._wider(scores, look, sampled, rng, late, target.cost)
+    assert wider is not None
+    assert len(wider.weights) == 10
+    assert lacking == pytest.approx(0.9, abs=0.01)
+
+
 def test_a_density_with_a_matrix_for_each_draw_is_evaluated_in_batches():
     """Otherwise 32,768 draws of the wide search take ten gigabytes."""
     target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[2])

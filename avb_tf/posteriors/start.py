@@ -34,7 +34,7 @@ LARGEST = 200  # most dimensions for a full covariance
 LARGEST_OF_ALL = 2000  # most dimensions of a posterior
 AGAIN = 2  # most times that the chains run again with the findings of the wide search
 LACKING = 0.03  # share of the posterior that the chains may lack
-FEWEST = 4  # findings of the wide search from which Newton's method starts, though time is over
+FEWEST = 4  # findings of the wide search from which Newton's method starts, however slow
 NEW = 1e-3  # share of the posterior from which a mode that the chains lack is added
 WARM_SHARE = 0.3  # share of the start's seconds for chains that show the tails
 # Shares of the start's seconds for chains that have not quite mixed, and of all seconds for chains
@@ -98,13 +98,13 @@ def find(target: Target, seed: int = 0, limits: Limits | None = None, steps: int
     look = _looked(target, tails, sampled, until, most, seed)
     lacking, end = 0.0, budget.by(1.0)
     for _ in range(AGAIN):
-        wider, lacking = _wider(scores, look, sampled, rng, end, target.cost)
+        wider, lacking = _wider(scores, look, sampled, rng, budget, target.cost)
         if wider is None or time.monotonic() > end + budget.spare:
             break
         draws = sampling.weighed(scores, wider, rng, budget.chains)
         sampled = sampling.sampled(scores, draws, wider, rng, end, end, end)
     else:
-        lacking = _wider(scores, look, sampled, rng, end, target.cost)[1]
+        lacking = _wider(scores, look, sampled, rng, budget, target.cost)[1]
     return _standardised(sampled, tails, look.points, lacking)
 
 
@@ -217,8 +217,7 @@ def _find_large(target, seed, seconds) -> Start:
     deadline = time.monotonic() + (seconds or LARGE_SECONDS)
     states = large.states(scores, target.dim, points, rng, deadline)
     flat = states.reshape(-1, target.dim)
-    gradients = np.concatenate([scores(of_chain)[1] for of_chain in states])
-    mean, scale, directions, stretch = large.fitted(flat, gradients)
+    mean, scale, directions, stretch = large.fitted(flat, scores(flat)[1])
     z = (flat - mean) / scale
     z += (z @ directions * (1.0 / stretch - 1.0)) @ directions.T
     tails = tailing.light(target.dim)
@@ -309,7 +308,7 @@ def _moved(proposal: Mixture, tails: Tails) -> Mixture:
     return proposal._replace(means=means, roots=roots)
 
 
-def _wider(scores, look, sampled, rng, deadline, cost) -> tuple[Mixture | None, float]:
+def _wider(scores, look, sampled, rng, budget, cost) -> tuple[Mixture | None, float]:
     """Returns the mixture with added components, and the share of the posterior that it lacked.
 
     Newton's method leads from the points that the wide search found to new modes. A region without
@@ -319,7 +318,10 @@ def _wider(scores, look, sampled, rng, deadline, cost) -> tuple[Mixture | None, 
     known = sampled.mixture
     means, roots, lacking = [], [], 0.0
     if len(look.x):
-        left = deadline - time.monotonic()
+        # The search may go on beyond the start's time. What it finds is not dropped for that, unless
+        # the density is so slow that the climbs would take long.
+        deadline = budget.by(1.0)
+        left = max(deadline - time.monotonic(), budget.seconds * LEAST_LOOK_SHARE)
         count = search.affordable(cost.each, left, look.x.shape[1], FEWEST)
         modes = search.modes(scores, search.climb(scores, look.x[:count], deadline))
         mass = search.unseen(

@@ -68,11 +68,11 @@ class Tails(NamedTuple):
         return np.where(heavy > 0, v, u)
 
     def slope(self, v: np.ndarray) -> np.ndarray:
-        """Returns du / dv of each coordinate at v [n, dim], in float64; infinity if too large."""
+        """Returns du / dv of each coordinate at v [n, dim], in float64."""
         _, scale, heavy = self._flat()
         lower, upper = self._safe()
         squares = np.where(v < 0, lower, upper) * v**2
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # where the coordinate is not heavy, and it is not used
             return np.where(heavy > 0, scale * np.exp(0.5 * squares) * (1.0 + squares), 1.0)
 
     def _flat(self):
