@@ -611,7 +611,7 @@ def test_a_slow_density_gets_the_time_of_the_networks_and_fewer_transitions(monk
     def begun(taken, dim=2):
         target = models.make(lambda x: -0.5 * tf.reduce_sum(x**2, -1), shape=[dim])
         target.cost = taken
-        monkeypatch.setattr(hmc, "seconds_of", lambda scores, x: taken.of(len(x)))
+        monkeypatch.setattr(cost, "seconds_of", lambda scores, x: taken.of(len(x)))
         monkeypatch.setattr(start, "LOOK_SHARE", 0.0)  # the wide search would take the rest
         monkeypatch.setattr(start, "LEAST_LOOK_SHARE", 0.0)
         found = start.find(target, limits=start.Limits(1.0, 0.0, 60.0))

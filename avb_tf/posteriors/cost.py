@@ -41,13 +41,16 @@ class Cost(NamedTuple):
 
 def measured(function: Callable[[tf.Tensor], Any], dim: int, dtype: tf.DType) -> Cost:
     """Returns what a function of u [n, dim] takes, from evaluations of 64 and of 256 draws."""
-    few, many = (_fastest(function, tf.zeros([n, dim], dtype)) for n in (ROWS[0] // 4, ROWS[0]))
+    few, many = (seconds_of(function, tf.zeros([n, dim], dtype)) for n in (ROWS[0] // 4, ROWS[0]))
     each = max(0.0, many - few) / (0.75 * ROWS[0])
     return Cost(max(0.0, many - each * ROWS[0]), each)
 
 
-def _fastest(function, x):
-    """Returns the seconds of an evaluation, the fastest of three after the first."""
+def seconds_of(function: Callable[[Any], Any], x: Any) -> float:
+    """Returns the seconds that an evaluation takes on a quiet machine.
+
+    The first evaluation traces the graph; the fastest of three others counts.
+    """
     times = []
     for _ in range(4):
         began = time.monotonic()

@@ -4,7 +4,6 @@ The chains run in numpy and call one compiled function for the density and its g
 kernels take half a minute to trace in a graph, which is longer than these chains take to run.
 """
 
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -59,23 +58,6 @@ def _in_float64(function, dtype, rows):
         return np.where(np.isfinite(density), density, -np.inf), gradient
 
     return evaluate
-
-
-def seconds_of(scores: Scores, x: np.ndarray) -> float:
-    """Returns the seconds that an evaluation at x [n, dim] takes on a quiet machine.
-
-    The first evaluation traces the graph; the fastest of three others counts.
-
-    Args:
-      scores: function from x [n, dim] to the log density [n] and its gradient [n, dim].
-      x: points, [n, dim].
-    """
-    times = []
-    for _ in range(4):
-        began = time.monotonic()
-        scores(x)
-        times.append(time.monotonic() - began)
-    return min(times[1:])
 
 
 def run_chains(

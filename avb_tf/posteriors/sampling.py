@@ -7,7 +7,7 @@ import numpy as np
 
 from avb_tf import diagnostics
 from avb_tf.errors import UserError
-from avb_tf.posteriors import evidence, hmc, mixture
+from avb_tf.posteriors import cost, evidence, hmc, mixture
 from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.mixture import Mixture
 
@@ -179,8 +179,8 @@ class _Plan(NamedTuple):
 
 def _planned(scores, draws, deadline) -> _Plan:
     """Returns the plan of the adaptive rounds and of the exact one, which ends at the deadline."""
-    cost = hmc.seconds_of(scores, draws)
-    one = _Plan(1, cost, deadline)
+    each = cost.seconds_of(scores, draws)
+    one = _Plan(1, each, deadline)
     affordable = (deadline - time.monotonic()) / one.seconds(ROUNDS + THINNED[0], LEAPFROGS)
     plan = one._replace(transitions=int(np.clip(affordable, *TRANSITIONS)))
     return plan._replace(rounds_end=deadline - plan.seconds(THINNED[0], LEAPFROGS))

@@ -318,7 +318,7 @@ def _wider(scores, look, sampled, rng, budget, cost) -> tuple[Mixture | None, fl
     known = sampled.mixture
     means, roots, lacking = [], [], 0.0
     if len(look.x):
-        # The search may go on beyond the start's time. What it finds is not dropped for that, unless
+        # The search may go on beyond the start's time. Its findings are then not dropped, unless
         # the density is so slow that the climbs would take long.
         deadline = budget.by(1.0)
         left = max(deadline - time.monotonic(), budget.seconds * LEAST_LOOK_SHARE)
