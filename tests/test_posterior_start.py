@@ -94,6 +94,55 @@ def test_newtons_method_finds_modes_from_afar_whatever_the_units():
     assert modes.log_mass[0] == pytest.approx(exact, abs=1e-2)
 
 
+def dirichlet(concentrations, outside=-np.inf):
+    """Returns the density of all proportions but the last; it is not 0 at an edge or a corner."""
+    free, last = np.float32(concentrations[:-1]), concentrations[-1]
+
+    def log_density(x):
+        inside = tf.reduce_all(x > 0.0, -1) & (tf.reduce_sum(x, -1) < 1.0)
+        x = tf.where(inside[..., tf.newaxis], x, 0.1)
+        rest = 1.0 - tf.reduce_sum(x, -1)
+        density = tf.reduce_sum((free - 1.0) * tf.math.log(x), -1)
+        return tf.where(inside, density + (last - 1.0) * tf.math.log(rest), outside)
+
+    return log_density
+
+
+def semicircle(x):
+    """NaN outside [-1, 1]^2."""
+    return 0.5 * tf.reduce_sum(tf.math.log(1.0 - x**2), -1)
+
+
+def half_ring(x):
+    """Flat where 2 < |x| < 3 and x_0 > 0, a region without its own mean and without 0."""
+    radius = tf.norm(x, axis=-1)
+    return tf.where((radius > 2.0) & (radius < 3.0) & (x[..., 0] > 0.0), 0.0 * radius, -np.inf)
+
+
+@pytest.mark.parametrize(
+    ("density", "dim", "mean", "log_evidence"),
+    [
+        # A maximum lies on the edge in the first, in its corner in the second.
+        (dirichlet([3, 2, 1]), 2, [1 / 2, 1 / 3], np.log(2 / 120)),
+        (dirichlet([1, 1, 5]), 2, [1 / 7, 1 / 7], np.log(24 / 720)),
+        (semicircle, 2, [0.0, 0.0], 2 * np.log(np.pi / 2)),
+        (half_ring, 2, [(2 / 3) * 19 * 2 / (5 * np.pi), 0.0], np.log(2.5 * np.pi)),
+        # "Impossible" as a finite number, of every point, of some, or with a prior added.
+        (dirichlet([3, 2, 1], -1e10), 2, [1 / 2, 1 / 3], np.log(2 / 120)),
+        (dirichlet([1, 1, 5], -1e4), 2, [1 / 7, 1 / 7], np.log(24 / 720)),
+        (lambda x: dirichlet([1, 1, 5], -1e6)(x) - x[..., 0] ** 2 / 1e4, 2, [1 / 7] * 2,
+         np.log(24 / 720)),
+        (lambda x: tf.maximum(-0.5 * tf.reduce_sum(x**2, -1), -700.0), 2, [0, 0],
+         np.log(2 * np.pi)),
+    ],
+    ids=["edge", "corner", "NaN outside", "half a ring", "-1e10", "-1e4", "a prior", "clipped"],
+)  # fmt: skip
+def test_densities_with_hard_edges(density, dim, mean, log_evidence):
+    u, begun = states(models.make(density, shape=[dim]))
+    np.testing.assert_allclose(u.mean(0), mean, atol=0.15 * u.std(0).max())
+    assert right(begun.log_evidence, log_evidence)
+
+
 def test_newtons_starts_fit_into_the_time():
     """An iteration has a gradient for each dimension and for each of eleven trial steps."""
     assert search.affordable(1e-3, np.inf, 4) == search.starts(4) == 256
@@ -369,6 +418,10 @@ def test_a_line_that_climbs_a_ridge_far_out_is_no_sign_of_an_improper_posterior(
 
     line = np.array([[0.015, 1.0]])
     assert not tails.improper(tails.profile(funnel, np.array([-10.0, 0.0]), line)).any()
+    # The smallest scale a model may have leaves a plateau, which has no mass if it is low enough.
+    for low, expected in ((-5e14, False), (-150.0, False), (-50.0, True)):
+        plateau = tails.profile(lambda x: np.maximum(-(x[:, 0] ** 2), low), np.zeros(1), np.eye(1))  # noqa: B023
+        assert tails.improper(plateau).item() == expected
     # A density that overflows far out after it was flat, or that grows, is improper.
     assert tails.improper(tails.profile(flat, np.zeros(2), np.eye(2))).tolist() == [False, True]
     assert tails.improper(tails.profile(lambda x: x[:, 1], np.zeros(2), np.eye(2))).all()

@@ -20,9 +20,10 @@ def match(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Fits a Gaussian whose score is close to the density's.
 
-    If the density is finite at fewer than half of the draws, the Gaussian first shrinks towards its
-    mean. The updates have a closed form and are affine invariant. Source: "Batch and match" (Cai,
-    Modi, Pillaud-Vivien, Margossian, Gower, Blei and Saul, 2024).
+    If the density is finite at fewer than half of the draws, the first Gaussian shrinks towards its
+    mean, and an update is repeated with a smaller step. The updates have a closed form and are
+    affine invariant. Source: "Batch and match" (Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei
+    and Saul, 2024).
 
     Args:
       scores: function from u [n, dim] to the log density [n] and its gradient [n, dim].
@@ -37,7 +38,7 @@ def match(
     """
     dim = len(mean)
     count = max(128, 4 * dim)
-    matched = False
+    before, damping = None, 1.0
     for step in range(updates):
         if time.monotonic() > deadline:
             break
@@ -45,10 +46,15 @@ def match(
         density, score = scores(u)
         finite = np.isfinite(density) & np.isfinite(score).all(1)
         if finite.mean() < 0.5:
-            covariance = covariance / 4.0
+            if before is None:
+                covariance = covariance / 4.0
+            else:
+                mean, covariance = before
+                damping *= 4.0
             continue
+        before = mean, covariance
         u, score = u[finite], score[finite]
-        rate = count * dim / (1.0 + step)  # learning rate of the proximal step, which decays
+        rate = count * dim / (damping * (1.0 + step))  # of the proximal step; it decays
         shrink = rate / (1.0 + rate)
         u_mean, score_mean = u.mean(0), score.mean(0)
         pull = rate * _covariance(score) + shrink * np.outer(score_mean, score_mean)
@@ -58,8 +64,7 @@ def match(
         mean = (mean + rate * (covariance @ score_mean + u_mean)) / (1.0 + rate)
         if not np.abs(covariance).max() < _FAR**2:
             return None
-        matched = True
-    return (mean, hmc.root(covariance)) if matched else None
+    return None if before is None else (mean, hmc.root(covariance))
 
 
 def _covariance(x):

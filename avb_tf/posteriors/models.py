@@ -16,7 +16,14 @@ from tensorflow_probability.python.experimental.distributions import joint_distr
 
 from avb_tf.errors import UserError
 from avb_tf.posteriors import constraints
-from avb_tf.posteriors.target import LogProb, Structure, Target, check_continuous, first_line
+from avb_tf.posteriors.target import (
+    FLOOR,
+    LogProb,
+    Structure,
+    Target,
+    check_continuous,
+    first_line,
+)
 
 _PINNED = tfp.experimental.distributions.JointDistributionPinned
 
@@ -368,4 +375,29 @@ def of_log_density(
         bijector.inverse_event_shape(shapes)
     except Exception as error:  # bijectors raise exceptions of any type
         raise UserError(f"`bijector` does not fit `shape`: {first_line(error)}") from error
-    return Target(call, bijector, shapes, dtypes)
+    target = Target(call, bijector, shapes, dtypes)
+    if (floor := _floor(target)) is None:
+        return target
+
+    def without_floor(parameters):
+        density = call(parameters)
+        return tf.where(density > floor, density, -np.inf)
+
+    return Target(without_floor, bijector, shapes, dtypes)
+
+
+def _floor(target) -> float | None:
+    """Returns the log density outside the support where it is written as a number such as -1e10.
+
+    A plateau so low has no mass, but chains that start on it do not leave it.
+    """
+    rng = np.random.default_rng(0)
+    wide = [width * rng.normal(size=[200, target.dim]) for width in np.geomspace(0.5, 50.0, 5)]
+    u = tf.constant(np.concatenate(wide), target.dtype)
+    density = np.asarray(target.log_density(u) - target.log_volume(u), np.float64)
+    density = density[np.isfinite(density)]
+    spread = np.ptp(density) if len(density) else 0.0
+    if spread < FLOOR * target.dim:
+        return None
+    floor = float(density.min() + 1e-6 * spread)  # a prior may be added to the number
+    return floor if np.sum(density < floor) > 2 else None

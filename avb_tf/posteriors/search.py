@@ -23,6 +23,7 @@ _ROWS = 4096  # evaluations of the gradient in an iteration, which limit the num
 _LEAST, _ITERATIONS = 8, 30  # fewest and most iterations of Newton's method
 _LENGTHS = np.array([1.0, 0.3, 0.1, 0.02, 1e-3, 1e-5])  # relative lengths of Newton's step
 _CLIMBS = np.array([10.0, 1.0, 0.1, 1e-2, 1e-3])  # lengths of a step along the gradient
+_FAR = 1e12  # largest standard deviation at a mode: a plateau has any
 _MODES = 60  # most modes returned
 _MASS_DRAWS = 256  # draws that estimate the mass of a mode
 _LARGEST_WEIGHT = 50.0  # nats: limits the weight of a point if the evidence is far off
@@ -46,11 +47,14 @@ def first_points(
     rng: np.random.Generator,
     count: int,
     candidates: int = POINTS[1],
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns starts of the optimisation, [at most count, dim]: 0, and good points of many.
 
     Candidates are normal draws of several widths around 0, and the prior's draws. They are chosen
     at several temperatures: at low ones near the highest modes, at high ones anywhere.
+
+    The second value has those of the lowest temperature, [n, dim], if the density is not finite at
+    some candidates; otherwise it is empty.
 
     Args:
       log_density: function from x [n, dim] to the log density [n] in nats.
@@ -67,13 +71,14 @@ def first_points(
     usable = np.isfinite(density)
     points, density = points[usable], density[usable]
     if not len(points):
-        return np.zeros([1, dim])
+        return np.zeros([1, dim]), points
     share = max(1, (count - 1) // 4)
     rows = []
     for temperature in (1.0, 10.0, 100.0, np.inf):
         # Gumbel noise draws without replacement in proportion to density^(1 / temperature).
         rows += list(np.argsort(-density / temperature - rng.gumbel(size=len(density)))[:share])
-    return np.concatenate([np.zeros([1, dim]), points[list(dict.fromkeys(rows))]])
+    starts = np.concatenate([np.zeros([1, dim]), points[list(dict.fromkeys(rows))]])
+    return starts, points[[] if usable.all() else rows[:share]]
 
 
 def starts(dim: int) -> int:
@@ -195,7 +200,7 @@ def _laplace(scores, x, score):
     roots = _roots(_hessians(scores, x, score, size))
     inverses = np.linalg.inv(roots)
     values, vectors = np.linalg.eigh(roots @ np.swapaxes(roots, 1, 2))
-    halves = vectors * np.sqrt(np.maximum(values, 0.0))[:, np.newaxis]
+    halves = vectors * np.sqrt(np.clip(values, 0.0, _FAR**2))[:, np.newaxis]
     precisions = np.swapaxes(inverses, 1, 2) @ inverses
     return precisions, halves @ np.swapaxes(vectors, 1, 2)
 

@@ -174,6 +174,8 @@ def _sampled(target, rng, budget) -> tuple[Tails, Sampled]:
         moved = scores_in(target, tails)
         v = sampling.warmed(moved, draws, proposal, rng, budget.by(WARM_SHARE))
         u = np.asarray(tails.forward(tf.constant(v, target.dtype))[0], np.float64)
+        if not np.isfinite(u).all():  # the chains move on a plateau
+            raise UserError(_RUNS_AWAY)
         estimate = tailing.estimated(u, tails.heavy, exponential)
         draws = estimate.inverse(u)[rng.choice(len(u), budget.chains)]
         if tails.heavy.any() or estimate.heavy.any():
@@ -233,7 +235,7 @@ def _gaussians(target, scores, rng, budget) -> Mixture:
     dim, deadline = target.dim, budget.by(0.2)
     prior = target.prior_draws(budget.points // 4, int(rng.integers(2**31)))
     began = time.monotonic()
-    points = search.first_points(
+    points, inside = search.first_points(
         lambda x: scores(x)[0], prior, dim, rng, search.starts(dim), budget.points
     )
     now = time.monotonic()
@@ -251,6 +253,9 @@ def _gaussians(target, scores, rng, budget) -> Mixture:
         matched = matching.match(scores, mean, root @ root, rng, deadline=deadline)
         if matched is not None:
             gaussians.append(matched)
+    if len(inside) > dim:
+        # At the edge of the support, where a maximum may lie, curvature and scores mean little.
+        gaussians.append((inside.mean(0), hmc.root(np.atleast_2d(np.cov(inside.T)))))
     if not gaussians:
         raise UserError(sampling.NOT_FINITE)
     return mixture.of_gaussians(gaussians)

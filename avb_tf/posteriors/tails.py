@@ -19,6 +19,8 @@ import numpy as np
 import tensorflow as tf
 from scipy import special
 
+from avb_tf.posteriors.target import FLOOR
+
 _LIGHT = 0.03  # tails of lower weight stay as they are, such as those of t with 20 degrees
 _HEAVIEST = 2.0  # largest weight: t with half a degree of freedom
 _WEIGHTS = np.geomspace(_LIGHT, _HEAVIEST, 20)  # weights that an estimate chooses from
@@ -131,7 +133,8 @@ def improper(profile: np.ndarray, dim: int = 1) -> np.ndarray:
     """Returns whether the density's integral diverges at either end of each line, [lines].
 
     The farthest slope that is finite decides. A steep climb that has not reached the density at the
-    centre does not count: it leads to a bent ridge that the line crosses.
+    centre does not count: it leads to a bent ridge that the line crosses. Neither does a plateau of
+    no mass, such as where a model's scale is as small as numbers can be.
 
     Args:
       profile: the log density along the lines, from the function `profile`.
@@ -143,6 +146,7 @@ def improper(profile: np.ndarray, dim: int = 1) -> np.ndarray:
     slope = np.take_along_axis(slopes, last, -1)[..., 0]
     height = np.take_along_axis(profile, last + 1, -1)[..., 0]
     falls = (slope < -1.02 * dim) | ((slope > _CLIMB * dim) & (height < 0.0))
+    falls |= height < -FLOOR * dim
     return np.any(np.isfinite(slopes).any(-1) & ~falls, axis=0)
 
 

@@ -19,6 +19,7 @@ from avb_tf.errors import UserError
 from avb_tf.posteriors import cost
 
 RECORD = "record.json"
+FLOOR = 100.0  # nats below the peak, for each dimension: a plateau has no mass in float32's range
 Structure = Any  # the parameters: one tensor, or a dict, a sequence or a named tuple of tensors
 LogProb = Callable[[Structure], Any]  # log density of parameters in their structure, in nats
 LogDensity = Callable[[tf.Tensor], tf.Tensor]  # of u [n, dim] -> [n], in nats
