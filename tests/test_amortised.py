@@ -453,7 +453,9 @@ def test_steps_that_are_not_finite_are_left_out_of_the_mean_loss():
             ),
             "the simulator fails .IndexError",
         ),
-        (lambda fit: fit(linear(), "y", steps=0), "expected numbers above 0"),
+        (lambda fit: fit(linear(), "y", steps=0), "steps is 0; expected a whole number"),
+        (lambda fit: fit(linear(), "y", seconds="60"), "seconds is '60'; expected a number"),
+        (lambda fit: fit(linear(), "y", steps=5, seed=None), "seed is None; expected a whole"),
         (lambda fit: fit(linear(), "y", widht=3), "unknown setting 'widht'"),
         (
             lambda fit: fit(linear(), "y", width=0.5),

@@ -10,7 +10,7 @@ from tensorflow_probability import distributions as tfd
 import avb_tf
 from avb_tf import UserError
 from avb_tf.posteriors import hmc, models, start
-from avb_tf.posteriors.target import value_and_gradient
+from avb_tf.posteriors.target import first_line, value_and_gradient
 
 QUICK = {"steps": 50, "verbose": False, "draws": 256, "adversary_steps": 1, "blocks": 1}
 QUICK |= {"chart_steps": 0}  # tracing the chart takes longer than training it
@@ -349,10 +349,6 @@ def test_settings_out_of_range(setting, message):
     refused(message, lambda x: -(x[..., 0] ** 2), shape=[1], **setting)
 
 
-def test_no_steps():
-    refused("expected numbers above 0", lambda x: -(x[..., 0] ** 2), shape=[1], steps=0)
-
-
 def test_a_density_that_tensorflow_cannot_follow():
     refused("expected TensorFlow's operations", lambda x: stats.norm.logpdf(x).sum(-1), shape=[2])
     refused("has no gradient", lambda x: tf.zeros(tf.shape(x)[:-1]), shape=[2])
@@ -438,3 +434,73 @@ def test_parameters_of_a_sequential_joint_keep_their_names():
         ]
     )
     assert models.make(joint, {"y": 1.0}).names == ["tau", "mu"]
+
+
+@pytest.mark.parametrize(
+    ("effort", "told"),
+    [
+        ({"steps": 0}, "steps is 0; expected a whole number of at least 1"),
+        ({"steps": 10.5}, "steps is 10.5; expected a whole number"),
+        ({"steps": True}, "steps is True; expected a whole number"),
+        ({"seconds": 0.0}, "seconds is 0.0; expected a number of seconds above 0"),
+        ({"seconds": -1}, "seconds is -1; expected a number"),
+        ({"seconds": float("nan")}, "seconds is nan; expected a number"),
+        ({"seconds": float("inf")}, "seconds is inf; expected a number"),
+        ({"seconds": "60"}, "seconds is '60'; expected a number"),
+        ({"seed": -1}, "seed is -1; expected a whole number of at least 0"),
+        ({"seed": 2**40}, "seed is 1099511627776; expected a whole number"),
+        ({"seed": None}, "seed is None; expected a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; expected a whole number"),
+    ],
+)
+def test_an_effort_or_a_seed_that_is_no_such_number(effort, told):
+    refused(told, lambda x: -tf.reduce_sum(x**2, -1), shape=[1], **effort)
+
+
+@pytest.mark.parametrize(
+    "observed", [["a"] * 5, [1j] * 5, None, np.array(["2026-01-01"] * 5, "datetime64[D]")]
+)
+def test_observed_values_that_are_no_real_numbers(observed):
+    refused("observed 'n' is of type .*; expected real numbers", poisson(), {"n": observed})
+
+
+def test_no_parameters_and_a_density_that_is_random():
+    refused("the parameters have no entries", lambda x: -tf.reduce_sum(x**2, -1), shape=[0])
+    refused(
+        "other values than one by one",
+        lambda x: -tf.reduce_sum(x**2, -1) + tf.random.normal([]), shape=[2],
+    )  # fmt: skip
+
+
+def test_a_density_that_reads_variables_such_as_an_emulator(tmp_path):
+    """Its weights are fixed: they get no gradient, and a saved fit does not follow them."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    network = keras.Sequential([keras.layers.Dense(4, activation="tanh"), keras.layers.Dense(1)])
+    network(tf.zeros([1, 2]))
+    offset = tf.Variable(0.5)
+
+    def log_density(x):  # a batch alone, which a Keras model needs
+        return -0.5 * tf.reduce_sum((x - offset) ** 2, -1) - tf.squeeze(network(x), -1) ** 2
+
+    fit = avb_tf.fit_posterior(log_density, shape=[2], **QUICK)
+    drawn = fit.draws(5)
+    u = tf.constant(drawn.u, tf.float32)
+    np.testing.assert_allclose(fit.target.log_density(u), log_density(u), rtol=1e-4, atol=1e-4)
+    with tf.GradientTape() as tape:
+        tape.watch(u)
+        density = fit.target.log_density(u)
+    by_u, by_offset = tape.gradient(density, [u, offset])
+    assert by_offset is None
+    np.testing.assert_allclose(by_u, value_and_gradient(log_density, u)[1], rtol=1e-4, atol=1e-4)
+    fit.save(tmp_path / "fit")
+    offset.assign(100.0)
+    loaded = avb_tf.load_posterior(tmp_path / "fit")
+    np.testing.assert_allclose(loaded.draws(5).log_density, drawn.log_density, rtol=1e-5)
+
+
+def test_keras_names_the_cause_in_a_later_line():
+    error = ValueError("Exception encountered when calling Dense.call().\n\nInput 0 is too small.")
+    assert first_line(error) == "Input 0 is too small."
+    assert first_line(ValueError("")) == "no message"

@@ -722,6 +722,22 @@ def test_a_density_with_a_matrix_for_each_draw_is_evaluated_in_batches():
     assert target.cost.rows == cost.ROWS[0]
 
 
+def test_the_cost_of_a_density_with_much_data_is_measured_at_few_draws(monkeypatch):
+    """With a million rows of data, 256 draws would take gigabytes."""
+    taken = cost.Cost(0.01, 0.0125)
+    evaluated = []
+
+    def seconds_of(_, u):
+        evaluated.append(len(u))
+        return taken.of(len(u))
+
+    monkeypatch.setattr(cost, "seconds_of", seconds_of)
+    measured = cost.measured(lambda u: u, 3, tf.float32)
+    np.testing.assert_allclose(measured, taken)
+    assert max(evaluated) == 64
+    assert measured.rows == 20
+
+
 def test_chains_that_have_not_mixed_run_twice_as_long_each_time(monkeypatch):
     """A chain that needs a hundred transitions never mixes in twelve, however often they run."""
     lengths = []

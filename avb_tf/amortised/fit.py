@@ -22,6 +22,7 @@ from avb_tf.amortised.simulation import Simulation
 from avb_tf.errors import UserError
 from avb_tf.posteriors.fit import seeded
 from avb_tf.posteriors.training import Clock
+from avb_tf.settings import fits
 from avb_tf.settings.amortised import STEPS, resolved
 
 
@@ -69,8 +70,7 @@ def fit_amortised(
     Macke, 2019), with the density of this package's `network.ConditionalMixture`.
     """
     began = time.monotonic()
-    if (steps is not None and steps < 1) or (seconds is not None and seconds <= 0):
-        raise UserError(f"steps is {steps} and seconds {seconds}; expected numbers above 0")
+    fits.check_effort(steps, seconds, seed)
     if steps is None and seconds is None:
         steps = STEPS
     resolved_settings = resolved(**settings)

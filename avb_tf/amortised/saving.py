@@ -9,7 +9,7 @@ import tensorflow as tf
 from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
-from avb_tf.posteriors.target import Structure
+from avb_tf.posteriors.target import Structure, save_functions
 
 RECORD = "record.json"
 SAVED = 1000  # number of pairs in each call of a saved model's `simulate`
@@ -102,7 +102,6 @@ def save(simulation: Simulation, path: str | Path) -> None:
     rows = None
     if isinstance(simulation, Rows):
         simulation, rows = simulation.one, (simulation.smallest, simulation.largest)
-    module = tf.Module()
     u, y, seed = (
         tf.TensorSpec([None, simulation.dim], simulation.dtype),
         tf.TensorSpec([simulation.features], tf.float64),
@@ -126,9 +125,7 @@ def save(simulation: Simulation, path: str | Path) -> None:
         several = tf.TensorSpec([None, simulation.features], tf.float64)
         functions["terms"] = (simulation.terms, [u, several])
         functions["log_density"] = (simulation.log_density, [u, y])
-    for name, (function, signature) in functions.items():
-        setattr(module, name, tf.function(function, signature, autograph=False))
-    tf.saved_model.save(module, str(path))
+    save_functions(functions, path)
     record = {
         "dim": simulation.dim,
         "dtype": simulation.dtype.name,

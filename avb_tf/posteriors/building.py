@@ -18,7 +18,7 @@ from avb_tf.posteriors.sampler import (
     Plain,
     log_normal,
 )
-from avb_tf.posteriors.target import LogDensity, Target, value_and_gradient
+from avb_tf.posteriors.target import LogDensity, Target, value_and_gradient, with_slope
 
 NOWHERE = -1e4  # nats: the log density where it is not finite, so that averages stay finite
 
@@ -128,12 +128,10 @@ def density_of(target: Target, start: Start, log_density: LogDensity) -> Callabl
         u, volume = start.place(z, target.dtype)
         return tf.cast(log_density(u) + volume, tf.float32)
 
-    @tf.custom_gradient
     def standardised(z):
         density, slope = value_and_gradient(of_z, z)
         finite = tf.math.is_finite(density) & tf.reduce_all(tf.math.is_finite(slope), -1)
         slope = tf.where(finite[:, tf.newaxis], slope, -z)
-        density = tf.where(finite, density, NOWHERE)
-        return density, lambda upstream: upstream[:, tf.newaxis] * slope
+        return tf.where(finite, density, NOWHERE), slope
 
-    return standardised
+    return with_slope(standardised)

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-ROWS = 256, 2**15  # fewest and most draws in an evaluation
+ROWS = 8, 2**15  # fewest and most draws in an evaluation
+_TRIALS = 64, 256  # draws of the evaluations that measure the cost of one
 _SECONDS = 0.25  # that an evaluation of many draws should take at most
-_CHEAP = 0.005  # seconds of an evaluation of the fewest, below which any number may be evaluated
+_CHEAP = 0.005  # seconds of an evaluation of 256 draws, below which any number may be evaluated
 
 
 class Cost(NamedTuple):
@@ -30,20 +31,33 @@ class Cost(NamedTuple):
         """Most draws that should be evaluated at once, an even number.
 
         A density with a matrix of a hundred rows for each draw needs ten gigabytes for 30,000
-        draws. What takes no longer than a quarter of a second fits into any memory. A cheap density
-        gets the same number on a busy machine, so that its fit is determined by its seed.
+        draws, and one of a million rows of data as much for 256 draws. What takes no longer than a
+        quarter of a second fits into any memory. A cheap density gets the same number on a busy
+        machine, so that its fit is determined by its seed.
         """
-        if self.of(ROWS[0]) < _CHEAP:
+        if self.of(_TRIALS[1]) < _CHEAP:
             return ROWS[1]
         halves = _SECONDS / (2.0 * max(self.each, 1e-9))
         return 2 * round(np.clip(halves, ROWS[0] / 2, ROWS[1] / 2))
 
 
 def measured(function: Callable[[tf.Tensor], Any], dim: int, dtype: tf.DType) -> Cost:
-    """Returns what a function of u [n, dim] takes, from evaluations of 64 and of 256 draws."""
-    few, many = (seconds_of(function, tf.zeros([n, dim], dtype)) for n in (ROWS[0] // 4, ROWS[0]))
-    each = max(0.0, many - few) / (0.75 * ROWS[0])
-    return Cost(max(0.0, many - each * ROWS[0]), each)
+    """Returns what a function of u [n, dim] takes, from evaluations of 64 and of 256 draws.
+
+    If 64 draws take long, 8 and 64 are evaluated.
+    """
+
+    def seconds(count):
+        return seconds_of(function, tf.zeros([count, dim], dtype))
+
+    few, many = _TRIALS
+    of_few = seconds(few)
+    if of_few < _SECONDS:
+        of_many = seconds(many)
+    else:
+        few, many, of_few, of_many = ROWS[0], few, seconds(ROWS[0]), of_few
+    each = max(0.0, of_many - of_few) / (many - few)
+    return Cost(max(0.0, of_many - each * many), each)
 
 
 def seconds_of(function: Callable[[Any], Any], x: Any) -> float:

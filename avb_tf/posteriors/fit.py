@@ -28,6 +28,7 @@ from avb_tf.posteriors.result import META, MODEL, START, WEIGHTS, PosteriorFit
 from avb_tf.posteriors.sampler import Chart, Plain, log_normal
 from avb_tf.posteriors.start import Limits
 from avb_tf.posteriors.training import Clock
+from avb_tf.settings import fits
 from avb_tf.settings.posterior import STEPS, resolved
 
 FAR = 10.0  # nats, see `divergence`
@@ -87,8 +88,7 @@ def fit_posterior(
       UserError: the model cannot be fitted; the message says what to do about it.
     """
     began = time.monotonic()
-    if (steps is not None and steps < 1) or (seconds is not None and seconds <= 0):
-        raise UserError(f"steps is {steps} and seconds {seconds}; expected numbers above 0")
+    fits.check_effort(steps, seconds, seed)
     if steps is None and seconds is None:
         steps = STEPS
     target = models.make(model, observed, shape, bijector, dtype, batch_size)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import numbers
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -154,13 +155,18 @@ def pin(joint: Any, observed: Any) -> Any:
 
 
 def _check_observed(joint, observed):
-    """Checks that no observed value has a NaN or a shape that does not fit its part.
+    """Checks that observed values are numbers, without NaN, and of shapes that fit their parts.
 
     Raises:
       UserError: a value fails the check; the message names the first one.
     """
     for name, value in observed.items():
         value = np.asarray(value)
+        if value.dtype.kind in "cOSUMm":
+            raise UserError(
+                f"observed '{name}' is of type {value.dtype}; expected real numbers: drop missing "
+                "rows, encode categories"
+            )
         if value.dtype.kind == "f" and (missing := np.argwhere(np.isnan(value))).size:
             place = list(map(int, missing[0]))
             raise UserError(
@@ -243,7 +249,10 @@ def _bijector(pinned):
 def _prior(pinned, count, seed):
     """Returns draws of the prior, [count, ...], in the structure of the pinned parameters."""
     joint = pinned.distribution
-    drawn = joint._model_flatten(joint.sample(count, seed=(seed, 0)))
+    with warnings.catch_warnings():
+        # Seeds that are tensors are slow for joints that TFP vectorizes, but determine the draws.
+        warnings.filterwarnings("ignore", "Saw Tensor seed")
+        drawn = joint._model_flatten(joint.sample(count, seed=(seed, 0)))
     by_name = dict(zip(joint._flat_resolve_names(), drawn, strict=True))
     return structured(pinned, by_name)
 
@@ -394,7 +403,10 @@ def _floor(target) -> float | None:
     rng = np.random.default_rng(0)
     wide = [width * rng.normal(size=[200, target.dim]) for width in np.geomspace(0.5, 50.0, 5)]
     u = tf.constant(np.concatenate(wide), target.dtype)
-    density = np.asarray(target.log_density(u) - target.log_volume(u), np.float64)
+    try:
+        density = np.asarray(target.log_density(u) - target.log_volume(u), np.float64)
+    except tf.errors.InvalidArgumentError:  # the fit reports operations that fail
+        return None
     density = density[np.isfinite(density)]
     spread = np.ptp(density) if len(density) else 0.0
     if spread < FLOOR * target.dim:

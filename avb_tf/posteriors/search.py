@@ -280,7 +280,7 @@ def look(
       slack: nats by which the density exceeds the mixture within the known part.
       deadline: value of `time.monotonic` after which no further batch begins.
       most: largest number of points.
-      rows: points in a batch, an even number of 256 at least.
+      rows: points in a batch, an even number.
       seed: seed of the points.
     """
     dim = known.means.shape[1]
@@ -322,6 +322,7 @@ def _batch(log_density, dtype, known, mean, root, widest, rows):
     """
     dim = len(mean)
     inverses = np.linalg.inv(known.roots)
+    compared = min(_COMPARED, rows)
     log_scales = np.log(known.weights) + np.linalg.slogdet(inverses)[1] + known.log_peak
     white = inverses.reshape(-1, dim).T  # x @ white - offsets is standardised in each component
     offsets = np.einsum("kij,kj->ki", inverses, known.means)
@@ -338,9 +339,9 @@ def _batch(log_density, dtype, known, mean, root, widest, rows):
         # Density counts relative to that of one component at the centre with the same covariance.
         squares = tf.reduce_sum(noise**2, -1)
         kernel = 0.5 * (known.degrees + dim) * tf.math.log1p(squares / (known.degrees - 2.0))
-        densest = tf.math.top_k(density + tf.cast(kernel, dtype), _COMPARED, sorted=False)[1]
+        densest = tf.math.top_k(density + tf.cast(kernel, dtype), compared, sorted=False)[1]
         x, density = tf.gather(x, densest), tf.gather(density, densest)
-        y = tf.reshape(tf.matmul(x, tf.constant(white, dtype)), [_COMPARED, -1, dim])
+        y = tf.reshape(tf.matmul(x, tf.constant(white, dtype)), [compared, -1, dim])
         squares = tf.reduce_sum((y - tf.constant(offsets, dtype)) ** 2, -1)
         kernels = tf.math.log1p(squares / (known.degrees - 2.0))
         kernels = tf.constant(log_scales, dtype) - 0.5 * (known.degrees + dim) * kernels

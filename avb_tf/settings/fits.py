@@ -1,5 +1,6 @@
 """Checks that the configs of `fit_posterior` and of `fit_amortised` share."""
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,27 @@ def resolved(
             expected = f"{kind} of at least {low}{below}"
             raise UserError(f"{prefix}{name} is {value!r}; expected {expected}")
     return {**defaults, **changes}
+
+
+def check_effort(steps: Any, seconds: Any, seed: Any) -> None:
+    """Checks the number of steps and the seconds, either of which may be None, and the seed.
+
+    Raises:
+      UserError: one of them is no such number.
+    """
+    for name, value, kind, low, high in (
+        ("steps", steps, numbers.Integral, 1, 2**31),
+        ("seconds", seconds, numbers.Real, 0, float("inf")),
+        ("seed", seed, numbers.Integral, 0, 2**31),
+    ):
+        if value is None and name != "seed":
+            continue
+        fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value < high
+        if not fits or (name == "seconds" and value == 0):
+            what = "a number of seconds above 0" if name == "seconds" else (
+                f"a whole number of at least {low} and below 2^31"
+            )  # fmt: skip
+            raise UserError(f"{name} is {value!r}; expected {what}")
 
 
 def validate(config: ml_collections.ConfigDict, least: Mapping[str, int]) -> None:
