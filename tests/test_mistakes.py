@@ -235,6 +235,7 @@ POSTERIORS = {
     f"{POSTERIOR} --config.model=models.py:discrete": "expected",
     f"{POSTERIOR} --config.steps=0 --config.seconds=0": "config.seconds",
     f"{POSTERIOR} --config.eval.draws=1": "config.eval.draws is 1",
+    f"{POSTERIOR} --config.eval.refine=7": "config.eval.refine is 7; expected 0",
     f"{POSTERIOR} --config.fit.draws=0": "config.fit.draws is 0",
     f"{POSTERIOR} --config.fit.learning_rate=nan": "config.fit.learning_rate is nan",
     f"{POSTERIOR} --config.batch_size=5": "'batch_size'",

@@ -225,6 +225,30 @@ def test_refining_brings_a_wrong_start_to_the_posterior(gaussian_fit):
     assert comparison.sliced_wasserstein(refined.u, reference) < 0.2
 
 
+def test_refinement_with_fewer_chains_than_dimensions_moves_in_all_of_them():
+    """The covariance of 50 chains has rank 49."""
+    for dim, slow in ((60, 5.0), (201, 8.0)):  # with a full covariance, and with scales alone
+        sd = np.geomspace(0.1, 10.0, dim)
+        fit = avb_tf.fit_posterior(
+            lambda x: -0.5 * tf.reduce_sum((x / sd) ** 2, -1), shape=[dim], dtype="float64",  # noqa: B023
+            seconds=slow, verbose=False,
+        )  # fmt: skip
+        refined = fit.refine(60, chains=50, verbose=False)
+        assert refined.r_hat.max() < 1.2
+        # The standard error of the standard deviation of 50 draws is a tenth of it.
+        np.testing.assert_allclose(refined.u.std(0) / sd, 1.0, atol=0.5)
+        assert np.mean(refined.u.std(0) / sd) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"steps": 7}, {"steps": 10.5}, {"chains": 1}, {"chains": "9"}, {"seed": -1}]
+)
+def test_arguments_of_refine_that_are_out_of_range(gaussian_fit, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(UserError, match=f"{name} is {value!r}; expected a whole number"):
+        gaussian_fit.refine(**arguments)
+
+
 def test_chains_of_hmc_reach_a_gaussian_from_afar():
     scores = hmc.scores(lambda x: -0.5 * tf.reduce_sum((x - 3.0) ** 2, -1), 2, tf.float32)
     rng = np.random.default_rng(0)

@@ -70,6 +70,7 @@ def run_chains(
     rng: np.random.Generator,
     adapt: bool = False,
     jumps: Mixture | None = None,
+    told: Callable[[], None] | None = None,
 ) -> ChainStates:
     """Runs transitions of all chains in parallel.
 
@@ -87,6 +88,7 @@ def run_chains(
       jumps: mixture for independent proposals, one after each transition, or None. The proposals
         do not depend on the state, so chains jump between modes, and each mode gets a share of the
         chains equal to its mass.
+      told: called after each transition, to show the progress.
     """
 
     def whitened(v):
@@ -120,6 +122,8 @@ def run_chains(
             proposed = np.where(accepted, jumps.log_density(x), proposed)
             x, density, score, proposed = _jump(scores, jumps, (x, density, score, proposed), rng)
         history.append((x, density, acceptance))
+        if told is not None:
+            told()
     states, densities, acceptance = map(np.stack, zip(*history, strict=True))
     return ChainStates(states, densities, acceptance, step_size)
 

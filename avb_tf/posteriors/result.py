@@ -1,9 +1,11 @@
 """`PosteriorFit`: draws, evidence, the verdict on them, and their refinement if it is needed."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -18,6 +20,8 @@ from avb_tf.posteriors.evidence import Evidence
 from avb_tf.posteriors.sampler import Chart
 from avb_tf.posteriors.target import Structure, Target
 from avb_tf.posteriors.verdict import Diagnostics
+from avb_tf.settings import fits
+from avb_tf.settings.posterior import LEAST_REFINED
 
 META, WEIGHTS, MODEL = "fit.json", "fit.weights.h5", "model"  # the files of a saved fit
 START = "start.npz"
@@ -142,7 +146,9 @@ class PosteriorFit:
         drawn, chains = self._at_draws(), self._chains()
         return verdict.total_variation(drawn.log_weights, chains.log_weights)[0]
 
-    def refine(self, steps: int = 100, chains: int = 1000, seed: int = 0) -> Refinement:
+    def refine(
+        self, steps: int = 100, chains: int = 1000, seed: int = 0, verbose: bool = True
+    ) -> Refinement:
         """Runs Hamiltonian Monte Carlo from the fit's draws, with jumps between modes.
 
         The initial states follow p = min(p, q) + max(0, p - q). Draws of q, each taken with
@@ -152,10 +158,17 @@ class PosteriorFit:
         size and is discarded.
 
         Args:
-          steps: number of transitions of each chain, of 8 leapfrog steps each.
-          chains: number of parallel chains; their last states are the draws returned.
+          steps: number of transitions of each chain, of 8 leapfrog steps each; 8 at the least, for
+            R-hat needs four states of each chain.
+          chains: number of parallel chains, 2 at the least; their last states are the draws.
           seed: seed of the draws and the chains.
+          verbose: whether to show a progress bar.
+        Raises:
+          UserError: an argument is out of range.
         """
+        fits.check_whole("steps", steps, LEAST_REFINED)
+        fits.check_whole("chains", chains, 2)
+        fits.check_whole("seed", seed, 0)
         rng = np.random.default_rng(seed)
         drawn, states = self.draws(2 * chains, seed + 1), self._chains()
         _, log_evidence = verdict.total_variation(drawn.log_weights, states.log_weights)
@@ -163,17 +176,21 @@ class PosteriorFit:
         lacking = -np.expm1(np.minimum(0.0, log_evidence - states.log_weights)) / len(states.u)
         weights = np.concatenate([taken, lacking])
         rows = rng.choice(len(weights), chains, p=weights / weights.sum())
-        v = self.start.tails.inverse(np.concatenate([drawn.u, states.u])[rows])
-        scores = starting.scores_in(self.target, self.start.tails)
-        root, half = hmc.root(np.cov(v.T)), (steps + 1) // 2
-        # Without jumps, a chain stays in the mode where it starts.
-        jumps = None
+        candidates = self.start.tails.inverse(np.concatenate([drawn.u, states.u]))
+        v = candidates[rows]
+        scores, half = starting.scores_in(self.target, self.start.tails), (steps + 1) // 2
         if self.target.dim <= starting.LARGEST:
+            # The covariance is that of all candidates: of fewer chains than dimensions it would be
+            # singular. Without jumps, a chain stays in the mode where it starts.
+            root = hmc.root(np.cov(candidates.T, aweights=weights))
             jumps = mixture.fitted(v, self.start.mixture or sampling.around(v, rng))
-        first = hmc.run_chains(scores, v, root, half, 8, 0.3, rng, adapt=True, jumps=jumps)
-        kept = hmc.run_chains(
-            scores, first.states[-1], root, half, 8, first.step_size, rng, jumps=jumps
-        )
+        else:
+            mean = np.average(candidates, 0, weights)
+            root, jumps = np.sqrt(np.average((candidates - mean) ** 2, 0, weights)), None
+        bar = keras.utils.Progbar(2 * half, verbose=int(verbose), unit_name="transition")
+        run = functools.partial(hmc.run_chains, scores, told=lambda: bar.add(1))
+        first = run(v, root, half, 8, 0.3, rng, adapt=True, jumps=jumps)
+        kept = run(first.states[-1], root, half, 8, first.step_size, rng, jumps=jumps)
         u = self.start.tails.forward(tf.constant(kept.states[-1], self.target.dtype))[0]
         return Refinement(
             self.target.constrain(u),

@@ -47,19 +47,25 @@ def check_effort(steps: Any, seconds: Any, seed: Any) -> None:
     Raises:
       UserError: one of them is no such number.
     """
-    for name, value, kind, low, high in (
-        ("steps", steps, numbers.Integral, 1, 2**31),
-        ("seconds", seconds, numbers.Real, 0, float("inf")),
-        ("seed", seed, numbers.Integral, 0, 2**31),
-    ):
-        if value is None and name != "seed":
-            continue
-        fits = isinstance(value, kind) and not isinstance(value, bool) and low <= value < high
-        if not fits or (name == "seconds" and value == 0):
-            what = "a number of seconds above 0" if name == "seconds" else (
-                f"a whole number of at least {low} and below 2^31"
-            )  # fmt: skip
-            raise UserError(f"{name} is {value!r}; expected {what}")
+    if steps is not None:
+        check_whole("steps", steps, 1)
+    check_whole("seed", seed, 0)
+    number = isinstance(seconds, numbers.Real) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and 0 < seconds < float("inf")):
+        raise UserError(f"seconds is {seconds!r}; expected a number above 0")
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Checks that an argument is a whole number of at least `least` and below 2^31.
+
+    Raises:
+      UserError: it is not.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (whole and least <= value < 2**31):
+        raise UserError(
+            f"{name} is {value!r}; expected a whole number of at least {least} and below 2^31"
+        )
 
 
 def validate(config: ml_collections.ConfigDict, least: Mapping[str, int]) -> None:

@@ -38,6 +38,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     ),
 }
 SINCE: dict[str, Any] = {}  # fields that config files of earlier versions lack, with their values
+LEAST_REFINED = 8  # steps of a refinement: R-hat needs four states of each chain
 STEPS = 3000  # used if neither steps nor seconds are given
 
 
@@ -111,3 +112,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "eval.nuts_draws": 4,
     }
     fits.validate(config, least)
+    if 0 < config.eval.refine < LEAST_REFINED:
+        raise UserError(
+            f"config.eval.refine is {config.eval.refine}; expected 0, for no refinement, or at "
+            f"least {LEAST_REFINED} steps"
+        )

@@ -27,7 +27,7 @@ def measured(name: str, seconds: float, seed: int) -> dict:
 
     import avb_tf
     from avb_tf.posteriors import comparison, verdict
-    from tests.campaigns.verdict_targets import TARGETS
+    from tests.campaigns.users_targets import TARGETS
 
     truth = TARGETS[name]()
     began = time.monotonic()
@@ -85,7 +85,7 @@ def table(directory: Path) -> str:
     A cell has the values of all seeds, in their order. `FALSE` marks false trust.
     """
     from avb_tf import tables
-    from tests.campaigns.verdict_targets import TARGETS
+    from tests.campaigns.users_targets import TARGETS
 
     rows = [json.loads(path.read_text()) for path in directory.glob("*.json")]
     order = list(TARGETS)
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="in this process")
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
-    from tests.campaigns.verdict_targets import TARGETS
+    from tests.campaigns.users_targets import TARGETS
 
     def fits(name):
         """Yields what is not finished yet of a target."""
