@@ -4,6 +4,7 @@ from typing import Any
 
 import ml_collections
 
+from avb_tf.errors import UserError
 from avb_tf.settings import fits
 
 METHOD = "posterior"  # config.method of a run that fits a posterior
