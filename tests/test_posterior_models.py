@@ -1,6 +1,7 @@
 import contextlib
 
 import numpy as np
+import pandas
 import pytest
 import tensorflow as tf
 from scipy import stats
@@ -462,6 +463,14 @@ def test_an_effort_or_a_seed_that_is_no_such_number(effort, told):
 )
 def test_observed_values_that_are_no_real_numbers(observed):
     refused("observed 'n' is of type .*; expected real numbers", poisson(), {"n": observed})
+
+
+def test_a_column_of_pandas_is_observed_unless_values_are_missing():
+    column = pandas.Series([3, 5, 4, 8, 2], dtype="Int64")
+    target = models.make(poisson(), {"n": column})
+    np.testing.assert_array_equal(target.observed["n"], COUNTS)
+    column[1] = pandas.NA
+    refused(r"observed 'n' is NaN at .1. and 1 of 5 values are", poisson(), {"n": column})
 
 
 def test_no_parameters_and_a_density_that_is_random():

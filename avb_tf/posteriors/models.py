@@ -164,8 +164,8 @@ def _check_observed(joint, observed):
         value = np.asarray(value)
         if value.dtype.kind in "cOSUMm":
             raise UserError(
-                f"observed '{name}' is of type {value.dtype}; expected real numbers: drop missing "
-                "rows, encode categories"
+                f"observed '{name}' is of type {value.dtype}; expected real numbers: leave missing "
+                "values out of data and model, and encode categories"
             )
         if value.dtype.kind == "f" and (missing := np.argwhere(np.isnan(value))).size:
             place = list(map(int, missing[0]))
@@ -400,8 +400,9 @@ def _floor(target) -> float | None:
 
     A plateau so low has no mass, but chains that start on it do not leave it.
     """
-    rng = np.random.default_rng(0)
-    wide = [width * rng.normal(size=[200, target.dim]) for width in np.geomspace(0.5, 50.0, 5)]
+    rng, widths = np.random.default_rng(0), np.geomspace(0.5, 50.0, 5)
+    each = int(np.clip(target.cost.rows // len(widths), 4, 200))
+    wide = [width * rng.normal(size=[each, target.dim]) for width in widths]
     u = tf.constant(np.concatenate(wide), target.dtype)
     try:
         density = np.asarray(target.log_density(u) - target.log_volume(u), np.float64)
