@@ -350,8 +350,8 @@ def with_slope(value_and_slope: Callable[[tf.Tensor], tuple[Any, Any]]) -> LogDe
 
         return value, of_upstream
 
-    valued: Any = valued
-    return valued
+    differentiable: Any = valued
+    return differentiable
 
 
 def _with_gradient(function):

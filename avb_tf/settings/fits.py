@@ -1,6 +1,5 @@
 """Checks that the configs of `fit_posterior` and of `fit_amortised` share."""
 
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,8 +49,8 @@ def check_effort(steps: Any, seconds: Any, seed: Any) -> None:
     if steps is not None:
         check_whole("steps", steps, 1)
     check_whole("seed", seed, 0)
-    number = isinstance(seconds, numbers.Real) and not isinstance(seconds, bool)
-    if seconds is not None and not (number and 0 < seconds < float("inf")):
+    number = isinstance(seconds, int | float | np.number) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and 0 < float(seconds) < float("inf")):
         raise UserError(f"seconds is {seconds!r}; expected a number above 0")
 
 
@@ -61,8 +60,8 @@ def check_whole(name: str, value: Any, least: int) -> None:
     Raises:
       UserError: it is not.
     """
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (whole and least <= value < 2**31):
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not (whole and least <= int(value) < 2**31):
         raise UserError(
             f"{name} is {value!r}; expected a whole number of at least {least} and below 2^31"
         )

@@ -357,10 +357,20 @@ def split_device():
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
-def elastic(folder, stages, _chance):
+def on_cpu(workdir, *before):
+    """Starts a run on the CPU of a machine with a GPU."""
+    return one(workdir, hide_gpus, *before)
+
+
+def hide_gpus():
+    """Leaves this process no GPU."""
+    tf.config.set_visible_devices([], "GPU")
+
+
+def elastic(folder, stages, limit, _chance):
     """Moves a run from stage to stage, each on other devices; all but the last end after a save."""
     whole, workdir = folder / "whole_elastic", folder / "elastic"
-    for directory, starts in ((whole, (one,)), (workdir, stages)):
+    for directory, starts in ((whole, stages[-1:]), (workdir, stages)):
         shutil.rmtree(directory, ignore_errors=True)
         for number, start in enumerate(starts, 1):
             last = number == len(starts)
@@ -369,7 +379,7 @@ def elastic(folder, stages, _chance):
                 status, error = job.finish()
                 if status != (0 if last else faults.PREEMPTED):
                     yield f"stage {number}: exit status {status}, {error[-200:]}"
-    if (apart := jobs.difference(workdir, whole)) > 1e-6:
+    if (apart := jobs.difference(workdir, whole)) > limit:
         yield f"weights differ by {apart:.2g}"
 
 
@@ -497,9 +507,9 @@ def parts(folder, whole, options):
         ),
         "the clock goes back": lambda chance: (1, list(clock_goes_back(folder, whole)), ""),
         "a worker never comes": lambda chance: (2, list(late_worker(folder)), ""),
-        "one device to two to one": part(elastic, 1, (one, two_devices, one)),
-        "one worker to two to one": part(elastic, 1, (one, two_workers, one)),
-        "two workers to one to two": part(elastic, 1, (two_workers, one, two_workers)),
+        "one device to two to one": part(elastic, 1, (one, two_devices, one), 1e-6),
+        "one worker to two to one": part(elastic, 1, (one, two_workers, one), 1e-6),
+        "two workers to one to two": part(elastic, 1, (two_workers, one, two_workers), 1e-6),
         "flipped bits in checkpoints": part(flipped_checkpoints, flips, whole, flips),
         "flipped bits in chunks": part(flipped_chunks, flips, whole, flips),
         "flipped bits in config.json": part(flipped_configs, flips, whole, flips),
@@ -526,6 +536,8 @@ def parts(folder, whole, options):
             ),
         ),
     }  # fmt: skip
+    if tf.config.list_physical_devices("GPU"):
+        tables["CPU to GPU to CPU"] = part(elastic, 1, (on_cpu, one, on_cpu), 1e-3)
     return tables
 
 
