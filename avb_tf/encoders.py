@@ -26,6 +26,9 @@ _register = keras.saving.register_keras_serializable("avb_tf")
 # contrast's density, its samples and the whitening use the same floored scale.
 VARIANCE_FLOOR = 1e-6
 MOMENT_POINTS = 4096  # Sobol points for the moments of the noise bases outside training
+# SciPy reads the direction numbers of Sobol sequences from a file at their first use. A process
+# that cannot open one more file then would go on with wrong points, and only print a traceback.
+scipy.stats.qmc.Sobol(1)
 
 
 class Posterior(NamedTuple):

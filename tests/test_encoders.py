@@ -1,5 +1,8 @@
 """Tests encoders: moments against draws and numpy, densities against scipy."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -271,3 +274,18 @@ def test_the_joint_basis_starts_with_independent_latents_of_the_scale_that_it_sa
     scale = np.exp(dense(encoder.log_scale, encoder.trunk(X)))
     expected = scale[:, :, np.newaxis] * np.eye(LATENT, posterior.columns.shape[-1])
     np.testing.assert_allclose(posterior.columns, expected, rtol=1e-5)
+
+
+def test_sobol_points_of_a_process_that_can_open_no_more_files():
+    program = """
+import os, resource
+from avb_tf import encoders
+count = len(os.listdir("/proc/self/fd")) - 1
+resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+points = encoders.sobol_normal(256, 2)
+print(*points.mean(0), *points.std(0))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    moments = np.array(done.stdout.split(), float)
+    np.testing.assert_allclose(moments, [0.0, 0.0, 1.0, 1.0], atol=0.05)
