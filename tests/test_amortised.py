@@ -91,6 +91,13 @@ def test_a_good_fit_is_trusted_with_its_exact_evidence(linear_fit):
     assert answer.parameters["mu"].shape == (100, 2)
 
 
+@pytest.mark.parametrize("arguments", [{"steps": 7}, {"chains": 0}, {"seed": None}])
+def test_arguments_of_refine_that_are_out_of_range(linear_fit, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(UserError, match=f"{name} is {value!r}; expected a whole number"):
+        linear_fit.posterior(OBSERVED[1]).refine(**arguments)
+
+
 def test_refined_draws_are_of_the_posterior(linear_fit):
     refined = linear_fit.posterior(OBSERVED[1]).refine(steps=10, chains=2000)
     truth = exact(OBSERVED[1])

@@ -443,7 +443,7 @@ def test_parameters_of_a_sequential_joint_keep_their_names():
         ({"steps": 0}, "steps is 0; expected a whole number of at least 1"),
         ({"steps": 10.5}, "steps is 10.5; expected a whole number"),
         ({"steps": True}, "steps is True; expected a whole number"),
-        ({"seconds": 0.0}, "seconds is 0.0; expected a number above 0"),
+        ({"seconds": 0.0}, "seconds is 0.0; expected a number of at least 0.001"),
         ({"seconds": -1}, "seconds is -1; expected a number"),
         ({"seconds": float("nan")}, "seconds is nan; expected a number"),
         ({"seconds": float("inf")}, "seconds is inf; expected a number"),

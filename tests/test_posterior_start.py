@@ -418,13 +418,16 @@ def test_a_line_that_climbs_a_ridge_far_out_is_no_sign_of_an_improper_posterior(
 
     line = np.array([[0.015, 1.0]])
     assert not tails.improper(tails.profile(funnel, np.array([-10.0, 0.0]), line)).any()
-    # The smallest scale a model may have leaves a plateau, which has no mass if it is low enough.
-    for low, expected in ((-5e14, False), (-150.0, False), (-50.0, True)):
-        plateau = tails.profile(lambda x: np.maximum(-(x[:, 0] ** 2), low), np.zeros(1), np.eye(1))  # noqa: B023
-        assert tails.improper(plateau).item() == expected
     # A density that overflows far out after it was flat, or that grows, is improper.
     assert tails.improper(tails.profile(flat, np.zeros(2), np.eye(2))).tolist() == [False, True]
     assert tails.improper(tails.profile(lambda x: x[:, 1], np.zeros(2), np.eye(2))).all()
+
+
+@pytest.mark.parametrize(("low", "expected"), [(-5e14, False), (-150.0, False), (-50.0, True)])
+def test_a_plateau_without_mass_is_no_sign_of_an_improper_posterior(low, expected):
+    """The smallest scale that a model may have leaves such a plateau."""
+    profile = tails.profile(lambda x: np.maximum(-(x[:, 0] ** 2), low), np.zeros(1), np.eye(1))
+    assert tails.improper(profile).item() == expected
 
 
 @pytest.mark.parametrize(
@@ -500,6 +503,13 @@ def test_the_error_of_a_bridge_holds_for_correlated_chains():
     off = np.abs(off)
     assert np.mean(off < 3.0) > 0.97
     assert np.mean(off < 1.0) < 0.9  # the stated error is not too large either
+
+
+@pytest.mark.parametrize(("r_hat", "least"), [(1.015, 0.0), (1.03, 0.03), (1.04, 0.04)])
+def test_chains_that_have_nearly_mixed_add_to_the_error_of_the_evidence(monkeypatch, r_hat, least):
+    monkeypatch.setattr(sampling.diagnostics, "largest_r_hat", lambda states: r_hat)
+    _, begun = states(mixture_of([[0.0, 0.0]], [1.0], [1.0]))
+    assert least <= begun.log_evidence.standard_error < least + 0.01
 
 
 def test_a_bridge_between_what_does_not_overlap_is_unknown():

@@ -227,11 +227,11 @@ def test_refining_brings_a_wrong_start_to_the_posterior(gaussian_fit):
 
 def test_refinement_with_fewer_chains_than_dimensions_moves_in_all_of_them():
     """The covariance of 50 chains has rank 49."""
-    for dim, slow in ((60, 5.0), (201, 8.0)):  # with a full covariance, and with scales alone
+    for dim, seconds in ((60, 5.0), (201, 8.0)):  # with a full covariance, and with scales alone
         sd = np.geomspace(0.1, 10.0, dim)
         fit = avb_tf.fit_posterior(
             lambda x: -0.5 * tf.reduce_sum((x / sd) ** 2, -1), shape=[dim], dtype="float64",  # noqa: B023
-            seconds=slow, verbose=False,
+            seconds=seconds, verbose=False,
         )  # fmt: skip
         refined = fit.refine(60, chains=50, verbose=False)
         assert refined.r_hat.max() < 1.2

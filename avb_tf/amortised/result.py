@@ -22,6 +22,8 @@ from avb_tf.posteriors.result import Refinement
 from avb_tf.posteriors.sampling import LEAPFROGS
 from avb_tf.posteriors.target import Structure
 from avb_tf.posteriors.verdict import Diagnostics
+from avb_tf.settings import fits
+from avb_tf.settings.posterior import LEAST_REFINED
 
 META, WEIGHTS, MODEL = "amortised.json", "q.weights.h5", "model"  # the files of a saved fit
 _BANK = 20_000  # simulated pairs; those nearest to y show where its posterior is
@@ -279,7 +281,12 @@ class AmortisedPosterior:
           steps: number of transitions of each chain.
           chains: number of parallel chains; their last states are the draws returned.
           seed: seed of the chains.
+        Raises:
+          UserError: an argument is out of range.
         """
+        fits.check_number("steps", steps, low=LEAST_REFINED)
+        fits.check_number("chains", chains)
+        fits.check_number("seed", seed, low=0)
         judged, rng = self._judgement(), np.random.default_rng(seed)
         states = judged.states.reshape(-1, judged.states.shape[-1])
         x = states[rng.integers(len(states), size=chains)]

@@ -166,9 +166,9 @@ class PosteriorFit:
         Raises:
           UserError: an argument is out of range.
         """
-        fits.check_whole("steps", steps, LEAST_REFINED)
-        fits.check_whole("chains", chains, 2)
-        fits.check_whole("seed", seed, 0)
+        fits.check_number("steps", steps, low=LEAST_REFINED)
+        fits.check_number("chains", chains, low=2)
+        fits.check_number("seed", seed, low=0)
         rng = np.random.default_rng(seed)
         drawn, states = self.draws(2 * chains, seed + 1), self._chains()
         _, log_evidence = verdict.total_variation(drawn.log_weights, states.log_weights)

@@ -8,6 +8,8 @@ import numpy as np
 
 from avb_tf.errors import UserError
 
+LEAST_SECONDS = 1e-3  # of a fit; the shortest fits take seconds, whatever they are given
+
 
 def resolved(
     defaults: Mapping[str, Any],
@@ -30,14 +32,23 @@ def resolved(
         raise UserError(f"unknown setting '{unknown[0]}'; expected one of {', '.join(defaults)}")
     for name, value in changes.items():
         low, high = ranges.get(name, (1, 2**31))
-        whole = isinstance(defaults[name], int)
-        number = isinstance(value, int | np.integer) if whole else isinstance(value, float | int)
-        if isinstance(value, bool) or not number or not low <= value < high:
-            below = "" if high == float("inf") else f" and below {high:g}"
-            kind = "a whole number" if whole else "a number"
-            expected = f"{kind} of at least {low}{below}"
-            raise UserError(f"{prefix}{name} is {value!r}; expected {expected}")
+        check_number(prefix + name, value, isinstance(defaults[name], int), low, high)
     return {**defaults, **changes}
+
+
+def check_number(
+    name: str, value: Any, whole: bool = True, low: float = 1, high: float = 2**31
+) -> None:
+    """Checks that a value is a number, a whole one if `whole`, of at least `low` and below `high`.
+
+    Raises:
+      UserError: it is not.
+    """
+    kind = int | np.integer if whole else float | int | np.floating | np.integer
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value < high:
+        below = "" if high == float("inf") else f" and below {high:g}"
+        expected = f"{'a whole number' if whole else 'a number'} of at least {low}{below}"
+        raise UserError(f"{name} is {value!r}; expected {expected}")
 
 
 def check_effort(steps: Any, seconds: Any, seed: Any) -> None:
@@ -47,24 +58,10 @@ def check_effort(steps: Any, seconds: Any, seed: Any) -> None:
       UserError: one of them is no such number.
     """
     if steps is not None:
-        check_whole("steps", steps, 1)
-    check_whole("seed", seed, 0)
-    number = isinstance(seconds, int | float | np.number) and not isinstance(seconds, bool)
-    if seconds is not None and not (number and 0 < float(seconds) < float("inf")):
-        raise UserError(f"seconds is {seconds!r}; expected a number above 0")
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Checks that an argument is a whole number of at least `least` and below 2^31.
-
-    Raises:
-      UserError: it is not.
-    """
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not (whole and least <= int(value) < 2**31):
-        raise UserError(
-            f"{name} is {value!r}; expected a whole number of at least {least} and below 2^31"
-        )
+        check_number("steps", steps)
+    if seconds is not None:
+        check_number("seconds", seconds, whole=False, low=LEAST_SECONDS, high=1e9)
+    check_number("seed", seed, low=0)
 
 
 def validate(config: ml_collections.ConfigDict, least: Mapping[str, int]) -> None:
