@@ -77,6 +77,7 @@ ORDER = [
     "avb_tf.figures.training",
     "avb_tf.posteriors",
     "avb_tf.posteriors.cost",
+    "avb_tf.posteriors.functions",
     "avb_tf.posteriors.target",
     "avb_tf.posteriors.bijectors",
     "avb_tf.posteriors.constraints",

@@ -9,7 +9,7 @@ from tensorflow_probability import distributions as tfd
 
 from avb_tf import UserError
 from avb_tf.posteriors import bijectors, constraints, models, start
-from avb_tf.posteriors.target import value_and_gradient
+from avb_tf.posteriors.functions import value_and_gradient
 
 EYE = np.eye(3, dtype=np.float64)
 

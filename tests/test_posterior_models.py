@@ -11,7 +11,8 @@ from tensorflow_probability import distributions as tfd
 import avb_tf
 from avb_tf import UserError
 from avb_tf.posteriors import hmc, models, start
-from avb_tf.posteriors.target import first_line, value_and_gradient
+from avb_tf.posteriors.functions import value_and_gradient
+from avb_tf.posteriors.target import first_line
 
 QUICK = {"steps": 50, "verbose": False, "draws": 256, "adversary_steps": 1, "blocks": 1}
 QUICK |= {"chart_steps": 0}  # tracing the chart takes longer than training it

@@ -17,8 +17,8 @@ from avb_tf.amortised.network import ConditionalMixture
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.posteriors import evidence, hmc, mixture, sampling, search, verdict
 from avb_tf.posteriors.evidence import Evidence
+from avb_tf.posteriors.functions import value_and_gradient
 from avb_tf.posteriors.mixture import Mixture
-from avb_tf.posteriors.target import value_and_gradient
 from avb_tf.posteriors.verdict import Diagnostics
 
 DRAWS = 4096  # draws of q

@@ -9,7 +9,8 @@ import tensorflow as tf
 from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
-from avb_tf.posteriors.target import Structure, save_functions
+from avb_tf.posteriors.functions import save_functions
+from avb_tf.posteriors.target import Structure
 
 RECORD = "record.json"
 SAVED = 1000  # number of pairs in each call of a saved model's `simulate`

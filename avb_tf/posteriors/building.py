@@ -10,6 +10,7 @@ from avb_tf.likelihoods import Likelihood
 from avb_tf.model import AVB
 from avb_tf.networks import DenseStack
 from avb_tf.posteriors.coordinates import Start
+from avb_tf.posteriors.functions import value_and_gradient, with_slope
 from avb_tf.posteriors.sampler import (
     Chart,
     GatedEncoder,
@@ -18,7 +19,7 @@ from avb_tf.posteriors.sampler import (
     Plain,
     log_normal,
 )
-from avb_tf.posteriors.target import LogDensity, Target, value_and_gradient, with_slope
+from avb_tf.posteriors.target import LogDensity, Target
 
 NOWHERE = -1e4  # nats: the log density where it is not finite, so that averages stay finite
 

@@ -12,7 +12,8 @@ from tensorflow_probability import distributions as tfd
 
 from avb_tf.errors import UserError
 from avb_tf.posteriors import bijectors
-from avb_tf.posteriors.target import first_line, value_and_gradient
+from avb_tf.posteriors.functions import value_and_gradient
+from avb_tf.posteriors.target import first_line
 
 _DRAWS = 512  # draws of the prior that the inverse and the bijector must reproduce
 _MANY = 2048  # draws that check a density against its own draws

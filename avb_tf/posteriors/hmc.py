@@ -11,8 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from avb_tf.posteriors.cost import ROWS
+from avb_tf.posteriors.functions import value_and_gradient
 from avb_tf.posteriors.mixture import Mixture
-from avb_tf.posteriors.target import LogDensity, Target, value_and_gradient
+from avb_tf.posteriors.target import LogDensity, Target
 
 Scores = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 

@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from avb_tf.errors import UserError
 from avb_tf.posteriors import cost
+from avb_tf.posteriors.functions import save_functions, value_and_gradient, with_slope
 
 RECORD = "record.json"
 FLOOR = 100.0  # nats below the peak, for each dimension: a plateau has no mass in float32's range
@@ -304,54 +305,6 @@ class Target:
 
     def _trial_draws(self):
         return tf.random.stateless_normal([3, self.dim], [0, 0], dtype=self.dtype)
-
-
-def value_and_gradient(function: Callable[[tf.Tensor], Any], x: tf.Tensor) -> tuple[Any, Any]:
-    """Returns `function(x)` and its dense gradient by x, or None if it does not depend on x."""
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        value = function(x)
-    gradient: Any = tape.gradient(value, x)
-    # The gradient of indexing is IndexedSlices, which neither numpy nor `tf.where` accept.
-    return value, None if gradient is None else tf.convert_to_tensor(gradient)
-
-
-def save_functions(
-    functions: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], path: str | Path
-) -> None:
-    """Writes functions as a SavedModel, with the variables that they read.
-
-    Args:
-      functions: pairs of a function and the `tf.TensorSpec`s of its arguments, by name.
-      path: directory of the SavedModel.
-    """
-    module: Any = tf.Module()
-    module.read = []
-    for name, (function, signature) in functions.items():
-        traced: Any = tf.function(function, signature, autograph=False)
-        module.read += traced.get_concrete_function().graph.variables
-        setattr(module, name, traced)
-    tf.saved_model.save(module, str(path))
-
-
-def with_slope(value_and_slope: Callable[[tf.Tensor], tuple[Any, Any]]) -> LogDensity:
-    """Returns the function x [n, dim] -> value [n] whose gradient is the slope [n, dim].
-
-    Variables that it reads, such as the weights of an emulator, are fixed.
-    """
-
-    @tf.custom_gradient
-    def valued(x):
-        value, slope = value_and_slope(x)
-
-        def of_upstream(upstream, variables=None):
-            by_x = upstream[:, tf.newaxis] * slope
-            return by_x if variables is None else (by_x, [None] * len(variables))
-
-        return value, of_upstream
-
-    differentiable: Any = valued
-    return differentiable
 
 
 def _with_gradient(function):
