@@ -15,7 +15,8 @@ from avb_tf.model import AVB
 from avb_tf.settings import methods
 
 _TRAINING = (
-    "draws", "adversary_draws", "adversary_steps", "kl_annealing_steps", "ema_decay", "seed",
+    "draws", "adversary_draws", "adversary_steps", "kl_annealing_steps", "ema_decay", "hide",
+    "seed",
 )  # fmt: skip
 
 # Encoders whose moments are estimated from their draws (`Encoder.moments_from_draws`).
@@ -125,7 +126,7 @@ def _activation(s) -> str:
 
 def _trunk(s, width, depth) -> keras.layers.Layer:
     if s.table is not None:
-        return columns.TableTrunk(s.table, width, depth)
+        return columns.TableTrunk(s.table, width, depth, linear=True)
     support = LIKELIHOODS[s.likelihood].support
     if s.network == "conv":
         return networks.ConvTrunk(s.filters, width, s.strides, support=support)
@@ -145,7 +146,7 @@ def _encoder_trunk(s) -> keras.layers.Layer:
 def _decoder(s, event_shape) -> keras.Model:
     if s.table is not None:
         size = columns.TableLikelihood(s.table).outputs
-        return networks.DenseDecoder((), size, s.width, s.depth)
+        return networks.DenseDecoder((), size, s.width, s.depth, linear=True)
     parameters, activation = LIKELIHOODS[s.likelihood].parameters, _activation(s)
     if s.network == "conv":
         return networks.ConvDecoder(event_shape, parameters, s.filters, s.strides, activation)

@@ -105,16 +105,21 @@ class TableLikelihood:
         """Returns E[x|z], [..., columns]: for a category its likeliest code, for an exposure 1."""
         return self.joined(self._means(outputs))
 
-    def predictive_mean(self, outputs: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-        """Returns E[x'|x], [batch, columns], the mean over draws of q(z|x).
+    def predictive_mean(
+        self, outputs: tf.Tensor, x: tf.Tensor, weights: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Returns E[x'|x], [batch, columns], the mean over draws of z.
 
         The exposures are those of x. For a category it is the code of the largest mean probability.
 
         Args:
           outputs: [samples, batch, outputs], the decoder's output for the draws.
           x: [batch, columns].
+          weights: [samples, batch], weights of the draws with sum 1; equal ones by default.
         """
-        return self.joined(self._means(outputs, x, draws=True))
+        if weights is None:
+            weights = tf.ones(tf.shape(outputs)[:2]) / tf.cast(tf.shape(outputs)[0], tf.float32)
+        return self.joined(self._means(outputs, x, weights))
 
     def split(
         self, outputs: tf.Tensor, x: tf.Tensor | None = None
@@ -140,9 +145,10 @@ class TableLikelihood:
                 return tf.math.log(tf.maximum(group.of(x), _LEAST_EXPOSURE))
         return tf.zeros([1])
 
-    def _means(self, outputs, x=None, draws=False):
-        """Yields the mean of each group, [..., n]; `draws` also averages over the first axis."""
-        over = functools.partial(tf.reduce_mean, axis=0) if draws else tf.identity
+    def _means(self, outputs, x=None, weights=None):
+        """Yields the mean of each group, [..., n]; `weights` also averages over the first axis."""
+        average = functools.partial(tf.einsum, "sb,sb...->b...", weights)
+        over = tf.identity if weights is None else average
         for group, part in self.split(outputs, x):
             if group.kind == "exposure":
                 ones = tf.ones_like(over(outputs)[..., :1])
@@ -158,6 +164,11 @@ class TableLikelihood:
         """Joins the groups' columns in the order of the table."""
         order = np.argsort(np.concatenate([group.indices for group in self.groups]))
         return tf.gather(tf.concat(list(parts), -1), order, axis=-1)
+
+    def hidden(self, x: tf.Tensor, chosen: tf.Tensor) -> tf.Tensor:
+        """Returns x [batch, columns] with NaN where `chosen`, except for exposures."""
+        modelled = [column.kind != "exposure" for column in self.table.columns]
+        return tf.where(chosen & modelled, np.nan, x)
 
     def valid(self, x: tf.Tensor) -> tf.Tensor:
         """Returns whether x [batch, columns] holds only values that the columns can have."""
@@ -236,17 +247,26 @@ class TableTrunk(Restorable, keras.layers.Layer):
       width: units of each layer.
       depth: number of layers; 0 returns the layers' inputs.
       activation: of every layer, a Keras name.
+      linear: whether the features end with the layers' inputs, so that a linear function of the
+        features can be one of the inputs.
     """
 
     def __init__(
-        self, table: Table, width: int, depth: int, activation: str = "relu", **kwargs: Any
+        self,
+        table: Table,
+        width: int,
+        depth: int,
+        activation: str = "relu",
+        linear: bool = False,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.missing, self.groups = table.missing, _groups(table)
+        self.linear = linear and depth > 0
         self.stack = DenseStack(width, depth, activation)
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Maps x [batch, columns] to features [batch, width]."""
+        """Maps x [batch, columns] to features [batch, width], or more if `linear`."""
         parts = []
         for group in self.groups:
             column = group.of(x)
@@ -255,7 +275,11 @@ class TableTrunk(Restorable, keras.layers.Layer):
             parts.append(tf.where(absent, 0.0, read))
             if self.missing and group.kind != "exposure":
                 parts.append(tf.cast(absent, tf.float32))
-        return self.stack(tf.concat(parts, -1))
+        inputs = tf.concat(parts, -1)
+        features = self.stack(inputs)
+        if not self.linear:
+            return features
+        return tf.concat([features, tf.cast(inputs, features.dtype)], -1)
 
 
 def _read(group: Group, column):

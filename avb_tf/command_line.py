@@ -97,16 +97,33 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"--mode={values.mode} runs only on the first worker of TF_CONFIG")
             return
         getattr(_imported(module), function)(config, workdir, **extra)
-    except (UserError, OSError) as error:
-        if "--debug" in argv:
+    except Exception as error:
+        known = _known(error)
+        if known is None or "--debug" in argv:
             raise
-        status = 2
-        if isinstance(error, WorkerLostError):
-            error, status = UserError(f"{error}; restart all workers to resume"), os.EX_TEMPFAIL
-        elif isinstance(error, OSError):
-            error = UserError(f"{error}; check that path, and the space on its disk")
-        print(f"avb-tf: {error}", file=sys.stderr)
+        print(f"avb-tf: {known}", file=sys.stderr)
+        status = os.EX_TEMPFAIL if isinstance(error, WorkerLostError) else 2
         raise SystemExit(status) from error
+
+
+def _known(error: Exception) -> UserError | None:
+    """Returns one line about a user's mistake, a lost worker, a disk or memory, or else None."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, WorkerLostError):
+        return UserError(f"{error}; restart all workers to resume")
+    if isinstance(error, OSError):
+        return UserError(f"{error}; check that path, and the space on its disk")
+    cause: BaseException | None = error
+    while cause is not None:
+        # The second is TensorFlow's, which may not have been imported.
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "ResourceExhaustedError":
+            return UserError(
+                f"not enough memory: {str(cause) or type(cause).__name__:.150}; free some, or use "
+                "a smaller config.batch_size or smaller networks; a run resumes where it was saved"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _cache_programs() -> None:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from avb_tf import likelihoods, proposal
 from avb_tf.data import checks
 from avb_tf.data.table import is_frame
 from avb_tf.encoders import Encoder, Posterior
@@ -26,6 +27,7 @@ class Inference(Trained):
     decoder: keras.Model
     averaged_encoder: Encoder  # running averages of the weights, or the encoder itself
     averaged_decoder: keras.Model
+    prior: Any
 
     def call(self, x: np.ndarray | tf.Tensor, training: bool = False) -> tf.Tensor:
         """Returns reconstructions of x, [batch, *event]; `predict` calls this.
@@ -86,8 +88,9 @@ class Inference(Trained):
         """Returns E[x'|z] averaged over draws z ~ q(z|x), [batch, *event].
 
         Where a value of x is missing (NaN in a table that allows it), the result is an imputed
-        value. A data frame gives a data frame, so
-        `frame.fillna(model.reconstruct(frame, samples=100))` fills it.
+        value. For such a table several draws are weighted by p(x, z) / q(z|x), so that with more of
+        them the result approaches E[x'|x] of the model itself (Mattei and Frellsen, 2019). A data
+        frame gives a data frame, so `frame.fillna(model.reconstruct(frame, samples=100))` fills it.
 
         Args:
           x: [batch, *event], or a pandas data frame with the table's columns.
@@ -95,13 +98,28 @@ class Inference(Trained):
           samples: draws for each x.
         """
         examples = self._examples(x)
-        outputs = self.averaged_decoder(self._posterior(examples, samples, seed).z)
-        means = self.likelihood.predictive_mean(outputs, examples)
+        if self.table is not None and self.table.missing and samples > 1:
+            means = self._imputed(examples, samples, seed)
+        else:
+            outputs = self.averaged_decoder(self._posterior(examples, samples, seed).z)
+            means = self.likelihood.predictive_mean(outputs, examples)
         if not is_frame(x):
             return means
         # Under the labels of x, or `fillna` would fill nothing where these are numbers.
         labels = {str(label): label for label in x.columns}
         return self.table.frame(means, x.index).rename(columns=labels)
+
+    def _imputed(self, x, samples, seed):
+        """Returns E[x'|x], [batch, columns], by importance sampling."""
+        posterior = self._posterior(x, samples, seed)
+        z, log_q = posterior.z, posterior.log_prob
+        if log_q is None:
+            gaussian = proposal.widened_gaussian(self.averaged_encoder, x)
+            z = gaussian.sample(samples, seed=[seed, 0])
+            log_q = gaussian.log_prob(z)
+        outputs = self.averaged_decoder(z)
+        log_p = likelihoods.log_likelihood(self.likelihood, outputs, x) + self.prior.log_prob(z)
+        return self.likelihood.predictive_mean(outputs, x, tf.nn.softmax(log_p - log_q, 0))
 
     def log_likelihood(
         self,

@@ -29,7 +29,7 @@ __all__ = ["AVB", "auxiliary", "flows", "schedules"]
 
 # Streams of randomness within a step. `AVB.noises` takes two consecutive streams; further dual
 # steps take the pairs of streams after the pair of _TRAIN.
-_BINARISE, _TEST, _, _TRAIN = range(4)
+_EXAMPLES, _TEST, _, _TRAIN = range(4)
 _MOMENT_DRAWS = 64  # fewest draws whose moments define a contrast
 _NOT_TAKEN = {"loss", "metrics", "weighted_metrics", "loss_weights"}  # arguments of `compile`
 
@@ -62,6 +62,9 @@ class AVB(Restorable, Inference):
       kl_annealing_steps: steps in which the weight of the KL term rises from 0 to 1.
       ema_decay: the weights of encoder and decoder are averaged over about 1 / (1 - decay) steps.
         Everything but training uses the averages. 0 turns averaging off.
+      hide: share of a table's known values that each training step hides at random, so that the
+        model learns to fill in what is missing. The terms of such a step are those of the values
+        that are left.
       skip_non_finite: whether to skip a step with a non-finite loss or gradient. `skipped`
         counts these steps.
       seed: seed of all noise drawn in training.
@@ -85,6 +88,7 @@ class AVB(Restorable, Inference):
         adversary_steps: int = 1,
         kl_annealing_steps: int = 0,
         ema_decay: float = 0.0,
+        hide: float = 0.0,
         skip_non_finite: bool = True,
         seed: int = 0,
         prior: bool = True,
@@ -106,6 +110,8 @@ class AVB(Restorable, Inference):
             learned = adversary is not None
             parts.check_draws(draws, adversary_draws, learned, contrast, latent_dim, name)
         self.likelihood = columns.likelihood_of(likelihood)
+        parts.check_hide(hide, self.table)
+        self.hide = hide
         self.contrast = contrasts.CONTRASTS[contrast]
         self.condition = condition
         self.draws = draws
@@ -329,12 +335,14 @@ class AVB(Restorable, Inference):
     def _inputs(self, data):
         x = self._as_examples(keras.utils.unpack_x_y_sample_weight(data)[0])
         if self.likelihood.binary:
-            seed = replicas.stream_seed(self.seed, self.step.value, _BINARISE)
-            uniform = replicas.rows(
-                tf.random.stateless_uniform, tf.unstack(tf.shape(x)), seed, axis=0
-            )
-            x = tf.where(uniform < x, 1.0, 0.0 * x)  # 0 * NaN stays NaN, so the step is skipped
+            # 0 * NaN stays NaN, so the step is skipped
+            x = tf.where(self._uniform(x) < x, 1.0, 0.0 * x)
         return x
+
+    def _uniform(self, x):
+        """Draws numbers from 0 to 1 of x's shape for this step."""
+        seed = replicas.stream_seed(self.seed, self.step.value, _EXAMPLES)
+        return replicas.rows(tf.random.stateless_uniform, tf.unstack(tf.shape(x)), seed, axis=0)
 
     # Training.
 
@@ -345,6 +353,8 @@ class AVB(Restorable, Inference):
         dual step draws its own noise.
         """
         x, weights = self._inputs(data), _weights(data)
+        if self.hide:
+            x = self.likelihood.hidden(x, self._uniform(x) < self.hide)
         dual = self.adversary.trainable_variables if self.adversary is not None else []
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             tape.watch([v.value for v in self.primal_variables])

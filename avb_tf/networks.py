@@ -256,6 +256,8 @@ class DenseDecoder(Restorable, keras.Model):
       width: units of each hidden layer.
       depth: number of hidden layers.
       activation: of the hidden layers, a Keras name.
+      linear: whether the output also has a linear function of z. With it the model can be a factor
+        analysis, which suits tables.
     """
 
     def __init__(
@@ -265,16 +267,20 @@ class DenseDecoder(Restorable, keras.Model):
         width: int,
         depth: int,
         activation: str = "relu",
+        linear: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.output_event = (*event_shape, parameters)
+        self.linear = linear
         self.stack = DenseStack(width, depth, activation)
         self.head = float32_dense(math.prod(self.output_event))
 
     def call(self, z: tf.Tensor) -> tf.Tensor:
         """Maps z [..., latent] to likelihood parameters [..., *event, parameters]."""
-        return _unflatten(self.head(self.stack(z)), tf.shape(z)[:-1], self.output_event)
+        hidden = self.stack(z)
+        hidden = tf.concat([hidden, tf.cast(z, hidden.dtype)], -1) if self.linear else hidden
+        return _unflatten(self.head(hidden), tf.shape(z)[:-1], self.output_event)
 
 
 @_register

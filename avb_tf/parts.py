@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from avb_tf.contrast import CONTRASTS
+from avb_tf.data.table import Table
 from avb_tf.encoders import Posterior
 from avb_tf.errors import UserError
 from avb_tf.likelihoods import LIKELIHOODS
@@ -79,6 +80,25 @@ def check_flow(width: int, latent_dim: int) -> None:
         raise UserError(
             f"flow_width is {width}; expected at least latent_dim, {latent_dim}, because a "
             "narrower flow ignores some of the latents"
+        )
+
+
+def check_hide(hide: float, table: Table | None) -> None:
+    """Checks the share of a table's values that training hides.
+
+    Args:
+      hide: the share.
+      table: the columns, or None if x are not the rows of a table.
+    Raises:
+      UserError: the share is not in [0, 1), or nothing may be missing.
+    """
+    if not 0.0 <= hide < 1.0:
+        raise UserError(f"hide is {hide}; expected 0 or more, and less than 1")
+    if hide and (table is None or not table.missing):
+        found = "x is no table" if table is None else "the table has no missing values"
+        raise UserError(
+            f"hide is {hide}, but {found}; expected 0, or a table with missing=True "
+            "(config.data.missing)"
         )
 
 

@@ -142,6 +142,90 @@ def test_an_encoder_reads_standard_numbers_and_flags_for_what_is_missing():
     assert np.isfinite(read).all()
 
 
+def test_the_features_of_a_trunk_may_end_with_its_inputs():
+    inputs = TableTrunk(TABLE, width=4, depth=0, linear=True)(X)
+    features = TableTrunk(TABLE, width=4, depth=2, linear=True)(X)
+    assert features.shape == (4, 4 + inputs.shape[1])
+    np.testing.assert_array_equal(features[:, 4:], inputs)
+
+
+def test_training_hides_known_values_but_no_exposure():
+    chosen = np.random.default_rng(0).random(X.shape) < 0.5
+    hidden = LIKELIHOOD.hidden(tf.constant(X), tf.constant(chosen)).numpy()
+    chosen[:, 4] = False  # days
+    np.testing.assert_array_equal(hidden, np.where(chosen, NAN, X))
+
+
+def test_each_step_hides_other_values(monkeypatch):
+    table = Table((Column("a", "gaussian"), Column("b", "gaussian")), missing=True)
+    model = avb_tf.build("vae", table, latent_dim=1, width=4, depth=1, hide=0.3)
+    model.compile(run_eagerly=True)
+    seen, x = [], np.ones([5000, 2], np.float32)
+    parameters = type(model.encoder).parameters
+    monkeypatch.setattr(
+        type(model.encoder), "parameters",
+        lambda self, x, training=False: seen.append(x.numpy()) or parameters(self, x, training),
+    )  # fmt: skip
+    model.fit(x, batch_size=5000, epochs=2, verbose=0)
+    first, second = (np.isnan(rows) for rows in seen)
+    assert abs(first.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / x.size)
+    assert abs(second.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / x.size)
+    assert abs((first & second).mean() - 0.09) < 5 * np.sqrt(0.09 * 0.91 / x.size)
+    seen.clear()
+    model.evaluate(x, batch_size=5000, verbose=0)
+    model.reconstruct(x)
+    assert not np.isnan(seen).any()
+
+
+NOTHING = Table((Column("a", "gaussian"),))
+
+
+@pytest.mark.parametrize(
+    ("shape", "hide", "message"),
+    [
+        (TABLE, -0.1, "hide is -0.1; expected 0 or more, and less than 1"),
+        (TABLE, 1.0, "hide is 1.0; expected 0 or more, and less than 1"),
+        (TABLE, NAN, "hide is nan; expected 0 or more"),
+        (NOTHING, 0.2, "hide is 0.2, but the table has no missing values; expected 0, or"),
+        ((6,), 0.2, "hide is 0.2, but x is no table; expected 0, or a table"),
+    ],
+)
+def test_a_share_that_cannot_be_hidden_is_refused(shape, hide, message):
+    with pytest.raises(UserError, match=message):
+        avb_tf.build("vae", shape, hide=hide)
+
+
+# Imputation by importance sampling, beside the conditional mean of a factor analysis.
+
+
+@pytest.mark.parametrize("method", ["vae", "avb_ac"])
+def test_imputed_values_are_conditional_means(method):
+    random = np.random.default_rng(1)
+    loadings, noise = random.normal(size=[2, 4]), np.array([0.3, 0.5, 0.8, 0.4])
+    shift, unit = np.array([1.0, -2.0, 0.0, 30.0]), np.array([1.0, 2.0, 0.5, 10.0])
+    table = Table(
+        tuple(Column(str(i), "gaussian", shift[i], unit[i]) for i in range(4)), missing=True
+    )
+    model = avb_tf.build(method, table, latent_dim=2, width=3, depth=1, ema_decay=0.0)
+    for layer in (model.encoder.mean, model.encoder.log_scale):  # q is the prior
+        layer.set_weights([np.zeros_like(weight) for weight in layer.get_weights()])
+    raw = np.log(np.expm1(noise - SCALE_FLOOR))  # the scale is SCALE_FLOOR + softplus(raw)
+    kernel = np.zeros([3 + 2, 4, 2])
+    kernel[3:, :, 0] = loadings
+    model.decoder.head.set_weights([kernel.reshape(5, 8), np.stack([np.zeros(4), raw], -1).ravel()])
+    x = random.normal(size=[5, 2]) @ loadings + noise * random.normal(size=[5, 4])
+    absent = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]]) > 0
+    rows = np.where(absent, NAN, shift + unit * x).astype(np.float32)
+    imputed = np.asarray(model.reconstruct(rows, samples=40_000))
+    covariance = loadings.T @ loadings + np.diag(noise**2)
+    for row, hidden, values in zip(x, absent, imputed, strict=True):
+        known = ~hidden
+        part = covariance[np.ix_(known, known)]
+        expected = covariance[np.ix_(hidden, known)] @ np.linalg.solve(part, row[known])
+        # Of 40,000 draws at least 1,000 are effective, of a variable with a scale of 1 at most.
+        np.testing.assert_allclose(((values - shift) / unit)[hidden], expected, atol=0.1)
+
+
 def test_a_unit_of_measurement_changes_the_density_by_its_log_alone():
     metres, x = Column("height", "gaussian", 1.7, 0.1), np.array([[1.65], [1.9]], np.float32)
     inches = Column("height", "gaussian", 170.0, 10.0)

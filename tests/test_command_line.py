@@ -45,6 +45,54 @@ def test_debug_shows_the_traceback(root):
         run("--config=configs/digits.py:gan --debug")
 
 
+class ResourceExhaustedError(Exception):
+    """Named like TensorFlow's."""
+
+
+def within(error):
+    """Returns an error that hides another, as TensorFlow's errors of a graph do."""
+    try:
+        try:
+            raise error
+        except type(error):
+            raise RuntimeError("in user code") from None
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        MemoryError(),
+        ResourceExhaustedError("OOM when allocating tensor\nof shape [1]"),
+        within(MemoryError()),
+        within(within(ResourceExhaustedError("OOM"))),
+    ],
+    ids=str,
+)
+def test_too_little_memory_is_told_in_one_line(error, tmp_path, monkeypatch, capsys):
+    def train(config, workdir):
+        raise error
+
+    monkeypatch.setattr(command_line, "_imported", lambda module: SimpleNamespace(train=train))
+    with pytest.raises(SystemExit) as stop:
+        main(["avb-tf", "--config=digits:vae", f"--workdir={tmp_path}"])
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("avb-tf: not enough memory: ")
+    assert text.count("\n") == 1
+
+
+def test_an_unknown_error_keeps_its_traceback(tmp_path, monkeypatch):
+    def train(config, workdir):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(command_line, "_imported", lambda module: SimpleNamespace(train=train))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["avb-tf", "--config=digits:vae", f"--workdir={tmp_path}"])
+
+
 def test_help_needs_no_tensorflow():
     code = (
         "import sys; from avb_tf.command_line import main; main(['avb-tf', '--help'])\n"

@@ -371,6 +371,7 @@ RESTORABLE = {
         [IMAGE],
     ),
     "DenseDecoder": (lambda: DenseDecoder((3, 2), 2, 6, 2, "tanh"), [Z]),
+    "LinearDenseDecoder": (lambda: DenseDecoder((3, 2), 2, 6, 2, "tanh", linear=True), [Z]),
     "ConvDecoder": (lambda: ConvDecoder((5, 4, 2), 1, [3, 4], [1, 2], "tanh"), [Z]),
     **{name: (lambda maker=maker: maker(), [CONDITION, Z]) for name, maker in ADVERSARIES.items()},
     "ConvolutionalAdversary": (

@@ -16,7 +16,8 @@ import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
 import avb_tf
-from avb_tf.serving.protos import from_tensor, to_tensor
+from avb_tf.errors import UserError
+from avb_tf.serving.protos import TensorProto, from_tensor, to_tensor
 from avb_tf.serving.saved_model import SavedModel
 from tests import serving_double
 
@@ -58,6 +59,25 @@ def test_tensors_equal_those_of_the_official_functions(array):
     np.testing.assert_array_equal(tf.make_ndarray(to_tensor(array)), array)
 
 
+@pytest.mark.parametrize(
+    ("fields", "shape", "message"),
+    [
+        ({"dtype": 9}, (0, 2**60), "too big"),
+        ({"dtype": 9}, (0, 2**63 - 1), "a tensor of shape"),
+        ({"dtype": 1, "float_val": [1.0]}, (1,) * 70, "a tensor of shape"),
+        ({"dtype": 4, "int_val": [300]}, (1,), "larger value"),
+        ({"dtype": 4, "int_val": [-5]}, (1,), "larger value"),
+        ({"dtype": 1, "float_val": [1.0]}, (-1, -1), "expected 1"),
+    ],
+)
+def test_a_tensor_that_is_no_array_is_refused(fields, shape, message):
+    tensor = TensorProto(**fields)
+    for size in shape:
+        tensor.tensor_shape.dim.add(size=size)
+    with pytest.raises(UserError, match=message):
+        from_tensor(tensor)
+
+
 def with_shape(*sizes, content=b"\0\0\0\0"):
     request = predict("encode", x=X)
     tensor = request.inputs["x"]
@@ -71,6 +91,7 @@ def with_shape(*sizes, content=b"\0\0\0\0"):
 MALFORMED = {
     "negative batch": (with_shape(-1, 6), "INVALID_ARGUMENT"),
     "huge batch": (with_shape(2**62, 6), "INVALID_ARGUMENT"),
+    "nothing by a huge number": (with_shape(0, 2**60, content=b""), "INVALID_ARGUMENT"),
     "half a number": (with_shape(1, content=b"\0\0"), "INVALID_ARGUMENT"),
     "strings": (predict("encode", x=["a"]), "INVALID_ARGUMENT"),
     "NaN": (predict("encode", x=np.full_like(X, np.nan)), "INVALID_ARGUMENT"),

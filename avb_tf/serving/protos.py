@@ -7,6 +7,7 @@ The official package converts with `tf.make_tensor_proto`, which imports all of 
 import contextlib
 import importlib
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Generator
@@ -85,20 +86,25 @@ def from_tensor(tensor: Any) -> np.ndarray:
     """Returns the array in a `TensorProto`.
 
     Raises:
-      UserError: the type is unknown, or the values do not fill the shape.
+      UserError: the type is unknown, a value is too large for it, or the values do not fill the
+        shape.
     """
     if tensor.dtype not in DTYPES:
         raise UserError(f"a tensor of type {tensor.dtype}; expected one of {sorted(DTYPES)}")
     dtype, shape = DTYPES[tensor.dtype], [dim.size for dim in tensor.tensor_shape.dim]
     content = tensor.tensor_content
-    if content and len(content) % dtype.itemsize == 0:
-        values = np.frombuffer(content, dtype)
-    else:
-        values = np.array(getattr(tensor, _FIELDS[tensor.dtype]), dtype)
-    # The product uses Python's integers, which do not overflow for huge sizes.
-    count = 1
-    for size in shape:
-        count *= size
+    try:
+        if content and len(content) % dtype.itemsize == 0:
+            values = np.frombuffer(content, dtype)
+        else:
+            # Of a list, since of protobuf's own sequence numpy would cut large values off.
+            values = np.array(list(getattr(tensor, _FIELDS[tensor.dtype])), dtype)
+    except OverflowError as error:
+        raise UserError(f"a tensor of {dtype} with a larger value ({error})") from error
+    count = math.prod(shape)
     if min(shape, default=0) < 0 or count != len(values):
         raise UserError(f"a tensor of shape {shape} with {len(values)} values; expected {count}")
-    return values.reshape(shape)
+    try:
+        return values.reshape(shape)
+    except ValueError as error:  # more dimensions, or larger ones beside a 0, than numpy has
+        raise UserError(f"a tensor of shape {shape!s:.100}: {error}") from error

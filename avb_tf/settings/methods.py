@@ -43,6 +43,9 @@ SETTINGS: dict[str, Any] = {
     "adversary_steps": 1,  # dual steps for each primal step; the last one is simultaneous with it
     "kl_annealing_steps": 0,  # steps in which the weight of the KL term rises to 1; 0: none
     "ema_decay": 0.999,  # decay of the averaged weights, used outside training; 0: no averaging
+    # Share of a table's known values that each training step hides at random, so that the model
+    # learns to fill in what is missing; table only, with missing values allowed
+    "hide": 0.0,
     "seed": 0,
 }
 

@@ -113,6 +113,7 @@ def default(method: str, **model: Any) -> ml_collections.ConfigDict:
 SINCE = {
     "tf32": True, "resident_megabytes": 4096, "worker_timeout": 600.0,
     "data": {"columns": "", "missing": False},
+    "model": {"hide": 0.0},
 }  # fmt: skip
 # Each entry holds a range in words, its test and the fields that must lie in it. The bound 2^31 is
 # the limit of int32, and it excludes inf.
@@ -156,7 +157,7 @@ _RANGES = (
     (
         "0 or more and below 1",
         lambda value: 0 <= value < 1,
-        ("model.ema_decay", "optimizer.beta_1"),
+        ("model.ema_decay", "model.hide", "optimizer.beta_1"),
     ),
     (
         "0 to 1",

@@ -4,6 +4,7 @@ import functools
 import os
 import resource
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,14 @@ def exhausted(workdir, kind, *flags, **job):
     """
     for more in LIMITS[kind]:
         limited = functools.partial(limit, kind, more)
-        status, error = Job(workdir, *flags, forked=True, before=limited, **job).finish()
+        run = Job(workdir, *flags, forked=True, before=limited, **job)
+        try:
+            status, error = run.finish(seconds=200)
+        except subprocess.TimeoutExpired:
+            run.process.kill()
+            run.finish()
+            yield f"{more} more: does not end"
+            continue
         if status and not (kind == "memory" and status < 0):
             yield from (f"{more} more: {what}" for what in jobs.one_line(status, error))
     status, error = Job(workdir, *flags, forked=True, **job).finish()

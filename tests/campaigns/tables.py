@@ -46,12 +46,12 @@ def of_model(method, kind, train, validation, test, seed):
     table = avb_tf.Table.of(train, kind, missing=True)
     model = avb_tf.build(
         method, table, latent_dim=12, width=128, depth=2, draws=4, adversary_draws=8,
-        adversary_width=64, ema_decay=0.99, seed=seed,
+        adversary_width=64, ema_decay=0.99, hide=0.2, seed=seed,
     )  # fmt: skip
     model.compile(Adam(1e-3), Adam(3e-3))
     model.fit(
-        train, batch_size=32, epochs=500, verbose=0, validation_data=(validation,),
-        callbacks=[keras.callbacks.EarlyStopping(patience=40, restore_best_weights=True)],
+        train, batch_size=32, epochs=1000, verbose=0, validation_data=(validation,),
+        callbacks=[keras.callbacks.EarlyStopping(patience=100, restore_best_weights=True)],
     )  # fmt: skip
     log_p = model.log_likelihood(test, verbose=False)
     print(f"{method}, {kind}, seed {seed}, {int(model.step.numpy())} steps: {log_p}", flush=True)
