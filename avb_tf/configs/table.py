@@ -2,7 +2,7 @@
 
 avb-tf --config=table:avb_ac --config.data.path=patients.csv \\
   --config.data.columns=visits=poisson,city=category,id=skip --config.data.missing=True \\
-  --mode=train_and_evaluate
+  --config.model.hide=0.2 --mode=train_and_evaluate
 """
 
 import ml_collections

@@ -33,7 +33,7 @@ def exhausted(workdir, kind, *flags, **job):
     """Repeats a command with less of it to more, and at last without a limit.
 
     Yields:
-      Losses. Without memory TensorFlow may end the process, which then says nothing.
+      Losses. Without memory TensorFlow or the dynamic loader (status 127) may end the process.
     """
     for more in LIMITS[kind]:
         limited = functools.partial(limit, kind, more)
@@ -45,7 +45,7 @@ def exhausted(workdir, kind, *flags, **job):
             run.finish()
             yield f"{more} more: does not end"
             continue
-        if status and not (kind == "memory" and status < 0):
+        if status and not (kind == "memory" and (status < 0 or status == 127)):
             yield from (f"{more} more: {what}" for what in jobs.one_line(status, error))
     status, error = Job(workdir, *flags, forked=True, **job).finish()
     if status:
