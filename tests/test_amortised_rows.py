@@ -314,3 +314,70 @@ def test_models_whose_rows_cannot_be_taken(model, changes, message):
     call = functools.partial(avb_tf.fit_amortised, **{"rows": (1, 3), "steps": 1, **TINY})
     with pytest.raises(UserError, match=message):
         call(model(), "y", **changes)
+
+
+# Data sets of a fixed number of draws from one distribution.
+
+
+def plane(y):
+    """Joint of a mean [2] and the part `y`, a function of it."""
+    mean = tfd.Sample(tfd.Normal(0.0, 1.0), 2)
+    return tfd.JointDistributionNamed({"mean": mean, "y": y})
+
+
+def of_mean(mean):
+    return tfd.Independent(tfd.Normal(mean, 1.0), 1)
+
+
+@tfd.JointDistributionCoroutineAutoBatched
+def auto_batched_sample():
+    mu = yield tfd.Normal(0.0, 1.0, name="mu")
+    yield tfd.Sample(tfd.Normal(mu, 1.0), [5, 3], name="y")
+
+
+ROWS = {
+    "vectors": (plane(lambda mean: tfd.Sample(of_mean(mean), 4)), 2),
+    "numbers in a matrix": (auto_batched_sample, 1),
+    "one vector": (plane(of_mean), None),
+    "a walk": (
+        plane(lambda mean: tfd.Sample(tfd.MultivariateNormalDiag(tf.cumsum(mean, -1)), 4)),
+        2,
+    ),
+    "parameters that depend on the data": (
+        tfd.JointDistributionNamed({
+            "y": tfd.Sample(tfd.Normal(0.0, 1.0), 3),
+            "mean": lambda y: tfd.Normal(y[..., 0], 1.0),
+        }),
+        None,
+    ),
+    "draws in each column": (
+        plane(lambda mean: tfd.Independent(tfd.Sample(tfd.Normal(mean, 1.0), 4), 1)), None
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("joint", "row"), ROWS.values(), ids=ROWS)
+def test_a_sample_is_a_set_of_rows(joint, row):
+    assert sources.of_joint(joint, ("y",)).row == row
+
+
+def test_several_observed_parts_are_no_set_of_rows():
+    parts = {"mu": tfd.Normal(0.0, 1.0)}
+    parts |= {n: lambda mu: tfd.Sample(tfd.Normal(mu, 1.0), 3) for n in ("a", "b")}
+    assert sources.of_joint(tfd.JointDistributionNamed(parts), ("a", "b")).row is None
+
+
+def test_a_fit_of_a_sample_does_not_depend_on_the_order(tmp_path):
+    joint = tfd.JointDistributionNamed(
+        {"mu": tfd.Normal(0.0, 1.0), "y": lambda mu: tfd.Sample(tfd.Normal(mu, NOISE), 6)}
+    )
+    fit = avb_tf.fit_amortised(joint, steps=500, **TINY)
+    fit.save(tmp_path / "fit")
+    y = data(6)
+    truth = exact(y)
+    u = {"mu": truth.ppf(np.linspace(0.1, 0.9, 9)).astype(np.float32)}
+    log_q = fit.log_prob(u, y)
+    np.testing.assert_allclose(fit.log_prob(u, y[::-1]), log_q, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(log_q, truth.logpdf(u["mu"]), atol=0.25)
+    loaded = avb_tf.AmortisedFit.load(tmp_path / "fit")
+    np.testing.assert_allclose(loaded.log_prob(u, y), log_q, rtol=1e-5, atol=1e-5)

@@ -82,6 +82,7 @@ def fit_amortised(
         identity = {
             "parameters": source.coordinates(),
             "observed": source.shapes,
+            "row": source.row,
             "rows": rows,
             "steps": steps,
             "seconds": seconds,

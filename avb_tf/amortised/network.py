@@ -160,7 +160,7 @@ class ConditionalMixture(keras.Model):
       depth: number of residual blocks of each network.
       trunk_width: units of each layer of the two networks of y, one for the factors and one for
         the whitening.
-      rows: whether y is a set of rows, [n, rows * features], in any order.
+      rows: whether y is a set of rows, [n, rows * features], whose order does not matter.
     Source: mixture density networks (Bishop, 1994), in autoregressive order (Uria, Murray and
     Larochelle, 2013).
     """

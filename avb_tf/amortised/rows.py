@@ -34,6 +34,7 @@ class Rows(Simulation):
         self.one, self.smallest, self.largest = one, smallest, largest
         self.dim, self.dtype, self.names = one.dim, one.dtype, one.names
         self.observed, self.sizes, self.features = one.observed, one.sizes, one.features
+        self.row = one.features
         self.has_density, self.portable = one.has_density, one.portable
         self.constrain, self.unconstrain = one.constrain, one.unconstrain
         self.log_volume, self.coordinates = one.log_volume, one.coordinates

@@ -31,6 +31,7 @@ class Loaded(Simulation):
         }
         self.sizes = [size_of(shape) for shape, _ in self.observed.values()]
         self.features, self.has_density = sum(self.sizes), record["has_density"]
+        self.row = record.get("row")
         self.rows = record.get("rows")  # smallest and largest number, if there are several
         self.portable = hasattr(self._module, "simulate")
         signature = self._module.unconstrain.input_signature
@@ -134,6 +135,7 @@ def save(simulation: Simulation, path: str | Path) -> None:
         "coordinates": simulation.coordinates(),
         "observed": [[k, list(s), d.name] for k, (s, d) in simulation.observed.items()],
         "has_density": simulation.has_density,
+        "row": simulation.row,
         "rows": rows,
     }
     (Path(path) / RECORD).write_text(json.dumps(record) + "\n")

@@ -8,7 +8,7 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 from tensorflow_probability.python.distributions import joint_distribution
 
-from avb_tf.amortised.simulation import Simulation
+from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
 from avb_tf.posteriors import constraints, models
 from avb_tf.posteriors.target import Target, first_line
@@ -62,7 +62,7 @@ def of_joint(joint: tfd.JointDistribution, observed: Sequence[str]) -> Simulatio
         return [tf.add_n([densities[name] for name in part]) for part in (known, observed)]
 
     parts = {name: (drawn[name].shape, drawn[name].dtype) for name in observed}
-    return Simulation(target, parts, draw, redraw, pin, terms)
+    return Simulation(target, parts, draw, redraw, pin, terms, row=_row(joint, observed))
 
 
 def of_simulator(
@@ -102,6 +102,15 @@ def of_simulator(
         return compute(parameters, tf.bitwise.bitwise_and(tf.cast(seed, tf.int32), 2**31 - 1))
 
     return Simulation(target, parts, draw, redraw, None, portable=portable)
+
+
+def _row(joint, observed) -> int | None:
+    """Returns the dimensions of one draw if all that is observed is a `tfd.Sample`."""
+    distributions = joint._get_single_sample_distributions()
+    part = dict(zip(joint._flat_resolve_names(), distributions, strict=True))[observed[0]]
+    if len(observed) > 1 or not isinstance(part, tfd.Sample) or part.batch_shape.rank:
+        return None
+    return size_of(part.distribution.event_shape)
 
 
 def _bijector(prior):

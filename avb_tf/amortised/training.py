@@ -14,7 +14,6 @@ import tensorflow as tf
 
 from avb_tf.amortised.checkpoint import State, Workdir, assign
 from avb_tf.amortised.network import ConditionalMixture, scaling
-from avb_tf.amortised.rows import Rows
 from avb_tf.amortised.simulation import Simulation, size_of
 from avb_tf.errors import UserError
 from avb_tf.posteriors.training import CHUNK, Clock
@@ -29,12 +28,12 @@ def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixtur
     """Returns the network of a model with initial weights, before the scaling is set."""
     q = ConditionalMixture(
         simulation.dim,
-        simulation.features,
+        simulation.row or simulation.features,
         settings["components"],
         settings["width"],
         settings["depth"],
         settings["trunk_width"],
-        isinstance(simulation, Rows),
+        simulation.row is not None,
     )
     q((tf.zeros([1, simulation.dim]), tf.zeros([1, simulation.features])))
     return q
@@ -68,7 +67,7 @@ def train(
         size = sum(size_of(shape) for shape in simulation.shapes.values())
         pairs = max(100, min(_SCALING_PAIRS, _SCALING_NUMBERS // size))
         u, y, usable = simulation.simulate(pairs, tf.constant([seed, -1]))
-        rows = np.asarray(y)[usable].reshape(-1, simulation.features)
+        rows = np.asarray(y)[usable].reshape(-1, q.features)
         q.standardise(scaling(np.asarray(u)[usable], rows[np.isfinite(rows).all(1)]))
     else:
         assign(q.variables, state.weights)
