@@ -51,7 +51,8 @@ def fit_amortised(
       observed: names of the parts that will be observed; all others are inferred.
       prior: TFP distribution of a simulator's parameters; only for a simulator.
       rows: smallest and largest number of rows of a data set. The model is then a model of one row;
-        the rows of a data set are independent given the parameters, and y is [rows, ...].
+        the rows of a data set are independent given the parameters, and y is [rows, ...]. Without
+        it, an observed `tfd.Sample` is read as a set of a fixed number of rows.
       steps: number of training steps, each with new pairs; 10,000 if `seconds` is not given either.
       seconds: time that the whole call may take. The number of training steps then depends on the
         machine, so the fit is not determined by `seed` alone.
