@@ -319,6 +319,48 @@ def test_pairs_of_an_auto_batched_joint_are_independent():
     assert not np.isin(again, u).any()
 
 
+# Images and series.
+
+PIXELS = np.linspace(-1.0, 1.0, 8, dtype=np.float32)
+
+
+def spot(place):
+    """Returns an image [8, 8] of a spot in the middle row, in noise."""
+    lit = tf.exp(-0.5 * ((PIXELS - place[..., tf.newaxis]) / 0.3) ** 2)
+    mean = tf.exp(-0.5 * (PIXELS / 0.3) ** 2)[:, tf.newaxis] * lit[..., tf.newaxis, :]
+    return tfd.Independent(tfd.Normal(mean, 0.4), 2)
+
+
+def bump(place):
+    """Returns a series [8] of a bump, in noise."""
+    lit = tf.exp(-0.5 * ((PIXELS - place[..., tf.newaxis]) / 0.3) ** 2)
+    return tfd.Independent(tfd.Normal(lit, 0.2), 1)
+
+
+@pytest.mark.parametrize("data", [spot, bump])
+def test_convolutions_read_images_and_series(data, tmp_path):
+    model = tfd.JointDistributionNamed({"place": tfd.Uniform(-0.8, 0.8), "y": data})
+    sizes = TINY | {"width": 32, "trunk_width": 32, "components": 4}
+    fit = avb_tf.fit_amortised(model, steps=1000, **sizes, filters=8)
+    drawn = model.sample(20, seed=(1, 2))
+    grid = np.linspace(-0.8, 0.8, 2001, dtype=np.float32)[1:-1]
+    kl, kl_prior = [], []
+    for y in drawn["y"].numpy():
+        log_p = data(grid).log_prob(y).numpy().astype(np.float64)
+        log_p -= np.log(np.exp(log_p - log_p.max()).sum() * (grid[1] - grid[0])) + log_p.max()
+        for found, log_q in (
+            (kl, fit.log_prob({"place": grid}, y)),
+            (kl_prior, model.model["place"].log_prob(grid)),
+        ):
+            found.append(np.sum(np.exp(log_p) * (log_p - log_q)) * (grid[1] - grid[0]))
+    assert np.mean(kl_prior) > 0.7
+    assert -0.001 < np.mean(kl) < 0.25 * np.mean(kl_prior)
+    fit.save(tmp_path / "fit")
+    loaded = avb_tf.AmortisedFit.load(tmp_path / "fit")
+    a, b = (f.sample(drawn["y"][0], 9, seed=1)["place"] for f in (fit, loaded))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 @pytest.mark.parametrize("structure", [dict, collections.namedtuple("Parts", "p R a y")])
 def test_parameters_keep_their_names_in_any_order(structure):
     """`tf.nest` sorts a dict's keys, capitals first; a joint orders them by dependence."""
@@ -468,6 +510,23 @@ def test_steps_that_are_not_finite_are_left_out_of_the_mean_loss():
             lambda fit: fit(linear(), "y", width=0.5),
             "width is 0.5; expected a whole number of at least 1",
         ),
+        (
+            lambda fit: fit(
+                tfd.JointDistributionNamed(
+                    {
+                        "mu": tfd.Normal(0.0, 1.0),
+                        "y": lambda mu: tfd.Sample(tfd.Normal(mu, 1.0), [8, 8]),
+                    }
+                ),
+                filters=2,
+            ),
+            "filters is above 0, but the data are a set of rows; expected filters=0",
+        ),
+        (
+            lambda fit: fit(two_parts(), ("x", "y"), filters=2),
+            r"but the data are of shapes \[\[\], \[\]\]; expected filters=0, or one observed part",
+        ),
+        (lambda fit: fit(linear(), "y", filters=-1), "filters is -1; expected a whole number"),
         (lambda fit: fit(linear(), "y", depth=True), "depth is True; expected a whole number"),
         (lambda fit: fit(linear(), "y", learning_rate=np.nan), "learning_rate is nan"),
         (lambda fit: fit(linear(), "y", clip_norm=np.inf), "clip_norm is inf"),
@@ -514,6 +573,14 @@ def test_models_that_cannot_be_fitted(call, message):
 def test_data_that_do_not_fit_the_model(linear_fit, y, message):
     with pytest.raises(UserError, match=message):
         linear_fit.sample(y, 3)
+
+
+def two_parts():
+    return tfd.JointDistributionNamed({
+        "mu": tfd.Normal(0.0, 1.0),
+        "x": lambda mu: tfd.Normal(mu, 1.0),
+        "y": lambda mu: tfd.Normal(mu, 2.0),
+    })  # fmt: skip
 
 
 def test_a_damaged_fit_is_refused(tmp_path):

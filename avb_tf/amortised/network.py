@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from avb_tf.networks import ConvTrunk
+
 _SMALLEST, _LARGEST = -9.0, 4.0  # limits of a component's log scale, in standardised coordinates
 _SPREAD = 1.5  # the components' initial means lie between -_SPREAD and _SPREAD
 _FAR = 12.0  # robust standard deviations beyond which the networks' inputs grow logarithmically
@@ -161,6 +163,8 @@ class ConditionalMixture(keras.Model):
       trunk_width: units of each layer of the two networks of y, one for the factors and one for
         the whitening.
       rows: whether y is a set of rows, [n, rows * features], whose order does not matter.
+      image: height, width and channels if convolutions read y, or else None.
+      filters: filters of the first of these two convolutions; the second has twice as many.
     Source: mixture density networks (Bishop, 1994), in autoregressive order (Uria, Murray and
     Larochelle, 2013).
     """
@@ -174,18 +178,25 @@ class ConditionalMixture(keras.Model):
         depth: int,
         trunk_width: int,
         rows: bool = False,
+        image: Sequence[int] | None = None,
+        filters: int = 0,
     ):
         super().__init__()
         self.dim, self.components, self.width = dim, components, width
-        self.features, self.rows = features, rows
-        trunk = DeepSet if rows else Residual
+        self.shape = [-1, features] if rows else [features] if image is None else list(image)
+
+        def trunk():
+            if image is not None:
+                return ConvTrunk((filters, 2 * filters), trunk_width, (), "silu", support="real")
+            return (DeepSet if rows else Residual)(trunk_width, depth)
+
         sizes = {"u_mean": dim, "u_scale": dim, "y_mean": features, "y_scale": features}
         self.locations = [
             self.add_weight(shape=[n], initializer="ones", trainable=False, name=name)
             for name, n in sizes.items()
         ]
-        self.whitening = Whitening(dim, trunk(trunk_width, depth))
-        self.trunk = trunk(trunk_width, depth)
+        self.whitening = Whitening(dim, trunk())
+        self.trunk = trunk()
         self.context = keras.layers.Dense(dim * width, name="context")
         self.first = self._kernel(dim, width)
         self.blocks = [
@@ -298,10 +309,10 @@ class ConditionalMixture(keras.Model):
 
     def _seen(self, y):
         """Returns the networks' input for y: standardised, with tails compressed."""
-        if self.rows:
-            y = tf.reshape(y, [tf.shape(y)[0], -1, self.features])
-        seen = (tf.cast(y, tf.float32) - self.locations[2]) / self.locations[3]
-        return _squashed(seen)
+        features = self.locations[2].shape[0]
+        y = tf.reshape(tf.cast(y, tf.float32), [tf.shape(y)[0], -1, features])
+        seen = _squashed((y - self.locations[2]) / self.locations[3])
+        return tf.reshape(seen, [tf.shape(y)[0], *self.shape])
 
     def _standard(self, u):
         return (tf.cast(u, tf.float32) - self.locations[0]) / self.locations[1]

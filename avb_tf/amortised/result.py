@@ -23,6 +23,7 @@ from avb_tf.posteriors.sampling import LEAPFROGS
 from avb_tf.posteriors.target import Structure
 from avb_tf.posteriors.verdict import Diagnostics
 from avb_tf.settings import fits
+from avb_tf.settings.amortised import SINCE
 from avb_tf.settings.posterior import LEAST_REFINED
 
 META, WEIGHTS, MODEL = "amortised.json", "q.weights.h5", "model"  # the files of a saved fit
@@ -209,7 +210,7 @@ class AmortisedFit:
         with files.loading(path, "AmortisedFit.save"):
             meta = json.loads((path / META).read_text())
             model = saving.load(path / MODEL)
-            q = training.build(model, meta["settings"])
+            q = training.build(model, SINCE["fit"] | meta["settings"])
             q.load_weights(path / WEIGHTS)
             return cls(model, q, **meta)
 

@@ -34,9 +34,23 @@ def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixtur
         settings["depth"],
         settings["trunk_width"],
         simulation.row is not None,
+        _image(simulation) if settings["filters"] else None,
+        settings["filters"],
     )
     q((tf.zeros([1, simulation.dim]), tf.zeros([1, simulation.features])))
     return q
+
+
+def _image(simulation):
+    """Returns height, width and channels of y, those that it lacks being 1."""
+    shapes = list(simulation.shapes.values())
+    if simulation.row is not None or len(shapes) > 1 or not 1 <= len(shapes[0]) <= 3:
+        found = "a set of rows" if simulation.row is not None else f"of shapes {shapes}"
+        raise UserError(
+            f"filters is above 0, but the data are {found}; expected filters=0, or one observed "
+            "part [time], [height, width] or [height, width, channels]"
+        )
+    return [*shapes[0], 1, 1][:3]
 
 
 def train(
@@ -67,7 +81,7 @@ def train(
         size = sum(size_of(shape) for shape in simulation.shapes.values())
         pairs = max(100, min(_SCALING_PAIRS, _SCALING_NUMBERS // size))
         u, y, usable = simulation.simulate(pairs, tf.constant([seed, -1]))
-        rows = np.asarray(y)[usable].reshape(-1, q.features)
+        rows = np.asarray(y)[usable].reshape(-1, simulation.row or simulation.features)
         q.standardise(scaling(np.asarray(u)[usable], rows[np.isfinite(rows).all(1)]))
     else:
         assign(q.variables, state.weights)

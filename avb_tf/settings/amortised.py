@@ -14,6 +14,9 @@ SETTINGS: dict[str, Any] = {
     "width": 64,  # units of each layer in each parameter's residual network
     "trunk_width": 128,  # units of each layer in the residual networks of y
     "depth": 3,  # residual blocks of each network
+    # Filters of the first of two convolutions, instead of the residual networks of y, if y is an
+    # image or a series; the second has twice as many. 0: none
+    "filters": 0,
     "whitening_share": 0.12,  # share of the training in which location and scale are learned
     "learning_rate": 2e-3,
     "clip_norm": 10.0,  # largest global norm of the gradient
@@ -21,8 +24,10 @@ SETTINGS: dict[str, Any] = {
 _RANGES: dict[str, tuple[float, float]] = {
     "whitening_share": (0.0, 1.0),
     **dict.fromkeys(("learning_rate", "clip_norm"), (0.0, float("inf"))),
+    "filters": (0, 2**31),
 }
-SINCE: dict[str, Any] = {}  # fields that config files of earlier versions lack, with their values
+# Fields that config files of earlier versions lack, with their values at the time.
+SINCE: dict[str, Any] = {"fit": {"filters": 0}}
 STEPS = 10_000  # used if neither steps nor seconds are given
 
 
