@@ -1,5 +1,6 @@
 """Uses of a trained model: encode, decode, sample, reconstruct, estimate log p(x)."""
 
+import math
 from typing import Any
 
 import keras
@@ -14,6 +15,9 @@ from avb_tf.errors import UserError
 from avb_tf.likelihood_estimation import annealing
 from avb_tf.likelihood_estimation.annealing import LogLikelihood
 from avb_tf.training.fit import Trained
+
+_NUMBERS = 2**22  # in one of the decoder's layers, for all draws of a part of x
+_WIDTH = 256  # units of a layer, at least, for the size of these parts
 
 
 class Inference(Trained):
@@ -52,11 +56,11 @@ class Inference(Trained):
           samples: draws for each x.
           seed: the same seed gives the same draws.
         """
-        return self._posterior(self._examples(x), samples, seed)
+        return self._posterior(self._examples(x), samples, [seed, 0])
 
     def _posterior(self, x, samples, seed):
         shape = [samples, tf.shape(x)[0], self.encoder.noise_dim]
-        noise = tf.random.stateless_normal(shape, [seed, 0])
+        noise = tf.random.stateless_normal(shape, seed)
         return self.averaged_encoder(x, noise)
 
     def encode(self, x: np.ndarray | tf.Tensor, samples: int = 1, seed: int = 0) -> tf.Tensor:
@@ -98,24 +102,33 @@ class Inference(Trained):
           samples: draws for each x.
         """
         examples = self._examples(x)
-        if self.table is not None and self.table.missing and samples > 1:
-            means = self._imputed(examples, samples, seed)
-        else:
-            outputs = self.averaged_decoder(self._posterior(examples, samples, seed).z)
-            means = self.likelihood.predictive_mean(outputs, examples)
+        if tf.is_symbolic_tensor(examples):
+            means = self._reconstructed(examples, samples, [seed, 0])
+        else:  # in parts, because the decoder computes all draws of a part at once
+            size = max(1, _NUMBERS // (samples * max(_WIDTH, math.prod(self.event_shape))))
+            parts = range(0, max(1, len(examples)), size)
+            means = tf.concat(
+                [
+                    self._reconstructed(examples[i : i + size], samples, [seed, i // size])
+                    for i in parts
+                ],
+                0,
+            )
         if not is_frame(x):
             return means
         # Under the labels of x, or `fillna` would fill nothing where these are numbers.
         labels = {str(label): label for label in x.columns}
         return self.table.frame(means, x.index).rename(columns=labels)
 
-    def _imputed(self, x, samples, seed):
-        """Returns E[x'|x], [batch, columns], by importance sampling."""
+    def _reconstructed(self, x, samples, seed):
+        """Returns E[x'|x] by draws z ~ q(z|x), weighted if values may be missing."""
         posterior = self._posterior(x, samples, seed)
         z, log_q = posterior.z, posterior.log_prob
+        if self.table is None or not self.table.missing or samples == 1:
+            return self.likelihood.predictive_mean(self.averaged_decoder(z), x)
         if log_q is None:
             gaussian = proposal.widened_gaussian(self.averaged_encoder, x)
-            z = gaussian.sample(samples, seed=[seed, 0])
+            z = gaussian.sample(samples, seed=seed)
             log_q = gaussian.log_prob(z)
         outputs = self.averaged_decoder(z)
         log_p = likelihoods.log_likelihood(self.likelihood, outputs, x) + self.prior.log_prob(z)

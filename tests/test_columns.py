@@ -11,6 +11,7 @@ import scipy.stats
 import tensorflow as tf
 
 import avb_tf
+from avb_tf import inference
 from avb_tf.columns import TableLikelihood, TableTrunk
 from avb_tf.data.table import Column, Table
 from avb_tf.errors import UserError
@@ -317,6 +318,20 @@ def test_reconstructions_fill_a_frame_in_its_own_units(model):
         i = list(frame.columns).index(name)
         absent = frame[name].isna().to_numpy()
         np.testing.assert_allclose(filled[name][absent], array[absent, i], rtol=1e-6)
+
+
+def test_reconstructions_of_many_rows_come_in_parts(model, monkeypatch):
+    many = np.tile(X, [5, 1])[:18]
+    monkeypatch.setattr(inference, "_NUMBERS", 3 * 256 * 4)  # four rows
+    sizes, decoder = [], model.averaged_decoder
+    monkeypatch.setattr(
+        model, "averaged_decoder", lambda z: sizes.append(z.shape.as_list()) or decoder(z)
+    )
+    means = model.reconstruct(many, samples=3)
+    assert sizes == [[3, 4, 2]] * 4 + [[3, 2, 2]]
+    assert means.shape == many.shape
+    np.testing.assert_allclose(means[:4], model.reconstruct(X, samples=3), rtol=1e-5)
+    assert (np.asarray(means[:4]) != np.asarray(means[4:8])).any()  # other draws
 
 
 def test_a_frame_whose_columns_have_numbers_for_names_is_filled():
