@@ -390,6 +390,9 @@ class AVB(Restorable, Inference):
         row = self.skipped_in_a_row.value
         over = applied & (row < self.patience)
         self.skipped_in_a_row.assign(tf.where(over, tf.zeros_like(row), row + skipped))
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            # A gradient that overflows because of the loss scale says nothing against the terms.
+            applied = self._all_finite(x, terms.log_likelihood, terms.kl, terms.t)
         self._record(terms, t_contrast, weights, applied)
         return self.get_metrics_result()
 

@@ -53,8 +53,11 @@ class Skipped(keras.callbacks.Callback):
         skipped = int(self.model.skipped.numpy())
         if skipped > self.before and not self.warned:
             self.warned = True
+            advice = "look for NaN in x, or lower the learning rate"
+            if isinstance(self.model.optimizer, keras.optimizers.LossScaleOptimizer):
+                advice = f"a few are normal, as float16 has to find its loss scale; else {advice}"
             logging.warning(
                 "%d of the steps up to %d skipped, as their loss or gradient is not finite; %d in "
-                "all, counted by model.skipped; look for NaN in x, or lower the learning rate",
-                skipped - self.before, int(self.model.step.numpy()), skipped,
+                "all, counted by model.skipped; %s",
+                skipped - self.before, int(self.model.step.numpy()), skipped, advice,
             )  # fmt: skip
