@@ -100,7 +100,11 @@ class Inference(Trained):
           x: [batch, *event], or a pandas data frame with the table's columns.
           seed: the same seed gives the same draws.
           samples: draws for each x.
+        Raises:
+          UserError: x does not fit the model, or there are no samples.
         """
+        if samples < 1:
+            raise UserError(f"samples is {samples}; expected 1 or more")
         examples = self._examples(x)
         if tf.is_symbolic_tensor(examples):
             means = self._reconstructed(examples, samples, [seed, 0])

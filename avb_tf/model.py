@@ -62,14 +62,14 @@ class AVB(Restorable, Inference):
       kl_annealing_steps: steps in which the weight of the KL term rises from 0 to 1.
       ema_decay: the weights of encoder and decoder are averaged over about 1 / (1 - decay) steps.
         Everything but training uses the averages. 0 turns averaging off.
-      hide: share of a table's known values that each training step hides at random, so that the
-        model learns to fill in what is missing. The terms of such a step are those of the values
-        that are left.
       skip_non_finite: whether to skip a step with a non-finite loss or gradient. `skipped`
         counts these steps.
       seed: seed of all noise drawn in training.
       prior: whether the model has the prior p(z), the standard normal. If not, the likelihood is
         log p(x, z).
+      hide: share of a table's known values that each training step hides at random, so that the
+        model learns to fill in what is missing. The terms of such a step are those of the values
+        that are left.
     Raises:
       UserError: the parts do not fit each other.
     """
@@ -88,10 +88,10 @@ class AVB(Restorable, Inference):
         adversary_steps: int = 1,
         kl_annealing_steps: int = 0,
         ema_decay: float = 0.0,
-        hide: float = 0.0,
         skip_non_finite: bool = True,
         seed: int = 0,
         prior: bool = True,
+        hide: float = 0.0,
         **kwargs: Any,
     ):
         policy = keras.config.dtype_policy().name

@@ -339,6 +339,7 @@ ROWS = {
     "vectors": (plane(lambda mean: tfd.Sample(of_mean(mean), 4)), 2),
     "numbers in a matrix": (auto_batched_sample, 1),
     "one vector": (plane(of_mean), None),
+    "too many": (plane(lambda mean: tfd.Sample(of_mean(mean), 501)), None),
     "a walk": (
         plane(lambda mean: tfd.Sample(tfd.MultivariateNormalDiag(tf.cumsum(mean, -1)), 4)),
         2,

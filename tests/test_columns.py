@@ -320,6 +320,11 @@ def test_reconstructions_fill_a_frame_in_its_own_units(model):
         np.testing.assert_allclose(filled[name][absent], array[absent, i], rtol=1e-6)
 
 
+def test_reconstructions_need_a_draw(model):
+    with pytest.raises(UserError, match="samples is 0; expected 1 or more"):
+        model.reconstruct(X, samples=0)
+
+
 def test_reconstructions_of_many_rows_come_in_parts(model, monkeypatch):
     many = np.tile(X, [5, 1])[:18]
     monkeypatch.setattr(inference, "_NUMBERS", 3 * 256 * 4)  # four rows

@@ -14,6 +14,7 @@ from avb_tf.posteriors import constraints, models
 from avb_tf.posteriors.target import Target, first_line
 
 _TRIAL = 5  # parameters in the first call of a simulator
+_MOST_ROWS = 500  # draws of a `tfd.Sample`; the network of the rows would take too long for more
 _SEEDS = 20  # seeds for which a simulator may return the same data by chance
 
 
@@ -110,7 +111,8 @@ def _row(joint, observed) -> int | None:
     part = dict(zip(joint._flat_resolve_names(), distributions, strict=True))[observed[0]]
     if len(observed) > 1 or not isinstance(part, tfd.Sample) or part.batch_shape.rank:
         return None
-    return size_of(part.distribution.event_shape)
+    size = size_of(part.distribution.event_shape)
+    return size if size_of(part.event_shape) <= _MOST_ROWS * size else None
 
 
 def _bijector(prior):
