@@ -116,8 +116,9 @@ def _known(error: Exception) -> UserError | None:
         return UserError(f"{error}; check that path, and the space on its disk")
     cause: BaseException | None = error
     while cause is not None:
-        # The second is TensorFlow's, which may not have been imported.
-        if isinstance(cause, MemoryError) or type(cause).__name__ == "ResourceExhaustedError":
+        # The others are TensorFlow's, which may not have been imported, and protobuf's.
+        exhausted = type(cause).__name__ == "ResourceExhaustedError"
+        if isinstance(cause, MemoryError) or exhausted or "Arena alloc failed" in str(cause):
             return UserError(
                 f"not enough memory: {str(cause) or type(cause).__name__:.150}; free some, or use "
                 "a smaller config.batch_size or smaller networks; a run resumes where it was saved"

@@ -67,6 +67,7 @@ def within(error):
         MemoryError(),
         ResourceExhaustedError("OOM when allocating tensor\nof shape [1]"),
         within(MemoryError()),
+        ValueError("Error parsing message with type 'tensorflow.FunctionDef': Arena alloc failed"),
         within(within(ResourceExhaustedError("OOM"))),
     ],
     ids=str,
