@@ -89,6 +89,8 @@ def measured(fit, name: str, observation: int, draws: int) -> dict:
     began = time.monotonic()
     posterior = fit.posterior(y)
     answer = posterior.answer(draws)
+    unlike = fit.surprise(y).p_value
+    seconds = time.monotonic() - began
     row = {
         "milliseconds": milliseconds,
         "c2st": c2st(single, reference),
@@ -96,8 +98,8 @@ def measured(fit, name: str, observation: int, draws: int) -> dict:
         "distance": answer.diagnostics.distance,
         "method": answer.method,
         "evidence": list(posterior.evidence),
-        "unlike": fit.surprise(y).p_value,
-        "seconds_of_escalation": time.monotonic() - began,
+        "unlike": unlike,
+        "seconds_of_escalation": seconds,
     }
     escalated = stacked(answer.parameters, names)
     if answer.method != "network":
