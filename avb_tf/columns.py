@@ -147,8 +147,9 @@ class TableLikelihood:
 
     def _means(self, outputs, x=None, weights=None):
         """Yields the mean of each group, [..., n]; `weights` also averages over the first axis."""
-        average = functools.partial(tf.einsum, "sb,sb...->b...", weights)
-        over = tf.identity if weights is None else average
+        over = tf.identity
+        if weights is not None:
+            over = functools.partial(tf.einsum, "sb,sb...->b...", weights)
         for group, part in self.split(outputs, x):
             if group.kind == "exposure":
                 ones = tf.ones_like(over(outputs)[..., :1])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.campaigns.amortised import OWN
 from tests.campaigns.amortised_targets import TARGETS
 
 DRAWS = 20_000
@@ -17,6 +18,10 @@ def log_density(target, values, y):
     prior = tf.add_n([target.model.model[name].log_prob(v) for name, v in values.items()])
     row = target.model.model["y"](values["sigma"], values["mu"])
     return prior + tf.add_n([row.log_prob(number) for number in y])
+
+
+def test_the_campaign_names_all_targets():
+    assert set(OWN) == set(TARGETS)
 
 
 @pytest.mark.parametrize("name", TARGETS)
