@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.spatial
 import scipy.special
 import scipy.stats
 
@@ -127,24 +128,35 @@ def test_few_components_still_bound_the_entropy(shape):
 
 
 def test_far_components_are_bounded_as_if_all_were_summed(monkeypatch):
-    """In the plane a k-d tree leaves out distant components; the reference sums all pairs."""
+    """In the plane a k-d tree leaves out distant ones of many components."""
     generator = np.random.default_rng(0)
     own, others, noise = (ring(generator, count, 2) for count in (200, 5000, 200))
-    near = entropy.log_density_bounds(own, others, noise, 0.05)
-    sums = entropy._all_pairs
-    monkeypatch.setattr(entropy, "_log_sums", lambda v, c: (sums(v, c), -np.inf))
     every = entropy.log_density_bounds(own, others, noise, 0.05)
+    monkeypatch.setattr(entropy, "_SEARCHED", 0)
+    near = entropy.log_density_bounds(own, others, noise, 0.05)
     np.testing.assert_allclose(near.lower, every.lower, atol=1e-4)
     assert (near.lower <= every.lower + 1e-9).all()
     assert (near.upper >= every.upper - 1e-9).all()
     np.testing.assert_allclose(near.upper, every.upper, atol=1e-4)
 
 
-def test_a_point_far_from_all_components_has_finite_bounds():
+@pytest.mark.parametrize("searched", [0, 1000], ids=["near ones", "all pairs"])
+def test_a_point_far_from_all_components_has_finite_bounds(searched, monkeypatch):
+    monkeypatch.setattr(entropy, "_SEARCHED", searched)
     others = np.zeros((100, 2))
     bounds = entropy.log_density_bounds(np.full((3, 2), 50.0), others, np.zeros((3, 2)), 0.1)
     assert np.isfinite(bounds.lower).all()
     assert (bounds.lower < bounds.upper).all()
+
+
+@pytest.mark.parametrize("count", [1, 7, 3000])
+def test_log_sums_are_those_of_all_distances(count, monkeypatch):
+    monkeypatch.setattr(entropy, "_PAIRS", 1000)  # several parts
+    generator = np.random.default_rng(count)
+    points, centres = 30.0 * generator.standard_normal((5, 3)), generator.standard_normal((count, 3))
+    squares = scipy.spatial.distance.cdist(points, centres, "sqeuclidean")
+    expected = scipy.special.logsumexp(-0.5 * squares, axis=1)
+    np.testing.assert_allclose(entropy._all_pairs(points, centres), expected, rtol=1e-12)
 
 
 def test_the_noise_keeps_a_normal_and_shrinks_with_components():

@@ -25,6 +25,7 @@ PLANAR_COMPONENTS = 4_000_000  # with two latents: the components of all x toget
 POINTS = 30_000  # z at which the density is bounded, of all x together, in each repeat
 _MOMENT_DRAWS = 4096  # draws of q for the coordinates in which the noise is added
 _DRAWS_PER_CALL = 10_000
+_SEEDS = 1000  # seeds for the calls of one set of draws
 _RATE = 0.05  # learning rate in coordinates that whiten the start; falls to 0 as a cosine
 _BATCH = 250  # draws computed at a time
 
@@ -192,6 +193,7 @@ def smoothed_bounds(model: AVB) -> Callable[..., entropy.Bounds]:
     The function takes x [batch, *event], the sizes of `smoothing_sizes` and a seed. It returns
     `entropy.Bounds` of [REPEATS, batch] in nats; the repeats are independent. In coordinates that
     whiten q, the noise has the scale `entropy.noise_scale`, and it preserves mean and covariance.
+    All repeats of an x add the noise in the same coordinates.
 
     The bounds hold in expectation over all draws. The smoothed posterior is a posterior like any
     other, so its ELBO is at most log p(x), and the lower bound is at most log p(x) in expectation.
@@ -208,13 +210,13 @@ def smoothed_bounds(model: AVB) -> Callable[..., entropy.Bounds]:
     def draws(x, count, seed):
         """Draws from q(z|x), [count, latent], in calls of equal size that share one graph."""
         calls = -(-count // _DRAWS_PER_CALL)
-        size = min(count, _DRAWS_PER_CALL)
+        size = -(-count // calls)
         parts = [draw(x, tf.constant(size), tf.constant(seed + i)).numpy() for i in range(calls)]
         return np.concatenate(parts)[:count].astype(np.float64)
 
-    def interval(x, components, points, seed):
+    def interval(x, pilot, components, points, seed):
         """Returns one repeat of both bounds for x [1, *event]."""
-        pilot, z = draws(x, _MOMENT_DRAWS, seed), draws(x, points + components, seed + 1)
+        z = draws(x, points + components, seed)
         noise = np.random.default_rng(seed).standard_normal((points, z.shape[1]))
         v, log_q = entropy.at_smoothed_points(pilot, z[:points], z[points:], noise)
         log_p = log_joint(x, tf.constant(v, tf.float32)).numpy().astype(np.float64)
@@ -222,11 +224,12 @@ def smoothed_bounds(model: AVB) -> Callable[..., entropy.Bounds]:
 
     def run(x, components: int, points: int, seed: int = 0) -> entropy.Bounds:
         lower_upper = np.empty((2, REPEATS, len(x)))
-        for i, repeat in np.ndindex(len(x), REPEATS):
-            key = 10_000 * (REPEATS * (len(x) * seed + i) + repeat)
-            lower_upper[:, repeat, i] = interval(
-                tf.convert_to_tensor(x[i : i + 1]), components, points, key
-            )
+        for i in range(len(x)):
+            example, row = tf.convert_to_tensor(x[i : i + 1]), len(x) * seed + i
+            pilot = draws(example, _MOMENT_DRAWS, _SEEDS * (REPEATS + 1) * row)
+            for repeat in range(REPEATS):
+                key = _SEEDS * ((REPEATS + 1) * row + 1 + repeat)
+                lower_upper[:, repeat, i] = interval(example, pilot, components, points, key)
         return entropy.Bounds(*lower_upper)
 
     return run
