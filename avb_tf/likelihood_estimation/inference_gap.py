@@ -193,7 +193,6 @@ def smoothed_bounds(model: AVB) -> Callable[..., entropy.Bounds]:
     The function takes x [batch, *event], the sizes of `smoothing_sizes` and a seed. It returns
     `entropy.Bounds` of [REPEATS, batch] in nats; the repeats are independent. In coordinates that
     whiten q, the noise has the scale `entropy.noise_scale`, and it preserves mean and covariance.
-    All repeats of an x add the noise in the same coordinates.
 
     The bounds hold in expectation over all draws. The smoothed posterior is a posterior like any
     other, so its ELBO is at most log p(x), and the lower bound is at most log p(x) in expectation.
@@ -214,9 +213,9 @@ def smoothed_bounds(model: AVB) -> Callable[..., entropy.Bounds]:
         parts = [draw(x, tf.constant(size), tf.constant(seed + i)).numpy() for i in range(calls)]
         return np.concatenate(parts)[:count].astype(np.float64)
 
-    def interval(x, pilot, components, points, seed):
+    def interval(x, components, points, seed):
         """Returns one repeat of both bounds for x [1, *event]."""
-        z = draws(x, points + components, seed)
+        pilot, z = draws(x, _MOMENT_DRAWS, seed), draws(x, points + components, seed + _SEEDS)
         noise = np.random.default_rng(seed).standard_normal((points, z.shape[1]))
         v, log_q = entropy.at_smoothed_points(pilot, z[:points], z[points:], noise)
         log_p = log_joint(x, tf.constant(v, tf.float32)).numpy().astype(np.float64)
@@ -224,12 +223,11 @@ def smoothed_bounds(model: AVB) -> Callable[..., entropy.Bounds]:
 
     def run(x, components: int, points: int, seed: int = 0) -> entropy.Bounds:
         lower_upper = np.empty((2, REPEATS, len(x)))
-        for i in range(len(x)):
-            example, row = tf.convert_to_tensor(x[i : i + 1]), len(x) * seed + i
-            pilot = draws(example, _MOMENT_DRAWS, _SEEDS * (REPEATS + 1) * row)
-            for repeat in range(REPEATS):
-                key = _SEEDS * ((REPEATS + 1) * row + 1 + repeat)
-                lower_upper[:, repeat, i] = interval(example, pilot, components, points, key)
+        for i, repeat in np.ndindex(len(x), REPEATS):
+            key = 2 * _SEEDS * (REPEATS * (len(x) * seed + i) + repeat)
+            lower_upper[:, repeat, i] = interval(
+                tf.convert_to_tensor(x[i : i + 1]), components, points, key
+            )
         return entropy.Bounds(*lower_upper)
 
     return run

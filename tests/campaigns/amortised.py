@@ -16,6 +16,8 @@ from pathlib import Path
 from tests.campaigns import processes
 
 OWN = ("gaussian_linear", "hierarchy", "rows", "image")  # with exact draws
+PLANTED = 20  # data sets with each fault
+FAULTS = ("none", "outlier", "shift", "noise")
 WRONG = 0.55  # a verdict "trust" with a C2ST above this is false
 GOALS = {
     "two_moons": 0.52,
@@ -119,6 +121,49 @@ def calibration(fit) -> dict:
     }
 
 
+def twins(model, arguments, number: int) -> list:
+    """Returns two data sets with the same parameters, of as many rows as the observation."""
+    import tensorflow as tf
+
+    from tests.campaigns.amortised_targets import SIZES
+
+    drawn = model.sample(seed=(number, 1))
+    given = {name: value for name, value in drawn.items() if name != "y"}
+    if "rows" in arguments:
+        size = SIZES[number % len(SIZES)]
+        given = {name: tf.repeat(value[tf.newaxis], size, 0) for name, value in given.items()}
+    return [model.sample(seed=(number, seed), value=given)["y"].numpy() for seed in (2, 3)]
+
+
+def misspecification(fit, name: str) -> dict[str, int]:
+    """Counts how many of `PLANTED` data sets `surprise` flags, for each kind of fault.
+
+    `outlier` moves one number by ten standard deviations of the simulated data, and `shift` moves
+    all by three. `noise` is the data plus twice their difference from others with the same
+    parameters. `none` are the model's own data, where the test promises one alarm in twenty.
+    """
+    import numpy as np
+
+    model, arguments = defined(name)
+    deviation = np.std([twins(model, arguments, 1000 + 10 * i)[0] for i in range(100)], 0)
+    flagged = dict.fromkeys(FAULTS, 0)
+    for i in range(PLANTED):
+        y, other = twins(model, arguments, 100 + i)
+        rng = np.random.default_rng(i)
+        spread = deviation.mean(0) if "rows" in arguments else deviation
+        single = np.zeros(y.size)
+        single[rng.integers(y.size)] = 10.0
+        changed = {
+            "none": y,
+            "outlier": y + single.reshape(y.shape) * spread,
+            "shift": y + 3.0 * spread,
+            "noise": y + 2.0 * (y - other),
+        }
+        for fault, data in changed.items():
+            flagged[fault] += bool(fit.surprise(data).flagged)
+    return flagged
+
+
 def table(directory: Path) -> str:
     """Returns all finished observations as a Markdown table with a row for each fit."""
     import numpy as np
@@ -132,6 +177,7 @@ def table(directory: Path) -> str:
             continue
         name, seconds, seed = folder.name.rsplit("-", 2)
         calibrated = json.loads((folder / "calibration.json").read_text())
+        faults = json.loads((folder / "misspecification.json").read_text())
         c2st = np.array([row["c2st"] for row in files])
         escalated = [row.get("c2st_escalated", row["c2st"]) for row in files]
         trusted = np.array([row["verdict"] == "trust" for row in files])
@@ -150,6 +196,7 @@ def table(directory: Path) -> str:
             "false trust": str((trusted & (c2st > WRONG)).sum()),
             "least SBC p": f"{min(calibrated['p_values'].values()):.3f}",
             "90% intervals": f"{np.mean(calibrated['coverage_90']):.3f}",
+            "flagged": ", ".join(str(faults[fault]) for fault in FAULTS),
         })  # fmt: skip
     if not rows:
         return "Nothing is finished.\n"
@@ -161,9 +208,13 @@ def run(options) -> None:
     for name in options.only:
         for seed in options.seeds:
             fit, folder = fitted(options.directory, name, options.seconds, seed)
-            file = folder / "calibration.json"
-            if not file.exists():
-                file.write_text(json.dumps(calibration(fit)) + "\n")
+            for part, result in (
+                ("calibration", lambda fit=fit: calibration(fit)),
+                ("misspecification", lambda fit=fit, name=name: misspecification(fit, name)),
+            ):
+                file = folder / f"{part}.json"
+                if not file.exists():
+                    file.write_text(json.dumps(result()) + "\n")
             for i in range(options.observations):
                 file = folder / f"observation-{i}.json"
                 if not file.exists():
