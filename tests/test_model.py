@@ -178,11 +178,13 @@ def test_adversary_steps_are_counted_by_its_optimizer():
 
 
 def test_steps_per_execution_does_not_change_the_result():
-    one, ten = make(), make()
-    ten.compile(keras.optimizers.Adam(1e-3), keras.optimizers.Adam(3e-3), steps_per_execution=4)
-    for model in (one, ten):
+    one, four = make(), make()
+    four.compile(keras.optimizers.Adam(1e-3), keras.optimizers.Adam(3e-3), steps_per_execution=4)
+    for model in (one, four):
         fit(model, binary(), epochs=2)
-    assert not any(changed(snapshot(one.weights), ten.weights))
+    # The last digit may differ, because TensorFlow adds gradients in any order on a CPU.
+    for a, b in zip(snapshot(one.weights), snapshot(four.weights), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10])
