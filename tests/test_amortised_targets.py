@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import scipy.integrate
 import tensorflow as tf
 
-from tests.campaigns.amortised import OWN
-from tests.campaigns.amortised_targets import TARGETS
+from tests.campaigns import amortised_odes
+from tests.campaigns.amortised import OWN, targets
+
+TARGETS = targets()
 
 DRAWS = 20_000
-POSITIVE = ("tau", "sigma", "size")
+POSITIVE = ("tau", "sigma", "size", "alpha", "beta", "gamma", "delta")
 
 
 def log_density(target, values, y):
@@ -41,3 +44,24 @@ def test_exact_draws_are_of_the_posterior_by_its_density(name):
             x, score = np.log(x), score * x + 1.0
         for value in (score, (x - x.mean(0)) * score + 1.0):
             assert (np.abs(value.mean(0)) / value.std(0) * np.sqrt(DRAWS)).max() < 4.5, k
+
+
+@pytest.mark.parametrize("interval, steps", [(17.0, 17), (2.1, 40)])
+def test_the_integrator_agrees_with_that_of_scipy(interval, steps):
+    """A predator and its prey with rates for which a period has about ten units of time."""
+    slower = 2.1 / interval
+
+    def rates(s):
+        library = tf if isinstance(s, tf.Tensor) else np
+        alpha, beta, gamma, delta = (slower * rate for rate in (0.8, 0.05, 0.8, 0.05))
+        return library.stack([alpha - beta * library.exp(s[1]), delta * library.exp(s[0]) - gamma])
+
+    start, times = np.log([[30.0], [1.0]]), interval * np.arange(amortised_odes.TIMES)
+    exact = scipy.integrate.solve_ivp(
+        lambda _, s: rates(s), times[[0, -1]], start[:, 0], t_eval=times, rtol=1e-9, atol=1e-9
+    )
+    states = amortised_odes.runge_kutta(rates, start, interval, steps)
+    np.testing.assert_allclose(states[..., 0], exact.y.T, atol=0.02)
+    start = tf.constant(start, tf.float32)
+    in_graph = tf.function(amortised_odes.runge_kutta_in_graph)(rates, start, interval, steps)
+    np.testing.assert_allclose(in_graph, states, atol=1e-3)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from avb_tf import tables
 from avb_tf.amortised.judging import Compiled
-from avb_tf.amortised.network import robust
+from avb_tf.amortised.network import floors, logged, robust
 from avb_tf.amortised.simulation import Simulation
 from avb_tf.figures import calibration
 
@@ -310,7 +310,8 @@ def _distances(y) -> dict[str, np.ndarray]:
 
 
 def standardised(y: np.ndarray) -> np.ndarray:
-    """Standardises y [n, statistics] by medians and quantiles, with tails compressed."""
+    """Standardises y [n, statistics] as the network does, with tails compressed."""
+    y = logged(y, floors(y))
     middle, scale = robust(y)
     return np.arcsinh((y - middle) / scale)
 

@@ -14,6 +14,7 @@ _SMALLEST, _LARGEST = -9.0, 4.0  # limits of a component's log scale, in standar
 _SPREAD = 1.5  # the components' initial means lie between -_SPREAD and _SPREAD
 _FAR = 12.0  # robust standard deviations beyond which the networks' inputs grow logarithmically
 _DEGREES = 5.0  # degrees of freedom, see `log_student`
+_TINY = 1e-37  # the smallest positive number that float32 holds in full precision, roughly
 
 
 class Scaling(NamedTuple):
@@ -21,6 +22,7 @@ class Scaling(NamedTuple):
 
     u_mean: np.ndarray  # [dim]
     u_scale: np.ndarray  # [dim]
+    y_floor: np.ndarray  # [features], as of `floors`; y_mean and y_scale are of `logged` y
     y_mean: np.ndarray  # [features]
     y_scale: np.ndarray  # [features]
 
@@ -34,8 +36,32 @@ def scaling(u: np.ndarray, y: np.ndarray) -> Scaling:
       u: unconstrained parameters, [n, dim].
       y: data, [n, features].
     """
+    floor = floors(y)
+    parts = (*robust(u), floor, *robust(logged(y, floor)))
+    return Scaling(*(part.astype(np.float32) for part in parts))
 
-    return Scaling(*(part.astype(np.float32) for x in (u, y) for part in robust(x)))
+
+def floors(y: np.ndarray) -> np.ndarray:
+    """Returns the smallest positive number of each column of which the logarithm is taken, or 0.
+
+    These are the columns of y [n, columns] without negative numbers that are less skewed in the
+    logarithm. In a linear scale, the small ones of numbers of several magnitudes look all the same.
+    """
+    positive = np.where(y > 0.0, y, np.inf).min(0)
+    able = (y >= 0.0).all(0) & np.isfinite(positive)
+    floor = np.where(able, np.maximum(positive, _TINY), 0.0)
+    return np.where(_skewness(logged(y, floor)) < _skewness(y), floor, 0.0)
+
+
+def logged(y: np.ndarray, floor: np.ndarray) -> np.ndarray:
+    """Returns log(y + floor) in the columns with a positive floor, and the other columns of y."""
+    shifted = np.maximum(y, 0.0) + np.where(floor > 0.0, floor, 1.0)
+    return np.where(floor > 0.0, np.log(shifted), y)
+
+
+def _skewness(x):
+    low, middle, high = np.quantile(x, [0.16, 0.5, 0.84], axis=0)
+    return np.abs(low + high - 2.0 * middle) / np.maximum(high - low, _TINY)
 
 
 def robust(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -190,11 +216,11 @@ class ConditionalMixture(keras.Model):
                 return ConvTrunk((filters, 2 * filters), trunk_width, (), "silu", support="real")
             return (DeepSet if rows else Residual)(trunk_width, depth)
 
-        sizes = {"u_mean": dim, "u_scale": dim, "y_mean": features, "y_scale": features}
-        self.locations = [
+        sizes = [dim, dim, features, features, features]
+        self.scaling = Scaling(*(
             self.add_weight(shape=[n], initializer="ones", trainable=False, name=name)
-            for name, n in sizes.items()
-        ]
+            for name, n in zip(Scaling._fields, sizes, strict=True)
+        ))  # fmt: skip
         self.whitening = Whitening(dim, trunk())
         self.trunk = trunk()
         self.context = keras.layers.Dense(dim * width, name="context")
@@ -213,7 +239,7 @@ class ConditionalMixture(keras.Model):
 
     def standardise(self, scaling: Scaling) -> None:
         """Sets the locations and scales by which u and y are standardised."""
-        for weight, value in zip(self.locations, scaling, strict=True):
+        for weight, value in zip(self.scaling, scaling, strict=True):
             weight.assign(value)
 
     def given(self, y: tf.Tensor) -> Context:
@@ -301,7 +327,7 @@ class ConditionalMixture(keras.Model):
             outputs = tf.broadcast_to(outputs, [n, 3 * self.components])
             v = tf.concat([v, _drawn(outputs, uniform[i], noise[i])[:, tf.newaxis]], -1)
         away = tf.linalg.triangular_solve(context.precision, v[:, :, tf.newaxis])[..., 0]
-        return self.locations[0] + self.locations[1] * (context.mean + away)
+        return self.scaling.u_mean + self.scaling.u_scale * (context.mean + away)
 
     def call(self, inputs: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns log q(u|y) and `log_student` of pairs (u, y)."""
@@ -309,16 +335,20 @@ class ConditionalMixture(keras.Model):
 
     def _seen(self, y):
         """Returns the networks' input for y: standardised, with tails compressed."""
-        features = self.locations[2].shape[0]
-        y = tf.reshape(tf.cast(y, tf.float32), [tf.shape(y)[0], -1, features])
-        seen = _squashed((y - self.locations[2]) / self.locations[3])
+        rows = tf.reshape(y, [tf.shape(y)[0], -1, self.scaling.y_floor.shape[0]])
+        floor = tf.cast(self.scaling.y_floor, y.dtype)
+        none = tf.zeros([], y.dtype)
+        # A NaN, which marks a missing row, stays one.
+        shifted = tf.where(rows < 0.0, none, rows) + tf.where(floor > 0.0, floor, none + 1.0)
+        rows = tf.cast(tf.where(floor > 0.0, tf.math.log(shifted), rows), tf.float32)
+        seen = _squashed((rows - self.scaling.y_mean) / self.scaling.y_scale)
         return tf.reshape(seen, [tf.shape(y)[0], *self.shape])
 
     def _standard(self, u):
-        return (tf.cast(u, tf.float32) - self.locations[0]) / self.locations[1]
+        return (tf.cast(u, tf.float32) - self.scaling.u_mean) / self.scaling.u_scale
 
     def _log_scale(self):
-        return tf.reduce_sum(tf.math.log(self.locations[1]))
+        return tf.reduce_sum(tf.math.log(self.scaling.u_scale))
 
     def _kernel(self, inputs, outputs, gain=1.0):
         """Adds a kernel for each coordinate, [dim, inputs, outputs]."""

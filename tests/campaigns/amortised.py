@@ -1,5 +1,5 @@
 """Compares amortised posteriors with reference draws of five benchmark tasks, and with exact draws
-of four models, by C2ST.
+of six models, by C2ST.
 
     .venv/bin/python -m tests.campaigns.amortised runs/amortised --seconds 1800 --seeds 0 1 2
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.campaigns import processes
 
-OWN = ("gaussian_linear", "hierarchy", "rows", "image")  # with exact draws
+OWN = ("gaussian_linear", "hierarchy", "rows", "image", "sir", "lotka_volterra")  # exact draws
 PLANTED = 20  # data sets with each fault
 FAULTS = ("none", "outlier", "shift", "noise")
 WRONG = 0.55  # a verdict "trust" with a C2ST above this is false
@@ -28,13 +28,19 @@ GOALS = {
 }  # C2ST of a single pass, mean over observations
 
 
+def targets() -> dict:
+    """Returns the models with exact draws by name."""
+    from tests.campaigns import amortised_odes, amortised_targets
+
+    return amortised_targets.TARGETS | amortised_odes.TARGETS
+
+
 def defined(name: str):
     """Returns the model of a task and the arguments of its fit."""
-    from tests.campaigns.amortised_targets import TARGETS
     from tests.campaigns.sbibm import TASKS
 
-    if name in TARGETS:
-        target = TARGETS[name]()
+    if name in OWN:
+        target = targets()[name]()
         return target.model, dict(target.arguments)
     return TASKS[name]().model, {}
 
@@ -43,11 +49,10 @@ def observed(name: str, number: int, draws: int) -> tuple:
     """Returns an observed data set, and draws of its posterior by name."""
     import numpy as np
 
-    from tests.campaigns.amortised_targets import TARGETS
     from tests.campaigns.sbibm import TASKS, references
 
-    if name in TARGETS:
-        target = TARGETS[name]()
+    if name in OWN:
+        target = targets()[name]()
         y = target.observation(number)
         return y, target.exact(y, draws, np.random.default_rng(number))
     data = references(name)
