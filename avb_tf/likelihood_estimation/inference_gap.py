@@ -46,7 +46,8 @@ class BestGaussian:
 
     Adam optimises means and Cholesky factors from several starts, for all x in one compiled loop.
     It uses path gradients (Roeder, Wu and Duvenaud, 2017), because their noise vanishes if q is the
-    exact posterior. Fresh draws select the best start, and further fresh draws estimate its ELBO.
+    exact posterior. After a third of the steps, fresh draws select the best start for each x, which
+    the other steps improve; further fresh draws estimate its ELBO.
 
     Args:
       model: any `AVB`. Its weights may change afterwards, but its parts must not.
@@ -71,13 +72,13 @@ class BestGaussian:
             diagonal if `full` is False.
           seed: seed of the draws.
         """
-        x = tf.convert_to_tensor(x)
-        loc, scale_tril = self._climb(x, loc, scale_tril, tf.constant([seed, 0]))
-        compared = self._bound(x, loc, scale_tril, _BATCH, (seed, 1))
-        start, example = np.argmax(compared, 0), np.arange(len(x))
-        best, scale = loc.numpy()[start, example], scale_tril.numpy()[start, example]
-        bound = self._bound(x, best[np.newaxis], scale[np.newaxis], FRESH_DRAWS, (seed, 2))
-        return Gaussians(best, scale, bound[0])
+        x, first = tf.convert_to_tensor(x), self.steps // 3
+        each = self._climb(x, loc, scale_tril, tf.constant(first), tf.constant([seed, 0]))
+        start = np.argmax(self._bound(x, *each, _BATCH, (seed, 1)), 0)
+        best = [part.numpy()[start, np.arange(len(x))][np.newaxis] for part in each]
+        best = self._climb(x, *best, tf.constant(self.steps - first), tf.constant([seed, 3]))
+        bound = self._bound(x, *best, FRESH_DRAWS, (seed, 2))
+        return Gaussians(*(part.numpy()[0] for part in best), bound[0])
 
     def _bound(self, x, loc, scale_tril, draws, seed):
         """Estimates the ELBO in nats, [starts, batch]."""
@@ -98,13 +99,13 @@ class BestGaussian:
         flat = tf.reshape(z, tf.concat([[-1], tf.shape(z)[2:]], 0))
         return tf.reshape(joint.log_joint(self.model, x, flat), tf.shape(z)[:-1])
 
-    def _optimise(self, x, loc, scale_tril, seed):
+    def _optimise(self, x, loc, scale_tril, steps, seed):
         """Runs Adam on mean and Cholesky factor, in coordinates that whiten each start."""
         # Row i of the parameters is row i of the factor, with the log of its diagonal entry,
         # followed by entry i of the mean.
         first = tf.zeros(tf.concat([tf.shape(scale_tril)[:-1], [loc.shape[-1] + 1]], 0))
         parameters, mean, square = first, first, first
-        for i in tf.range(self.steps):
+        for i in tf.range(steps):
             key = tf.random.fold_in(seed, i)
             half = tf.random.stateless_normal(tf.concat([[PAIRS], tf.shape(loc)], 0), key)
             noise = tf.concat([half, -half], 0)
@@ -127,7 +128,7 @@ class BestGaussian:
             square = 0.99 * square + 0.01 * gradient**2
             corrected = mean / (1.0 - 0.9 ** (step + 1.0))
             deviation = tf.sqrt(square / (1.0 - 0.99 ** (step + 1.0))) + 1e-8
-            rate = 0.5 * _RATE * (1.0 + tf.cos(math.pi * step / self.steps))
+            rate = 0.5 * _RATE * (1.0 + tf.cos(math.pi * step / tf.cast(steps, tf.float32)))
             parameters += rate * corrected / deviation
         w_loc, w_scale = self._unpack(parameters)
         return loc + tf.linalg.matvec(scale_tril, w_loc), scale_tril @ w_scale
