@@ -115,7 +115,7 @@ posteriordb: setup
 gym: setup
 	$(BIN)/python -m tests.campaigns.gym runs/gym
 
-# Compares amortised posteriors of five benchmark tasks with reference draws, and of four models with
+# Compares amortised posteriors of five benchmark tasks with reference draws, and of six models with
 # exact draws: three seeds with half an hour of training each, and ten observations; resumable. The
 # references are in $AVB_TF_DATA_DIR/sbibm or ../shared/data/sbibm.
 amortised: setup
