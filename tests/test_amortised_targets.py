@@ -46,7 +46,7 @@ def test_exact_draws_are_of_the_posterior_by_its_density(name):
             assert (np.abs(value.mean(0)) / value.std(0) * np.sqrt(DRAWS)).max() < 4.5, k
 
 
-@pytest.mark.parametrize("interval, steps", [(17.0, 17), (2.1, 40)])
+@pytest.mark.parametrize(("interval", "steps"), [(17.0, 17), (2.1, 40)])
 def test_the_integrator_agrees_with_that_of_scipy(interval, steps):
     """A predator and its prey with rates for which a period has about ten units of time."""
     slower = 2.1 / interval

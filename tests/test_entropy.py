@@ -153,7 +153,8 @@ def test_a_point_far_from_all_components_has_finite_bounds(searched, monkeypatch
 def test_log_sums_are_those_of_all_distances(count, monkeypatch):
     monkeypatch.setattr(entropy, "_PAIRS", 1000)  # several parts
     generator = np.random.default_rng(count)
-    points, centres = 30.0 * generator.standard_normal((5, 3)), generator.standard_normal((count, 3))
+    points, centres = (generator.standard_normal((n, 3)) for n in (5, count))
+    points *= 30.0  # far from most of the centres
     squares = scipy.spatial.distance.cdist(points, centres, "sqeuclidean")
     expected = scipy.special.logsumexp(-0.5 * squares, axis=1)
     np.testing.assert_allclose(entropy._all_pairs(points, centres), expected, rtol=1e-12)

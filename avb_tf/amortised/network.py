@@ -217,7 +217,7 @@ class ConditionalMixture(keras.Model):
             return (DeepSet if rows else Residual)(trunk_width, depth)
 
         sizes = [dim, dim, features, features, features]
-        self.scaling = Scaling(*(
+        self.scaling: Any = Scaling(*(
             self.add_weight(shape=[n], initializer="ones", trainable=False, name=name)
             for name, n in zip(Scaling._fields, sizes, strict=True)
         ))  # fmt: skip

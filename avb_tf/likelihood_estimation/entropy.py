@@ -24,8 +24,8 @@ import scipy.linalg
 import scipy.spatial
 
 OVERLAPPING = 200  # components within one noise scale of a point; more tighten the bounds
-# With more components than this in at most two dimensions, a search for the near ones is faster than
-# the sum over all.
+# With more components than this in at most two dimensions, a search for the near ones is faster
+# than the sum over all.
 _SEARCHED = 250_000
 _RADIUS = 6.5  # distance in noise scales beyond which components are then bounded, not summed
 _PAIRS = 2**17  # distances computed at a time; a megabyte of them stays in the cache

@@ -73,12 +73,18 @@ class BestGaussian:
           seed: seed of the draws.
         """
         x, first = tf.convert_to_tensor(x), self.steps // 3
-        each = self._climb(x, loc, scale_tril, tf.constant(first), tf.constant([seed, 0]))
-        start = np.argmax(self._bound(x, *each, _BATCH, (seed, 1)), 0)
-        best = [part.numpy()[start, np.arange(len(x))][np.newaxis] for part in each]
-        best = self._climb(x, *best, tf.constant(self.steps - first), tf.constant([seed, 3]))
-        bound = self._bound(x, *best, FRESH_DRAWS, (seed, 2))
-        return Gaussians(*(part.numpy()[0] for part in best), bound[0])
+        loc, scale_tril = self._climb(
+            x, loc, scale_tril, tf.constant(first), tf.constant([seed, 0])
+        )
+        start = np.argmax(self._bound(x, loc, scale_tril, _BATCH, (seed, 1)), 0)
+        loc, scale_tril = (
+            tf.constant(part.numpy()[start, np.arange(len(x))][np.newaxis])
+            for part in (loc, scale_tril)
+        )
+        rest = tf.constant(self.steps - first)
+        loc, scale_tril = self._climb(x, loc, scale_tril, rest, tf.constant([seed, 3]))
+        bound = self._bound(x, loc, scale_tril, FRESH_DRAWS, (seed, 2))
+        return Gaussians(loc.numpy()[0], scale_tril.numpy()[0], bound[0])
 
     def _bound(self, x, loc, scale_tril, draws, seed):
         """Estimates the ELBO in nats, [starts, batch]."""

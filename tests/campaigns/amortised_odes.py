@@ -110,13 +110,15 @@ def _joint(names, mean, deviation, data):
 
 
 def sir() -> Target:
-    """Returns an epidemic: infection rate, recovery rate, and counts of infected of 1,000 people."""
+    """Returns an epidemic: rates of infection and recovery; infected among 1,000 people."""
     names, tested, interval, steps = ("beta", "gamma"), 1000.0, 17.0, 17
     mean, deviation = np.log([0.4, 0.125]), np.array([0.5, 0.2])
     first = np.array([np.log1p(-1e-6), np.log(1e-6)])  # logs of the susceptible and infected share
 
     def rates(library, beta, gamma):
-        return lambda s: library.stack([-beta * library.exp(s[1]), beta * library.exp(s[0]) - gamma])
+        return lambda s: library.stack(
+            [-beta * library.exp(s[1]), beta * library.exp(s[0]) - gamma]
+        )
 
     def data(gamma, beta):
         start = tf.stack([tf.zeros_like(beta) + part for part in first])
