@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/howto").glob("*.md"))]
 BLOCK = re.compile(
     r"(?P<notes>(?:^<!-- [^\n]* -->\n)*)^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S
 )
-UNRUN = ("yaml", "{toctree}")  # these need no reason, because they are not commands
+UNRUN = ("yaml", "text", "{toctree}")  # these need no reason, because they are not commands
 
 
 class Block(NamedTuple):
