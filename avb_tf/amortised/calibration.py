@@ -310,8 +310,8 @@ def _distances(y) -> dict[str, np.ndarray]:
 
 
 def standardised(y: np.ndarray) -> np.ndarray:
-    """Standardises y [n, statistics] as the network does, with tails compressed."""
-    y = logged(y, floors(y))
+    """Standardises y [n, statistics] by the network's rules, with tails compressed more."""
+    y = logged(y, floors(y)).numpy()
     middle, scale = robust(y)
     return np.arcsinh((y - middle) / scale)
 

@@ -14,6 +14,7 @@ _SMALLEST, _LARGEST = -9.0, 4.0  # limits of a component's log scale, in standar
 _SPREAD = 1.5  # the components' initial means lie between -_SPREAD and _SPREAD
 _FAR = 12.0  # robust standard deviations beyond which the networks' inputs grow logarithmically
 _DEGREES = 5.0  # degrees of freedom, see `log_student`
+_QUANTILES = [0.16, 0.5, 0.84]  # one standard deviation of a normal to each side of its median
 _TINY = 1e-37  # the smallest positive number that float32 holds in full precision, roughly
 
 
@@ -37,7 +38,7 @@ def scaling(u: np.ndarray, y: np.ndarray) -> Scaling:
       y: data, [n, features].
     """
     floor = floors(y)
-    parts = (*robust(u), floor, *robust(logged(y, floor)))
+    parts = (*robust(u), floor, *robust(logged(y, floor).numpy()))
     return Scaling(*(part.astype(np.float32) for part in parts))
 
 
@@ -53,20 +54,24 @@ def floors(y: np.ndarray) -> np.ndarray:
     return np.where(_skewness(logged(y, floor)) < _skewness(y), floor, 0.0)
 
 
-def logged(y: np.ndarray, floor: np.ndarray) -> np.ndarray:
-    """Returns log(y + floor) in the columns with a positive floor, and the other columns of y."""
-    shifted = np.maximum(y, 0.0) + np.where(floor > 0.0, floor, 1.0)
-    return np.where(floor > 0.0, np.log(shifted), y)
+def logged(y: Any, floor: Any) -> Any:
+    """Returns log(y + floor) in the columns of y [..., columns] with a positive floor, else y.
+
+    Negative numbers count as 0. A NaN, which marks a missing row, stays one.
+    """
+    none = tf.zeros([], y.dtype)
+    shifted = tf.where(y < 0.0, none, y) + tf.where(floor > 0.0, floor, none + 1.0)
+    return tf.where(floor > 0.0, tf.math.log(shifted), y)
 
 
 def _skewness(x):
-    low, middle, high = np.quantile(x, [0.16, 0.5, 0.84], axis=0)
+    low, middle, high = np.quantile(x, _QUANTILES, axis=0)
     return np.abs(low + high - 2.0 * middle) / np.maximum(high - low, _TINY)
 
 
 def robust(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the median and a scale of each column of x [n, columns], from quantiles."""
-    low, middle, high = np.quantile(x, [0.16, 0.5, 0.84], axis=0)
+    low, middle, high = np.quantile(x, _QUANTILES, axis=0)
     scale = 0.5 * (high - low)
     scale = np.where(scale > 0.0, scale, x.std(0))  # for counts that are mostly 0
     return middle, np.where(scale > 0.0, scale, 1.0)
@@ -336,11 +341,7 @@ class ConditionalMixture(keras.Model):
     def _seen(self, y):
         """Returns the networks' input for y: standardised, with tails compressed."""
         rows = tf.reshape(y, [tf.shape(y)[0], -1, self.scaling.y_floor.shape[0]])
-        floor = tf.cast(self.scaling.y_floor, y.dtype)
-        none = tf.zeros([], y.dtype)
-        # A NaN, which marks a missing row, stays one.
-        shifted = tf.where(rows < 0.0, none, rows) + tf.where(floor > 0.0, floor, none + 1.0)
-        rows = tf.cast(tf.where(floor > 0.0, tf.math.log(shifted), rows), tf.float32)
+        rows = tf.cast(logged(rows, tf.cast(self.scaling.y_floor, y.dtype)), tf.float32)
         seen = _squashed((rows - self.scaling.y_mean) / self.scaling.y_scale)
         return tf.reshape(seen, [tf.shape(y)[0], *self.shape])
 

@@ -321,8 +321,8 @@ class AmortisedPosterior:
         x = np.concatenate([x, more])
         log_weights = np.concatenate([log_weights, self._log_weights(proposal, more)])
         cumulated = np.cumsum(np.exp(log_weights - log_weights.max()))
-        # Evenly spaced places repeat only draws of large weight, whereas independent ones repeat an
-        # eighth of all draws.
+        # Evenly spaced places repeat only draws of large weight, whereas independent ones repeat a
+        # tenth of all draws.
         places = cumulated[-1] * (np.arange(n) + rng.uniform()) / n
         return x[rng.permutation(np.searchsorted(cumulated, places))]
 
