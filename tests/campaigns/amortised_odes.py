@@ -5,9 +5,10 @@
 
 Both are integrated in logarithms by the classical Runge-Kutta method. Its fixed step serves
 thousands of parameters at once, and the reference has the model's own numbers because numpy and
-TensorFlow take the same steps; the solvers of SciPy and TFP adapt theirs. Source of the definitions:
-Lueckmann, Boelts, Greenberg, Goncalves and Macke (2021), "Benchmarking simulation-based inference";
-the ten times are evenly spaced.
+TensorFlow take the same steps; the solvers of SciPy and TFP adapt theirs.
+
+Source of the definitions: Lueckmann, Boelts, Greenberg, Goncalves and Macke (2021), "Benchmarking
+simulation-based inference"; the ten times are evenly spaced.
 """
 
 from collections.abc import Callable
