@@ -9,10 +9,12 @@ from avb_tf import tables
 from avb_tf.amortised.judging import Compiled
 from avb_tf.amortised.network import floors, logged, robust
 from avb_tf.amortised.simulation import Simulation
+from avb_tf.errors import UserError
 from avb_tf.figures import calibration
 
 LEVELS = (0.5, 0.8, 0.9)
 _NULL = 4000  # simulated sets of uniform ranks, for the null distribution of `deviation`
+_TRIES = 100  # calls of the simulator, each for as many pairs as are needed
 _TYPICAL = 1000  # simulated data sets with which an observed one is compared
 _EVIDENCE_DRAWS = 64  # draws of q for the log evidence of each data set
 _ROWS = 2**14  # most draws in a batch
@@ -169,12 +171,13 @@ def _ranks_of_outcomes(compiled: Compiled, u, drawn, seed) -> np.ndarray:
     """Ranks new data of u [pairs, dim] among data predicted from draws [draws, pairs, dim].
 
     If q is exact, new data that are independent of those given to q have uniform ranks. Ties, as
-    between counts, are broken at random.
+    between counts, are broken at random. NaN counts as larger than all numbers.
     """
 
     def outcome(u, number):
         seeds = tf.constant([seed, number], tf.int32)
-        return np.asarray(compiled.outcome(tf.constant(u, compiled.dtype), seeds))
+        drawn = np.asarray(compiled.outcome(tf.constant(u, compiled.dtype), seeds))
+        return np.where(np.isnan(drawn), np.inf, drawn)
 
     truth = outcome(u, 0)
     below, equal = np.zeros(truth.shape, int), np.zeros(truth.shape, int)
@@ -217,16 +220,25 @@ def drawn(compiled: Compiled, y: np.ndarray, draws: int, seed: int) -> Drawn:
 def simulated(simulation: Simulation, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns simulated pairs: u [pairs, dim] and y [pairs, features], both in float64.
 
-    Usable pairs are repeated to replace those that are not finite.
-
     Args:
       simulation: source of the pairs.
       pairs: number of pairs.
       seed: seed of the pairs.
+    Raises:
+      UserError: hardly any pair is finite.
     """
-    u, y, usable = simulation.simulate(pairs, tf.constant([seed, -2]))
-    rows = np.resize(np.flatnonzero(usable), pairs)
-    return np.asarray(u, np.float64)[rows], np.asarray(y)[rows]
+    parts, found, tries = [], 0, 0
+    while found < pairs:
+        if tries == _TRIES:
+            raise UserError(
+                f"{found} of {tries * pairs} simulated data sets are finite; expected {pairs}: "
+                "check the model by `sample`"
+            )
+        u, y, usable = simulation.simulate(pairs, tf.constant([seed, -2 - tries]))
+        parts.append((np.asarray(u, np.float64)[usable], np.asarray(y)[usable]))
+        found, tries = found + len(parts[-1][0]), tries + 1
+    u, y = (np.concatenate(part)[:pairs] for part in zip(*parts, strict=True))
+    return u, y
 
 
 def deviation(ranks: np.ndarray, draws: int) -> float:

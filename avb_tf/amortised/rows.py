@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from avb_tf.amortised.simulation import DataSet, Simulation, named, usable_pairs
+from avb_tf.amortised.simulation import DataSet, Simulation, check_usable, named, usable_pairs
 from avb_tf.errors import UserError
 
-_TRIAL = 16  # pairs in the check of a model
+_TRIAL = 64  # pairs in the check of a model
+_SETS = 64  # data sets of the largest size, some of which have to be finite
 _DENSITIES = 3  # pairs whose log density is compared with that of a batch
 _QUANTILES = np.linspace(0.0, 1.0, 5)  # quantiles of each feature in a data set's summary
 
@@ -42,9 +43,8 @@ class Rows(Simulation):
 
     def _simulate(self, n, seed):
         seeds = tf.random.split(seed, 3)
-        u, _, usable = self.one.simulate(n, seeds[0])
+        u, finite = self.one.prior(n, seeds[0])
         y = self.data(u, seeds[1])
-        u, y, also = usable_pairs(u, y)
         # 1 + largest, so that the largest size is as likely as its neighbours.
         low, high = np.log([self.smallest, self.largest + 1.0])
         share = tf.random.stateless_uniform([n, 1], seeds[2], dtype=tf.float64)
@@ -52,7 +52,9 @@ class Rows(Simulation):
         row = tf.cast(tf.range(self.largest), tf.float64)
         absent = row >= tf.maximum(sizes, float(self.smallest))
         absent = tf.repeat(absent, self.features, 1)
-        return u, tf.where(absent, tf.constant(np.nan, tf.float64), y), usable & also
+        # Absent rows do not count: parameters whose rows often fail would be too rare otherwise.
+        u, y, usable = usable_pairs(u, tf.where(absent, tf.zeros([], tf.float64), y))
+        return u, tf.where(absent, tf.constant(np.nan, tf.float64), y), usable & finite
 
     def data(self, u: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Simulates new data sets of the largest size, u [n, dim] -> y [n, largest * features]."""
@@ -173,7 +175,8 @@ def of(one: Simulation, smallest: int, largest: int) -> Rows:
       smallest: smallest number of rows.
       largest: largest number of rows.
     Raises:
-      UserError: rows are not independent draws given the parameters.
+      UserError: rows are not independent draws given the parameters, or hardly any data set of the
+        largest size is finite.
     """
     u, y, usable = (np.asarray(part) for part in one.simulate(_TRIAL, tf.constant([0, 2])))
     u, y = u[usable], y[usable]
@@ -186,7 +189,8 @@ def of(one: Simulation, smallest: int, largest: int) -> Rows:
     if one.has_density:
         prior, likelihood = (np.asarray(part) for part in one.terms(u, y))
         elsewhere, _ = one.terms(u, np.roll(y, 1, 0))
-        whole = np.concatenate([one.log_density(u[[i]], y[i]) for i in range(_DENSITIES)])
+        few = range(min(_DENSITIES, len(u)))
+        whole = np.concatenate([one.log_density(u[[i]], y[i]) for i in few])
         if not np.allclose(prior, elsewhere, rtol=1e-3, atol=1e-3):
             raise UserError(
                 "a parameter's distribution depends on observed parts; expected rows that depend "
@@ -197,4 +201,6 @@ def of(one: Simulation, smallest: int, largest: int) -> Rows:
                 "log densities of a batch of pairs differ from those of each; expected a model "
                 "written for batches, or an AutoBatched joint"
             )
+    largest_sets = Rows(one, largest, largest).simulate(_SETS, tf.constant([0, 4]))
+    check_usable(np.asarray(largest_sets[2]), f"data sets of {largest} rows")
     return Rows(one, smallest, largest)

@@ -43,12 +43,24 @@ class Loaded(Simulation):
         Raises:
           UserError: the simulator was not saved, because it is not made of TensorFlow's operations.
         """
-        self._check_portable()
-        pairs, seeds = [], tf.random.split(tf.cast(seed, tf.int32), -(-n // SAVED))
-        for one in tf.unstack(seeds):
-            pairs.append(self._module.simulate(one))
-        u, y, usable = (tf.concat(part, 0)[:n] for part in zip(*pairs, strict=True))
+        u, y, usable = self._in_parts("simulate", n, seed)
         return u, y, usable
+
+    def prior(self, n: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Draws `n` parameters; see `Simulation.prior`.
+
+        Raises:
+          UserError: the simulator was not saved.
+        """
+        u, finite = self._in_parts("prior", n, seed)
+        return u, finite
+
+    def _in_parts(self, name, n, seed):
+        """Calls a saved function of a fixed number of draws until there are n."""
+        self._check_portable()
+        seeds = tf.unstack(tf.random.split(tf.cast(seed, tf.int32), -(-n // SAVED)))
+        parts = [getattr(self._module, name)(one) for one in seeds]
+        return [tf.concat(part, 0)[:n] for part in zip(*parts, strict=True)]
 
     def data(self, u: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """See `Simulation.data`.
@@ -121,8 +133,9 @@ def save(simulation: Simulation, path: str | Path) -> None:
         "unconstrain": (unconstrain, [flat]),
     }
     if simulation.portable:
-        pairs = functools.partial(simulation.simulate, SAVED)
-        functions |= {"simulate": (pairs, [seed]), "data": (simulation.data, [u, seed])}
+        for draw in (simulation.simulate, simulation.prior):
+            functions[draw.__name__] = (functools.partial(draw, SAVED), [seed])
+        functions["data"] = (simulation.data, [u, seed])
     if simulation.has_density:
         several = tf.TensorSpec([None, simulation.features], tf.float64)
         functions["terms"] = (simulation.terms, [u, several])

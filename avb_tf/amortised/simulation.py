@@ -18,7 +18,7 @@ from avb_tf.posteriors.target import Structure, Target, first_line
 DataSet = npt.ArrayLike | Mapping[str, npt.ArrayLike]  # one array, or arrays by name
 _TRIAL = 64  # pairs simulated to check a model
 _ROWS = 5  # pairs whose densities are checked
-_UNUSABLE = 0.01  # largest share of pairs that may be infinite or NaN
+_USABLE = 0.1  # smallest share of pairs that must be finite; training would take too long below
 
 
 class Simulation:
@@ -87,7 +87,7 @@ class Simulation:
           seed: integers [2].
         Returns:
           u [n, dim], y [n, features], and whether each pair is finite, boolean [n]; u and y are 0
-          where it is not.
+          where it is not. Without these pairs, the posteriors of finite data are the same.
         """
         if n not in self._graphs:
             simulate = functools.partial(self._simulate, n)
@@ -97,6 +97,19 @@ class Simulation:
     def _simulate(self, n, seed):
         parameters, data = self._draw(n, seed)
         return usable_pairs(self._target.free(parameters), self.side_by_side(data))
+
+    def prior(self, n: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Draws parameters, whether or not their data are finite.
+
+        Args:
+          n: number of draws, a Python integer.
+          seed: integers [2].
+        Returns:
+          u [n, dim], and whether each is finite, boolean [n]; u is 0 where it is not.
+        """
+        parameters, _ = self._draw(n, seed)
+        u, _, usable = usable_pairs(self._target.free(parameters), tf.zeros([n, 1], tf.float64))
+        return u, usable
 
     def data(self, u: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Simulates new data for given parameters, u [n, dim] -> y [n, features]."""
@@ -238,11 +251,7 @@ class Simulation:
                 "with [..., i] instead of [i], or as an AutoBatched joint"
             ) from error
         u, y, usable = (np.asarray(part) for part in pairs)
-        if usable.mean() < 1.0 - _UNUSABLE:
-            raise UserError(
-                f"{np.mean(~usable):.0%} of the simulated pairs are not finite; expected finite "
-                "parameters and data: check the model by `sample`"
-            )
+        check_usable(usable)
         if not self.has_density:
             return
         rows = np.flatnonzero(usable)[:_ROWS]
@@ -265,6 +274,19 @@ def usable_pairs(u: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.T
     usable = tf.reduce_all(tf.math.is_finite(u), -1) & tf.reduce_all(tf.math.is_finite(y), -1)
     each = usable[:, tf.newaxis]
     return tf.where(each, u, tf.zeros([], u.dtype)), tf.where(each, y, 0.0), usable
+
+
+def check_usable(usable: np.ndarray, what: str = "pairs") -> None:
+    """Checks that enough of what was simulated is finite, by the flags of `simulate`.
+
+    Raises:
+      UserError: hardly any is.
+    """
+    if usable.mean() < _USABLE:
+        raise UserError(
+            f"{np.mean(~usable):.0%} of the simulated {what} are not finite; expected finite "
+            "parameters and data: check the model by `sample`, or choose a prior where it works"
+        )
 
 
 def named(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from avb_tf.amortised.checkpoint import State, Workdir, assign
 from avb_tf.amortised.network import ConditionalMixture, scaling
@@ -21,6 +22,11 @@ from avb_tf.training import optimizers, termination
 
 _SCALING_PAIRS = 10_000  # simulated pairs that set the locations and scales
 _SCALING_NUMBERS = 2**24  # largest number of entries of their data
+_SCALING_SHARE = 0.05  # most of a fit's time that they may take
+_FEWEST_SCALING = 100  # smallest number of them
+_CALL_SHARE = 0.02  # most of a fit's time between readings of the clock
+_FEW_STEPS = 1000  # a warning appears if time ran out before
+_LOST = 3 * CHUNK  # most steps in a row without a finite loss
 _WARMUP = 0.02  # share of a stage in which its learning rate rises
 
 
@@ -71,18 +77,24 @@ def train(
       seed: seed of the pairs, combined with the step.
       workdir: directory of checkpoints and logs.
     Returns:
-      "log_q", the mean log q(u|y) in nats over each `CHUNK` steps, after the whitening's stage.
+      "log_q", the mean log q(u|y) in nats over the steps of each call, after the whitening's stage;
+      `CHUNK` steps, or fewer if they are slow.
     Raises:
       UserError: the loss is not finite, or the checkpoint is of another training.
       SystemExit: SIGTERM has arrived inside `termination.listening`; the state is saved.
     """
     state = workdir.state()
     if state is None:
-        size = sum(size_of(shape) for shape in simulation.shapes.values())
-        pairs = max(100, min(_SCALING_PAIRS, _SCALING_NUMBERS // size))
-        u, y, usable = simulation.simulate(pairs, tf.constant([seed, -1]))
-        rows = np.asarray(y)[usable].reshape(-1, simulation.row or simulation.features)
-        q.standardise(scaling(np.asarray(u)[usable], rows[np.isfinite(rows).all(1)]))
+        pairs = _scaling_pairs(simulation, clock, seed)
+        u, y, usable = map(np.asarray, simulation.simulate(pairs, tf.constant([seed, -1])))
+        if not usable.all():
+            logging.warning(
+                "%.2g%% of the simulated data sets are not finite and are left out; the posteriors "
+                "of finite data remain right",
+                100.0 * np.mean(~usable),
+            )
+        rows = y[usable].reshape(-1, simulation.row or simulation.features)
+        q.standardise(scaling(u[usable], rows[np.isfinite(rows).all(1)]))
     else:
         assign(q.variables, state.weights)
         clock.step, clock.began = state.step, clock.began - state.elapsed
@@ -96,7 +108,28 @@ def train(
     for stage in stages[state.stage if state else 0 :]:
         history = {stage.name: _run(stage, q, simulation, settings, clock, seed, workdir, state)}
         state = None
+    if clock.seconds and clock.step < _FEW_STEPS:
+        logging.warning(
+            "only %d training steps of %d pairs fitted into %g seconds, too few for most models; "
+            "give more seconds, or a faster model",
+            clock.step,
+            settings["batch_size"],
+            clock.seconds,
+        )
     return history
+
+
+def _scaling_pairs(simulation, clock, seed) -> int:
+    """Returns how many pairs set the scaling; fewer if the simulator is slow and time is short."""
+    size = sum(size_of(shape) for shape in simulation.shapes.values())
+    pairs = max(_FEWEST_SCALING, min(_SCALING_PAIRS, _SCALING_NUMBERS // size))
+    if not clock.seconds:
+        return pairs
+    for _ in range(2):  # the first call also traces the simulator
+        began = time.monotonic()
+        np.asarray(simulation.simulate(_FEWEST_SCALING, tf.constant([seed, -1]))[0])
+    each = (time.monotonic() - began) / _FEWEST_SCALING
+    return max(_FEWEST_SCALING, min(pairs, int(_SCALING_SHARE * clock.seconds / each)))
 
 
 class _Stage(NamedTuple):
@@ -124,23 +157,26 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
         elapsed = clock.elapsed()
         workdir.save(State(stage.number, clock.step, elapsed, since, history, weights, moments))
 
+    count = 1 if clock.seconds else CHUNK
     while (progress := clock.progress()) < stage.until:
         share = (progress - since) / max(1e-9, stage.until - since)
         warm = min(1.0, (share + 1e-3) / _WARMUP)
         rate = 0.5 * settings["learning_rate"] * warm * (1.0 + math.cos(math.pi * share))
         optimizer.learning_rate = rate
         began = time.monotonic()
-        loss = float(steps(tf.constant(clock.step)))
-        lost = 0 if math.isfinite(loss) else lost + 1
-        if lost == 4:
+        loss = float(steps(tf.constant(clock.step), tf.constant(count)))
+        lost = 0 if math.isfinite(loss) else lost + count
+        if lost > _LOST:
             raise UserError(
-                f"the loss has not been finite since step {clock.step - 3 * CHUNK}; expected "
+                f"the loss has not been finite since step {clock.step + count - lost}; expected "
                 "finite data: check the model by `sample`, or lower learning_rate"
             )
-        clock.step += CHUNK
+        clock.step += count
         history.append(-loss)
         clock.bar.update(int(100 * clock.progress()), [("log_q", -loss)])
-        speed = CHUNK / (time.monotonic() - began)
+        speed = count / (time.monotonic() - began)
+        if clock.seconds:
+            count = min(CHUNK, max(1, int(speed * _CALL_SHARE * clock.seconds)))
         logged = {stage.name: -loss, "learning_rate": rate, "steps_per_second": speed}
         workdir.log(clock.step, logged)
         if workdir.due or termination.asked():
@@ -151,14 +187,14 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
     return history
 
 
-def _steps(stage, optimizer, simulation, count, seed):
-    """Returns a graph that takes `CHUNK` steps from a given one on and returns their mean loss.
+def _steps(stage, optimizer, simulation, pairs, seed):
+    """Returns a graph of (first, count) that takes steps and returns their mean loss.
 
     A step whose loss or gradient is not finite changes nothing and does not count.
     """
 
     def step(number):
-        u, y, usable = simulation.simulate(count, tf.stack([seed, number]))
+        u, y, usable = simulation.simulate(pairs, tf.stack([seed, number]))
         with tf.GradientTape() as tape:
             densities = tf.where(usable, stage.log_density(u, y), 0.0)
             loss = -tf.reduce_sum(densities) / tf.reduce_sum(tf.cast(usable, tf.float32))
@@ -169,12 +205,12 @@ def _steps(stage, optimizer, simulation, count, seed):
         return tf.where(finite, loss, 0.0), tf.cast(finite, tf.float32)
 
     @tf.function(autograph=False)
-    def steps(first):
+    def steps(first, count):
         def body(i, total, taken):
             loss, finite = step(first + i)
             return i + 1, total + loss, taken + finite
 
-        _, total, taken = tf.while_loop(lambda i, *_: i < CHUNK, body, (0, 0.0, 0.0))
+        _, total, taken = tf.while_loop(lambda i, *_: i < count, body, (0, 0.0, 0.0))
         return total / taken  # NaN if no step was taken
 
     return steps
