@@ -22,6 +22,7 @@ TINY = {
     "width": 16,
     "trunk_width": 16,
     "depth": 1,
+    "trunk_depth": 1,
     "components": 2,
     "batch_size": 128,
 }

@@ -14,8 +14,9 @@ from avb_tf import UserError
 from avb_tf.amortised import calibration, sources
 from avb_tf.amortised.rows import Rows
 
-TINY = {"verbose": False, "width": 16, "trunk_width": 32, "depth": 1, "components": 3,
-        "batch_size": 128, "whitening_share": 0.3, "learning_rate": 4e-3}  # fmt: skip
+TINY = {"verbose": False, "width": 16, "trunk_width": 32, "depth": 1, "trunk_depth": 1,
+        "components": 3, "batch_size": 128, "whitening_share": 0.3,
+        "learning_rate": 4e-3}  # fmt: skip
 NOISE = 0.7
 GRID = np.linspace(-5.0, 5.0, 2001)
 

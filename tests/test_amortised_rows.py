@@ -22,6 +22,7 @@ TINY = {
     "width": 16,
     "trunk_width": 32,
     "depth": 1,
+    "trunk_depth": 1,
     "components": 2,
     "batch_size": 128,
     "whitening_share": 0.35,

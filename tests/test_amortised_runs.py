@@ -28,7 +28,7 @@ def model():
     return AmortisedProblem(simulate, prior=tfd.Normal(0.0, 1.0), observations=[0.3])
 """
 TINY = {
-    "width": 8, "trunk_width": 8, "depth": 1, "components": 2, "batch_size": 32,
+    "width": 8, "trunk_width": 8, "depth": 1, "trunk_depth": 1, "components": 2, "batch_size": 32,
     "whitening_share": 0.4,
 }  # fmt: skip
 STEPS = 100

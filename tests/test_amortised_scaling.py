@@ -39,7 +39,7 @@ def test_the_logarithm_is_taken_where_it_makes_numbers_symmetric():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_network_sees_what_numpy_computes_and_keeps_missing_rows(dtype):
     y = np.concatenate([positive(), np.random.default_rng(1).normal(size=[5000, 1])], 1)
-    q = network.ConditionalMixture(1, 2, 3, 8, 1, 8, rows=True)
+    q = network.ConditionalMixture(1, 2, 3, 8, 1, 8, 1, rows=True)
     q((tf.zeros([1, 1]), tf.zeros([1, 2])))
     scaling = network.scaling(np.zeros([5000, 1]), y)
     q.standardise(scaling)

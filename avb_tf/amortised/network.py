@@ -177,7 +177,7 @@ class ConditionalMixture(keras.Model):
     """q(u|y) = q(v_1|y) q(v_2|v_1, y) .. in whitened v, each factor a mixture of Gaussians.
 
         q = ConditionalMixture(dim=2, features=3, components=8, width=64, depth=2,
-                               trunk_width=64)
+                               trunk_width=64, trunk_depth=2)
         q.log_prob(u, y)                    # u [n, 2], y [n, 3] -> [n], in nats
         q.sample(y[:1], 1000, seed=(0, 0))  # [1000, 2]
 
@@ -189,10 +189,12 @@ class ConditionalMixture(keras.Model):
       dim: dimensions of u.
       features: dimensions of y, or of each row of y.
       components: number of components of each factor.
-      width: units of each layer of the factors' residual networks.
-      depth: number of residual blocks of each network.
+      width: units of the factors' residual networks; the inner layer of a block has half as many.
+      depth: number of residual blocks of each factor.
       trunk_width: units of each layer of the two networks of y, one for the factors and one for
         the whitening.
+      trunk_depth: number of residual blocks of these two. They cost little, because all draws of a
+        posterior have the same y.
       rows: whether y is a set of rows, [n, rows * features], whose order does not matter.
       image: height, width and channels if convolutions read y, or else None.
       filters: filters of the first of these two convolutions; the second has twice as many.
@@ -208,6 +210,7 @@ class ConditionalMixture(keras.Model):
         width: int,
         depth: int,
         trunk_width: int,
+        trunk_depth: int,
         rows: bool = False,
         image: Sequence[int] | None = None,
         filters: int = 0,
@@ -219,7 +222,7 @@ class ConditionalMixture(keras.Model):
         def trunk():
             if image is not None:
                 return ConvTrunk((filters, 2 * filters), trunk_width, (), "silu", support="real")
-            return (DeepSet if rows else Residual)(trunk_width, depth)
+            return (DeepSet if rows else Residual)(trunk_width, trunk_depth)
 
         sizes = [dim, dim, features, features, features]
         self.scaling: Any = Scaling(*(
@@ -230,8 +233,9 @@ class ConditionalMixture(keras.Model):
         self.trunk = trunk()
         self.context = keras.layers.Dense(dim * width, name="context")
         self.first = self._kernel(dim, width)
+        inner = max(1, width // 2)
         self.blocks = [
-            (self._kernel(width, width), self._bias(width), self._kernel(width, width, 0.3))
+            (self._kernel(width, inner), self._bias(inner), self._kernel(inner, width, 0.3))
             for _ in range(depth)
         ]
         self.head = self._kernel(width, 3 * components, 0.1)
@@ -319,19 +323,23 @@ class ConditionalMixture(keras.Model):
     def transform(self, context: Context, noise: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
         """Maps standard normal noise [dim, n] and uniform [dim, n, 1] to draws of u, [n, dim]."""
         n = tf.shape(noise)[1]
-        v = tf.zeros([n, 0])
+        v, seen = [], tf.zeros([n, 0])
         for i in range(self.dim):
             hidden = context.features[i]
             if i:  # the first factor is the same for all draws of one y
-                hidden += tf.matmul(_squashed(v), self.first[i, :i])
+                hidden += tf.matmul(seen, self.first[i, :i])
             for inner, bias, outer in self.blocks:
                 # TensorFlow fuses `bias_add` with the product.
                 inside = tf.nn.bias_add(tf.matmul(hidden, inner[i]), bias[i, 0])
                 hidden += tf.matmul(tf.nn.silu(inside), outer[i])
             outputs = tf.nn.bias_add(tf.matmul(hidden, self.head[i]), self.head_bias[i, 0])
             outputs = tf.broadcast_to(outputs, [n, 3 * self.components])
-            v = tf.concat([v, _drawn(outputs, uniform[i], noise[i])[:, tf.newaxis]], -1)
-        away = tf.linalg.triangular_solve(context.precision, v[:, :, tf.newaxis])[..., 0]
+            v.append(_drawn(outputs, uniform[i], noise[i]))
+            seen = tf.concat([seen, _squashed(v[-1])[:, tf.newaxis]], -1)
+        # One context for all draws is solved once.
+        away = tf.reshape(tf.stack(v, -1), [-1, n // tf.shape(context.mean)[0], self.dim])
+        away = tf.linalg.triangular_solve(context.precision, tf.transpose(away, [0, 2, 1]))
+        away = tf.reshape(tf.transpose(away, [0, 2, 1]), [n, self.dim])
         return self.scaling.u_mean + self.scaling.u_scale * (context.mean + away)
 
     def call(self, inputs: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:

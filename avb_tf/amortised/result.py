@@ -115,6 +115,9 @@ class AmortisedFit:
     ) -> Check:
         """Tests the calibration over simulated data sets: ranks, coverage and TARP.
 
+        It simulates `pairs` data sets, and an outcome of each draw; with a slow simulator, fewer
+        pairs and draws save time.
+
         Args:
           pairs: number of simulated data sets.
           draws: number of draws for each data set.

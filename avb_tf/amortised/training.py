@@ -39,6 +39,7 @@ def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixtur
         settings["width"],
         settings["depth"],
         settings["trunk_width"],
+        settings["trunk_depth"],
         simulation.row is not None,
         _image(simulation) if settings["filters"] else None,
         settings["filters"],

@@ -12,8 +12,9 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 512,  # pairs simulated in each step
     "components": 8,  # Gaussians in the mixture of each factor
     "width": 64,  # units of each layer in each parameter's residual network
+    "depth": 3,  # residual blocks of each of these networks
     "trunk_width": 128,  # units of each layer in the residual networks of y
-    "depth": 3,  # residual blocks of each network
+    "trunk_depth": 6,  # residual blocks of the networks of y
     # Filters of the first of two convolutions, instead of the residual networks of y, if y is an
     # image or a series; the second has twice as many. 0: none
     "filters": 0,
@@ -27,7 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "filters": (0, 2**31),
 }
 # Fields that config files of earlier versions lack, with their values at the time.
-SINCE: dict[str, Any] = {"fit": {"filters": 0}}
+SINCE: dict[str, Any] = {"fit": {"filters": 0, "trunk_depth": 3}}
 STEPS = 10_000  # used if neither steps nor seconds are given
 
 

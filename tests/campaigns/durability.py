@@ -227,7 +227,8 @@ def fit_and_save(path, seed):
         "mu": tfp.distributions.Normal(0.0, 1.0),
         "y": lambda mu: tfp.distributions.Normal(mu, 1.0),
     })  # fmt: skip
-    sizes = {"batch_size": 16, "components": 2, "width": 4, "trunk_width": 4, "depth": 1}
+    sizes = {"batch_size": 16, "components": 2, "width": 4, "trunk_width": 4}
+    sizes |= {"depth": 1, "trunk_depth": 1}
     fit_amortised(model, steps=1, seed=seed, verbose=False, **sizes).save(path)
 
 
