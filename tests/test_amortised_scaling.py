@@ -67,7 +67,8 @@ def test_small_data_have_exact_posteriors():
         return tfd.Independent(tfd.LogNormal(theta[..., tf.newaxis] + tf.zeros(2), NARROW), 1)
 
     model = tfd.JointDistributionNamed({"theta": tfd.Normal(0.0, WIDE), "y": data})
-    fit = avb_tf.fit_amortised(model, steps=1500, verbose=False)
+    small = {"width": 32, "trunk_width": 64, "trunk_depth": 2}
+    fit = avb_tf.fit_amortised(model, steps=1500, verbose=False, **small)
     deviation = (WIDE**-2 + 2.0 * NARROW**-2) ** -0.5
     for log_y in ([-8.0, -7.8], [-5.0, -5.3], [0.0, 0.4], [7.0, 7.1]):
         mean = deviation**2 * np.sum(log_y) / NARROW**2
@@ -80,3 +81,10 @@ def test_a_positive_number_that_is_far_too_small_is_unusual():
     y = positive(300, 0.5)
     distance = np.abs(calibration.standardised(np.concatenate([[[1e-6]], y])))
     assert distance[0] > distance[1:].max()
+
+
+def test_no_data_set_has_no_draws():
+    q = network.ConditionalMixture(3, 2, 3, 8, 1, 8, 1)
+    q((tf.zeros([1, 3]), tf.zeros([1, 2])))
+    context = tf.function(q.given)(tf.zeros([0, 2])).repeated(5)
+    assert tf.function(q.sample_given)(context, tf.constant(0), (0, 0)).shape == (0, 3)

@@ -171,13 +171,13 @@ def _ranks_of_outcomes(compiled: Compiled, u, drawn, seed) -> np.ndarray:
     """Ranks new data of u [pairs, dim] among data predicted from draws [draws, pairs, dim].
 
     If q is exact, new data that are independent of those given to q have uniform ranks. Ties, as
-    between counts, are broken at random. NaN counts as larger than all numbers.
+    between counts, are broken at random. NaN counts as infinity.
     """
 
     def outcome(u, number):
         seeds = tf.constant([seed, number], tf.int32)
-        drawn = np.asarray(compiled.outcome(tf.constant(u, compiled.dtype), seeds))
-        return np.where(np.isnan(drawn), np.inf, drawn)
+        y = np.asarray(compiled.outcome(tf.constant(u, compiled.dtype), seeds))
+        return np.where(np.isnan(y), np.inf, y)
 
     truth = outcome(u, 0)
     below, equal = np.zeros(truth.shape, int), np.zeros(truth.shape, int)
@@ -232,7 +232,7 @@ def simulated(simulation: Simulation, pairs: int, seed: int) -> tuple[np.ndarray
         if tries == _TRIES:
             raise UserError(
                 f"{found} of {tries * pairs} simulated data sets are finite; expected {pairs}: "
-                "check the model by `sample`"
+                "check the model by `sample`, or train for smaller sets of rows"
             )
         u, y, usable = simulation.simulate(pairs, tf.constant([seed, -2 - tries]))
         parts.append((np.asarray(u, np.float64)[usable], np.asarray(y)[usable]))

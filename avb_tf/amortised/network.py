@@ -336,8 +336,9 @@ class ConditionalMixture(keras.Model):
             outputs = tf.broadcast_to(outputs, [n, 3 * self.components])
             v.append(_drawn(outputs, uniform[i], noise[i]))
             seen = tf.concat([seen, _squashed(v[-1])[:, tf.newaxis]], -1)
-        # One context for all draws is solved once.
-        away = tf.reshape(tf.stack(v, -1), [-1, n // tf.shape(context.mean)[0], self.dim])
+        # All draws of one y share a triangle, which is solved once.
+        sets = tf.shape(context.mean)[0]
+        away = tf.reshape(tf.stack(v, -1), [sets, n // tf.maximum(1, sets), self.dim])
         away = tf.linalg.triangular_solve(context.precision, tf.transpose(away, [0, 2, 1]))
         away = tf.reshape(tf.transpose(away, [0, 2, 1]), [n, self.dim])
         return self.scaling.u_mean + self.scaling.u_scale * (context.mean + away)

@@ -124,7 +124,8 @@ class AmortisedFit:
           seed: seed of the data sets and the draws.
           rows: number of rows of each data set; None: all sizes that the fit was trained for.
         Raises:
-          UserError: the fit was not trained for this number of rows.
+          UserError: the fit was not trained for this number of rows, or hardly any simulated data
+            set is finite.
         """
         simulation = self.simulation
         if rows is not None:

@@ -179,9 +179,12 @@ def of(one: Simulation, smallest: int, largest: int) -> Rows:
         largest size is finite.
     """
     u, y, usable = (np.asarray(part) for part in one.simulate(_TRIAL, tf.constant([0, 2])))
+    check_usable(usable)
     u, y = u[usable], y[usable]
-    pair = np.asarray(one.data(tf.constant(np.repeat(u, 2, 0)), tf.constant([0, 3])))
-    if (pair[::2] == pair[1::2]).all() or (pair[0] == pair).all():
+    twins = np.asarray(one.data(tf.constant(np.repeat(u, 2, 0)), tf.constant([0, 3])))
+    twins = twins.reshape(len(u), 2, -1)
+    twins = twins[np.isfinite(twins).all((1, 2))]
+    if len(twins) and ((twins[:, 0] == twins[:, 1]).all() or (twins == twins[0, 0]).all()):
         raise UserError(
             "rows of the same parameters are all equal; expected an independent draw for each: "
             "write the model for batches, or as an AutoBatched joint"
@@ -201,6 +204,7 @@ def of(one: Simulation, smallest: int, largest: int) -> Rows:
                 "log densities of a batch of pairs differ from those of each; expected a model "
                 "written for batches, or an AutoBatched joint"
             )
-    largest_sets = Rows(one, largest, largest).simulate(_SETS, tf.constant([0, 4]))
-    check_usable(np.asarray(largest_sets[2]), f"data sets of {largest} rows")
+    if not usable.all():
+        sets = Rows(one, largest, largest).simulate(_SETS, tf.constant([0, 4]))
+        check_usable(np.asarray(sets[2]), f"data sets of {largest} rows")
     return Rows(one, smallest, largest)

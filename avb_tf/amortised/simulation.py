@@ -49,6 +49,7 @@ class Simulation:
         terms: Callable[[Structure, dict[str, tf.Tensor]], Sequence[tf.Tensor]] | None = None,
         portable: bool = True,
         row: int | None = None,
+        draw_prior: Callable[[Any, Any], Structure] | None = None,
     ):
         """Builds the simulation from functions of a model.
 
@@ -66,11 +67,14 @@ class Simulation:
           portable: whether `draw` uses only TensorFlow's operations, so that it can be saved.
           row: dimensions of each row if y consists of independent rows of one distribution. If the
             density nevertheless depends on their order, y is one whole.
+          draw_prior: function from (n, seed) to parameters alone; None: those of `draw`, whose data
+            are not computed if they are TensorFlow's operations.
         Raises:
           UserError: the model cannot be simulated, or its draws in a batch are not independent.
         """
         self._target, self._draw, self._redraw = target, draw, redraw
         self._pin, self._terms = pin, terms
+        self._draw_prior = draw_prior or (lambda n, seed: draw(n, seed)[0])
         self.portable, self.row = portable, row
         self.dim, self.dtype, self.names = target.dim, target.dtype, target.names
         self.observed = dict(parts)
@@ -87,7 +91,7 @@ class Simulation:
           seed: integers [2].
         Returns:
           u [n, dim], y [n, features], and whether each pair is finite, boolean [n]; u and y are 0
-          where it is not. Without these pairs, the posteriors of finite data are the same.
+          where it is not. To leave these pairs out does not change the posterior of finite data.
         """
         if n not in self._graphs:
             simulate = functools.partial(self._simulate, n)
@@ -107,8 +111,8 @@ class Simulation:
         Returns:
           u [n, dim], and whether each is finite, boolean [n]; u is 0 where it is not.
         """
-        parameters, _ = self._draw(n, seed)
-        u, _, usable = usable_pairs(self._target.free(parameters), tf.zeros([n, 1], tf.float64))
+        u = self._target.free(self._draw_prior(n, seed))
+        u, _, usable = usable_pairs(u, tf.zeros([n, 1], tf.float64))
         return u, usable
 
     def data(self, u: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:

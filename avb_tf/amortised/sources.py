@@ -93,16 +93,19 @@ def of_simulator(
     dtypes = [dtype for _, dtype in parts.values()]
     compute = data_of if portable else _by_numpy(data_of, prior.dtype, dtypes)
 
+    def draw_prior(n, seed):
+        return prior.sample(n, seed=_seed(prior, seed))
+
     def draw(n, seed):
-        # numpy refuses negative seeds, so the sign bit is cleared.
-        seeds = tf.bitwise.bitwise_and(tf.random.split(tf.cast(seed, tf.int32), 2), 2**31 - 1)
-        parameters = prior.sample(n, seed=_seed(prior, seeds[0]))
-        return parameters, compute(parameters, seeds[1])
+        seeds = tf.random.split(tf.cast(seed, tf.int32), 2)
+        parameters = draw_prior(n, seeds[0])
+        return parameters, redraw(parameters, seeds[1])
 
     def redraw(parameters, seed):
+        # numpy refuses negative seeds, so the sign bit is cleared.
         return compute(parameters, tf.bitwise.bitwise_and(tf.cast(seed, tf.int32), 2**31 - 1))
 
-    return Simulation(target, parts, draw, redraw, None, portable=portable)
+    return Simulation(target, parts, draw, redraw, None, portable=portable, draw_prior=draw_prior)
 
 
 def _row(joint, observed) -> int | None:
@@ -162,8 +165,8 @@ def _tried(data_of, trial, observed):
 
     try:
         values, again = called(0), called(0)
-        noisy = any(  # most often, the first of the other seeds differs
-            not np.array_equal(value, other)
+        noisy = not any(np.isfinite(value).any() for value in values) or any(
+            _differ(value, other)  # most often already for the first of the other seeds
             for seed in range(1, _SEEDS)
             for value, other in zip(values, called(seed), strict=True)
         )
@@ -196,6 +199,14 @@ def _tried(data_of, trial, observed):
         name: (tf.TensorShape(value.shape[1:]), tf.as_dtype(value.dtype))
         for name, value in zip(observed, values, strict=True)
     }
+
+
+def _differ(value, other) -> bool:
+    """Returns whether entries that are finite in both arrays differ, or their shapes."""
+    if value.shape != other.shape:
+        return True
+    known = np.isfinite(value) & np.isfinite(other)
+    return not np.array_equal(value[known], other[known])
 
 
 def _traces(data_of, trial) -> bool:

@@ -22,8 +22,9 @@ from avb_tf.training import optimizers, termination
 
 _SCALING_PAIRS = 10_000  # simulated pairs that set the locations and scales
 _SCALING_NUMBERS = 2**24  # largest number of entries of their data
-_SCALING_SHARE = 0.05  # most of a fit's time that they may take
-_FEWEST_SCALING = 100  # smallest number of them
+_SCALING_CALL = 100  # pairs in each call for them
+_SCALING_SHARE = 0.05  # share of a fit's time after which fewer suffice, but not before
+_FEWEST_SCALING = 50
 _CALL_SHARE = 0.02  # most of a fit's time between readings of the clock
 _FEW_STEPS = 1000  # a warning appears if time ran out before
 _LOST = 3 * CHUNK  # most steps in a row without a finite loss
@@ -78,19 +79,18 @@ def train(
       seed: seed of the pairs, combined with the step.
       workdir: directory of checkpoints and logs.
     Returns:
-      "log_q", the mean log q(u|y) in nats over the steps of each call, after the whitening's stage;
-      `CHUNK` steps, or fewer if they are slow.
+      "log_q", the mean log q(u|y) in nats over the steps of each call, after the whitening's stage:
+      `CHUNK` of them, or fewer if `seconds` is given and they are slow.
     Raises:
       UserError: the loss is not finite, or the checkpoint is of another training.
       SystemExit: SIGTERM has arrived inside `termination.listening`; the state is saved.
     """
     state = workdir.state()
     if state is None:
-        pairs = _scaling_pairs(simulation, clock, seed)
-        u, y, usable = map(np.asarray, simulation.simulate(pairs, tf.constant([seed, -1])))
+        u, y, usable = _scaling_pairs(simulation, clock, seed)
         if not usable.all():
             logging.warning(
-                "%.2g%% of the simulated data sets are not finite and are left out; the posteriors "
+                "%.3g%% of the simulated data sets are not finite and are left out; the posteriors "
                 "of finite data remain right",
                 100.0 * np.mean(~usable),
             )
@@ -109,10 +109,10 @@ def train(
     for stage in stages[state.stage if state else 0 :]:
         history = {stage.name: _run(stage, q, simulation, settings, clock, seed, workdir, state)}
         state = None
-    if clock.seconds and clock.step < _FEW_STEPS:
+    if clock.seconds and clock.step < min(_FEW_STEPS, clock.steps or _FEW_STEPS):
         logging.warning(
-            "only %d training steps of %d pairs fitted into %g seconds, too few for most models; "
-            "give more seconds, or a faster model",
+            "only %d steps of %d pairs fitted into %g seconds, too few for most models; give more "
+            "seconds, or a faster model",
             clock.step,
             settings["batch_size"],
             clock.seconds,
@@ -120,17 +120,20 @@ def train(
     return history
 
 
-def _scaling_pairs(simulation, clock, seed) -> int:
-    """Returns how many pairs set the scaling; fewer if the simulator is slow and time is short."""
+def _scaling_pairs(simulation, clock, seed):
+    """Returns u, y and which pairs are finite; fewer if the simulator is slow for the time."""
     size = sum(size_of(shape) for shape in simulation.shapes.values())
-    pairs = max(_FEWEST_SCALING, min(_SCALING_PAIRS, _SCALING_NUMBERS // size))
-    if not clock.seconds:
-        return pairs
-    for _ in range(2):  # the first call also traces the simulator
-        began = time.monotonic()
-        np.asarray(simulation.simulate(_FEWEST_SCALING, tf.constant([seed, -1]))[0])
-    each = (time.monotonic() - began) / _FEWEST_SCALING
-    return max(_FEWEST_SCALING, min(pairs, int(_SCALING_SHARE * clock.seconds / each)))
+    pairs = max(_SCALING_CALL, min(_SCALING_PAIRS, _SCALING_NUMBERS // size))
+    parts, began = [], 0.0
+    for call in range(pairs // _SCALING_CALL):
+        drawn = simulation.simulate(_SCALING_CALL, tf.constant([seed, -1 - call]))
+        parts.append([np.asarray(part) for part in drawn])
+        if not call:
+            began = time.monotonic()  # the first call also traces the simulator
+        late = clock.seconds and time.monotonic() - began > _SCALING_SHARE * clock.seconds
+        if late and sum(usable.sum() for _, _, usable in parts) >= _FEWEST_SCALING:
+            break
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 class _Stage(NamedTuple):
@@ -158,7 +161,8 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
         elapsed = clock.elapsed()
         workdir.save(State(stage.number, clock.step, elapsed, since, history, weights, moments))
 
-    count = 1 if clock.seconds else CHUNK
+    by_time = clock.seconds and not clock.steps
+    count = 1 if by_time else CHUNK
     while (progress := clock.progress()) < stage.until:
         share = (progress - since) / max(1e-9, stage.until - since)
         warm = min(1.0, (share + 1e-3) / _WARMUP)
@@ -167,16 +171,13 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
         began = time.monotonic()
         loss = float(steps(tf.constant(clock.step), tf.constant(count)))
         lost = 0 if math.isfinite(loss) else lost + count
-        if lost > _LOST:
-            raise UserError(
-                f"the loss has not been finite since step {clock.step + count - lost}; expected "
-                "finite data: check the model by `sample`, or lower learning_rate"
-            )
         clock.step += count
+        if lost > _LOST:
+            raise _not_finite(clock.step - lost)
         history.append(-loss)
         clock.bar.update(int(100 * clock.progress()), [("log_q", -loss)])
         speed = count / (time.monotonic() - began)
-        if clock.seconds:
+        if by_time:
             count = min(CHUNK, max(1, int(speed * _CALL_SHARE * clock.seconds)))
         logged = {stage.name: -loss, "learning_rate": rate, "steps_per_second": speed}
         workdir.log(clock.step, logged)
@@ -184,8 +185,17 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
             save()
         if termination.asked():
             raise SystemExit(termination.STATUS)
+    if history and not np.isfinite(history).any():
+        raise _not_finite(clock.step - lost)
     save()
     return history
+
+
+def _not_finite(step):
+    return UserError(
+        f"the loss has not been finite since step {step}; expected finite data: check the model by "
+        "`sample`, or lower learning_rate"
+    )
 
 
 def _steps(stage, optimizer, simulation, pairs, seed):

@@ -11,7 +11,7 @@ METHOD = "amortised"  # config.method of such a run
 SETTINGS: dict[str, Any] = {
     "batch_size": 512,  # pairs simulated in each step
     "components": 8,  # Gaussians in the mixture of each factor
-    "width": 64,  # units of each layer in each parameter's residual network
+    "width": 64,  # units of each parameter's residual network, half as many inside its blocks
     "depth": 3,  # residual blocks of each of these networks
     "trunk_width": 128,  # units of each layer in the residual networks of y
     "trunk_depth": 6,  # residual blocks of the networks of y
@@ -28,7 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "filters": (0, 2**31),
 }
 # Fields that config files of earlier versions lack, with their values at the time.
-SINCE: dict[str, Any] = {"fit": {"filters": 0, "trunk_depth": 3}}
+SINCE: dict[str, Any] = {"fit": {"filters": 0}}
 STEPS = 10_000  # used if neither steps nor seconds are given
 
 
