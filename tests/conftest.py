@@ -89,7 +89,6 @@ LONG = (
     "inference_gap.py::test_on_four_points_the_shape_part",
     "loops.py::test_a_compiled_step_is_the_step",
     "loops.py::test_compiled_data_on_the_device",
-    "loops.py::test_the_number_of_steps_in_a_call_changes_no_bit",
     "model.py::test_a_loaded_model_continues_like_the_saved_one[aae]",
     "model.py::test_a_loaded_model_continues_like_the_saved_one[auxvae]",
     "model.py::test_a_loaded_model_continues_like_the_saved_one[avb]",

@@ -84,7 +84,7 @@ def test_only_the_rows_of_a_data_set_have_to_be_finite(tmp_path):
 
 
 def test_parameters_are_drawn_whether_or_not_their_data_are_finite():
-    u, finite = sources.of_simulator(simulator, PRIOR, "y").prior(4000, tf.constant([0, 1]))
+    u, finite = sources.of_simulator(simulator, PRIOR, "y").sample_prior(4000, tf.constant([0, 1]))
     assert np.all(finite)
     assert np.mean(u) == pytest.approx(0.0, abs=4.0 / np.sqrt(4000))
 

@@ -135,7 +135,11 @@ class AmortisedFit:
         return calibration.check(self.compiled, simulation, pairs, draws, _away(seed))
 
     def surprise(self, y: DataSet) -> Surprise:
-        """Tests whether y looks like data of the model, at a false alarm rate of 5%."""
+        """Tests whether y looks like data of the model, at a false alarm rate of 5%.
+
+        Raises:
+          UserError: y does not fit the model, or hardly any simulated data set is finite.
+        """
         row, seed = self.simulation.flat(y), _away(self.seed)
         if (size := row.shape[1]) not in self._typical:
             like = self.simulation.like(row)

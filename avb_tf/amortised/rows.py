@@ -43,7 +43,7 @@ class Rows(Simulation):
 
     def _simulate(self, n, seed):
         seeds = tf.random.split(seed, 3)
-        u, finite = self.one.prior(n, seeds[0])
+        u, finite = self.one.sample_prior(n, seeds[0])
         y = self.data(u, seeds[1])
         # 1 + largest, so that the largest size is as likely as its neighbours.
         low, high = np.log([self.smallest, self.largest + 1.0])

@@ -46,13 +46,13 @@ class Loaded(Simulation):
         u, y, usable = self._in_parts("simulate", n, seed)
         return u, y, usable
 
-    def prior(self, n: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Draws `n` parameters; see `Simulation.prior`.
+    def sample_prior(self, n: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Draws `n` parameters; see `Simulation.sample_prior`.
 
         Raises:
           UserError: the simulator was not saved.
         """
-        u, finite = self._in_parts("prior", n, seed)
+        u, finite = self._in_parts("sample_prior", n, seed)
         return u, finite
 
     def _in_parts(self, name, n, seed):
@@ -133,7 +133,7 @@ def save(simulation: Simulation, path: str | Path) -> None:
         "unconstrain": (unconstrain, [flat]),
     }
     if simulation.portable:
-        for draw in (simulation.simulate, simulation.prior):
+        for draw in (simulation.simulate, simulation.sample_prior):
             functions[draw.__name__] = (functools.partial(draw, SAVED), [seed])
         functions["data"] = (simulation.data, [u, seed])
     if simulation.has_density:

@@ -102,7 +102,7 @@ class Simulation:
         parameters, data = self._draw(n, seed)
         return usable_pairs(self._target.free(parameters), self.side_by_side(data))
 
-    def prior(self, n: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def sample_prior(self, n: int, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Draws parameters, whether or not their data are finite.
 
         Args:
