@@ -3,6 +3,7 @@
 import numpy as np
 import scipy.stats
 
+from avb_tf import results
 from avb_tf.encoders import GaussianEncoder
 from avb_tf.likelihood_estimation import estimates, inference_gap
 from tests.linear_gaussian import SCALE, WEIGHT, LinearDecoder, set_posterior
@@ -17,12 +18,12 @@ def evaluate(model, directory):
     named, weighted = estimates.importance_weighted(model, X, 1, directory)
     _, annealed = estimates.annealed(model, X, SIZES, directory)
     log_likelihood = named["log_likelihood_iwae_5000"].values
-    elbo = estimates.bound(model, X)
+    elbo, _ = estimates.bound(model, X)
     inference_gap.smoothed_bounds(model)(X[:1], 500, 10)
     estimates.bidirectional(model, 2, SIZES, directory)
     own = estimates.own_bounds(model, X, elbo, directory)
     estimates.inference_gap(model, X, log_likelihood, own, directory)
-    return elbo, weighted.log_weights, annealed.log_weights
+    return elbo.values, weighted.log_weights, annealed.log_weights
 
 
 def test_a_second_evaluation_sees_new_weights_and_traces_nothing(
@@ -40,13 +41,30 @@ def test_a_second_evaluation_sees_new_weights_and_traces_nothing(
         covariance = weight @ weight.T + SCALE**2 * np.eye(3)
         evidence = scipy.stats.multivariate_normal(np.zeros(3), covariance).logpdf(X)
         elbo, *both = evaluate(model, tmp_path)
-        assert np.abs(elbo - (evidence - kl)).max() < 0.6  # 4 standard errors with 64 draws
+        assert np.abs(elbo - (evidence - kl)).max() < 0.03  # 4 standard errors
         for log_weights in both:
             ratios = np.exp(log_weights - evidence)  # estimates divided by p(x), with mean 1
             error = ratios.std(0) / np.sqrt(len(ratios))
             assert (np.abs(ratios.mean(0) - 1.0) < 4.0 * error).all()
     # The simulation of data from the model has no graph.
     assert traced == ["decode"]
+
+
+def test_the_stated_error_of_a_bound_of_few_examples_covers_its_draws(linear_gaussian):
+    """The error over four examples says nothing about the error of the draws of z."""
+    model, evidence = linear_gaussian
+    set_posterior(model, WIDTH)
+    exact = evidence.logpdf(X) - 0.5 * 2 * (WIDTH**2 - 1.0 - np.log(WIDTH**2))
+    z_scores = []
+    for seed in range(20):
+        elbo, _ = estimates.bound(model, X, seed=seed)
+        assert len(X) * elbo.settings["draws"] >= estimates.ALL_DRAWS
+        summary = results.estimate(elbo.values, elbo.repeats, **elbo.settings)
+        error = summary["standard_error_over_repeats"]
+        assert error < 0.02
+        z_scores.append((summary["mean"] - exact.mean()) / error)
+    assert 0.5 < np.std(z_scores) < 1.6  # 0.85 to 1.15 times 1, the rest for 20 seeds
+    assert abs(np.mean(z_scores)) < 3.5 / np.sqrt(20)
 
 
 def test_an_interval_of_the_elbo_makes_intervals_of_the_gaps():
@@ -64,7 +82,7 @@ def test_the_aggregate_of_exact_posteriors_is_the_prior(linear_gaussian):
     model, evidence = linear_gaussian
     set_posterior(model, 1.0)
     x = evidence.rvs(4000, random_state=0).astype(np.float32)
-    named = estimates.latent_space(model, x)
+    named, (_, reconstruction) = estimates.latent_space(model, x), estimates.bound(model, x)
     low, high = (named[f"kl_aggregate_posterior_{end}"] for end in ("lower", "upper"))
     error = 4.0 * low.repeats.mean(1).std(ddof=1) / 2.0
     assert low.values.mean() - error - 0.01 < 0.0 < high.values.mean() + error
@@ -74,7 +92,7 @@ def test_the_aggregate_of_exact_posteriors_is_the_prior(linear_gaussian):
     residual = x - x @ WEIGHT @ covariance @ WEIGHT.T / SCALE**2
     squares = (residual**2).sum(1) + np.trace(WEIGHT @ covariance @ WEIGHT.T)
     exact = 0.5 * squares / SCALE**2 + 3 * np.log(SCALE * np.sqrt(2.0 * np.pi))
-    error = named["reconstruction_error"].values - exact
+    error = reconstruction.values - exact
     assert abs(error.mean()) < 4.0 * error.std() / np.sqrt(len(x))
 
 
@@ -95,10 +113,14 @@ def test_the_aggregate_of_posteriors_that_ignore_x_has_their_divergence(linear_g
 
 def test_a_known_elbo_makes_values_of_the_gaps(linear_gaussian, tmp_path):
     model, _ = linear_gaussian
-    own = estimates.own_bounds(model, X, np.arange(4.0), tmp_path)
+    elbo = np.arange(4.0)
+    both = estimates.Estimate(elbo, {"draws": 9}, np.stack([elbo - 0.1, elbo + 0.1]))
+    own = estimates.own_bounds(model, X, both, tmp_path)
     assert own.exact
     assert own.first(2).exact
     (gap,) = estimates.posterior_divergence(own, np.full(4, 5.0)).items()
     assert gap[0] == "kl_q_exact_posterior"
     np.testing.assert_allclose(gap[1].values, [5.0, 4.0, 3.0, 2.0])
+    np.testing.assert_allclose(gap[1].repeats[:, 0], [5.1, 4.9])
+    assert gap[1].settings["draws"] == 9
     assert estimates.smoothed_elbo(own) == {}

@@ -193,11 +193,11 @@ def test_a_batch_with_nan_every_50_steps_costs_no_more_than_these_steps(
         first = tf.range(tf.size(loss)) == 0  # one example of the batch
         return tf.where(tf.reshape(first, tf.shape(loss)) & bad, np.nan, loss)
 
-    bounds = [estimates.bound(train.train(config, tmp_path / "clean"), x)]
+    bounds = [estimates.bound(train.train(config, tmp_path / "clean"), x)[0].values]
     with monkeypatch.context() as patch, caplog.at_level("WARNING", "absl"):
         patch.setattr(avb_tf.AVB, "_inputs", spoiled)
         model = train.train(config, tmp_path / "spoiled")
-    bounds.append(estimates.bound(model, x))
+    bounds.append(estimates.bound(model, x)[0].values)
     assert int(model.step.value) == 200
     assert int(model.skipped.value) == 4
     assert "2 of the steps up to 200 skipped" in caplog.text

@@ -89,9 +89,9 @@ def _evaluate(config, workdir, model, source) -> None:
 
 def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict[str, Figure]]:
     """Returns all estimates by name, and figures that show how they were obtained."""
-    elbo = estimates.bound(model, x)
+    elbo, error = estimates.bound(model, x)
     name = "elbo" if model.adversary is None else "elbo_adversary"
-    by_name = {name: Estimate(elbo, {"draws": estimates.DRAWS})}
+    by_name = {name: elbo, "reconstruction_error": error}
     by_name |= estimates.latent_space(model, x)
     planar = model.encoder.latent_dim == 2
     if planar:
@@ -102,7 +102,7 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
     gap = min(sizes["gap"], len(subset))
     own = None
     if count := min(max(posteriors, gap), len(x)):
-        own = estimates.own_bounds(model, x[:count], elbo[:count], directory)
+        own = estimates.own_bounds(model, x[:count], elbo.first(count), directory)
         by_name |= estimates.smoothed_elbo(own)
     if own and posteriors:
         exact = by_name["log_likelihood_quadrature"].values[:posteriors]
@@ -112,9 +112,7 @@ def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict
         chains["temperatures"] = 0  # quadrature is exact
     drawn, weights = {}, {}
     if len(subset):
-        by_name["elbo_of_the_same_examples"] = Estimate(
-            elbo[: len(subset)], {"draws": estimates.DRAWS}
-        )
+        by_name["elbo_of_the_same_examples"] = elbo.first(len(subset))
         weighted, kept = estimates.importance_weighted(model, subset, sizes["repeats"], directory)
         by_name |= weighted
         weights["importance sampling"] = kept.log_weights
@@ -153,9 +151,10 @@ def _warnings(summaries) -> list[str]:
     warnings = []
     best = results.best_log_likelihood(summaries)
     if best and "elbo_adversary" in summaries:
-        bound = summaries[results.bound_of_same_examples(summaries)]
-        excess = bound["mean"] - summaries[best]["mean"]
-        if excess > 0.05 + 2.0 * summaries[best].get("standard_error_over_repeats", 0.0):
+        both = summaries[results.bound_of_same_examples(summaries)], summaries[best]
+        excess = both[0]["mean"] - both[1]["mean"]
+        error = np.hypot(*[each.get("standard_error_over_repeats", 0.0) for each in both])
+        if excess > 0.05 + 2.0 * error:
             warnings.append(
                 f"the adversary's bound lies {excess:.2f} nats above log p(x): the adversary is "
                 "wrong, so trust only log p(x)"

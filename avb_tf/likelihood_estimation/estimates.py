@@ -11,13 +11,16 @@ from avb_tf.likelihood_estimation import ais, chunks, entropy, importance, joint
 from avb_tf.likelihood_estimation.inference_gap import (
     COMPONENTS,
     DRAWS_PER_STEP,
+    FRESH_DRAWS,
+    REPEATS,
     best_gaussians,
     smoothed_bounds,
     smoothing_sizes,
 )
 from avb_tf.model import AVB
 
-DRAWS = 64  # z for each x in the ELBO
+DRAWS = 64  # z for each x in one call for the ELBO, at least
+ALL_DRAWS = 100_000  # z for all x together, at least: a few x get more draws each
 SAMPLES = 5000  # importance samples in the tightest bound
 CURVE = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2500, SAMPLES)  # each divides SAMPLES
 REPORTED = (1, 100, SAMPLES)
@@ -45,6 +48,11 @@ class Estimate(NamedTuple):
     repeats: np.ndarray | None = None  # [repeats, examples], from independent draws
     of_examples: bool = True  # whether the values belong to the examples of the split
 
+    def first(self, count: int) -> "Estimate":
+        """Returns the estimate for the first `count` examples."""
+        repeats = None if self.repeats is None else self.repeats[:, :count]
+        return self._replace(values=self.values[:count], repeats=repeats)
+
 
 class ImportanceWeights(NamedTuple):
     """Results of importance sampling; the last axis is over examples."""
@@ -71,7 +79,7 @@ class BidirectionalWeights(NamedTuple):
 
 
 class BestBounds(NamedTuple):
-    """ELBOs in nats of Gaussians optimised for each x, [examples] each."""
+    """ELBOs in nats of Gaussians optimised for each x, [REPEATS, examples] each."""
 
     diagonal: np.ndarray
     full: np.ndarray
@@ -103,19 +111,24 @@ class OwnBounds(NamedTuple):
 
         Args:
           name: name of the estimate.
-          values: [examples], in nats.
+          values: [examples] or, from independent draws, [repeats, examples], in nats.
         """
         ends = {name: self.lower} if self.exact else {
             f"{name}_lower": self.upper, f"{name}_upper": self.lower,
         }  # fmt: skip
         return {
-            end: Estimate(values - elbo.mean(0), self.settings, values - elbo)
+            end: Estimate(np.mean(values - elbo, 0), self.settings, values - elbo)
             for end, elbo in ends.items()
         }
 
 
-def bound(model: AVB, x: np.ndarray, batch_size: int = 100, seed: int = 0) -> np.ndarray:
-    """Returns the ELBO in nats with the model's own T, [count], the mean over `DRAWS` z for each x.
+def bound(
+    model: AVB, x: np.ndarray, batch_size: int = 100, seed: int = 0
+) -> tuple[Estimate, Estimate]:
+    """Estimates the ELBO with the model's own T, and the reconstruction error, in nats.
+
+    The reconstruction error is -E_q[log p(x|z)], as in Table 1 of the paper. Both are means over
+    the same z: at least `DRAWS` for each x in each of `REPEATS` repeats, and `ALL_DRAWS` in all.
 
     Args:
       model: any `AVB`.
@@ -123,15 +136,21 @@ def bound(model: AVB, x: np.ndarray, batch_size: int = 100, seed: int = 0) -> np
       batch_size: examples computed at a time.
       seed: seed of the noise.
     """
-    terms = _terms(model)
-    means = []
+    batch_size = min(batch_size, len(x))
+    terms, draws = _terms(model), max(DRAWS, 100 * DRAWS // batch_size)
+    calls = -(-ALL_DRAWS // (REPEATS * draws * len(x)))  # for each repeat
+    elbo, error = np.zeros((2, REPEATS, len(x)))
     for i in chunks.tracked(range(0, len(x), batch_size), f"ELBO of {len(x)} examples"):
-        chunk = tf.convert_to_tensor(x[i : i + batch_size])
-        noise = tf.random.stateless_normal(
-            [DRAWS, len(chunk), model.encoder.noise_dim], [seed, i // batch_size]
-        )
-        means.append(tf.reduce_mean(terms(chunk, noise).elbo, 0))
-    return np.concatenate(means)
+        part = slice(i, i + batch_size)
+        chunk = tf.convert_to_tensor(x[part])
+        for call in range(REPEATS * calls):
+            shape = [draws, len(chunk), model.encoder.noise_dim]
+            noise = tf.random.stateless_normal(shape, [seed, i * REPEATS * calls + call])
+            drawn = terms(chunk, noise)
+            elbo[call % REPEATS, part] += tf.reduce_mean(drawn.elbo, 0) / calls
+            error[call % REPEATS, part] -= tf.reduce_mean(drawn.log_likelihood, 0) / calls
+    settings = {"draws": REPEATS * calls * draws}
+    return Estimate(elbo.mean(0), settings, elbo), Estimate(error.mean(0), settings, error)
 
 
 def exact(model: AVB, x: np.ndarray, grid: int) -> dict[str, Estimate]:
@@ -154,28 +173,18 @@ def exact(model: AVB, x: np.ndarray, grid: int) -> dict[str, Estimate]:
     return {"log_likelihood_quadrature": Estimate(log_likelihood, settings)}
 
 
-def latent_space(
-    model: AVB, x: np.ndarray, batch_size: int = 100, seed: int = 0
-) -> dict[str, Estimate]:
-    """Estimates the reconstruction error and KL(q(z) || p(z)) in nats, as in Table 1 of the paper.
+def latent_space(model: AVB, x: np.ndarray, seed: int = 0) -> dict[str, Estimate]:
+    """Estimates KL(q(z) || p(z)) in nats, as in Table 1 of the paper.
 
-    The reconstruction error is -E_q[log p(x|z)]. q(z) is the average of q(z|x) over the given x.
-    Its density is unknown, so the KL divergence is an interval for q(z) with a little noise added
-    (`entropy`).
+    q(z) is the average of q(z|x) over the given x. Its density is unknown, so the KL divergence is
+    an interval for q(z) with a little noise added (`entropy`).
 
     Args:
       model: any `AVB`.
       x: [count, *event].
-      batch_size: examples computed at a time.
       seed: seed of the draws.
     """
-    terms, encode = _terms(model), tf.function(model.encode, reduce_retracing=True)
-    errors = []
-    for i in range(0, len(x), batch_size):
-        chunk = tf.convert_to_tensor(x[i : i + batch_size])
-        shape = [DRAWS, len(chunk), model.encoder.noise_dim]
-        noise = tf.random.stateless_normal(shape, [seed, i // batch_size])
-        errors.append(-tf.reduce_mean(terms(chunk, noise).log_likelihood, 0))
+    encode = tf.function(model.encode, reduce_retracing=True)
     generator, latents = np.random.default_rng(seed), model.encoder.latent_dim
 
     def draws(count):
@@ -200,15 +209,12 @@ def latent_space(
     }
     ends = {"lower": lower, "upper": upper}
     return {
-        "reconstruction_error": Estimate(np.concatenate(errors), {"draws": DRAWS}),
-        **{
-            f"kl_aggregate_posterior_{name}": Estimate(end.ravel(), settings, end, False)
-            for name, end in ends.items()
-        },
+        f"kl_aggregate_posterior_{name}": Estimate(end.ravel(), settings, end, False)
+        for name, end in ends.items()
     }
 
 
-def own_bounds(model: AVB, x: np.ndarray, elbo: np.ndarray, directory: Path) -> OwnBounds:
+def own_bounds(model: AVB, x: np.ndarray, elbo: Estimate, directory: Path) -> OwnBounds:
     """Returns the ELBO of the model's posterior without the adversary.
 
     For a model without an adversary it is `elbo`. Otherwise it is an interval, for q with a little
@@ -218,12 +224,11 @@ def own_bounds(model: AVB, x: np.ndarray, elbo: np.ndarray, directory: Path) -> 
     Args:
       model: any `AVB`.
       x: [count, *event].
-      elbo: [count], the model's own bound.
+      elbo: the model's own bound, from `bound`.
       directory: folder of finished chunks.
     """
     if model.adversary is None:
-        each = elbo[np.newaxis]
-        return OwnBounds(each, each, {"bound": "elbo"})
+        return OwnBounds(elbo.repeats, elbo.repeats, {**elbo.settings, "bound": "elbo"})
     latents = model.encoder.latent_dim
     draws, bounds = smoothing_sizes(latents, len(x)), smoothed_bounds(model)
 
@@ -407,14 +412,16 @@ def inference_gap(
     Source: Cremer, Li and Duvenaud (2018).
     """
     best = best_gaussians(model)
+    settings = {"draws": max(FRESH_DRAWS, ALL_DRAWS // len(x))}
 
     def compute(index, part):
-        diagonal, full = best(x[part], index)
+        diagonal, full = best(x[part], index, **settings)
         return BestBounds(diagonal.bound, full.bound)
 
     size = ais.examples_at_once(model, DRAWS_PER_STEP)
-    gaussians, seconds = _run(BestBounds, compute, model, x, {}, directory, "gap", size)
-    shape = Estimate(log_likelihood - gaussians.full, {"seconds": round(seconds, 2)})
+    gaussians, seconds = _run(BestBounds, compute, model, x, settings, directory, "gap", size)
+    shapes = log_likelihood - gaussians.full
+    shape = Estimate(shapes.mean(0), {**settings, "seconds": round(seconds, 2)}, shapes)
     return {
         **own.below("gap_inference", log_likelihood),
         **own.below("gap_amortisation", gaussians.full),

@@ -18,8 +18,8 @@ from avb_tf.model import AVB
 
 PAIRS = 8  # antithetic pairs of draws for each start of each x in a step
 DRAWS_PER_STEP = 5 * 2 * PAIRS  # draws for each x in a step, from all five starts
-FRESH_DRAWS = 2000  # draws for the reported ELBO
-REPEATS = 4  # independent intervals for each x
+FRESH_DRAWS = 2000  # draws for the reported ELBO, at least
+REPEATS = 4  # independent estimates for each x
 COMPONENTS = 20_000  # draws of q that are components of the smoothed density, for each x and repeat
 PLANAR_COMPONENTS = 4_000_000  # with two latents: the components of all x together, in each repeat
 POINTS = 30_000  # z at which the density is bounded, of all x together, in each repeat
@@ -35,14 +35,14 @@ class Gaussians(NamedTuple):
 
     loc: np.ndarray  # [batch, latent]
     scale_tril: np.ndarray  # [batch, latent, latent]
-    bound: np.ndarray  # [batch], in nats
+    bound: np.ndarray  # [REPEATS, batch], in nats, from independent draws
 
 
 class BestGaussian:
     """Optimiser of a Gaussian q(z) for each x: it maximises E_q[log p(x, z) - log q(z)].
 
         best = BestGaussian(model, full=True)
-        best(x, loc, scale_tril).bound  # [batch], in nats
+        best(x, loc, scale_tril).bound.mean(0)  # [batch], in nats
 
     Adam optimises means and Cholesky factors from several starts, for all x in one compiled loop.
     It uses path gradients (Roeder, Wu and Duvenaud, 2017), because their noise vanishes if q is the
@@ -61,7 +61,12 @@ class BestGaussian:
         self._draw = tf.function(self._log_weights, reduce_retracing=True)
 
     def __call__(
-        self, x: np.ndarray | tf.Tensor, loc: tf.Tensor, scale_tril: tf.Tensor, seed: int = 0
+        self,
+        x: np.ndarray | tf.Tensor,
+        loc: tf.Tensor,
+        scale_tril: tf.Tensor,
+        seed: int = 0,
+        draws: int = FRESH_DRAWS,
     ) -> Gaussians:
         """Returns the best Gaussian for each x.
 
@@ -71,25 +76,28 @@ class BestGaussian:
           scale_tril: [starts, batch, latent, latent], Cholesky factors of the starts; they must be
             diagonal if `full` is False.
           seed: seed of the draws.
+          draws: fresh draws for each x, at least.
         """
         x, first = tf.convert_to_tensor(x), self.steps // 3
         loc, scale_tril = self._climb(
             x, loc, scale_tril, tf.constant(first), tf.constant([seed, 0])
         )
-        start = np.argmax(self._bound(x, loc, scale_tril, _BATCH, (seed, 1)), 0)
+        start = np.argmax(self._bounds(x, loc, scale_tril, 1, (seed, 1))[0], 0)
         loc, scale_tril = (
             tf.constant(part.numpy()[start, np.arange(len(x))][np.newaxis])
             for part in (loc, scale_tril)
         )
         rest = tf.constant(self.steps - first)
         loc, scale_tril = self._climb(x, loc, scale_tril, rest, tf.constant([seed, 3]))
-        bound = self._bound(x, loc, scale_tril, FRESH_DRAWS, (seed, 2))
-        return Gaussians(loc.numpy()[0], scale_tril.numpy()[0], bound[0])
+        calls = -(-draws // (REPEATS * _BATCH))  # for each repeat
+        bounds = self._bounds(x, loc, scale_tril, REPEATS * calls, (seed, 2))[:, 0]
+        bound = bounds.reshape(REPEATS, calls, -1).mean(1)
+        return Gaussians(loc.numpy()[0], scale_tril.numpy()[0], bound)
 
-    def _bound(self, x, loc, scale_tril, draws, seed):
-        """Estimates the ELBO in nats, [starts, batch]."""
-        keys = [tf.constant([1000 * seed[0] + i, seed[1]]) for i in range(draws // _BATCH)]
-        return np.mean([self._draw(x, loc, scale_tril, key).numpy() for key in keys], 0)
+    def _bounds(self, x, loc, scale_tril, calls, seed):
+        """Estimates the ELBO in nats from `_BATCH` draws in each call, [calls, starts, batch]."""
+        keys = [tf.constant([1000 * seed[0] + i, seed[1]]) for i in range(calls)]
+        return np.stack([self._draw(x, loc, scale_tril, key).numpy() for key in keys])
 
     def _log_weights(self, x, loc, scale_tril, seed):
         """Returns the mean of log p(x, z) - log q(z) over `_BATCH` draws, [starts, batch]."""
@@ -152,7 +160,8 @@ class BestGaussian:
 def best_gaussians(model: AVB, steps: int = 300) -> Callable[..., tuple[Gaussians, Gaussians]]:
     """Returns a function that finds the best diagonal and the best full Gaussian for each x.
 
-    The function takes x [batch, *event] and a seed, and returns two `Gaussians`. The optimisation
+    The function takes x [batch, *event], a seed and the number of fresh draws for each x, and
+    returns two `Gaussians`. The optimisation
     has four starts: q's moments, q's mean with half the standard deviations, and two draws of q
     with half the standard deviations, for a posterior with several modes. The full Gaussian also
     starts from the best diagonal one.
@@ -167,16 +176,16 @@ def best_gaussians(model: AVB, steps: int = 300) -> Callable[..., tuple[Gaussian
     def moments(x):
         return *proposal.moments(model.averaged_encoder, x), model.encode(x, 2)
 
-    def run(x, seed: int = 0) -> tuple[Gaussians, Gaussians]:
+    def run(x, seed: int = 0, draws: int = FRESH_DRAWS) -> tuple[Gaussians, Gaussians]:
         mean, scale_tril, z = moments(tf.convert_to_tensor(x))
         loc = tf.stack([mean, mean, z[0], z[1]])
         halves = tf.reshape([1.0, 0.5, 0.5, 0.5], [4, 1, 1, 1])
         scale = halves * scale_tril
         deviations = tf.linalg.diag(tf.norm(scale, axis=-1))
-        narrow = diagonal(x, loc, deviations, seed)
+        narrow = diagonal(x, loc, deviations, seed, draws)
         loc = tf.concat([loc, narrow.loc[np.newaxis]], 0)
         scale = tf.concat([scale, narrow.scale_tril[np.newaxis]], 0)
-        return narrow, full(x, loc, scale, seed)
+        return narrow, full(x, loc, scale, seed, draws)
 
     return run
 

@@ -64,7 +64,7 @@ def main(workdir, count):
     for seed in range(int(count)):
         x = pipeline.examples(split, 25, model.likelihood.binary, seed)
         estimates.bound(model, x)
-        estimates.exact(model, x, grid=40, posteriors=2)
+        estimates.exact(model, x, grid=40)
         with tempfile.TemporaryDirectory() as kept:
             estimates.importance_weighted(model, x, 1, Path(kept))
             sizes = {"temperatures": 5, "chains": 4, "leapfrog_steps": 2}
