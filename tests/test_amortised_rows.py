@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from scipy import stats
+from scipy import special, stats
 from tensorflow_probability import distributions as tfd
 
 import avb_tf
@@ -189,6 +189,22 @@ def test_padded_sets_have_the_features_of_their_rows():
     for i, size in enumerate(sizes):
         alone = layer(tf.constant(y[i : i + 1, :size])).numpy()
         np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_attention_to_rows_is_a_softmax_and_survives_rows_far_out():
+    layer = DeepSet(8, 1)
+    y = np.random.default_rng(0).normal(size=[2, 5, 1]).astype(np.float32)
+    seen = {}
+    layer.whole = lambda x: seen.setdefault("x", x.numpy())
+    layer(tf.constant(y))
+    hidden = tf.nn.silu(layer.each(tf.reshape(y, [-1, 1]))).numpy().reshape(2, 5, 8)
+    scores = layer.scores(hidden).numpy()
+    weights = special.softmax(scores, 1)
+    expected = np.einsum("nrq,nrh->nqh", weights, hidden)
+    features = seen["x"]
+    np.testing.assert_allclose(features[:, 16:48].reshape(2, 4, 8), expected, rtol=1e-4, atol=1e-5)
+    far = DeepSet(8, 1)(tf.constant([[[1e4], [-1e4], [0.0]]]))
+    assert np.isfinite(far).all()
 
 
 # The source of pairs.

@@ -102,6 +102,7 @@ ORDER = [
     "avb_tf.amortised.simulation",
     "avb_tf.amortised.sources",
     "avb_tf.amortised.rows",
+    "avb_tf.amortised.stored",
     "avb_tf.amortised.saving",
     "avb_tf.amortised.network",
     "avb_tf.amortised.checkpoint",

@@ -144,9 +144,9 @@ def check(compiled: Compiled, simulation: Simulation, pairs: int, draws: int, se
     Coogan, Hezaveh and Perreault-Levasseur (2023).
     """
     u, y = simulated(simulation, pairs, seed)
-    q = drawn(compiled, y, draws, seed)
+    pairs, q = len(u), drawn(compiled, y, draws, seed)
     own = np.asarray(compiled.log_prob_given(tf.constant(u, tf.float32), compiled.given(y)))
-    scale = u.std(0) + 1e-12
+    scale, predicts = u.std(0) + 1e-12, simulation.table is None  # a table has no simulator
     rng = np.random.default_rng(seed)
     reference = u[rng.permutation(pairs)] + 0.1 * scale * rng.normal(size=u.shape)
 
@@ -159,8 +159,8 @@ def check(compiled: Compiled, simulation: Simulation, pairs: int, draws: int, se
         (q.u < u).sum(0),
         (q.log_q < own).sum(0),
         (distance(q.u) < distance(u)).sum(0),
-        simulation.features_by_name(),
-        _ranks_of_outcomes(compiled, u, q.u, seed),
+        simulation.features_by_name() if predicts else [],
+        _ranks_of_outcomes(compiled, u, q.u, seed) if predicts else np.zeros([pairs, 0], int),
         u,
         q.u.mean(0),
         q.u.std(0, ddof=1),
@@ -218,15 +218,18 @@ def drawn(compiled: Compiled, y: np.ndarray, draws: int, seed: int) -> Drawn:
 
 
 def simulated(simulation: Simulation, pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns simulated pairs: u [pairs, dim] and y [pairs, features], both in float64.
+    """Returns pairs that training has not used: u [pairs, dim], y [pairs, features], in float64.
 
     Args:
-      simulation: source of the pairs.
+      simulation: source of the pairs. Of finished ones there may be fewer than asked.
       pairs: number of pairs.
       seed: seed of the pairs.
     Raises:
       UserError: hardly any pair is finite.
     """
+    if (table := simulation.table) is not None:
+        order = np.random.default_rng(seed).permutation(len(table.u))[:pairs]
+        return table.u[order], table.y[order]
     parts, found, tries = [], 0, 0
     while found < pairs:
         if tries == _TRIES:

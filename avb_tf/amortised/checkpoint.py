@@ -1,6 +1,7 @@
 """What a training leaves behind: a checkpoint to go on from, and scalars for TensorBoard."""
 
 import io
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from avb_tf.errors import UserError
 FILE, LOGS = "training.npz", "logs/train"
 SECONDS = 30.0  # between checkpoints
 _RECORD = "record"
+_ARRAYS = ("weights", "moments", "kept")  # of a `State`
 
 
 class State(NamedTuple):
@@ -28,6 +30,8 @@ class State(NamedTuple):
     history: list[float]
     weights: list[np.ndarray]  # variables of the network
     moments: list[np.ndarray]  # variables of the stage's optimizer
+    best: float  # largest log density of pairs held out
+    kept: list[np.ndarray]  # the stage's variables at that time; none if no pairs are held out
 
 
 class Workdir:
@@ -65,9 +69,10 @@ class Workdir:
         try:
             arrays = archives.read_arrays(self.path / FILE)
             record = json.loads(arrays.pop(_RECORD).tobytes())
-            count = record["state"].pop("weights")
-            values = [arrays[str(i)] for i in range(len(arrays))]
-            state = State(**record["state"], weights=values[:count], moments=values[count:])
+            values = iter([arrays[str(i)] for i in range(len(arrays))])
+            counts = {name: record["state"].pop(name) for name in _ARRAYS}
+            groups = {name: list(itertools.islice(values, n)) for name, n in counts.items()}
+            state = State(**record["state"], **groups)
         except Exception as error:  # whatever JSON, zipfile and numpy raise on a damaged file
             raise UserError(
                 f"{self.path / FILE} cannot be read ({error!s:.200}); remove it to train anew"
@@ -88,11 +93,10 @@ class Workdir:
         """
         if self.path is None:
             return
-        arrays = [*state.weights, *state.moments]
-        known = {**state._asdict(), "weights": len(state.weights)}
-        del known["moments"]
+        groups = {name: getattr(state, name) for name in _ARRAYS}
+        known = state._asdict() | {name: len(arrays) for name, arrays in groups.items()}
         record = json.dumps({"identity": self._identity, "state": known}).encode()
-        named = {str(i): array for i, array in enumerate(arrays)}
+        named = {str(i): array for i, array in enumerate(itertools.chain(*groups.values()))}
         named[_RECORD] = np.frombuffer(record, np.uint8)
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **named)

@@ -22,7 +22,7 @@ class AmortisedProblem:
     """A model with its observed data sets, which a function of a model file may return.
 
     Attributes:
-      model: TFP joint distribution, or a simulator.
+      model: what `fit_amortised` takes: a TFP joint distribution, a simulator, or a table of pairs.
       observed: names of the observed parts.
       prior: TFP distribution of a simulator's parameters.
       rows: smallest and largest number of rows, if data sets have several.

@@ -19,6 +19,7 @@ from avb_tf.amortised.result import AmortisedFit
 from avb_tf.amortised.rows import check_sizes
 from avb_tf.amortised.rows import of as of_rows
 from avb_tf.amortised.simulation import Simulation
+from avb_tf.amortised.stored import of_pairs
 from avb_tf.errors import UserError
 from avb_tf.posteriors.fit import seeded
 from avb_tf.posteriors.training import Clock
@@ -47,7 +48,9 @@ def fit_amortised(
 
     Args:
       model: a TFP joint distribution; or a simulator, a function of a batch of parameters [n, ...]
-        and a seed [2] that returns data [n, ...], as an array or a dict by name.
+        and a seed [2] that returns data [n, ...], as an array or a dict by name; or what a slow
+        simulator has left, a tuple (parameters, data) with n of both. A tenth of these pairs is
+        held out: they decide which weights are kept, and `check` uses them.
       observed: names of the parts that will be observed; all others are inferred.
       prior: TFP distribution of a simulator's parameters; only for a simulator.
       rows: smallest and largest number of rows of a data set. The model is then a model of one row;
@@ -85,6 +88,7 @@ def fit_amortised(
             "observed": source.shapes,
             "row": source.row,
             "rows": rows,
+            "table": source.table and source.table.digest,
             "steps": steps,
             "seconds": seconds,
             "seed": seed,
@@ -111,10 +115,18 @@ def simulation_of(
                 "a joint distribution came with a `prior`; expected a `prior` only with a simulator"
             )
         source = sources.of_joint(model, observed)
+    elif isinstance(model, tuple) and len(model) == 2:
+        if rows is not None:
+            raise UserError(
+                f"rows is {rows} with a table of finished pairs; expected None: all its data sets "
+                "have the same shape"
+            )
+        source = of_pairs(*model, prior, observed)
     elif not callable(model) or isinstance(model, tfd.Distribution):
         raise UserError(
             f"the model is of type {type(model).__name__}; expected a TFP joint distribution, not "
-            "pinned, or a simulator: a function of parameters and a seed"
+            "pinned, a simulator (a function of parameters and a seed), or a tuple (parameters, "
+            "data) of what it has simulated"
         )
     else:
         source = sources.of_simulator(model, prior, observed)

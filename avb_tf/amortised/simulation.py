@@ -6,7 +6,7 @@ in float64, so that counts keep all their digits; the network converts them to f
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,15 @@ DataSet = npt.ArrayLike | Mapping[str, npt.ArrayLike]  # one array, or arrays by
 _TRIAL = 64  # pairs simulated to check a model
 _ROWS = 5  # pairs whose densities are checked
 _USABLE = 0.1  # smallest share of pairs that must be finite; training would take too long below
+
+
+class Table(NamedTuple):
+    """What is known of finished pairs."""
+
+    u: np.ndarray  # [n, dim], parameters held out from training
+    y: np.ndarray  # [n, features], their data
+    count: int  # pairs for training
+    digest: str  # of all pairs
 
 
 class Simulation:
@@ -37,7 +46,10 @@ class Simulation:
       names: names of the parameters.
       has_density: whether `log_density` is known; it is not for a simulator.
       portable: whether `simulate` can be saved, as it uses only TensorFlow's operations.
+      table: the finished pairs from which `simulate` chooses; None if it simulates new ones.
     """
+
+    table: Table | None = None
 
     def __init__(
         self,

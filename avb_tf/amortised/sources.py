@@ -27,7 +27,7 @@ def of_joint(joint: tfd.JointDistribution, observed: Sequence[str]) -> Simulatio
     Raises:
       UserError: the joint has no part of such a name, or `posteriors.models` refuses the model.
     """
-    observed = _names(observed)
+    observed = names_of(observed)
     names = list(joint._flat_resolve_names())  # TFP has no public list of names
     if unknown := [name for name in observed if name not in names]:
         raise UserError(
@@ -79,13 +79,8 @@ def of_simulator(
     Raises:
       UserError: the prior is not a TFP distribution, or the simulator fails.
     """
-    observed = _names(observed)
-    if not isinstance(prior, tfd.Distribution):
-        raise UserError(
-            f"prior is of type {type(prior).__name__}; expected a TFP distribution of the "
-            "parameters, as the model is a function"
-        )
-    target = Target(prior.log_prob, _bijector(prior), prior.event_shape, prior.dtype)
+    observed = names_of(observed)
+    target = target_of(prior)
     data_of = _listed(simulator, observed)
     trial = prior.sample(_TRIAL, seed=_seed(prior, 0))
     parts = _tried(data_of, trial, observed)
@@ -106,6 +101,25 @@ def of_simulator(
         return compute(parameters, tf.bitwise.bitwise_and(tf.cast(seed, tf.int32), 2**31 - 1))
 
     return Simulation(target, parts, draw, redraw, None, portable=portable, draw_prior=draw_prior)
+
+
+def target_of(prior: Any) -> Target:
+    """Returns the prior of a simulator's parameters as a density of unconstrained vectors.
+
+    Raises:
+      UserError: it is not a TFP distribution, or its bijector is wrong.
+    """
+    if not isinstance(prior, tfd.Distribution):
+        raise UserError(
+            f"prior is of type {type(prior).__name__}; expected a TFP distribution of the "
+            "parameters, as the model is a simulator"
+        )
+    return Target(prior.log_prob, _bijector(prior), prior.event_shape, prior.dtype)
+
+
+def draws_of(prior: Any, n: int, seed: int) -> Any:
+    """Returns `n` draws of a prior in its structure, [n, ...]."""
+    return prior.sample(n, seed=_seed(prior, seed))
 
 
 def _row(joint, observed) -> int | None:
@@ -233,7 +247,12 @@ def _by_numpy(data_of, structure, dtypes):
     return compute
 
 
-def _names(observed) -> tuple[str, ...]:
+def names_of(observed: Any) -> tuple[str, ...]:
+    """Returns the names of the observed parts as a tuple.
+
+    Raises:
+      UserError: they are not one or more names.
+    """
     if isinstance(observed, str):
         observed = (observed,)
     names = isinstance(observed, Sequence) and all(isinstance(name, str) for name in observed)

@@ -2,7 +2,8 @@
 
 The mean of KL(p(u|y) || q(u|y)) over y is, up to the posterior's entropy, minus the expected log q
 of simulated pairs. Every mode is simulated in proportion to its mass, so no mode is lost. No pair
-is used twice, so the network cannot overfit.
+is used twice, so the network cannot overfit. If it chooses from a table of finished pairs, it can,
+so the weights are kept with which pairs held out have the largest log q.
 """
 
 import math
@@ -15,7 +16,7 @@ from absl import logging
 
 from avb_tf.amortised.checkpoint import State, Workdir, assign
 from avb_tf.amortised.network import ConditionalMixture, scaling
-from avb_tf.amortised.simulation import Simulation, size_of
+from avb_tf.amortised.simulation import Simulation, Table, size_of
 from avb_tf.errors import UserError
 from avb_tf.posteriors.training import CHUNK, Clock
 from avb_tf.training import optimizers, termination
@@ -29,6 +30,9 @@ _CALL_SHARE = 0.02  # most of a fit's time between readings of the clock
 _FEW_STEPS = 1000  # a warning appears if time ran out before
 _LOST = 3 * CHUNK  # most steps in a row without a finite loss
 _WARMUP = 0.02  # share of a stage in which its learning rate rises
+_EPOCHS = 60.0  # most passes through a table of finished pairs
+_FEWEST_PAIRS, _STEPS_OF_AN_EPOCH = 32, 20  # of a small table
+_LOOKS = 0.02  # progress between two looks at the pairs held out
 
 
 def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixture:
@@ -99,6 +103,9 @@ def train(
     else:
         assign(q.variables, state.weights)
         clock.step, clock.began = state.step, clock.began - state.elapsed
+    if simulation.table is not None:
+        limit = max(1, round(_EPOCHS * simulation.table.count / _pairs(simulation, settings)))
+        clock.steps = min(clock.steps or limit, limit)
     whitening = q.whitening.trainable_variables
     others = [v for v in q.trainable_variables if not any(v is w for w in whitening)]
     stages = [
@@ -118,6 +125,14 @@ def train(
             clock.seconds,
         )
     return history
+
+
+def _pairs(simulation, settings) -> int:
+    """Returns the number of pairs in a step; a small table has several steps in an epoch."""
+    pairs = settings["batch_size"]
+    if simulation.table is None:
+        return pairs
+    return min(pairs, max(_FEWEST_PAIRS, simulation.table.count // _STEPS_OF_AN_EPOCH))
 
 
 def _scaling_pairs(simulation, clock, seed):
@@ -154,12 +169,13 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
     if state is not None:
         assign(optimizer.variables, state.moments)
         since, history = state.since, state.history
-    steps = _steps(stage, optimizer, simulation, settings["batch_size"], seed)
+    steps = _steps(stage, optimizer, simulation, _pairs(simulation, settings), seed)
+    best = _Best(stage, simulation.table, state)
 
     def save():
         weights, moments = ([np.asarray(v) for v in x.variables] for x in (q, optimizer))
-        elapsed = clock.elapsed()
-        workdir.save(State(stage.number, clock.step, elapsed, since, history, weights, moments))
+        progress = (stage.number, clock.step, clock.elapsed(), since, history)
+        workdir.save(State(*progress, weights, moments, best.value, best.weights))
 
     by_time = clock.seconds and not clock.steps
     count = 1 if by_time else CHUNK
@@ -180,15 +196,52 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
         if by_time:
             count = min(CHUNK, max(1, int(speed * _CALL_SHARE * clock.seconds)))
         logged = {stage.name: -loss, "learning_rate": rate, "steps_per_second": speed}
-        workdir.log(clock.step, logged)
+        workdir.log(clock.step, logged | best.look(progress, clock.progress()))
         if workdir.due or termination.asked():
             save()
         if termination.asked():
             raise SystemExit(termination.STATUS)
     if history and not np.isfinite(history).any():
         raise _not_finite(clock.step - lost)
+    best.restore()
     save()
     return history
+
+
+class _Best:
+    """The weights with which pairs held out from training have the largest log density.
+
+    Without such pairs it does nothing, and the last weights remain.
+    """
+
+    def __init__(self, stage: _Stage, table: Table | None, state: State | None):
+        self.value, self.weights = (state.best, state.kept) if state else (-math.inf, [])
+        self._stage = stage
+        self._density: Any = None
+        if table is not None:
+            u, y = tf.constant(table.u, tf.float32), tf.constant(table.y)
+            self._density = tf.function(lambda: tf.reduce_mean(stage.log_density(u, y)))
+
+    def look(self, before: float, now: float) -> dict[str, float]:
+        """Keeps the weights if they are the best, at every 50th of the progress.
+
+        Args:
+          before: the progress of the training at the last call.
+          now: its progress at this one.
+        Returns:
+          The log density by its name, or nothing.
+        """
+        if self._density is None or int(before / _LOOKS) == int(now / _LOOKS):
+            return {}
+        value = float(self._density())
+        if value > self.value:
+            self.value, self.weights = value, [v.numpy() for v in self._stage.variables]
+        return {f"{self._stage.name}_held_out": value}
+
+    def restore(self) -> None:
+        """Sets the weights to the best, if any were kept."""
+        if self.weights:
+            assign(self._stage.variables, self.weights)
 
 
 def _not_finite(step):
