@@ -30,7 +30,7 @@ _CALL_SHARE = 0.02  # most of a fit's time between readings of the clock
 _FEW_STEPS = 1000  # a warning appears if time ran out before
 _LOST = 3 * CHUNK  # most steps in a row without a finite loss
 _WARMUP = 0.02  # share of a stage in which its learning rate rises
-_EPOCHS = 60.0  # most passes through a table of finished pairs
+_EPOCHS = 150.0  # most passes through a table of finished pairs
 _FEWEST_PAIRS, _STEPS_OF_AN_EPOCH = 32, 20  # of a small table
 _LOOKS = 0.02  # progress between two looks at the pairs held out
 
