@@ -83,6 +83,7 @@ def test_data_that_say_nothing_leave_the_prior(warnings):
     )
     exact = -0.5 * theta**2 - 0.5 * np.log(2.0 * np.pi)
     assert log_q.mean() > exact.mean() - 0.2
+    assert fit.history["log_q"][-1] > max(fit.history["log_q_held_out"]) + 1.0  # learned by heart
     assert warnings == []
 
 

@@ -30,8 +30,8 @@ class State(NamedTuple):
     history: list[float]
     weights: list[np.ndarray]  # variables of the network
     moments: list[np.ndarray]  # variables of the stage's optimizer
-    best: float  # largest log density of pairs held out
-    kept: list[np.ndarray]  # the stage's variables at that time; none if no pairs are held out
+    held_out: list[float]  # log densities of pairs held out from training, if there are any
+    kept: list[np.ndarray]  # the stage's variables when this was largest
 
 
 class Workdir:

@@ -60,7 +60,8 @@ class AmortisedFit:
       seed: seed of the fit.
       steps: number of training steps.
       seconds: time that the fit took.
-      history: "log_q", the mean log density in nats of new pairs during training.
+      history: "log_q", the mean log density in nats of new pairs during training. If the model is a
+        table of pairs, these are not new, and "log_q_held_out" has that of the pairs held out.
     """
 
     def __init__(

@@ -33,6 +33,7 @@ _WARMUP = 0.02  # share of a stage in which its learning rate rises
 _EPOCHS = 150.0  # most passes through a table of finished pairs
 _FEWEST_PAIRS, _STEPS_OF_AN_EPOCH = 32, 20  # of a small table
 _LOOKS = 0.02  # progress between two looks at the pairs held out
+_HELD_OUT_CALL = 500  # of them in a batch
 
 
 def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixture:
@@ -84,7 +85,8 @@ def train(
       workdir: directory of checkpoints and logs.
     Returns:
       "log_q", the mean log q(u|y) in nats over the steps of each call, after the whitening's stage:
-      `CHUNK` of them, or fewer if `seconds` is given and they are slow.
+      `CHUNK` of them, or fewer if `seconds` is given and they are slow; for a table of pairs also
+      "log_q_held_out", at every 50th of the training.
     Raises:
       UserError: the loss is not finite, or the checkpoint is of another training.
       SystemExit: SIGTERM has arrived inside `termination.listening`; the state is saved.
@@ -114,7 +116,7 @@ def train(
     ]
     history = {}
     for stage in stages[state.stage if state else 0 :]:
-        history = {stage.name: _run(stage, q, simulation, settings, clock, seed, workdir, state)}
+        history = _run(stage, q, simulation, settings, clock, seed, workdir, state)
         state = None
     if clock.seconds and clock.step < min(_FEW_STEPS, clock.steps or _FEW_STEPS):
         logging.warning(
@@ -161,7 +163,7 @@ class _Stage(NamedTuple):
     until: float
 
 
-def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[float]:
+def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> dict[str, list[float]]:
     """Maximises the mean log density of simulated pairs until the end of the stage."""
     optimizer = optimizers.Adam(0.0, global_clipnorm=settings["clip_norm"])
     optimizer.build(stage.variables)
@@ -175,7 +177,7 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
     def save():
         weights, moments = ([np.asarray(v) for v in x.variables] for x in (q, optimizer))
         progress = (stage.number, clock.step, clock.elapsed(), since, history)
-        workdir.save(State(*progress, weights, moments, best.value, best.weights))
+        workdir.save(State(*progress, weights, moments, best.values, best.weights))
 
     by_time = clock.seconds and not clock.steps
     count = 1 if by_time else CHUNK
@@ -205,7 +207,7 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> list[fl
         raise _not_finite(clock.step - lost)
     best.restore()
     save()
-    return history
+    return {stage.name: history} | ({best.name: best.values} if best.values else {})
 
 
 class _Best:
@@ -215,12 +217,10 @@ class _Best:
     """
 
     def __init__(self, stage: _Stage, table: Table | None, state: State | None):
-        self.value, self.weights = (state.best, state.kept) if state else (-math.inf, [])
-        self._stage = stage
-        self._density: Any = None
-        if table is not None:
-            u, y = tf.constant(table.u, tf.float32), tf.constant(table.y)
-            self._density = tf.function(lambda: tf.reduce_mean(stage.log_density(u, y)))
+        self.values, self.weights = (state.held_out, state.kept) if state else ([], [])
+        self.name = f"{stage.name}_held_out"
+        self._variables, self._table = stage.variables, table
+        self._density: Any = tf.function(stage.log_density, autograph=False, reduce_retracing=True)
 
     def look(self, before: float, now: float) -> dict[str, float]:
         """Keeps the weights if they are the best, at every 50th of the progress.
@@ -231,17 +231,20 @@ class _Best:
         Returns:
           The log density by its name, or nothing.
         """
-        if self._density is None or int(before / _LOOKS) == int(now / _LOOKS):
+        if self._table is None or int(before / _LOOKS) == int(now / _LOOKS):
             return {}
-        value = float(self._density())
-        if value > self.value:
-            self.value, self.weights = value, [v.numpy() for v in self._stage.variables]
-        return {f"{self._stage.name}_held_out": value}
+        u, y, n = *self._table[:2], _HELD_OUT_CALL
+        parts = [self._density(u[i : i + n], y[i : i + n]) for i in range(0, len(u), n)]
+        value = float(np.mean(np.concatenate(parts)))
+        if value > max(self.values, default=-math.inf):
+            self.weights = [v.numpy() for v in self._variables]
+        self.values.append(value)
+        return {self.name: value}
 
     def restore(self) -> None:
         """Sets the weights to the best, if any were kept."""
         if self.weights:
-            assign(self._stage.variables, self.weights)
+            assign(self._variables, self.weights)
 
 
 def _not_finite(step):
