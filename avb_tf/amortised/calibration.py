@@ -228,7 +228,10 @@ def simulated(simulation: Simulation, pairs: int, seed: int) -> tuple[np.ndarray
       UserError: hardly any pair is finite.
     """
     if (table := simulation.table) is not None:
-        order = np.random.default_rng(seed).permutation(len(table.u))[:pairs]
+        order = np.random.default_rng(seed).permutation(len(table.u))
+        # Ranks of several data sets of the same parameters would depend on each other.
+        _, first = np.unique(table.u[order], axis=0, return_index=True)
+        order = order[np.sort(first)][:pairs]
         return table.u[order], table.y[order]
     parts, found, tries = [], 0, 0
     while found < pairs:
@@ -313,10 +316,12 @@ def surprise(compiled: Compiled, y: np.ndarray, others: Typical, seed: int) -> S
 def _distances(y) -> dict[str, np.ndarray]:
     """Returns the distances of each row of y [n, statistics] from the mean and the nearest other.
 
-    They are squared, in robustly scaled coordinates where the rows have covariance I.
+    They are squared, in robustly scaled coordinates where the rows have roughly covariance I. The
+    covariance is shrunk towards a multiple of I, because that of few rows is singular.
     """
     z = standardised(y)
-    covariance = np.atleast_2d(np.cov(z.T)) + 1e-9 * np.eye(z.shape[1])
+    covariance = np.atleast_2d(np.cov(z.T))
+    covariance += (np.trace(covariance) / len(z) + 1e-9) * np.eye(len(covariance))
     white = np.linalg.solve(np.linalg.cholesky(covariance), (z - z.mean(0)).T).T
     squares = (white**2).sum(1)
     between = squares[:, np.newaxis] + squares - 2.0 * white @ white.T

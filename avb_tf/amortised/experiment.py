@@ -156,8 +156,7 @@ def _fit(config, workdir: Path) -> tuple[AmortisedProblem, AmortisedFit]:
         raise UserError(f"{workdir} has no fit; train it first")
     fit, problem = AmortisedFit.load(workdir / FIT), load_problem(config.model)
     source = simulation_of(problem.model, problem.prior, problem.observed, problem.rows)
-    known = (fit.settings, fit.seed, fit.steps, fit.seconds, fit.history)
-    return problem, AmortisedFit(source, fit.q, *known)
+    return problem, fit.with_model(source)
 
 
 def load_problem(name: str) -> AmortisedProblem:

@@ -57,6 +57,7 @@ def fit_amortised(
         the rows of a data set are independent given the parameters, and y is [rows, ...]. Without
         it, an observed `tfd.Sample` is read as a set of a fixed number of rows.
       steps: number of training steps, each with new pairs; 10,000 if `seconds` is not given either.
+        A table is passed through 150 times at most, in steps of at most a 20th of it.
       seconds: time that the whole call may take. The number of training steps then depends on the
         machine, so the fit is not determined by `seed` alone.
       seed: seed of the initial weights and the pairs. TensorFlow's global seed is set.
@@ -88,7 +89,7 @@ def fit_amortised(
             "observed": source.shapes,
             "row": source.row,
             "rows": rows,
-            "table": source.table and source.table.digest,
+            "table": source.digest,
             "steps": steps,
             "seconds": seconds,
             "seed": seed,

@@ -16,6 +16,7 @@ _FAR = 12.0  # robust standard deviations beyond which the networks' inputs grow
 _DEGREES = 5.0  # degrees of freedom, see `log_student`
 _QUANTILES = [0.16, 0.5, 0.84]  # one standard deviation of a normal to each side of its median
 _QUERIES = 4  # of the attention to the rows of a set
+_HUGE = 1e30  # stands for numbers that float32 cannot hold
 _TINY = 1e-37  # the smallest positive number that float32 holds in full precision, roughly
 
 
@@ -360,7 +361,8 @@ class ConditionalMixture(keras.Model):
         """Returns the networks' input for y: standardised, with tails compressed."""
         rows = tf.reshape(y, [tf.shape(y)[0], -1, self.scaling.y_floor.shape[0]])
         rows = tf.cast(logged(rows, tf.cast(self.scaling.y_floor, y.dtype)), tf.float32)
-        seen = _squashed((rows - self.scaling.y_mean) / self.scaling.y_scale)
+        seen = (rows - self.scaling.y_mean) / self.scaling.y_scale
+        seen = _squashed(tf.where(tf.math.is_inf(seen), _HUGE * tf.sign(seen), seen))
         return tf.reshape(seen, [tf.shape(y)[0], *self.shape])
 
     def _standard(self, u):

@@ -117,7 +117,8 @@ class AmortisedFit:
         """Tests the calibration over simulated data sets: ranks, coverage and TARP.
 
         It simulates `pairs` data sets, and an outcome of each draw; with a slow simulator, fewer
-        pairs and draws save time.
+        pairs and draws save time. If the model is a table, it takes pairs that were held out, one
+        for each of their parameters, and predicts no outcomes.
 
         Args:
           pairs: number of simulated data sets.
@@ -125,9 +126,11 @@ class AmortisedFit:
           seed: seed of the data sets and the draws.
           rows: number of rows of each data set; None: all sizes that the fit was trained for.
         Raises:
-          UserError: the fit was not trained for this number of rows, or hardly any simulated data
-            set is finite.
+          UserError: an argument is out of range, the fit was not trained for this number of rows,
+            or hardly any simulated data set is finite.
         """
+        fits.check_number("pairs", pairs)
+        fits.check_number("draws", draws)
         simulation = self.simulation
         if rows is not None:
             if not isinstance(simulation, Rows):
@@ -222,6 +225,20 @@ class AmortisedFit:
             q = training.build(model, SINCE["fit"] | meta["settings"])
             q.load_weights(path / WEIGHTS)
             return cls(model, q, **meta)
+
+    def with_model(self, simulation: Simulation) -> "AmortisedFit":
+        """Returns the fit with its model's code, or its table of pairs, which `save` leaves out.
+
+        Raises:
+          UserError: the table is not the one that the fit was trained on.
+        """
+        if simulation.digest != self.simulation.digest:
+            raise UserError(
+                f"the fit was trained on another table of pairs, {self.simulation.digest or 'none'}"
+                f" and not {simulation.digest or 'none'}; expected the same: choose another workdir"
+            )
+        known = (self.settings, self.seed, self.steps, self.seconds, self.history)
+        return AmortisedFit(simulation, self.q, *known)
 
     def bank(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns simulated u [n, dim] and summaries [n, statistics] of data sets of y's size."""

@@ -34,6 +34,7 @@ class Loaded(Simulation):
         self.row = record.get("row")
         self.rows = record.get("rows")  # smallest and largest number, if there are several
         self.portable = hasattr(self._module, "simulate")
+        self.digest = record.get("digest", "")
         signature = self._module.unconstrain.input_signature
         self._dtypes = [spec.dtype for spec in tf.nest.flatten(signature)]
 
@@ -81,8 +82,9 @@ class Loaded(Simulation):
 
     def _check_portable(self):
         if not self.portable:
+            lost = "simulator, which is not of TensorFlow's operations"
             raise UserError(
-                "the fit was saved without its simulator, which is not of TensorFlow's operations; "
+                f"the fit was saved without its {'table of pairs' if self.digest else lost}; "
                 "expected the original fit where pairs are simulated: check it before it is saved"
             )
 
@@ -150,5 +152,6 @@ def save(simulation: Simulation, path: str | Path) -> None:
         "has_density": simulation.has_density,
         "row": simulation.row,
         "rows": rows,
+        "digest": simulation.digest,
     }
     (Path(path) / RECORD).write_text(json.dumps(record) + "\n")

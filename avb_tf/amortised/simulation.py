@@ -27,7 +27,6 @@ class Table(NamedTuple):
     u: np.ndarray  # [n, dim], parameters held out from training
     y: np.ndarray  # [n, features], their data
     count: int  # pairs for training
-    digest: str  # of all pairs
 
 
 class Simulation:
@@ -47,9 +46,11 @@ class Simulation:
       has_density: whether `log_density` is known; it is not for a simulator.
       portable: whether `simulate` can be saved, as it uses only TensorFlow's operations.
       table: the finished pairs from which `simulate` chooses; None if it simulates new ones.
+      digest: digest of these pairs; "" if there are none.
     """
 
     table: Table | None = None
+    digest: str = ""
 
     def __init__(
         self,

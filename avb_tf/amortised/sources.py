@@ -112,7 +112,7 @@ def target_of(prior: Any) -> Target:
     if not isinstance(prior, tfd.Distribution):
         raise UserError(
             f"prior is of type {type(prior).__name__}; expected a TFP distribution of the "
-            "parameters, as the model is a simulator"
+            "parameters, which a simulator or its pairs cannot give"
         )
     return Target(prior.log_prob, _bijector(prior), prior.event_shape, prior.dtype)
 

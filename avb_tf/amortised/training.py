@@ -105,6 +105,7 @@ def train(
     else:
         assign(q.variables, state.weights)
         clock.step, clock.began = state.step, clock.began - state.elapsed
+    by_time = clock.seconds is not None and not clock.steps
     if simulation.table is not None:
         limit = max(1, round(_EPOCHS * simulation.table.count / _pairs(simulation, settings)))
         clock.steps = min(clock.steps or limit, limit)
@@ -116,14 +117,14 @@ def train(
     ]
     history = {}
     for stage in stages[state.stage if state else 0 :]:
-        history = _run(stage, q, simulation, settings, clock, seed, workdir, state)
+        history = _run(stage, q, simulation, settings, clock, by_time, seed, workdir, state)
         state = None
     if clock.seconds and clock.step < min(_FEW_STEPS, clock.steps or _FEW_STEPS):
         logging.warning(
             "only %d steps of %d pairs fitted into %g seconds, too few for most models; give more "
             "seconds, or a faster model",
             clock.step,
-            settings["batch_size"],
+            _pairs(simulation, settings),
             clock.seconds,
         )
     return history
@@ -163,7 +164,9 @@ class _Stage(NamedTuple):
     until: float
 
 
-def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> dict[str, list[float]]:
+def _run(
+    stage, q, simulation, settings, clock, by_time, seed, workdir, state
+) -> dict[str, list[float]]:
     """Maximises the mean log density of simulated pairs until the end of the stage."""
     optimizer = optimizers.Adam(0.0, global_clipnorm=settings["clip_norm"])
     optimizer.build(stage.variables)
@@ -179,7 +182,6 @@ def _run(stage, q, simulation, settings, clock, seed, workdir, state) -> dict[st
         progress = (stage.number, clock.step, clock.elapsed(), since, history)
         workdir.save(State(*progress, weights, moments, best.values, best.weights))
 
-    by_time = clock.seconds and not clock.steps
     count = 1 if by_time else CHUNK
     while (progress := clock.progress()) < stage.until:
         share = (progress - since) / max(1e-9, stage.until - since)
@@ -235,7 +237,7 @@ class _Best:
             return {}
         u, y, n = *self._table[:2], _HELD_OUT_CALL
         parts = [self._density(u[i : i + n], y[i : i + n]) for i in range(0, len(u), n)]
-        value = float(np.mean(np.concatenate(parts)))
+        value = float(np.nan_to_num(np.mean(np.concatenate(parts)), nan=-np.inf))
         if value > max(self.values, default=-math.inf):
             self.weights = [v.numpy() for v in self._variables]
         self.values.append(value)

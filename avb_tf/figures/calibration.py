@@ -46,6 +46,7 @@ def check(
     _ranks(panels[0], ranks, band)
     panels[0].set_title("simulation-based calibration", fontsize=9)
     panels[0].set_xlabel("rank of the parameters among draws, as a share")
+    panels[1].set_visible(bool(outcomes))
     farthest = sorted(outcomes, key=lambda name: -np.abs(_difference(outcomes[name])).max())
     _ranks(panels[1], {name: outcomes[name] for name in farthest[:_SHOWN]}, band)
     panels[1].set_title("posterior predictive", fontsize=9)

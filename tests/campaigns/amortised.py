@@ -115,9 +115,7 @@ def fitted(directory: Path, name: str, seconds: float, seed: int):
     if (folder / "amortised.json").exists():
         fit = avb_tf.AmortisedFit.load(folder)
         if name in TABLES:  # the fit is saved without its pairs
-            source = simulation_of(model, arguments["prior"], ("y",), None)
-            known = (fit.settings, fit.seed, fit.steps, fit.seconds, fit.history)
-            fit = avb_tf.AmortisedFit(source, fit.q, *known)
+            fit = fit.with_model(simulation_of(model, arguments["prior"], ("y",), None))
         return fit, folder
     fit = avb_tf.fit_amortised(model, seconds=seconds, seed=seed, verbose=False, **arguments)
     fit.save(folder)
