@@ -123,7 +123,7 @@ def test_a_run_killed_at_its_first_stage_and_its_evaluation(whole, tmp_path, mon
 
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
     workdir = Workdir(tmp_path, {"seed": 0})
-    state = State(1, 50, 2.0, 0.1, [0.5], [np.ones(3)], [np.zeros(2)], [], [])
+    state = State(1, 50, 2.0, 0.1, [0.5], [np.ones(3)], [np.zeros(2)], [], [], [])
     workdir.save(state)
     again = workdir.state()
     assert again._replace(weights=[], moments=[]) == state._replace(weights=[], moments=[])

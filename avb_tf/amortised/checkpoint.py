@@ -17,7 +17,7 @@ from avb_tf.errors import UserError
 FILE, LOGS = "training.npz", "logs/train"
 SECONDS = 30.0  # between checkpoints
 _RECORD = "record"
-_ARRAYS = ("weights", "moments", "kept")  # of a `State`
+_ARRAYS = ("weights", "moments", "average", "kept")  # of a `State`
 
 
 class State(NamedTuple):
@@ -31,7 +31,8 @@ class State(NamedTuple):
     weights: list[np.ndarray]  # variables of the network
     moments: list[np.ndarray]  # variables of the stage's optimizer
     held_out: list[float]  # log densities of pairs held out from training, if there are any
-    kept: list[np.ndarray]  # the stage's variables when this was largest
+    average: list[np.ndarray]  # the stage's variables, averaged over the last steps, for these
+    kept: list[np.ndarray]  # this average when the log density was largest
 
 
 class Workdir:

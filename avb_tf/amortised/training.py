@@ -2,8 +2,8 @@
 
 The mean of KL(p(u|y) || q(u|y)) over y is, up to the posterior's entropy, minus the expected log q
 of simulated pairs. Every mode is simulated in proportion to its mass, so no mode is lost. No pair
-is used twice, so the network cannot overfit. If it chooses from a table of finished pairs, it can,
-so the weights are kept with which pairs held out have the largest log q.
+is used twice, so the network cannot overfit. With a table of finished pairs it can. Then weights
+are averaged over steps, and those are kept with which pairs held out have the largest log q.
 """
 
 import math
@@ -34,6 +34,7 @@ _EPOCHS = 150.0  # most passes through a table of finished pairs
 _FEWEST_PAIRS, _STEPS_OF_AN_EPOCH = 32, 20  # of a small table
 _LOOKS = 0.02  # progress between two looks at the pairs held out
 _HELD_OUT_CALL = 500  # of them in a batch
+_WINDOW = 0.08  # progress over which weights are averaged for them
 
 
 def build(simulation: Simulation, settings: dict[str, Any]) -> ConditionalMixture:
@@ -180,7 +181,7 @@ def _run(
     def save():
         weights, moments = ([np.asarray(v) for v in x.variables] for x in (q, optimizer))
         progress = (stage.number, clock.step, clock.elapsed(), since, history)
-        workdir.save(State(*progress, weights, moments, best.values, best.weights))
+        workdir.save(State(*progress, weights, moments, best.values, best.average, best.weights))
 
     count = 1 if by_time else CHUNK
     while (progress := clock.progress()) < stage.until:
@@ -213,19 +214,22 @@ def _run(
 
 
 class _Best:
-    """The weights with which pairs held out from training have the largest log density.
+    """The averaged weights with which pairs held out from training have the largest log density.
 
-    Without such pairs it does nothing, and the last weights remain.
+    Without such pairs it does nothing, and the last weights remain. An exponential moving average
+    has less noise than the weights themselves while the learning rate is high.
     """
 
     def __init__(self, stage: _Stage, table: Table | None, state: State | None):
-        self.values, self.weights = (state.held_out, state.kept) if state else ([], [])
+        self.values, self.average, self.weights = (
+            (state.held_out, state.average, state.kept) if state else ([], [], [])
+        )
         self.name = f"{stage.name}_held_out"
         self._variables, self._table = stage.variables, table
         self._density: Any = tf.function(stage.log_density, autograph=False, reduce_retracing=True)
 
     def look(self, before: float, now: float) -> dict[str, float]:
-        """Keeps the weights if they are the best, at every 50th of the progress.
+        """Averages the weights, and keeps the best average, at every 50th of the progress.
 
         Args:
           before: the progress of the training at the last call.
@@ -233,14 +237,21 @@ class _Best:
         Returns:
           The log density by its name, or nothing.
         """
-        if self._table is None or int(before / _LOOKS) == int(now / _LOOKS):
+        if self._table is None:
             return {}
+        own, decay = [v.numpy() for v in self._variables], math.exp((before - now) / _WINDOW)
+        pairs = zip(self.average or own, own, strict=True)
+        self.average = [decay * average + (1.0 - decay) * weight for average, weight in pairs]
+        if int(before / _LOOKS) == int(now / _LOOKS):
+            return {}
+        assign(self._variables, self.average)
         u, y, n = *self._table[:2], _HELD_OUT_CALL
         parts = [self._density(u[i : i + n], y[i : i + n]) for i in range(0, len(u), n)]
         value = float(np.nan_to_num(np.mean(np.concatenate(parts)), nan=-np.inf))
         if value > max(self.values, default=-math.inf):
-            self.weights = [v.numpy() for v in self._variables]
+            self.weights = self.average
         self.values.append(value)
+        assign(self._variables, own)
         return {self.name: value}
 
     def restore(self) -> None:
