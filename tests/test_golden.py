@@ -74,7 +74,12 @@ def test_a_run_is_resumed_and_evaluated_to_the_same_end(release, tmp_path):
     assert lower - 0.5 < divergence < upper + 0.5  # of the smoothed q, after 20 steps
     assert now["estimates"].keys() >= then["estimates"].keys()
     for name, estimate in then["estimates"].items():
-        assert now["estimates"][name]["mean"] == pytest.approx(estimate["mean"], abs=1e-4), name
+        again, error = now["estimates"][name], 1e-4
+        if again.get("draws") != estimate.get("draws"):  # 0.1.0 took 64 for each x
+            ratio = again["draws"] / estimate["draws"]
+            assert ratio > 1.0
+            error = 5.0 * again["standard_error_over_repeats"] * np.sqrt(ratio)
+        assert again["mean"] == pytest.approx(estimate["mean"], abs=error), name
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
