@@ -13,7 +13,7 @@ from tensorflow_probability import distributions as tfd
 import avb_tf
 from avb_tf import UserError
 from avb_tf.amortised import calibration, rows, sources
-from avb_tf.amortised.network import DeepSet
+from avb_tf.amortised.trunks import DeepSet
 from avb_tf.serving.check import check as serve_check
 from avb_tf.serving.saved_model import RunError, SavedModel
 

@@ -104,6 +104,7 @@ ORDER = [
     "avb_tf.amortised.rows",
     "avb_tf.amortised.stored",
     "avb_tf.amortised.saving",
+    "avb_tf.amortised.trunks",
     "avb_tf.amortised.network",
     "avb_tf.amortised.checkpoint",
     "avb_tf.amortised.training",

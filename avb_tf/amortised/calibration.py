@@ -146,7 +146,8 @@ def check(compiled: Compiled, simulation: Simulation, pairs: int, draws: int, se
     u, y = simulated(simulation, pairs, seed)
     pairs, q = len(u), drawn(compiled, y, draws, seed)
     own = np.asarray(compiled.log_prob_given(tf.constant(u, tf.float32), compiled.given(y)))
-    scale, predicts = u.std(0) + 1e-12, simulation.table is None  # a table has no simulator
+    predicts = simulation.table is None  # a table has no simulator
+    scale = u.std(0) + 1e-12
     rng = np.random.default_rng(seed)
     reference = u[rng.permutation(pairs)] + 0.1 * scale * rng.normal(size=u.shape)
 

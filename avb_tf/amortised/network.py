@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from avb_tf.amortised.trunks import DeepSet, Residual
 from avb_tf.networks import ConvTrunk
 
 _SMALLEST, _LARGEST = -9.0, 4.0  # limits of a component's log scale, in standardised coordinates
@@ -15,7 +16,6 @@ _SPREAD = 1.5  # the components' initial means lie between -_SPREAD and _SPREAD
 _FAR = 12.0  # robust standard deviations beyond which the networks' inputs grow logarithmically
 _DEGREES = 5.0  # degrees of freedom, see `log_student`
 _QUANTILES = [0.16, 0.5, 0.84]  # one standard deviation of a normal to each side of its median
-_QUERIES = 4  # of the attention to the rows of a set
 _HUGE = 1e30  # stands for numbers that float32 cannot hold
 _TINY = 1e-37  # the smallest positive number that float32 holds in full precision, roughly
 
@@ -91,72 +91,6 @@ class Context(NamedTuple):
         """Returns the context with each y repeated `count` times in a row."""
         mean, precision, log_volume = (tf.repeat(part, count, 0) for part in self[:3])
         return Context(mean, precision, log_volume, tf.repeat(self.features, count, 1))
-
-
-class Residual(keras.layers.Layer):
-    """Features of y by residual blocks on a linear layer, [n, features] -> [n, width].
-
-    Args:
-      width: units of each layer.
-      depth: number of residual blocks.
-    """
-
-    def __init__(self, width: int, depth: int):
-        super().__init__()
-        dense = keras.layers.Dense
-        self.first = dense(width)
-        self.inner = [dense(width, activation="silu") for _ in range(depth)]
-        self.outer = [dense(width, kernel_initializer="zeros") for _ in range(depth)]
-
-    def call(self, y: tf.Tensor) -> tf.Tensor:
-        """Returns features of y, [n, features] -> [n, width]."""
-        hidden = self.first(y)
-        for inner, outer in zip(self.inner, self.outer, strict=True):
-            hidden += outer(inner(hidden))
-        return hidden
-
-
-class DeepSet(keras.layers.Layer):
-    """Features of a set of rows, independent of their order, [n, rows, features] -> [n, width].
-
-    A small residual network reads each row. A second one reads the mean of its outputs, their
-    maximum, weighted means, and the logarithm of the number of rows. The weights are a softmax over
-    the rows: attention by learned queries.
-
-    Args:
-      width: units of each layer of the second network; the first has half as many.
-      depth: number of residual blocks of the second network; the first has one.
-    Source: Zaheer et al. (2017); for the attention, Lee et al. (2019).
-    """
-
-    def __init__(self, width: int, depth: int):
-        super().__init__()
-        # Most of a step's time goes to the network of the rows, of which there are many.
-        self.each, self.whole = Residual(max(8, width // 2), 1), Residual(width, depth)
-        self.scores = keras.layers.Dense(_QUERIES)
-
-    def call(self, y: tf.Tensor) -> tf.Tensor:
-        """Returns features [n, width] for y [n, rows, features]; rows of NaN are left out."""
-        present = tf.reduce_all(tf.math.is_finite(y), -1)
-        owner, sets = tf.where(present)[:, 0], tf.shape(y)[0]
-
-        def pooled(by, x):
-            return by(x, owner, sets)
-
-        add, largest = tf.math.unsorted_segment_sum, tf.math.unsorted_segment_max
-        hidden = tf.nn.silu(self.each(tf.boolean_mask(y, present)))
-        scores = self.scores(hidden)
-        weights = tf.exp(scores - tf.gather(tf.stop_gradient(pooled(largest, scores)), owner))
-        seen = pooled(add, weights[:, :, tf.newaxis] * hidden[:, tf.newaxis])
-        seen /= pooled(add, weights)[:, :, tf.newaxis]
-        count = tf.reduce_sum(tf.cast(present, tf.float32), 1, keepdims=True)
-        parts = [
-            pooled(add, hidden) / count,
-            pooled(largest, hidden),
-            tf.reshape(seen, [sets, _QUERIES * hidden.shape[-1]]),
-            tf.math.log(count),
-        ]
-        return self.whole(tf.concat(parts, -1))
 
 
 class Whitening(keras.layers.Layer):

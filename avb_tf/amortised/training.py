@@ -32,7 +32,7 @@ _LOST = 3 * CHUNK  # most steps in a row without a finite loss
 _WARMUP = 0.02  # share of a stage in which its learning rate rises
 _EPOCHS = 150.0  # most passes through a table of finished pairs
 _FEWEST_PAIRS, _STEPS_OF_AN_EPOCH = 32, 20  # of a small table
-_LOOKS = 0.02  # progress between two looks at the pairs held out
+_INTERVAL = 0.02  # progress between two log densities of the pairs held out
 _HELD_OUT_CALL = 500  # of them in a batch
 _WINDOW = 0.08  # progress over which weights are averaged for them
 
@@ -201,7 +201,7 @@ def _run(
         if by_time:
             count = min(CHUNK, max(1, int(speed * _CALL_SHARE * clock.seconds)))
         logged = {stage.name: -loss, "learning_rate": rate, "steps_per_second": speed}
-        workdir.log(clock.step, logged | best.look(progress, clock.progress()))
+        workdir.log(clock.step, logged | best.update(progress, clock.progress()))
         if workdir.due or termination.asked():
             save()
         if termination.asked():
@@ -228,21 +228,21 @@ class _Best:
         self._variables, self._table = stage.variables, table
         self._density: Any = tf.function(stage.log_density, autograph=False, reduce_retracing=True)
 
-    def look(self, before: float, now: float) -> dict[str, float]:
+    def update(self, before: float, now: float) -> dict[str, float]:
         """Averages the weights, and keeps the best average, at every 50th of the progress.
 
         Args:
-          before: the progress of the training at the last call.
+          before: the progress of the training, in [0, 1], at the last call.
           now: its progress at this one.
         Returns:
-          The log density by its name, or nothing.
+          The log density in nats by its name, or nothing.
         """
         if self._table is None:
             return {}
         own, decay = [v.numpy() for v in self._variables], math.exp((before - now) / _WINDOW)
         pairs = zip(self.average or own, own, strict=True)
         self.average = [decay * average + (1.0 - decay) * weight for average, weight in pairs]
-        if int(before / _LOOKS) == int(now / _LOOKS):
+        if int(before / _INTERVAL) == int(now / _INTERVAL):
             return {}
         assign(self._variables, self.average)
         u, y, n = *self._table[:2], _HELD_OUT_CALL

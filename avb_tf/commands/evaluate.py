@@ -89,9 +89,9 @@ def _evaluate(config, workdir, model, source) -> None:
 
 def _estimates(model, x, settings, directory) -> tuple[dict[str, Estimate], dict[str, Figure]]:
     """Returns all estimates by name, and figures that show how they were obtained."""
-    elbo, error = estimates.bound(model, x)
+    elbo, reconstruction_error = estimates.bound(model, x)
     name = "elbo" if model.adversary is None else "elbo_adversary"
-    by_name = {name: elbo, "reconstruction_error": error}
+    by_name = {name: elbo, "reconstruction_error": reconstruction_error}
     by_name |= estimates.latent_space(model, x)
     planar = model.encoder.latent_dim == 2
     if planar:
