@@ -115,10 +115,10 @@ posteriordb: setup
 gym: setup
 	$(BIN)/python -m tests.campaigns.gym runs/gym
 
-# Compares amortised posteriors of five benchmark tasks with reference draws, two of them also fitted
-# as simulators without a density, and of six models with exact draws: three seeds with half an hour
-# of training each, and ten observations; resumable. The references are in $AVB_TF_DATA_DIR/sbibm or
-# ../shared/data/sbibm.
+# Compares amortised posteriors of five benchmark tasks with reference draws, also fitted from tables
+# of 10,000 pairs and two of them as simulators without a density, and of six models with exact draws:
+# three seeds with half an hour of training each, and ten observations; resumable. The references are
+# in $AVB_TF_DATA_DIR/sbibm or ../shared/data/sbibm.
 amortised: setup
 	$(BIN)/python -m tests.campaigns.amortised runs/amortised --seeds 0 1 2 --seconds 1800
 

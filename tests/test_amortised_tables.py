@@ -35,6 +35,23 @@ def fitted(table, steps=1000, **changes):
     return avb_tf.fit_amortised(table, "y", **{"prior": PRIOR, "steps": steps, **TINY, **changes})
 
 
+def fitted_in_two_runs(table, calls, monkeypatch, **changes):
+    """Interrupts a fit after some calls of the training, each with a checkpoint, and resumes it."""
+    real, count = training.Workdir.log, iter(range(calls + 1))
+
+    def log(self, *arguments):
+        if next(count) == calls:
+            raise KeyboardInterrupt
+        real(self, *arguments)
+
+    monkeypatch.setattr(training.Workdir, "due", property(lambda self: True))
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Workdir, "log", log)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(table, **changes)
+    return fitted(table, **changes)
+
+
 def test_posteriors_of_a_table_are_right_and_calibrated(tmp_path, warnings):
     fit = fitted(pairs(4000))
     for y in (-1.5, 0.3, 1.8):
@@ -142,20 +159,7 @@ def test_parts_by_name_and_bounded_parameters():
 def test_the_same_call_resumes_and_another_table_is_refused(tmp_path, monkeypatch):
     table = pairs(2000)
     whole = fitted(table, steps=200)
-    real, count = training.Workdir.log, iter(range(100))
-
-    def log(self, *arguments):
-        self.save_now = next(count)
-        if self.save_now == 5:
-            raise KeyboardInterrupt
-        real(self, *arguments)
-
-    monkeypatch.setattr(training.Workdir, "due", property(lambda self: True))
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Workdir, "log", log)
-        with pytest.raises(KeyboardInterrupt):
-            fitted(table, steps=200, workdir=tmp_path)
-    resumed = fitted(table, steps=200, workdir=tmp_path)
+    resumed = fitted_in_two_runs(table, 5, monkeypatch, steps=200, workdir=tmp_path)
     for one, other in zip(whole.q.variables, resumed.q.variables, strict=True):
         np.testing.assert_array_equal(one, other)
     assert whole.history == resumed.history
@@ -172,19 +176,7 @@ def test_the_best_weights_survive_a_resumption(tmp_path, monkeypatch):
     whole = fitted(table, **changes)
     values = whole.history["log_q_held_out"]
     assert np.argmax(values) < 10
-    real, count = training.Workdir.log, iter(range(1000))
-
-    def log(self, *arguments):
-        if next(count) == 18:
-            raise KeyboardInterrupt
-        real(self, *arguments)
-
-    monkeypatch.setattr(training.Workdir, "due", property(lambda self: True))
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Workdir, "log", log)
-        with pytest.raises(KeyboardInterrupt):
-            fitted(table, **changes, workdir=tmp_path)
-    resumed = fitted(table, **changes, workdir=tmp_path)
+    resumed = fitted_in_two_runs(table, 18, monkeypatch, **changes, workdir=tmp_path)
     assert resumed.history["log_q_held_out"] == values
     for one, other in zip(whole.q.variables, resumed.q.variables, strict=True):
         np.testing.assert_array_equal(one, other)
